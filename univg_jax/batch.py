@@ -1,0 +1,124 @@
+"""The one schema: every task is (target image, source image, mask, text, face), absent parts blank.
+
+`Batch` is what hosts produce (numpy) and what enters the compiled step (sharded arrays).
+`Conditions` is what the frozen encoders make of it: the model's inputs beside the noisy latent.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int32, UInt8, UInt32
+
+Array = jax.Array | np.ndarray
+
+
+def pytree_dataclass(cls: type) -> type:
+    """A frozen keyword-only dataclass whose fields are pytree children, keyed by name.
+
+    Unflattening skips `__init__`, so that a tree of shardings or shapes may take the
+    place of arrays while construction from arrays stays type-checked in tests.
+    """
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    names = tuple(f.name for f in dataclasses.fields(cls))
+
+    def flatten_with_keys(tree: Any) -> tuple[tuple, None]:
+        return tuple((jax.tree_util.GetAttrKey(n), getattr(tree, n)) for n in names), None
+
+    def unflatten(_: None, children: Any) -> Any:
+        tree = object.__new__(cls)
+        for name, child in zip(names, children, strict=True):
+            object.__setattr__(tree, name, child)
+        return tree
+
+    def flatten(tree: Any) -> tuple[tuple, None]:
+        return tuple(getattr(tree, n) for n in names), None
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+@pytree_dataclass
+class Batch:
+    """Examples of any tasks, one a row. Images are RGB in [0, 255]; `mask` is 1 = generate, 0 = keep."""
+
+    target: UInt8[Array, "b h w 3"]
+    source: UInt8[Array, "b h w 3"]  # zeros where `has_source` is False
+    mask: UInt8[Array, "b h w 1"]
+    tokens: Int32[Array, "b m"]
+    text_mask: Bool[Array, "b m"]  # True = a real token
+    identity_slot: Bool[Array, "b m"]  # True where `<p>` stands
+    face: UInt8[Array, "b f f 3"]  # zeros where `has_face` is False
+    has_source: Bool[Array, " b"]
+    has_face: Bool[Array, " b"]
+    task: Int32[Array, " b"]  # index into the task table's order
+    sample_id: UInt32[Array, " b"]  # keys noise and times: position in the stream that made the row
+    valid: Bool[Array, " b"]  # False = padding, counts nowhere
+
+    @property
+    def size(self) -> int:
+        return self.target.shape[0]
+
+
+@pytree_dataclass
+class Conditions:
+    """What the model is conditioned on, at latent resolution. `face_emb` is zero where there is no face."""
+
+    cond_latents: Float[Array, "b h w c"]  # zero latent where there is no source
+    mask: Float[Array, "b h w 1"]
+    text_emb: Float[Array, "b m d"]
+    text_mask: Bool[Array, "b m"]
+    pooled_emb: Float[Array, "b p"]
+    face_emb: Float[Array, "b e"]
+    identity_slot: Bool[Array, "b m"]
+
+
+def batch_spec(*, batch_size: int, resolution: int, num_tokens: int, face_resolution: int) -> Batch:
+    """The abstract `Batch` (shapes and dtypes, no data) that a config's compiled step takes."""
+    b, s, m, f = batch_size, resolution, num_tokens, face_resolution
+
+    def blank(*shape: int, dtype: Any) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), dtype), (b, *shape))  # a view: allocates one element
+
+    batch = Batch(
+        target=blank(s, s, 3, dtype=np.uint8),
+        source=blank(s, s, 3, dtype=np.uint8),
+        mask=blank(s, s, 1, dtype=np.uint8),
+        tokens=blank(m, dtype=np.int32),
+        text_mask=blank(m, dtype=bool),
+        identity_slot=blank(m, dtype=bool),
+        face=blank(f, f, 3, dtype=np.uint8),
+        has_source=blank(dtype=bool),
+        has_face=blank(dtype=bool),
+        task=blank(dtype=np.int32),
+        sample_id=blank(dtype=np.uint32),
+        valid=blank(dtype=bool),
+    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+
+
+def fake_batch(*, seed: int = 0, **spec: int) -> Batch:
+    """Random but well-formed rows of `batch_spec(**spec)`: half with a source, all with text, no face."""
+    rng = np.random.default_rng(seed)
+    shapes = batch_spec(**spec)
+    b, m = spec["batch_size"], spec["num_tokens"]
+    lengths = rng.integers(2, m + 1, size=b)
+    has_source = np.arange(b) % 2 == 1
+    source = rng.integers(0, 256, shapes.source.shape, dtype=np.uint8) * has_source[:, None, None, None].astype(
+        np.uint8
+    )
+    return Batch(
+        target=rng.integers(0, 256, shapes.target.shape, dtype=np.uint8),
+        source=source,
+        mask=np.ones(shapes.mask.shape, np.uint8),
+        tokens=rng.integers(1000, 20000, (b, m)).astype(np.int32),
+        text_mask=np.arange(m)[None] < lengths[:, None],
+        identity_slot=np.zeros((b, m), bool),
+        face=np.zeros(shapes.face.shape, np.uint8),
+        has_source=has_source,
+        has_face=np.zeros(b, bool),
+        task=np.zeros(b, np.int32),
+        sample_id=np.arange(b, dtype=np.uint32),
+        valid=np.ones(b, bool),
+    )
