@@ -1,0 +1,112 @@
+"""The flow's maths: path, velocity, times, loss and its independence of the batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from univg_jax import flow
+
+
+def latents(seed, shape=(4, 3, 5, 2)):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_path_ends_at_data_and_noise():
+    x0, noise = latents(0), latents(1)
+    np.testing.assert_array_equal(flow.interpolate(x0, noise, jnp.zeros(4)), x0)
+    np.testing.assert_array_equal(flow.interpolate(x0, noise, jnp.ones(4)), noise)
+
+
+def test_velocity_is_the_paths_derivative():
+    x0, noise, t = latents(0), latents(1), jnp.array([0.1, 0.3, 0.6, 0.9])
+    _, derivative = jax.jvp(lambda t: flow.interpolate(x0, noise, t), (t,), (jnp.ones(4),))
+    # The path is linear in t: the derivative is exact but for one rounding of -x0 + noise.
+    np.testing.assert_allclose(derivative, flow.velocity(x0, noise), atol=1e-6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(t=st.floats(0, 1, width=32), a=st.floats(0.125, 8, width=32))
+def test_shift_keeps_the_ends_and_is_undone_by_its_inverse(t, a):
+    shifted = float(flow.shift_times(jnp.float32(t), a))
+    assert 0 <= shifted <= 1
+    # a and 1/a are inverse maps; float32 loses at most a few ulp times the slope, which is <= 8.
+    assert float(flow.shift_times(jnp.float32(shifted), 1 / a)) == pytest.approx(t, abs=1e-5)
+
+
+def test_shift_moves_towards_noise_at_higher_resolution():
+    shift = flow.resolution_shift(pixels=512**2, base_pixels=256**2)
+    assert shift == 2
+    assert float(flow.shift_times(jnp.float32(0.5), shift)) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("times", "mean_logit", "std_logit"),
+    [
+        (flow.Times(), 0.0, 1.0),
+        (flow.Times(mean=0.5, std=0.7), 0.5, 0.7),
+        # The shift adds log(a) to the logit.
+        (flow.Times(shift=3.0), np.log(3.0), 1.0),
+        # The logit of a uniform variable is logistic: mean 0, standard deviation pi / sqrt(3).
+        (flow.Times(distribution="uniform"), 0.0, np.pi / np.sqrt(3)),
+    ],
+)
+def test_times_have_the_declared_distribution(times, mean_logit, std_logit):
+    n = 20_000
+    t = np.asarray(flow.sample_times(jax.random.key(0), jnp.arange(n, dtype=jnp.uint32), times), np.float64)
+    assert ((t > 0) & (t < 1)).all()
+    logit = np.log(t) - np.log1p(-t)
+    # Five standard errors of a mean and of a standard deviation over n draws (kurtosis below 4.2).
+    assert logit.mean() == pytest.approx(mean_logit, abs=5 * std_logit / n**0.5)
+    assert logit.std() == pytest.approx(std_logit, abs=5 * std_logit / n**0.5)
+
+
+def test_draws_depend_on_the_sample_id_not_on_the_place():
+    key, ids = jax.random.key(3), jnp.array([7, 1, 9, 4], jnp.uint32)
+    order = jnp.array([2, 0, 3, 1])
+    noise = flow.sample_noise(key, ids, (2, 2, 3))
+    np.testing.assert_array_equal(flow.sample_noise(key, ids[order], (2, 2, 3)), noise[order])
+    times = flow.sample_times(key, ids, flow.Times())
+    np.testing.assert_array_equal(flow.sample_times(key, ids[order], flow.Times()), times[order])
+    assert len(np.unique(np.asarray(times))) == 4
+
+
+def test_loss_is_zero_for_the_true_velocity_and_its_mean_square_for_zero():
+    x0, ids, times = latents(0), jnp.arange(4, dtype=jnp.uint32), flow.Times()
+
+    def oracle(x_t, t):
+        # x_t - x0 = t (noise - x0)
+        return (x_t - x0) / t[:, None, None, None]
+
+    key = jax.random.key(0)
+    # Dividing by t amplifies float32 rounding; t > 0.02 for these four draws.
+    np.testing.assert_allclose(flow.loss(oracle, x0, key=key, sample_id=ids, times=times), 0, atol=1e-8)
+    _, noise_key = jax.random.split(key)
+    noise = flow.sample_noise(noise_key, ids, x0.shape[1:])
+    zero = flow.loss(lambda x_t, t: jnp.zeros_like(x_t), x0, key=key, sample_id=ids, times=times)
+    np.testing.assert_allclose(zero, jnp.mean((noise - x0) ** 2, axis=(1, 2, 3)), rtol=1e-6)
+
+
+def test_loss_is_float32_for_a_bfloat16_model():
+    x0, ids = latents(0), jnp.arange(4, dtype=jnp.uint32)
+    value = flow.loss(
+        lambda x_t, t: x_t.astype(jnp.bfloat16), x0, key=jax.random.key(0), sample_id=ids, times=flow.Times()
+    )
+    assert value.dtype == jnp.float32
+
+
+def test_change_weights_favor_small_edits():
+    x = latents(0, (2, 4, 4, 3))
+    edited = x.at[0, 0, 0].add(1.0).at[1].add(5.0)
+    weight = flow.change_weights(edited, x)
+    mean_square = 3 * 1.0 / (4 * 4 * 3)  # one cell of three channels changed by one
+    assert float(weight[0, 0, 0, 0]) == pytest.approx(1 / mean_square, rel=1e-4)
+    np.testing.assert_array_equal(weight[0].ravel()[1:], 1.0)  # unchanged cells
+    np.testing.assert_array_equal(weight[1], 1.0)  # a change of everything is not weighted down
+
+
+def test_unknown_distribution_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'logit_normal'"):
+        flow.Times(distribution="logitnormal")

@@ -1,0 +1,131 @@
+"""Rectified flow: the straight path between data and noise, and the loss that learns its velocity.
+
+Time runs from data to noise, t = 0 is data and t = 1 is noise; everything else follows:
+
+    x_t      = (1 - t) x0 + t noise          noise ~ N(0, I)
+    velocity = d x_t / d t = noise - x0
+    loss     = E_{t, noise} || F(x_t, t, condition) - velocity ||^2
+
+(UniVG, arXiv 2503.12652, training objective; rectified flow, arXiv 2209.03003.) Sampling solves
+dx/dt = F from t = 1 down to t = 0 (`univg_jax.sampling`).
+
+Times are drawn logit-normal, t = sigmoid(mean + std z) (SD3, arXiv 2403.03206, section 3.1), or
+uniform, then shifted towards noise: t' = a t / (1 + (a - 1) t). At m pixels, a model whose times
+suited n pixels needs a = sqrt(m / n) (SD3, section 5.3.2).
+
+Time and noise of a row are a function of (key, sample id) alone: they do not depend on the
+row's place in the batch, nor on devices, hosts or workers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from difflib import get_close_matches
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+
+PredictVelocity = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "b h w c"]]
+
+DISTRIBUTIONS = ("logit_normal", "uniform")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Times:
+    """How training times are drawn. `mean` and `std` belong to the logit-normal distribution."""
+
+    distribution: str = "logit_normal"
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.distribution not in DISTRIBUTIONS:
+            hint = get_close_matches(self.distribution, DISTRIBUTIONS, 1, 0) or DISTRIBUTIONS
+            raise ValueError(f"flow.distribution is {self.distribution!r}; did you mean {hint[0]!r}?")
+        if self.shift <= 0 or self.std <= 0:
+            raise ValueError(f"flow.shift and flow.std must be positive, got {self.shift} and {self.std}")
+
+
+def resolution_shift(*, pixels: int, base_pixels: int) -> float:
+    """The shift a = sqrt(pixels / base_pixels) that keeps the signal-to-noise ratio (SD3, 5.3.2)."""
+    return float((pixels / base_pixels) ** 0.5)
+
+
+def shift_times(t: Float[Array, "..."], shift: float) -> Float[Array, "..."]:
+    """t' = a t / (1 + (a - 1) t), which keeps 0 and 1 and moves the rest towards noise for a > 1."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def interpolate(
+    x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], t: Float[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """x_t = (1 - t) x0 + t noise."""
+    t = t[:, None, None, None]
+    return (1 - t) * x0 + t * noise
+
+
+def velocity(x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """d x_t / d t = noise - x0, the same at every t."""
+    return noise - x0
+
+
+def sample_noise(
+    key: PRNGKeyArray, sample_id: UInt32[Array, " b"], shape: tuple[int, int, int]
+) -> Float[Array, "b h w c"]:
+    """Standard normal noise of each row, a function of (key, sample id)."""
+    return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(sample_id)
+
+
+def sample_times(key: PRNGKeyArray, sample_id: UInt32[Array, " b"], times: Times) -> Float[Array, " b"]:
+    """A time in (0, 1) for each row, a function of (key, sample id)."""
+
+    def draw(i: UInt32[Array, ""]) -> Float[Array, ""]:
+        row_key = jax.random.fold_in(key, i)
+        if times.distribution == "uniform":
+            return jax.random.uniform(row_key)
+        return jax.nn.sigmoid(times.mean + times.std * jax.random.normal(row_key))
+
+    return shift_times(jax.vmap(draw)(sample_id), times.shift)
+
+
+def change_weights(x0: Float[Array, "b h w c"], source: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
+    """Weights that make small edits count: 1 where the latents agree, 1 / ||x - x'||^2 where they differ.
+
+    OmniGen (arXiv 2409.11340, section 2.3). The norm is the mean square over the whole latent, so a
+    change of everything (mean square 1 or more for unit-variance latents) is never weighted below 1.
+    """
+    squares = jnp.square(x0 - source)
+    mean_square = jnp.mean(squares, axis=(1, 2, 3), keepdims=True)
+    changed = jnp.max(squares, axis=-1, keepdims=True) > 1e-6  # above the float32 noise of encoding twice
+    return jnp.where(changed, jnp.maximum(1 / jnp.maximum(mean_square, 1e-3), 1.0), 1.0)
+
+
+def loss_at(
+    predict: PredictVelocity,
+    x0: Float[Array, "b h w c"],
+    *,
+    noise: Float[Array, "b h w c"],
+    t: Float[Array, " b"],
+    weight: Float[Array, "b h w 1"] | None = None,
+) -> Float[Array, " b"]:
+    """|| F(x_t, t) - velocity ||^2 of each row: the mean over the latent, in float32."""
+    predicted = predict(interpolate(x0, noise, t), t)
+    error = jnp.square(predicted.astype(jnp.float32) - velocity(x0, noise))
+    return jnp.mean(error if weight is None else weight * error, axis=(1, 2, 3))
+
+
+def loss(
+    predict: PredictVelocity,
+    x0: Float[Array, "b h w c"],
+    *,
+    key: PRNGKeyArray,
+    sample_id: UInt32[Array, " b"],
+    times: Times,
+    weight: Float[Array, "b h w 1"] | None = None,
+) -> Float[Array, " b"]:
+    """The training loss of each row: draw t and noise, interpolate, predict once, compare with the velocity."""
+    time_key, noise_key = jax.random.split(key)
+    t = sample_times(time_key, sample_id, times)
+    noise = sample_noise(noise_key, sample_id, x0.shape[1:])
+    return loss_at(predict, x0, noise=noise, t=t, weight=weight)
