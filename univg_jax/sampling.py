@@ -16,14 +16,18 @@ The last row is v(null, null) + s_I [v(I, null) - v(null, null)] + s_T [v(I, T) 
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
-from univg_jax.flow import shift_times
+from univg_jax.batch import Batch
+from univg_jax.conditioning import Conditioner
+from univg_jax.flow import sample_noise, shift_times
+from univg_jax.models.univg import UniVG
 
 SOLVERS = ("euler", "heun")
 
@@ -99,3 +103,38 @@ def solve(v: Velocity, noise: Float[Array, "b h w c"], sampler: Sampler) -> Floa
 
     x, _ = jax.lax.scan(step, noise, jnp.stack([times[:-1], times[1:]], axis=-1))
     return x
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generator:
+    """Batches in, images out: encode the conditions, solve the guided flow, decode."""
+
+    model: UniVG
+    conditioner: Conditioner
+    sampler: Sampler
+
+    def __call__(
+        self, params: PyTree, frozen: PyTree, passes: Sequence[Batch], *, weights: Sequence[float], seed: int = 0
+    ) -> Float[Array, "b h w 3"]:
+        """Images in [-1, 1] for the rows of `passes[0]`; `passes` are the conditions of the guidance table.
+
+        The noise of a row is a function of (seed, sample id), whatever the batch and the devices.
+        """
+        if len(passes) != len(weights):
+            raise ValueError(f"{len(weights)} guidance weights for {len(passes)} passes")
+        key = jax.random.key(seed)
+        return self._generate(params, frozen, tuple(passes), jnp.asarray(weights, jnp.float32), key)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _generate(
+        self, params: PyTree, frozen: PyTree, passes: tuple[Batch, ...], weights: Float[Array, " p"], key: Array
+    ) -> Float[Array, "b h w 3"]:
+        each = [self.conditioner.conditions(frozen, batch) for batch in passes]
+        stacked = jax.tree.map(lambda *xs: jnp.concatenate(xs), *each)
+        noise = sample_noise(key, passes[0].sample_id, each[0].cond_latents.shape[1:])
+
+        def predict(x: Float[Array, "pb h w c"], t: Float[Array, " pb"]) -> Float[Array, "pb h w c"]:
+            return self.model.apply({"params": params}, x, t, stacked)
+
+        x0 = solve(guided_velocity(predict, weights, self.sampler), noise, self.sampler)
+        return jnp.clip(self.conditioner.decode(frozen, x0), -1.0, 1.0)

@@ -1,0 +1,41 @@
+# Everything runs from .venv, installed from the exact lock. `make quickstart`, `make test`, `make lint`.
+PYTHON ?= python3
+RUN := runs/quickstart
+PRESET := quickstart
+UNIVG := .venv/bin/univg
+CONFIG := experiments/emoji.py
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: install quickstart test lint lock clean
+
+install: .venv/installed
+
+.venv/installed: requirements.lock setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# The commands of a real run, in order. Each continues where it was or says that it is done.
+quickstart: install
+	$(UNIVG) train --config=$(CONFIG):stage=1,preset=$(PRESET) --workdir=$(RUN)/stage1
+	$(UNIVG) train --config=$(CONFIG):stage=2,preset=$(PRESET),init_from=$(RUN)/stage1 --workdir=$(RUN)/stage2
+	$(UNIVG) train --config=$(CONFIG):stage=3,preset=$(PRESET),init_from=$(RUN)/stage2 --workdir=$(RUN)/stage3
+	$(UNIVG) evaluate --checkpoint=$(RUN)/stage3 --benchmark=emoji_scenes --out=$(RUN)/evaluation
+	$(UNIVG) report --stages=$(RUN)/stage1,$(RUN)/stage2,$(RUN)/stage3 --evaluation=$(RUN)/evaluation --out=$(RUN)
+
+test: install
+	.venv/bin/python -m pytest -n auto
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# Resolves the newest versions that setup.cfg allows; review the diff before committing it.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python tools/lock.py > requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv build dist *.egg-info

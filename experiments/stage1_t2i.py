@@ -1,0 +1,30 @@
+"""Stage I: text-to-image from scratch (UniVG, training stages)."""
+
+from ml_collections import ConfigDict
+
+from experiments import base
+
+# Batch 512 for 400K steps are the paper's; learning rate and the rest are base.py's, our choice.
+RESOLUTIONS = (256, 512, 1024)
+
+
+def get_config(*, size: str = "xl", res: int = 256) -> ConfigDict:
+    """size: a named size of the MM-DiT. res: pixels a side; above 256 times shift by the square root of the pixels."""
+    c = base.get_config()
+    c.name = "stage1_t2i"
+    c.model.size = size
+    c.data.resolution = res
+    c.data.face_resolution = min(res, 256)
+    c.data.dir = f"runs/data/emoji_{res}px"
+    c.data.build = dict(resolution=res, num_scenes=10_000, seed=0, nouns=0)
+    c.conditioning.codec.patch = 8
+    c.flow.shift = max(1.0, res / 256)
+    c.sampling.shift = c.flow.shift
+    if size == "tiny":  # the local mode: a CPU, minutes
+        c.data.batch_size = 16
+        c.optim.warmup = 50
+        c.optim.ema = 0.995
+        c.train.steps = 500
+        c.train.log_every = 10
+        c.train.eval_every = c.train.sample_every = c.train.save_every = 250
+    return c

@@ -1,0 +1,28 @@
+"""Stage II: one model for every task but identity, from Stage I's weights (UniVG, training stages)."""
+
+from ml_collections import ConfigDict
+
+from experiments import stage1_t2i
+from experiments.base import task
+
+
+def get_config(*, size: str = "xl", res: int = 256, init_from: str = "runs/stage1") -> ConfigDict:
+    """As Stage I; init_from: Stage I's workdir."""
+    c = stage1_t2i.get_config(size=size, res=res)
+    c.name = "stage2_multitask"
+    c.init_from.path = init_from
+    c.tasks = multitask()
+    return c
+
+
+def multitask(scale: float = 1.0) -> dict[str, ConfigDict]:
+    """The paper's shares. It publishes one for the three auxiliary tasks; their equal split is our choice."""
+    return dict(
+        t2i=task(0.28 * scale, "scenes"),
+        ie=task(0.47 * scale, "edits"),
+        ip=task(0.20 * scale, "scenes"),
+        lg=task(0.02 * scale, "scenes"),
+        depth=task(0.01 * scale, "scenes"),
+        pose=task(0.01 * scale, "puppets"),
+        seg=task(0.01 * scale, "scenes"),
+    )

@@ -1,0 +1,17 @@
+"""Stage III: identity beside all of Stage II, one to one, for a tenth of the steps (UniVG, training stages)."""
+
+from ml_collections import ConfigDict
+
+from experiments import stage2_multitask
+from experiments.base import task
+
+
+def get_config(*, size: str = "xl", res: int = 256, init_from: str = "runs/stage2") -> ConfigDict:
+    """As Stage II; init_from: Stage II's workdir."""
+    c = stage2_multitask.get_config(size=size, res=res, init_from=init_from)
+    c.name = "stage3_identity"
+    c.train.steps = c.train.steps // 10
+    c.tasks = dict(**stage2_multitask.multitask(0.5), id=task(0.5, "persons"))
+    c.conditioning.identity.kind = "lda"
+    c.init_from.new = ("identity_projector/.*",)
+    return c

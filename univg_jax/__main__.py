@@ -1,0 +1,3 @@
+from univg_jax.cli.main import main
+
+raise SystemExit(main())

@@ -1,0 +1,71 @@
+"""`univg <command>`: flags to config to library. Errors are one line, and the exit code is 0 only when it is done."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import logging
+
+COMMANDS = {
+    "train": "run a config in a workdir, or continue it",
+    "sample": "one image from a checkpoint, for any task",
+    "evaluate": "a benchmark's metrics for a checkpoint",
+    "report": "one page about the stages of a run and its evaluation",
+    "data": "build datasets, look at what a config trains on",
+    "checkpoint": "list, verify and copy checkpoints",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    parser = _Parser(prog="univg", description="Train, sample and evaluate UniVG models.")
+    parser.add_argument("--verbose", action="store_true", help="log more, and show tracebacks of errors")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    asked = next((a for a in argv if not a.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        if name == asked:  # the others' modules, with JAX behind them, need not load
+            importlib.import_module(f"univg_jax.cli.{name}").add_arguments(sub)
+    args = parser.parse_args(argv)
+
+    logging.set_verbosity(logging.INFO if args.verbose else logging.WARNING)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print(f"univg {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.verbose or not _is_for_the_user(error):
+            raise
+        print(f"univg {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Errors that our code raised about its input; the rest are bugs and deserve their traceback."""
+    from univg_jax.train import NonFiniteLossError
+
+    if not isinstance(error, ValueError | FileNotFoundError | FileExistsError | NonFiniteLossError):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return raised_in.split(".")[0] in ("univg_jax", "data_pipelines", "experiments", "univg_config")
+
+
+def configure_jax() -> None:
+    """What every command that computes wants of JAX, before its first use."""
+    import jax
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    jax.config.update("jax_threefry_partitionable", True)

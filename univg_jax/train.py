@@ -1,0 +1,377 @@
+"""Training, from mesh to loop, as one narrative.
+
+The trainer gets an iterator of batches and never sees a dataset. All its randomness comes from
+(seed, step, sample id), its whole state is (`TrainState`, the iterator's position), and both are in
+every checkpoint: a run that was killed, or moved to other devices, goes on as if nothing had happened.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from clu import parameter_overview
+from etils import epath
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, PyTree
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from univg_jax import flow, optim, sharding, writers
+from univg_jax.batch import Batch, pytree_dataclass
+from univg_jax.checkpoint import Checkpointer, init_from
+from univg_jax.conditioning import Conditioner
+from univg_jax.models.univg import UniVG
+
+VALIDATION_TIMES = (np.arange(8) + 0.5) / 8
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient became NaN or infinite; no checkpoint holds that state."""
+
+
+class Stream(Protocol):
+    """An endless iterator of host-local batches whose position can be saved."""
+
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@pytree_dataclass
+class TrainState:
+    step: Int32[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    ema: PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """The pure functions of a run: initialisation, one update, one validation pass."""
+
+    config: ConfigDict
+    model: UniVG
+    conditioner: Conditioner
+    task_names: tuple[str, ...]
+
+    @property
+    def times(self) -> flow.Times:
+        c = self.config.flow
+        return flow.Times(distribution=c.distribution, mean=c.mean, std=c.std, shift=c.shift)
+
+    @property
+    def optim(self) -> dict[str, Any]:
+        return dict(self.config.optim, total_steps=self.config.train.steps)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return optim.make_optimizer(self.optim)
+
+    def init(self, key: PRNGKeyArray, frozen: PyTree, batch: Batch) -> TrainState:
+        """Parameters drawn from `key`, an optimizer at rest, an average that starts at the parameters."""
+        x0 = self.conditioner.target_latents(frozen, batch)
+        t = jnp.zeros(batch.size)
+        params = self.model.init(key, x0, t, self.conditioner.conditions(frozen, batch))["params"]
+        ema = jax.tree.map(jnp.copy, params)
+        return TrainState(step=jnp.int32(0), params=params, opt_state=self.optimizer.init(params), ema=ema)
+
+    def row_weights(self, x0: Float[Array, "b h w c"], source: Float[Array, "b h w c"], batch: Batch) -> Any:
+        """Loss weights of changed regions for the tasks that ask for them; None where none does."""
+        tasks = [self.task_names.index(name) for name in self.config.flow.weight_changes]
+        if not tasks:
+            return None
+        chosen = jnp.isin(batch.task, jnp.array(tasks)) & batch.has_source
+        return jnp.where(chosen[:, None, None, None], flow.change_weights(x0, source), 1.0)
+
+    def update(self, state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """One step of gradient descent on the flow's loss, and what it measured."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        x0 = self.conditioner.target_latents(frozen, batch)
+        conditions = self.conditioner.conditions(frozen, batch)
+
+        def objective(params: PyTree, rows: tuple) -> tuple[Float[Array, ""], Float[Array, " b"]]:
+            x0, conditions, batch = rows
+            losses = flow.loss(
+                lambda x_t, t: self.model.apply({"params": params}, x_t, t, conditions),
+                x0,
+                key=key,
+                sample_id=batch.sample_id,
+                times=self.times,
+                weight=self.row_weights(x0, conditions.cond_latents, batch),
+            )
+            losses = losses * batch.valid
+            return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.valid), 1), losses
+
+        gradient = optim.value_and_grad(
+            objective, accumulate=self.config.optim.accumulate, weight=lambda rows: jnp.sum(rows[2].valid)
+        )
+        (loss, losses), grads = gradient(state.params, (x0, conditions, batch))
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        c = self.config.optim
+        ema = optim.update_ema(state.ema, params, decay=c.ema, step=state.step, warmup=c.ema_warmup)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+            **self.per_task(losses, batch.valid, batch.task),
+        }
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+    def validate(self, params: PyTree, frozen: PyTree, batch: Batch) -> dict[str, Array]:
+        """Sums of the loss of each task over eight fixed times, with noise fixed by the sample id."""
+        key = jax.random.key(self.config.seed)
+        x0 = self.conditioner.target_latents(frozen, batch)
+        conditions = self.conditioner.conditions(frozen, batch)
+
+        def at_time(_: None, t: Float[Array, ""]) -> tuple[None, Float[Array, " b"]]:
+            noise = flow.sample_noise(
+                jax.random.fold_in(key, (t * 1000).astype(jnp.int32)), batch.sample_id, x0.shape[1:]
+            )
+            predict = lambda x_t, t: self.model.apply({"params": params}, x_t, t, conditions)  # noqa: E731
+            return None, flow.loss_at(predict, x0, noise=noise, t=jnp.full(batch.size, t))
+
+        _, losses = jax.lax.scan(at_time, None, jnp.asarray(VALIDATION_TIMES, jnp.float32))
+        return self.per_task(jnp.mean(losses, axis=0) * batch.valid, batch.valid, batch.task)
+
+    def per_task(
+        self, losses: Float[Array, " b"], valid: Bool[Array, " b"], task: Int32[Array, " b"]
+    ) -> dict[str, Float[Array, " k"]]:
+        k = len(self.task_names)
+        count = jax.ops.segment_sum(valid.astype(jnp.float32), task, k)
+        return {"loss_sum": jax.ops.segment_sum(losses, task, k), "count": count}
+
+
+def train(
+    config: ConfigDict,
+    *,
+    workdir: epath.PathLike,
+    stream: Stream,
+    model: UniVG,
+    conditioner: Conditioner,
+    frozen: PyTree,
+    task_names: Sequence[str],
+    validation: Mapping[str, Sequence[Batch]],
+    preview: Callable[[PyTree, PyTree, epath.Path], dict[str, np.ndarray]] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> TrainState:
+    """Runs `config` in `workdir` until `config.train.steps`; returns the final state.
+
+    `validation` has batches of each task; `preview(params, frozen, folder)` draws samples of every
+    task and returns grids. Raises `NonFiniteLossError` when the loss or the gradient is not finite.
+    """
+    workdir = epath.Path(workdir)
+    c = config.train
+    is_main = jax.process_index() == 0
+
+    # The mesh, and where every leaf of the state lives on it.
+    mesh = mesh or sharding.make_mesh(**config.mesh)
+    jax.set_mesh(mesh)
+    step_functions = Step(config=config, model=model, conditioner=conditioner, task_names=tuple(task_names))
+    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
+    example = sharding.shard_batch(next(iter(validation.values()))[0], mesh)
+    init_key = jax.random.fold_in(jax.random.key(config.seed), 2**31)  # no step's key
+    abstract = jax.eval_shape(step_functions.init, init_key, frozen, example)
+    shardings = sharding.tree_shardings(abstract, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+    # The state: our own checkpoint, else another run's parameters, else a fresh start.
+    checkpointer = Checkpointer(workdir, keep=c.keep)
+    start = checkpointer.latest_step() or 0
+    if start:
+        state, data_state = checkpointer.restore(abstract)
+        start = int(state.step)
+        stream.set_state(data_state)
+        logging.info("resumed %s at step %d", workdir, start)
+    else:
+        state = jax.jit(step_functions.init, out_shardings=shardings)(init_key, frozen, example)
+        if config.init_from.path:
+            params = init_from(
+                state.params,
+                config.init_from.path,
+                which=config.init_from.which,
+                new=config.init_from.new,
+                dropped=config.init_from.dropped,
+            )
+            state = dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+
+    num_parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
+    if is_main:
+        (workdir / "parameters.txt").write_text(parameter_overview.get_parameter_overview(state.params))
+    writer = writers.create_writer(workdir, resume_step=start, active=is_main)
+    history = History(workdir, task_names)
+
+    batch_spec = sharding.batch_sharding(mesh)
+    update = jax.jit(
+        step_functions.update,
+        in_shardings=(shardings, sharding.tree_shardings(frozen, mesh), batch_spec),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    validate = jax.jit(step_functions.validate)
+    schedule = optim.make_schedule(step_functions.optim)
+
+    def save(step: int) -> None:
+        checkpointer.save(step, state, data_state=stream.get_state(), config=config.to_dict())
+
+    # The loop. The order is fixed: evaluate, save, next batch, step. So what is saved at step n is the
+    # state after n updates together with the position after n batches, and a resumed run, which starts
+    # at the top, sees exactly what the uninterrupted one saw.
+    pending: tuple[int, dict[str, Array]] | None = None  # metrics that the device may still be computing
+
+    def settle() -> None:
+        nonlocal pending
+        if pending is not None:
+            history.add(*pending)
+            pending = None
+
+    def due(step: int, every: int) -> bool:
+        return step > start and (step == c.steps or step % every == 0)
+
+    bar = tqdm(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main, mininterval=0.5)
+    for step in range(start, c.steps + 1):
+        record = due(step, c.log_every) or due(step, c.save_every)
+        if record:
+            settle()
+            scalars = history.scalars(step) | {"lr": float(schedule(step - 1))}
+            writer.write_scalars(step, scalars)
+            writer.flush()
+            bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
+        if due(step, c.eval_every):
+            with history.paused("eval"):
+                writer.write_scalars(step, evaluate(validate, state.ema, frozen, validation, mesh))
+        if preview is not None and due(step, c.sample_every):
+            with history.paused("sample"):
+                writer.write_images(step, preview(state.ema, frozen, workdir / "samples" / f"{step:07d}"))
+        if due(step, c.save_every):
+            with history.paused("save"):
+                save(step)
+        if step == c.steps:
+            break
+        with history.paused("data"):
+            batch = sharding.shard_batch(next(stream), mesh)
+        with jax.transfer_guard("disallow"):
+            state, metrics = update(state, frozen, batch)
+        settle()  # step n - 1, now that step n is on its way
+        pending = (step + 1, metrics)
+        bar.update()
+    bar.close()
+
+    checkpointer.close()
+    writer.close()
+    if is_main:
+        weights = {name: float(t.weight) for name, t in config.tasks.items()}
+        summary = summarize(workdir, config, task_names, weights=weights, num_parameters=num_parameters)
+        (workdir / "summary.json").write_text(json.dumps(summary, indent=1))
+    return state
+
+
+class History:
+    """What happened since the last written row: mean losses, shares of the tasks, and where the time went."""
+
+    def __init__(self, workdir: epath.Path, task_names: Sequence[str]) -> None:
+        self.task_names = task_names
+        rows = writers.read_metrics(workdir / "metrics.jsonl")
+        self.seconds_before = rows[-1].get("time", 0.0) if rows else 0.0
+        self.begin = time.monotonic()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.steps: list[dict[str, np.ndarray]] = []
+        self.since = time.monotonic()
+        self.spent: dict[str, float] = {}
+
+    def paused(self, name: str) -> "_Span":
+        return _Span(self.spent, name)
+
+    def add(self, step: int, metrics: Mapping[str, Array]) -> None:
+        """Fetches one step's metrics; raises `NonFiniteLossError` for a loss or gradient that is not finite."""
+        values = jax.device_get(dict(metrics))
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(values[name]):
+                bad = [t for t, x in zip(self.task_names, values["loss_sum"], strict=True) if not np.isfinite(x)]
+                where = f" (tasks {', '.join(bad)})" if bad else ""
+                raise NonFiniteLossError(f"{name} is {values[name]} at step {step}{where}; that state was not saved")
+        self.steps.append(values)
+
+    def scalars(self, step: int) -> dict[str, float]:
+        """The row of the steps added since the last call."""
+        if not self.steps:
+            raise ValueError(f"no metrics since the last row, at step {step}")
+        total = {k: np.sum([m[k] for m in self.steps], axis=0, dtype=np.float64) for k in self.steps[0]}
+        n, now = len(self.steps), time.monotonic()
+        elapsed = now - self.since
+        stepping = elapsed - sum(self.spent.get(k, 0.0) for k in ("eval", "sample", "save"))
+        row = {k: float(total[k] / n) for k in ("loss", "grad_norm", "param_norm")}
+        for name, loss, count in zip(self.task_names, total["loss_sum"], total["count"], strict=True):
+            if count:
+                row[f"loss/{name}"] = float(loss / count)
+                row[f"count/{name}"] = float(count)
+                row[f"share/{name}"] = float(count / total["count"].sum())
+        row |= {f"seconds/{k}": v for k, v in self.spent.items()}
+        row |= {
+            "steps_per_second": n / stepping,
+            "images_per_second": float(total["count"].sum()) / stepping,
+            "time": self.seconds_before + now - self.begin,
+        }
+        self._clear()
+        return row
+
+
+class _Span:
+    def __init__(self, spent: dict[str, float], name: str) -> None:
+        self.spent, self.name = spent, name
+
+    def __enter__(self) -> None:
+        self.begin = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self.spent[self.name] = self.spent.get(self.name, 0.0) + time.monotonic() - self.begin
+
+
+def evaluate(
+    validate: Callable[[PyTree, PyTree, Batch], dict[str, Array]],
+    params: PyTree,
+    frozen: PyTree,
+    validation: Mapping[str, Sequence[Batch]],
+    mesh: jax.sharding.Mesh,
+) -> dict[str, float]:
+    """Validation loss of each task: the same rows, times and noise every time."""
+    scalars = {}
+    for name, batches in validation.items():
+        sums = [jax.device_get(validate(params, frozen, sharding.shard_batch(b, mesh))) for b in batches]
+        scalars[f"val/loss/{name}"] = float(
+            sum(s["loss_sum"].sum() for s in sums) / sum(s["count"].sum() for s in sums)
+        )
+    return scalars
+
+
+def summarize(
+    workdir: epath.Path,
+    config: ConfigDict,
+    task_names: Sequence[str],
+    *,
+    weights: Mapping[str, float],
+    num_parameters: int,
+) -> dict[str, Any]:
+    """The run in a few numbers, from its `metrics.jsonl`."""
+    rows = [r for r in writers.read_metrics(workdir / "metrics.jsonl") if "loss" in r]
+    counts = {name: sum(r.get(f"count/{name}", 0.0) for r in rows) for name in task_names}
+    total = sum(counts.values())
+    return {
+        "stage": config.name,
+        "steps": rows[-1]["step"],
+        "seconds": rows[-1]["time"],
+        "first_loss": rows[0]["loss"],
+        "last_loss": rows[-1]["loss"],
+        "shares": {name: n / total for name, n in counts.items() if n},
+        "weights": {name: w / sum(weights.values()) for name, w in weights.items()},
+        "parameters": num_parameters,
+        "config": config.to_dict(),
+    }
