@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     c.conditioning = dict(
         text="minilm",
         codec=dict(kind="linear", patch=4, channels=16, whiten=0.5),
-        identity=dict(kind="none", dim=64),
+        identity=None,
     )
 
     # The model: a named size and any fields of `univg_jax.models.mmdit.MMDiT` that differ from it.

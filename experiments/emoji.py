@@ -48,7 +48,7 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
         c.tasks = tasks()
     if stage == 3:
         c.tasks = dict(**tasks(0.5), id=task(0.5, "persons"))
-        c.conditioning.identity.kind = "lda"
+        c.conditioning.identity = dict(kind="lda", dim=64)
         c.init_from.new = ("identity_projector/.*",)
     c.init_from.path = init_from
     return c

@@ -12,6 +12,6 @@ def get_config(*, size: str = "xl", res: int = 256, init_from: str = "runs/stage
     c.name = "stage3_identity"
     c.train.steps = c.train.steps // 10
     c.tasks = dict(**stage2_multitask.multitask(0.5), id=task(0.5, "persons"))
-    c.conditioning.identity.kind = "lda"
+    c.conditioning.identity = dict(kind="lda", dim=64)
     c.init_from.new = ("identity_projector/.*",)
     return c

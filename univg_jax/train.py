@@ -192,12 +192,14 @@ def train(
     else:
         state = jax.jit(step_functions.init, out_shardings=shardings)(init_key, frozen, example)
         if config.init_from.path:
+            source = config.init_from
             params = init_from(
-                state.params,
-                config.init_from.path,
-                which=config.init_from.which,
-                new=config.init_from.new,
-                dropped=config.init_from.dropped,
+                abstract.params,
+                source.path,
+                which=source.which,
+                new=source.new,
+                dropped=source.dropped,
+                init_params=state.params,
             )
             state = dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
@@ -218,7 +220,7 @@ def train(
     schedule = optim.make_schedule(step_functions.optim)
 
     def save(step: int) -> None:
-        checkpointer.save(step, state, data_state=stream.get_state(), config=config.to_dict())
+        checkpointer.save(step, state, stream.get_state(), config)
 
     # The loop. The order is fixed: evaluate, save, next batch, step. So what is saved at step n is the
     # state after n updates together with the position after n batches, and a resumed run, which starts

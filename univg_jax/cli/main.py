@@ -29,12 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="log more, and show tracebacks of errors")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     argv = list(sys.argv[1:] if argv is None else argv)
+    overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
+    argv = [a for a in argv if not a.startswith("--config.")]
     asked = next((a for a in argv if not a.startswith("-")), None)
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
         if name == asked:  # the others' modules, with JAX behind them, need not load
             importlib.import_module(f"univg_jax.cli.{name}").add_arguments(sub)
     args = parser.parse_args(argv)
+    if overrides and not hasattr(args, "config"):
+        parser.error(f"--config.{overrides[0]}: {args.command} takes no config")
+    args.overrides = overrides
 
     logging.set_verbosity(logging.INFO if args.verbose else logging.WARNING)
     try:

@@ -1,0 +1,186 @@
+"""From a config, or from the folder of a run, to the parts that the library's functions take."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+import data_pipelines.emoji_scenes as emoji_scenes
+from data_pipelines import mixture
+from data_pipelines.tasks import TASKS
+from data_pipelines.tokenizer import Tokenizer, load_tokenizer
+from univg_jax import checkpoint, conditioning, sharding
+from univg_jax.batch import Batch, fake_batch
+from univg_jax.conditioning import Conditioner
+from univg_jax.interop.folders import pretrained_folder
+from univg_jax.models.mmdit import make_mmdit
+from univg_jax.models.univg import UniVG
+from univg_jax.sampling import Generator, Sampler, guidance_weights
+
+# What each guided pass goes without, in the order of `univg_jax.sampling`'s table.
+DROPS = ("none", "text", "both")
+
+FIT_IMAGES = 1024  # that a linear codec is fitted on
+EMBEDDED = {"emoji_scenes": emoji_scenes}
+
+
+def check_config(config: ConfigDict) -> None:
+    """Everything that can be wrong in a config and needs no data: before anything is built or claimed."""
+    if config.data.dataset not in EMBEDDED and not epath.Path(config.data.dir).exists():
+        raise FileNotFoundError(f"data.dir={config.data.dir!r} does not exist")
+    mixture.check_weights(config.tasks)
+    sampler(config)
+    for task in config.sampling.guidance:
+        guidance(config, task)
+    make_mmdit(config.model.size, **config.model.overrides)
+    for task in config.flow.weight_changes:
+        if task not in TASKS:
+            raise ValueError(f"flow.weight_changes names {task!r}, which is no task")
+
+
+def prepare_data(config: ConfigDict) -> None:
+    """Builds the dataset if it is an embedded one and not there yet."""
+    if config.data.dataset in EMBEDDED and jax.process_index() == 0:
+        EMBEDDED[config.data.dataset].build(config.data.dir, **build_arguments(config))
+
+
+def build_arguments(config: ConfigDict) -> dict[str, Any]:
+    arguments = dict(config.data.build)
+    return arguments | {"nouns": arguments["nouns"] or None}  # 0: the whole whitelist
+
+
+def tokenizer(config: ConfigDict) -> Tokenizer:
+    return load_tokenizer(pretrained_folder(config.conditioning.text))
+
+
+def encoders(config: ConfigDict, workdir: epath.PathLike) -> tuple[Conditioner, Any]:
+    """The frozen encoders of a run: its own, its parent's, or fitted on its training data."""
+
+    def images() -> np.ndarray:
+        name = next(iter(config.tasks.values())).sources[0]
+        source = mixture.open_source(name, "train", data_dir=config.data.dir)
+        indices = np.linspace(0, len(source) - 1, min(FIT_IMAGES, len(source))).astype(int)
+        return np.stack([source.read(int(i), ("image",))["image"] for i in indices])
+
+    def portraits() -> tuple[np.ndarray, np.ndarray]:
+        source = mixture.open_source(config.tasks.id.sources[0], "train", data_dir=config.data.dir)
+        read = [source.read(i, ("image", "person")) for i in range(len(source))]
+        return np.stack([r["image"] for r in read]), np.array([r["person"] for r in read])
+
+    return conditioning.prepare(
+        config.conditioning,
+        workdir=workdir,
+        init_from=config.init_from.path or None,
+        images=images,
+        portraits=portraits,
+    )
+
+
+def make_model(config: ConfigDict, conditioner: Conditioner) -> UniVG:
+    backbone = make_mmdit(
+        config.model.size,
+        in_channels=2 * conditioner.latent_channels + 1,
+        out_channels=conditioner.latent_channels,
+        text_dim=conditioner.text_dim,
+        pooled_dim=conditioner.pooled_dim,
+        **config.model.overrides,
+    )
+    return UniVG(backbone=backbone, face_dim=conditioner.face_dim)
+
+
+def sampler(config: ConfigDict) -> Sampler:
+    c = config.sampling
+    return Sampler(
+        solver=c.solver, steps=c.steps, shift=c.shift, rescale=c.rescale, interval=(c.interval[0], c.interval[1])
+    )
+
+
+def guidance(config: ConfigDict, task: str) -> tuple[float, ...]:
+    """The weights of a task's passes; one pass for a task without guidance."""
+    return guidance_weights(**config.sampling.guidance.get(task, {}))
+
+
+def guided_passes(batch: Batch, config: ConfigDict, task: str, tokenizer: Tokenizer) -> list[Batch]:
+    """The conditions of a task's guided passes: `batch` itself, then what each pass goes without."""
+    count = len(guidance(config, task))
+    return [mixture.drop_conditions(batch, drop, tokenizer=tokenizer) for drop in DROPS[:count]]
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> 0..255."""
+    return np.rint((np.asarray(images) + 1) * 127.5).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A trained model, ready to generate."""
+
+    path: str
+    step: int
+    config: ConfigDict
+    params: Any
+    frozen: Any
+    generator: Generator
+    tokenizer: Tokenizer
+
+    def generate(self, batch: Batch, task: str, *, seed: int = 0) -> np.ndarray:
+        """Images [b h w 3] in 0..255 for this process's rows of a batch of one task."""
+        mesh = jax.sharding.get_mesh()
+        passes = guided_passes(batch, self.config, task, self.tokenizer)
+        sharded = [sharding.shard_batch(p, mesh) for p in passes]
+        weights = guidance(self.config, task)
+        images = self.generator(self.params, self.frozen, sharded, weights=weights, seed=seed)
+        return to_uint8(sharding.local_rows(images))
+
+    def initial_params(self, *, seed: int) -> Any:
+        """The parameters of the same model before any training."""
+        c, model, conditioner = self.config.data, self.generator.model, self.generator.conditioner
+        batch = fake_batch(
+            batch_size=1, resolution=c.resolution, num_tokens=c.num_tokens, face_resolution=c.face_resolution
+        )
+
+        def init(frozen: Any) -> Any:
+            x0, conditions = conditioner.target_latents(frozen, batch), conditioner.conditions(frozen, batch)
+            return model.init(jax.random.key(seed), x0, jnp.zeros(1), conditions)["params"]
+
+        return jax.jit(init)(self.frozen)
+
+    @property
+    def rows(self) -> int:
+        """The smallest batch that divides over the devices."""
+        return jax.device_count()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(name for name in TASKS if name in self.config.tasks and self.config.tasks[name].weight > 0)
+
+
+def load_run(path: str, *, which: str = "ema", overrides: dict[str, Any] | None = None) -> Run:
+    """The run in a workdir, or at one of its checkpoints; `overrides` are of its `sampling` config.
+
+    Raises FileNotFoundError if there is no checkpoint, ValueError if what is there does not fit together.
+    """
+    config = ConfigDict(checkpoint.load_config(path))
+    for name, value in (overrides or {}).items():
+        if value is not None:
+            config.sampling[name] = value
+    workdir = checkpoint.workdir_of(path)
+    conditioner, frozen = conditioning.load(workdir)
+    model = make_model(config, conditioner)
+    mesh = sharding.make_mesh(data=-1)
+    jax.set_mesh(mesh)
+    params = checkpoint.load_params(path, which=which, shardings=sharding.replicated(mesh))
+    frozen = jax.device_put(frozen, sharding.replicated(mesh))
+    return Run(
+        path=str(path),
+        step=checkpoint.step_of(path),
+        config=config,
+        params=params,
+        frozen=frozen,
+        generator=Generator(model=model, conditioner=conditioner, sampler=sampler(config)),
+        tokenizer=tokenizer(config),
+    )
