@@ -1,0 +1,389 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from univg_jax import checkpoint, optim, sharding
+from univg_jax.batch import pytree_dataclass
+
+
+@pytree_dataclass
+class State:
+    """The shape of a trainer's state."""
+
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+    ema: dict
+
+
+OPTIMIZER = optim.make_optimizer(dict(name="muon", mu_dtype="bfloat16", freeze=("frozen",)))
+
+
+def init(key):
+    k = jax.random.split(key, 3)
+    params = {
+        "blocks": {"q": {"kernel": jax.random.normal(k[0], (2, 16, 32)), "bias": jnp.zeros((2, 32))}},
+        "frozen": {"kernel": jax.random.normal(k[1], (8, 16))},
+    }
+    ema = jax.tree.map(lambda p: p + 1, params)
+    return State(step=jnp.int32(0), params=params, opt_state=OPTIMIZER.init(params), ema=ema)
+
+
+@jax.jit
+def advance(state):
+    grads = jax.tree.map(jnp.sin, state.params)
+    updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
+    return State(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        ema=jax.tree.map(lambda e: e * 0.9, state.ema),
+    )
+
+
+def layout(**mesh):
+    """The abstract state on a mesh, by the library's rules: kernels are split, the rest is whole."""
+    number = int(np.prod(list(mesh.values())))
+    mesh = sharding.make_mesh(**mesh, devices=jax.devices()[:number])
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    return sharding.with_shardings(abstract, sharding.tree_shardings(abstract, mesh))
+
+
+def make_state(seed=0, **mesh):
+    out = jax.tree.map(lambda x: x.sharding, layout(**mesh or dict(data=1)))
+    return advance(jax.jit(init, out_shardings=out)(jax.random.key(seed)))
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def save(workdir, *steps, state=None, **options):
+    with checkpoint.Checkpointer(workdir, **options) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, state or make_state(step), {"global_next_index": 10 * step}, {"seed": 1})
+
+
+def restore(workdir, step=None, **mesh):
+    with checkpoint.Checkpointer(workdir) as checkpointer:
+        return checkpointer.restore(layout(**mesh or dict(data=1)), step)
+
+
+def payload(workdir, step):
+    """The largest file of a step: its arrays."""
+    files = [p for p in (workdir / "checkpoints" / str(step)).rglob("*") if p.is_file()]
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+def flip_a_bit(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("mesh", [dict(data=1), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)])
+def test_saved_on_eight_devices_restores_bitwise_on_any_mesh(tmp_path, mesh):
+    state = make_state(data=1, fsdp=8)
+    assert len(state.params["frozen"]["kernel"].sharding.device_set) == 8
+    save(tmp_path, 2, state=state)
+    restored = restore(tmp_path, **mesh)
+    assert_equal(restored.state, state)
+    assert restored.data_state == {"global_next_index": 20}
+    placed = jax.tree.map(lambda x, want: x.sharding == want.sharding, restored.state, layout(**mesh))
+    assert all(jax.tree.leaves(placed))
+    assert_equal(advance(restored.state).step, advance(state).step)
+
+
+def test_donated_buffers_are_safe_while_the_save_goes_on(tmp_path):
+    state = make_state(fsdp=8, data=1)
+    expected = jax.device_get(state)
+    expected = jax.tree.map(np.array, expected)  # a copy: on CPU device_get may alias
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 7, tree), donate_argnums=0)
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, {}, {})
+        jax.block_until_ready(overwrite(state))
+    assert_equal(jax.device_get(restore(tmp_path).state), expected)
+
+
+def test_a_non_finite_state_is_never_saved(tmp_path):
+    state = make_state()
+    state.ema["frozen"]["kernel"] = state.ema["frozen"]["kernel"].at[0, 0].set(jnp.nan)
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(ValueError, match=r"step 3 is not finite.*ema/frozen/kernel"):
+            checkpointer.save(3, state, {}, {})
+        assert checkpointer.latest_step() is None
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "checksums", "json"])
+def test_a_damaged_step_is_found_and_the_one_before_restored(tmp_path, damage):
+    save(tmp_path, 2, 4)
+    step_dir = tmp_path / "checkpoints" / "4"
+    if damage == "flip":
+        flip_a_bit(payload(tmp_path, 4))
+    elif damage == "truncate":
+        os.truncate(payload(tmp_path, 4), 100)
+    elif damage == "remove":
+        payload(tmp_path, 4).unlink()
+    elif damage == "checksums":
+        (step_dir / "checksums.json").write_text("{")
+    else:
+        (step_dir / "state" / "_METADATA").write_text("{")
+    assert [bool(report.problems) for report in checkpoint.verify(tmp_path)] == [False, True]
+    with pytest.raises(ValueError, match="step 4 is damaged"):
+        restore(tmp_path, 4)
+    assert checkpoint.load_config(tmp_path) == {"seed": 1}
+    assert_equal(checkpoint.load_params(tmp_path, which="params"), make_state(2).params)
+    restored = restore(tmp_path)
+    assert_equal(restored.state, make_state(2))
+    assert restored.data_state == {"global_next_index": 20}
+    # The run goes on from 2, reaches 4 again and can save it.
+    save(tmp_path, 4)
+    assert_equal(restore(tmp_path).state, make_state(4))
+    assert (tmp_path / "checkpoints" / "4.damaged").exists()
+
+
+def test_nothing_sound_is_an_error(tmp_path):
+    save(tmp_path, 2)
+    flip_a_bit(payload(tmp_path, 2))
+    with pytest.raises(ValueError, match="no sound checkpoint"):
+        restore(tmp_path)
+
+
+KILLED = """
+import os, sys, signal, jax, jax.numpy as jnp
+from univg_jax import checkpoint
+state = {"params": {"a": jnp.arange(1000.0)}}
+with checkpoint.Checkpointer(sys.argv[1]) as c:
+    c.save(1, state, {"n": 1}, {})
+    c.wait()
+    c._write_checksums = None
+    c._manager._checkpointer._post_finalization_callback = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    c.save(2, state, {"n": 2}, {})
+"""
+
+
+def test_killed_in_mid_save_leaves_the_step_before(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr.decode()
+    assert (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").exists()
+    assert checkpoint.list_steps(tmp_path) == (1,)
+    abstract = {"params": {"a": jax.ShapeDtypeStruct((1000,), jnp.float32)}}
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        state, data_state = checkpointer.restore(abstract)
+        assert data_state == {"n": 1}
+        checkpointer.save(2, state, {"n": 2}, {})
+    assert checkpoint.list_steps(tmp_path) == (1, 2)
+    assert not (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").exists()
+    assert not any(report.problems for report in checkpoint.verify(tmp_path))
+
+
+def test_a_failed_write_fails_the_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "_sum", full)
+    checkpointer = checkpoint.Checkpointer(tmp_path)
+    checkpointer.save(1, make_state(), {}, {})
+    with pytest.raises(OSError, match="disk full"):
+        checkpointer.save(2, make_state(), {}, {})
+    assert checkpoint.list_steps(tmp_path) == ()
+
+
+def test_retention_and_regular_steps(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, 5, state=make_state(), keep=2, keep_every=2)
+    assert checkpoint.list_steps(tmp_path) == (2, 4, 5)
+    with checkpoint.Checkpointer(tmp_path, save_every=10) as checkpointer:
+        assert [s for s in range(31) if checkpointer.should_save(s)] == [10, 20, 30]
+        assert checkpointer.latest_step() == 5
+        checkpointer.save(5, make_state(9), {}, {})  # saved already: left as it is
+    assert_equal(restore(tmp_path, 5).state, make_state())
+
+
+def test_another_model_does_not_restore(tmp_path):
+    save(tmp_path, 1)
+    abstract = layout(data=1)
+    abstract.params["blocks"]["q"]["kernel"] = jax.ShapeDtypeStruct((3, 16, 32), jnp.float32)
+    abstract.params["new"] = jax.ShapeDtypeStruct((1,), jnp.float32)
+    del abstract.params["frozen"]
+    with pytest.raises(ValueError, match="does not fit") as error, checkpoint.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.restore(abstract)
+    assert "params/blocks/q/kernel is float32[2,16,32], the model's float32[3,16,32]" in str(error.value)
+    assert "params/new float32[1] is missing" in str(error.value)
+    assert "params/frozen/kernel float32[8,16] is extra" in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["ema", "params"])
+def test_parameters_alone(tmp_path, which):
+    save(tmp_path, 2, 4)
+    expected = getattr(make_state(4), which)
+    assert_equal(checkpoint.load_params(tmp_path, which=which), expected)
+    assert_equal(checkpoint.load_params(tmp_path / "checkpoints" / "2", which=which), getattr(make_state(2), which))
+    abstract = getattr(layout(data=1, fsdp=8), which)
+    split = checkpoint.load_params(tmp_path, which=which, abstract=abstract)
+    assert_equal(split, expected)
+    assert split["frozen"]["kernel"].sharding == abstract["frozen"]["kernel"].sharding
+    whole = checkpoint.load_params(tmp_path, which=which, shardings=sharding.replicated(sharding.make_mesh()))
+    assert len(whole["frozen"]["kernel"].sharding.device_set) == 8
+
+
+def test_load_says_what_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*/nowhere: it does not exist"):
+        checkpoint.load_params(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="it has no steps"):
+        checkpoint.load_params(tmp_path)
+    with pytest.raises(FileNotFoundError, match="it has no steps"):
+        restore(tmp_path)
+    save(tmp_path, 2, 4)
+    with pytest.raises(FileNotFoundError, match=r"no step 7 in .*: steps are 2, 4"):
+        checkpoint.load_config(tmp_path / "checkpoints" / "7")
+    with pytest.raises(FileNotFoundError, match="no step 7"):
+        restore(tmp_path, 7)
+    assert (checkpoint.latest_step(tmp_path / "nowhere"), checkpoint.latest_step(tmp_path)) == (None, 4)
+    for path, step in ((tmp_path, 4), (tmp_path / "checkpoints", 4), (tmp_path / "checkpoints" / "2", 2)):
+        assert checkpoint.workdir_of(path) == tmp_path
+        assert checkpoint.step_of(path) == step
+    with pytest.raises(ValueError, match="has no 'emma'; it has ema, opt_state, params, step"):
+        checkpoint.load_params(tmp_path, which="emma")
+
+
+def model(**leaves):
+    return {name: jnp.full(shape, 5.0) for name, shape in leaves.items()}
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """A finished stage whose EMA has a trunk (2, 3) and a head (4)."""
+    params = {"trunk": jnp.ones((2, 3)), "head": jnp.ones(4)}
+    save(tmp_path, 1, state={"params": params, "ema": jax.tree.map(lambda x: x * 2, params)})
+    return tmp_path
+
+
+def test_hand_off_reads_all_but_the_declared(stage):
+    params = checkpoint.init_from(model(trunk=(2, 3), projector=(7,)), stage, new=("^projector",), dropped=("^head",))
+    assert_equal(params, {"trunk": jnp.full((2, 3), 2.0), "projector": jnp.full(7, 5.0)})
+    params = checkpoint.init_from(model(trunk=(2, 3), head=(4,)), stage, which="params")
+    assert_equal(params, {"trunk": jnp.ones((2, 3)), "head": jnp.ones(4)})
+
+
+def test_declared_as_new_but_saved_is_read(stage):
+    params = checkpoint.init_from(model(trunk=(2, 3), head=(4,)), stage, new=("head",))
+    assert_equal(params["head"], jnp.full(4, 2.0))
+
+
+def test_a_leaf_of_another_shape_is_replaced_only_if_dropped_and_new(stage):
+    wider = model(trunk=(2, 3), head=(9,))
+    with pytest.raises(ValueError, match=r"head is float32\[4\], the model's float32\[9\]"):
+        checkpoint.init_from(wider, stage, new=("head",))
+    assert_equal(checkpoint.init_from(wider, stage, new=("head",), dropped=("head",))["head"], wider["head"])
+
+
+def test_hand_off_refuses_the_undeclared(stage):
+    with pytest.raises(ValueError, match=r"projector float32\[7\] is missing; head float32\[4\] is extra"):
+        checkpoint.init_from(model(trunk=(2, 3), projector=(7,)), stage)
+
+
+def test_hand_off_onto_a_mesh(stage):
+    whole = sharding.replicated(sharding.make_mesh())
+    params = checkpoint.init_from(jax.device_put(model(trunk=(2, 3), head=(4,)), whole), stage)
+    assert params["trunk"].sharding == whole
+
+
+def test_workdir_belongs_to_one_config(tmp_path):
+    config = ConfigDict(
+        dict(seed=1, train=dict(steps=10), optim=dict(lr=0.1, freeze=()), tasks=dict(t2i=dict(sources=("a",))))
+    )
+    checkpoint.claim_workdir(tmp_path / "run", config)
+    checkpoint.claim_workdir(tmp_path / "run", config)
+    config.train.steps = 20  # a longer run is the same run
+    checkpoint.claim_workdir(tmp_path / "run", config)
+    before = (tmp_path / "run" / "config.json").read_text()
+    assert json.loads(before)["train"]["steps"] == 20
+    config.optim.lr = 0.2
+    del config.seed
+    with pytest.raises(ValueError, match=r"optim\.lr is 0\.2, there 0\.1; seed is 'absent', there 1$"):
+        checkpoint.claim_workdir(tmp_path / "run", config)
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_workdir_without_a_readable_config_is_not_claimed(tmp_path):
+    save(tmp_path, 1, state={"params": {"a": jnp.ones(2)}})
+    with pytest.raises(ValueError, match=r"has checkpoints but no config\.json"):
+        checkpoint.claim_workdir(tmp_path, {"seed": 1})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        checkpoint.claim_workdir(tmp_path, {"seed": 1})
+
+
+def test_copy(tmp_path):
+    save(tmp_path / "a", 2, 4)
+    assert checkpoint.copy(tmp_path / "a", 2, tmp_path / "b") == 2
+    assert checkpoint.copy(tmp_path / "a", None, tmp_path / "b") == 4
+    assert checkpoint.list_steps(tmp_path / "b") == (2, 4)
+    assert_equal(restore(tmp_path / "b").state, make_state(4))
+    checkpoint.claim_workdir(tmp_path / "b", {"seed": 1})
+    with pytest.raises(ValueError, match="exists, nothing copied"):
+        checkpoint.copy(tmp_path / "a", 4, tmp_path / "b")
+    flip_a_bit(payload(tmp_path / "a", 4))
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.copy(tmp_path / "a", 4, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+PROCESS = """
+import os, sys
+os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+import jax, jax.numpy as jnp, numpy as np
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from univg_jax import checkpoint, sharding
+abstract = {"params": {"a": jax.ShapeDtypeStruct((1024, 512), jnp.float32)}}
+abstract = sharding.with_shardings(
+    abstract, sharding.tree_shardings(abstract, sharding.make_mesh(data=1, fsdp=8))
+)
+make = jax.jit(
+    lambda seed: {"params": {"a": jax.random.normal(jax.random.key(seed), (1024, 512))}},
+    out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+)
+checkpoint.claim_workdir(sys.argv[3], {"seed": 1})
+with checkpoint.Checkpointer(sys.argv[3]) as checkpointer:
+    for step in (1, 2):
+        checkpointer.save(step, make(step), {"n": step}, {"seed": 1})
+    checkpointer.wait()
+    if jax.process_index() == 0:
+        folder = checkpointer.directory / "2" / "state" / "ocdbt.process_1" / "d"
+        file = max(folder.iterdir(), key=lambda f: f.stat().length)
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    jax.experimental.multihost_utils.sync_global_devices("damaged")
+    state, data_state = checkpointer.restore(abstract)
+    assert data_state == {"n": 1}
+    for ours, theirs in zip(*(x["params"]["a"].addressable_shards for x in (state, make(1)))):
+        np.testing.assert_array_equal(ours.data, theirs.data)
+    checkpointer.save(2, make(2), {"n": 2}, {"seed": 1})
+assert not any(report.problems for report in checkpoint.verify(sys.argv[3]))
+"""
+
+
+def test_two_processes_agree_on_what_is_damaged_and_one_reads_what_they_wrote(tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i), str(tmp_path)], stderr=subprocess.PIPE)
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    expected = jax.random.normal(jax.random.key(2), (1024, 512))
+    # Eight shards of the random numbers were made by another program: equal up to its rounding.
+    np.testing.assert_allclose(checkpoint.load_params(tmp_path, which="params")["a"], expected, rtol=1e-6, atol=1e-6)

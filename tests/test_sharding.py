@@ -1,0 +1,141 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from univg_jax import sharding
+from univg_jax.batch import fake_batch
+from univg_jax.models.mmdit import make_mmdit
+
+
+def shapes(size="tiny", **overrides):
+    model = make_mmdit(size, **overrides)
+    blank = jax.ShapeDtypeStruct
+    return jax.eval_shape(
+        model.init,
+        jax.random.key(0),
+        blank((1, 8, 8, model.in_channels), jnp.float32),
+        blank((1, 4, model.text_dim), jnp.float32),
+        blank((1, model.pooled_dim), jnp.float32),
+        blank((1,), jnp.float32),
+    )["params"]
+
+
+def specs(tree, mesh):
+    return {
+        sharding.path_name(path): s.spec
+        for path, s in jax.tree_util.tree_leaves_with_path(sharding.tree_shardings(tree, mesh))
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        (dict(), (8, 1, 1)),
+        (dict(data=1, fsdp=-1), (1, 8, 1)),
+        (dict(data=2, fsdp=2, tensor=2), (2, 2, 2)),
+        (dict(fsdp=4), (2, 4, 1)),
+    ],
+)
+def test_mesh_takes_all_devices(sizes, expected):
+    mesh = sharding.make_mesh(**sizes)
+    assert tuple(mesh.shape.values()) == expected
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=3), dict(data=2), dict(data=-1, fsdp=-1), dict(data=0), dict(tensor=16)])
+def test_impossible_mesh_is_one_line(sizes):
+    with pytest.raises(ValueError, match=r"^mesh data=[^\n]*$"):
+        sharding.make_mesh(**sizes)
+
+
+def test_mesh_on_some_devices():
+    assert sharding.make_mesh(devices=jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize("overrides", [dict(), dict(shared_adaln=True, sandwich_norm=True, position="rope")])
+def test_every_rule_is_used_and_every_large_leaf_is_split(overrides):
+    tree = shapes("xl", **overrides)
+    mesh = jax.sharding.AbstractMesh((1, 64, 1), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    assert sharding.unused_rules(tree) == ()
+    for leaf in sharding.leaf_specs(tree, sharding.tree_shardings(tree, mesh), larger_than=2**22):
+        assert "fsdp" in leaf.spec, leaf
+        if leaf.path.startswith("blocks/"):
+            assert leaf.spec[0] is None, leaf  # the scanned layer axis stays whole
+
+
+def test_misspelt_and_shadowed_rules_are_reported():
+    rules = ((r"kernel$", P()), (r"attn_out/kernel$", P()), (r"no_such", P()))
+    assert sharding.unused_rules(shapes(), rules=rules) == (r"attn_out/kernel$", "no_such")
+
+
+def test_tensor_parallel_pairs():
+    found = specs(shapes("b"), sharding.make_mesh(data=1, fsdp=4, tensor=2))
+    assert found["blocks/image/q/kernel"] == P(None, "fsdp", "tensor")
+    assert found["blocks/image/q/bias"] == P(None, "tensor")
+    assert found["blocks/text/mlp/in/kernel"] == P(None, "fsdp", "tensor")
+    assert found["blocks/text/mlp/out/kernel"] == P(None, "tensor", "fsdp")
+    assert found["last_block/image/attn_out/kernel"] == P("tensor", "fsdp")
+    assert found["blocks/image/attn_out/bias"] == P()
+
+
+def test_fallback_splits_the_largest_divisible_dimension_but_small_leaves_are_whole():
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    big = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    tree = {"a": big(512, 1024), "blocks": {"b": big(4096, 64, 128)}, "odd": big(1024, 1001), "small": big(8, 8)}
+    assert specs(tree, mesh) == {
+        "a": P(None, "fsdp"),
+        "blocks/b": P(None, None, "fsdp"),
+        "odd": P("fsdp"),
+        "small": P(),
+    }
+
+
+def test_axis_that_does_not_divide_is_dropped_there_only():
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    tree = {"block": {"q": {"kernel": jax.ShapeDtypeStruct((6, 10), jnp.float32)}}}
+    assert specs(tree, mesh) == {"block/q/kernel": P(None, "tensor")}
+
+
+@pytest.mark.parametrize("optimizer", [optax.adamw(1e-3), optax.adafactor(1e-3, min_dim_size_to_factor=64)])
+def test_optimizer_state_lies_where_its_parameter_does(optimizer):
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    params = shapes("tiny")
+    by_parameter = specs(params, mesh)
+    shape_of = {sharding.path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    state = jax.eval_shape(optimizer.init, params)
+    placed = jax.tree.leaves(sharding.tree_shardings(state, mesh))
+    same_shape = 0
+    for (path, leaf), found in zip(jax.tree_util.tree_leaves_with_path(state), placed):
+        found.shard_shape(leaf.shape)  # raises if the spec does not fit: factored moments have fewer dimensions
+        owner = [n for n in shape_of if sharding.path_name(path).endswith("/" + n) and shape_of[n] == leaf.shape]
+        same_shape += len(owner)
+        assert all(found.spec == by_parameter[name] for name in owner)
+    assert same_shape > len(shape_of) // 2
+
+
+def test_init_under_shardings_gives_the_same_parameters():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+
+    def init(key):
+        return {"block": {"q": {"kernel": jax.random.normal(key, (16, 32))}}}
+
+    out = jax.jit(init, out_shardings=sharding.tree_shardings(jax.eval_shape(init, jax.random.key(0)), mesh))
+    np.testing.assert_array_equal(
+        out(jax.random.key(0))["block"]["q"]["kernel"], init(jax.random.key(0))["block"]["q"]["kernel"]
+    )
+    assert len(out(jax.random.key(0))["block"]["q"]["kernel"].sharding.device_set) == 8
+
+
+def test_batch_rows_go_to_data_and_fsdp():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    batch = fake_batch(batch_size=8, resolution=8, num_tokens=4, face_resolution=4)
+    with jax.transfer_guard("disallow"):
+        placed = sharding.shard_batch(batch, mesh)
+    np.testing.assert_array_equal(sharding.fetch(placed.target), batch.target)
+    assert placed.target.sharding == sharding.batch_sharding(mesh)
+    assert {s.data.shape[0] for s in placed.target.addressable_shards} == {2}
+    with pytest.raises(ValueError, match="6"):
+        sharding.shard_batch(fake_batch(batch_size=6, resolution=8, num_tokens=4, face_resolution=4), mesh)
