@@ -1,0 +1,220 @@
+"""Labels as images and back: what the model draws for depth, pose and masks, and the layout canvas it reads.
+
+Every `render_*` makes an RGB picture that survives a lossy codec; its `decode_*` reads a picture
+that a model drew (blurred, noisy, off in color) back into the label.
+
+* depth: gray, near is bright: `log(FAR/d) / log(FAR/NEAR)`, NEAR = 0.5 m, FAR = 80 m; black stands for unknown too.
+* mask: white on black; a pixel belongs to the mask where its mean channel is at least MASK_THRESHOLD.
+* pose: one line a limb on black, each limb in a color of its own (`LIMBS`), and a white dot for the nose. Lines
+  from ears to shoulders show the head and close the trunk. Eyes are not drawn (at 48 px the whole head is two
+  lines wide); decoded, they lie between ears and nose, on the level of the ears.
+* layout: filled boxes in named colors (`PALETTE`) on mid-gray, large ones first.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+
+NEAR, FAR = 0.5, 80.0
+MASK_THRESHOLD = 0.5
+GRAY = 128  # "nothing here" in canvases and holes: zero in [-1, 1]
+
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "red": (230, 25, 25),
+    "blue": (30, 60, 230),
+    "green": (20, 160, 40),
+    "yellow": (250, 225, 30),
+    "purple": (140, 30, 180),
+    "orange": (250, 130, 10),
+    "cyan": (30, 210, 230),
+    "pink": (250, 130, 190),
+}
+
+
+def render_depth(depth: Float32[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Depth in meters (0 or not finite = unknown) as a gray picture, near bright."""
+    known = np.isfinite(depth) & (depth > 0)
+    meters = np.clip(np.where(known, depth, FAR), NEAR, FAR)
+    gray = np.log(FAR / meters) / np.log(FAR / NEAR)
+    return np.repeat(np.round(gray * 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def decode_depth(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w"]:
+    """The depth that `render_depth` drew, in its meters: `FAR (NEAR/FAR)^gray`. From a model: relative depth."""
+    gray = image.astype(np.float32).mean(axis=-1) / 255
+    return (FAR * (NEAR / FAR) ** gray).astype(np.float32)
+
+
+def render_mask(mask: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """White where the mask is 1, on black."""
+    return np.repeat((mask[..., None] > 0).astype(np.uint8) * 255, 3, axis=2)
+
+
+def decode_mask(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
+    """1 where the mean of the channels, as a fraction of white, is at least MASK_THRESHOLD."""
+    return (image.astype(np.float32).mean(axis=-1) / 255 >= MASK_THRESHOLD).astype(np.uint8)
+
+
+def render_layout(
+    boxes: Float32[np.ndarray, "k 4"], colors: Sequence[str], *, resolution: int
+) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
+    """Each box filled with its color of PALETTE, the largest at the back, at least one pixel each."""
+    canvas = np.full((resolution, resolution, 3), GRAY, np.uint8)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    for k in np.argsort(-area, kind="stable"):
+        x0, y0, x1, y1 = np.round(boxes[k] * resolution).astype(int)
+        canvas[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = PALETTE[colors[k]]
+    return canvas
+
+
+NOSE, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR, LEFT_SHOULDER, RIGHT_SHOULDER, LEFT_ELBOW, RIGHT_ELBOW = range(9)
+LEFT_WRIST, RIGHT_WRIST, LEFT_HIP, RIGHT_HIP, LEFT_KNEE, RIGHT_KNEE, LEFT_ANKLE, RIGHT_ANKLE = range(9, 17)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limb:
+    """A line between two joints, or a dot on one, and its color. Colors that touch are far apart in hue."""
+
+    start: int
+    end: int
+    color: tuple[int, int, int]
+
+
+# In drawing order: the trunk first, so that arms in front of it stay whole. Twelve hues 30 degrees apart, and white.
+LIMBS = (
+    Limb(LEFT_SHOULDER, LEFT_HIP, (0, 0, 255)),
+    Limb(RIGHT_SHOULDER, RIGHT_HIP, (255, 0, 0)),
+    Limb(LEFT_HIP, LEFT_KNEE, (0, 255, 0)),
+    Limb(RIGHT_HIP, RIGHT_KNEE, (255, 255, 0)),
+    Limb(LEFT_KNEE, LEFT_ANKLE, (255, 0, 255)),
+    Limb(RIGHT_KNEE, RIGHT_ANKLE, (0, 255, 255)),
+    Limb(LEFT_SHOULDER, LEFT_ELBOW, (0, 255, 128)),
+    Limb(RIGHT_SHOULDER, RIGHT_ELBOW, (255, 128, 0)),
+    Limb(LEFT_ELBOW, LEFT_WRIST, (128, 0, 255)),
+    Limb(RIGHT_ELBOW, RIGHT_WRIST, (0, 128, 255)),
+    Limb(LEFT_SHOULDER, LEFT_EAR, (128, 255, 0)),
+    Limb(RIGHT_SHOULDER, RIGHT_EAR, (255, 0, 128)),
+    Limb(NOSE, NOSE, (255, 255, 255)),
+)
+_COLORS = np.array([limb.color for limb in LIMBS], np.float32) / 255
+_EYES = ((LEFT_EYE, LEFT_EAR, RIGHT_EAR), (RIGHT_EYE, RIGHT_EAR, LEFT_EAR))
+_THICKNESS = 0.055  # of the image's side
+_DOT = 1.4  # lines' thickness
+_OVERSAMPLING = 4
+
+
+def render_pose(
+    joints: Float32[np.ndarray, "17 3"], *, resolution: int
+) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
+    """The skeleton of x, y in [0, 1] and visibility; a limb is drawn where both of its joints are visible."""
+    size = resolution * _OVERSAMPLING
+    canvas = np.zeros((size, size, 3), np.uint8)
+    points = np.round(joints[:, :2] * size - 0.5).astype(int)
+    for limb in LIMBS:
+        if joints[limb.start, 2] > 0 and joints[limb.end, 2] > 0:
+            ends = tuple(map(int, points[limb.start])), tuple(map(int, points[limb.end]))
+            thickness = _THICKNESS * size * (_DOT if limb.start == limb.end else 1)
+            cv2.line(canvas, *ends, color=limb.color, thickness=round(thickness))
+    return cv2.resize(canvas, (resolution, resolution), interpolation=cv2.INTER_AREA)
+
+
+def decode_pose(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "17 3"]:
+    """Joints (x, y in [0, 1], confidence in [0, 1]) of one skeleton that `render_pose` or a model drew.
+
+    Each pixel is split between limbs by color; a limb is the largest blob of its color, its ends are
+    the extremes of the blob along its principal axis. Which end is which joint is chosen so that limbs
+    meet where they share a joint; a shared joint is the mean of the ends that meet in it. A joint that
+    no limb shows has confidence 0 and lies at the center of the image.
+    """
+    height, width = image.shape[:2]
+    segments = _find_limbs(image)
+    joints = np.zeros((17, 3), np.float32)
+    joints[:, :2] = 0.5
+    flipped = _orient(segments)
+    for j in range(17):
+        meeting = [(k, int((LIMBS[k].end == j) != flipped[k])) for k in segments if j in (LIMBS[k].start, LIMBS[k].end)]
+        if meeting:
+            # The limb in front reaches half a thickness past the joint; it hides as much of those behind it.
+            front, half = meeting[-1][0], _THICKNESS * width / 2
+            points = [segments[k].end(side, -half if k == front else half) for k, side in meeting]
+            if j == NOSE:
+                points = [segments[front].center]
+            joints[j, :2] = np.mean(points, axis=0) / (width, height)
+            joints[j, 2] = max(segments[k].confidence for k, _ in meeting)
+    for eye, ear, other in _EYES:
+        if joints[ear, 2] > 0 and joints[NOSE, 2] > 0:
+            # Two fifths of the way to the ear from the nose, or from its foot on the line through both ears.
+            root = joints[NOSE, :2]
+            if joints[other, 2] > 0 and (along := joints[ear, :2] - joints[other, :2]).any():
+                root = joints[ear, :2] + along * ((root - joints[ear, :2]) @ along) / (along @ along)
+            joints[eye, :2] = root + 0.4 * (joints[ear, :2] - root)
+            joints[eye, 2] = min(joints[ear, 2], joints[NOSE, 2])
+    return joints
+
+
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+    """What is seen of a limb: from `low` to `high` along an axis through its center, in pixels."""
+
+    center: Float[np.ndarray, "2"]
+    axis: Float[np.ndarray, "2"]
+    reach: tuple[float, float]
+    confidence: float
+
+    def end(self, side: int, extra: float = 0.0) -> Float[np.ndarray, "2"]:
+        """One of both ends, `extra` pixels further out."""
+        return self.center + (self.reach[side] + (extra if side else -extra)) * self.axis
+
+
+def _find_limbs(image: UInt8[np.ndarray, "h w 3"]) -> dict[int, _Segment]:
+    """The visible limbs, by index into LIMBS."""
+    pixels = cv2.GaussianBlur(image.astype(np.float32) / 255, (0, 0), _THICKNESS * image.shape[1] / 4)
+    # How much of limb k's color is in a pixel, and what of the pixel it leaves unexplained.
+    amount = np.clip(pixels @ _COLORS.T / (_COLORS**2).sum(axis=1), 1e-3, 1)
+    miss = np.linalg.norm(pixels[:, :, None] - amount[..., None] * _COLORS, axis=-1) / amount
+    nearest = np.arange(len(LIMBS)) == miss.argmin(axis=-1)[..., None]
+    weights = amount * (nearest & (amount > 0.35) & (miss < 0.5))
+
+    thickness = _THICKNESS * image.shape[1]
+    found = {}
+    for k in range(len(LIMBS)):
+        weight = np.ascontiguousarray(weights[..., k])
+        count, labels = cv2.connectedComponents((weight > 0).astype(np.uint8), connectivity=8)
+        masses = np.bincount(labels.ravel(), weights=weight.ravel(), minlength=count)
+        masses[0] = 0
+        blob = int(masses.argmax())
+        if masses[blob] < 0.5 * thickness**2:  # fringes where two colors blend into a third
+            continue
+        y, x = np.nonzero(labels == blob)
+        mass = weight[y, x]
+        points = np.stack([x, y], axis=1) + 0.5
+        center = np.average(points, axis=0, weights=mass)
+        _, axes = np.linalg.eigh(np.cov(points.T, aweights=mass) + 1e-6 * np.eye(2))
+        axis = axes[:, 1]
+        along = (points - center) @ axis
+        order = np.argsort(along)
+        cumulative = np.cumsum(mass[order]) / mass.sum()
+        low, high = np.interp([0.01, 0.99], cumulative, along[order])
+        confidence = float(min(1, np.average(mass, weights=mass)))
+        found[k] = _Segment(center=center, axis=axis, reach=(low, high), confidence=confidence)
+    return found
+
+
+def _orient(segments: dict[int, _Segment]) -> dict[int, bool]:
+    """For each segment whether its first end is its limb's `end`: the choice that brings shared joints together."""
+    names = [k for k in segments if LIMBS[k].start != LIMBS[k].end]
+    both = [np.array([[segments[k].end(i) for i in order] for order in ((0, 1), (1, 0))]) for k in names]
+    choices = np.array(list(itertools.product((0, 1), repeat=len(names))), int)  # 2^12 at most
+    cost = np.zeros(len(choices))
+    for a, b in itertools.combinations(range(len(names)), 2):
+        for i, j in itertools.product((0, 1), (0, 1)):
+            first, second = LIMBS[names[a]], LIMBS[names[b]]
+            if (first.start, first.end)[i] == (second.start, second.end)[j]:
+                gap = np.linalg.norm(both[a][:, None, i] - both[b][None, :, j], axis=-1)
+                cost += gap[choices[:, a], choices[:, b]]
+    best = choices[cost.argmin()]
+    return dict.fromkeys(segments, False) | {k: bool(best[n]) for n, k in enumerate(names)}

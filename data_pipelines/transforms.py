@@ -1,0 +1,137 @@
+"""Image operations on records, in numpy: geometry moves image, masks, depth, boxes and joints together.
+
+Boxes and joints are relative to width and height, so a resize leaves them alone and only a crop
+or a flip moves them. Lists that run in parallel (boxes, phrases, masks, expressions) keep their
+length: what a crop pushes outside becomes an empty box, an empty mask, an invisible joint.
+"""
+
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+Record = dict[str, Any]
+
+# COCO-17 joints come as nose, then (left, right) pairs.
+_MIRRORED_JOINTS = [0, *(i + d for i in range(1, 17, 2) for d in (1, 0))]
+_PLANES = ("image", "source", "edit_mask", "depth")
+
+
+def resize_and_crop(record: Record, *, resolution: int, rng: np.random.Generator | None = None) -> Record:
+    """The largest square of the image, at a random place (`rng`) or the center (None), `resolution` pixels wide."""
+    height, width = record["image"].shape[:2]
+    if height == width == resolution:
+        return record
+    side = min(height, width)
+    if rng is None:
+        top, left = (height - side) // 2, (width - side) // 2
+    else:
+        top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+    return resize(crop(record, top=top, left=left, height=side, width=side), height=resolution, width=resolution)
+
+
+def crop(record: Record, *, top: int, left: int, height: int, width: int) -> Record:
+    """The window of `height` x `width` pixels at (`top`, `left`); boxes are clipped to it."""
+    full_height, full_width = record["image"].shape[:2]
+    if top < 0 or left < 0 or top + height > full_height or left + width > full_width or height < 1 or width < 1:
+        raise ValueError(f"crop of {height}x{width} at ({top}, {left}) leaves the image of {full_height}x{full_width}")
+    scale = np.array([full_width / width, full_height / height], np.float32)
+    shift = np.array([left / width, top / height], np.float32)
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    out = dict(record)
+    for name in _PLANES:
+        if name in record:
+            out[name] = record[name][rows, columns]
+    if "masks" in record:
+        out["masks"] = record["masks"][:, rows, columns]
+    if "boxes" in record:
+        out["boxes"] = np.clip(record["boxes"] * np.tile(scale, 2) - np.tile(shift, 2), 0, 1).astype(np.float32)
+    if "joints" in record:
+        xy = record["joints"][:, :2] * scale - shift
+        inside = ((xy >= 0) & (xy <= 1)).all(axis=1)
+        out["joints"] = np.column_stack([np.clip(xy, 0, 1), record["joints"][:, 2] * inside]).astype(np.float32)
+    return out
+
+
+def resize(record: Record, *, height: int, width: int) -> Record:
+    """All planes at `height` x `width`: images antialiased, masks by majority, depth by nearest pixel."""
+    out = dict(record)
+    for name in ("image", "source"):
+        if name in record:
+            out[name] = resize_image(record[name], height=height, width=width)
+    if "edit_mask" in record:
+        out["edit_mask"] = _resize_mask(record["edit_mask"], height, width)
+    if "masks" in record:
+        masks = [_resize_mask(mask, height, width) for mask in record["masks"]]
+        out["masks"] = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+    if "depth" in record:
+        out["depth"] = cv2.resize(record["depth"], (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    return out
+
+
+def flip(record: Record) -> Record:
+    """The mirror image, left joints renamed right. Only for records whose text names no side."""
+    out = dict(record)
+    for name in _PLANES:
+        if name in record:
+            out[name] = np.ascontiguousarray(record[name][:, ::-1])
+    if "masks" in record:
+        out["masks"] = np.ascontiguousarray(record["masks"][:, :, ::-1])
+    if "boxes" in record:
+        x0, y0, x1, y1 = record["boxes"].T
+        out["boxes"] = np.stack([1 - x1, y0, 1 - x0, y1], axis=1).astype(np.float32)
+    if "joints" in record:
+        x, y, visible = record["joints"][_MIRRORED_JOINTS].T
+        out["joints"] = np.stack([1 - x, y, visible], axis=1).astype(np.float32)
+    return out
+
+
+def resize_image(image: UInt8[np.ndarray, "h w 3"], *, height: int, width: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """`image` at another size: pixel-area averages where it shrinks, cubic where it grows."""
+    if image.shape[:2] == (height, width):
+        return image
+    shrinks = height <= image.shape[0] and width <= image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def _resize_mask(mask: UInt8[np.ndarray, "h w"], height: int, width: int) -> UInt8[np.ndarray, "h2 w2"]:
+    shrinks = height <= mask.shape[0] and width <= mask.shape[1]
+    coverage = cv2.resize(
+        mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    )
+    return (coverage >= 0.5).astype(np.uint8)
+
+
+def sample_hole(rng: np.random.Generator, *, height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 1"]:
+    """A mask to fill in (1 = hole): rectangles or brush strokes inside, or everything round a kept window.
+
+    Covers at least one pixel and never the whole image.
+    """
+    hole = np.zeros((height, width), np.uint8)
+    kind = rng.choice(["rectangles", "strokes", "outside"], p=[0.4, 0.3, 0.3])
+    if kind == "rectangles":
+        for _ in range(rng.integers(1, 4)):
+            (top, bottom), (left, right) = _span(rng, height, 0.2, 0.6), _span(rng, width, 0.2, 0.6)
+            hole[top:bottom, left:right] = 1
+    elif kind == "strokes":
+        for _ in range(rng.integers(1, 4)):
+            points = rng.uniform(0, [width, height], size=(rng.integers(2, 6), 2)).astype(np.int32)
+            thickness = max(1, round(rng.uniform(0.08, 0.2) * min(height, width)))
+            cv2.polylines(hole, [points], isClosed=False, color=1, thickness=thickness)
+    else:
+        hole[:] = 1
+        (top, bottom), (left, right) = _span(rng, height, 0.4, 0.8), _span(rng, width, 0.4, 0.8)
+        # Half of the time the window keeps two whole edges: the image grows to one side only.
+        if rng.random() < 0.5:
+            top, bottom, left, right = [(0, height, left, right), (top, bottom, 0, width)][rng.integers(2)]
+        hole[top:bottom, left:right] = 0
+    if hole.all():  # strokes can cover a tiny image
+        hole[: max(1, height // 4)] = 0
+    return hole[..., None]
+
+
+def _span(rng: np.random.Generator, size: int, least: float, most: float) -> tuple[int, int]:
+    length = min(size - 1, max(1, round(rng.uniform(least, most) * size))) if size > 1 else 1
+    start = int(rng.integers(size - length + 1))
+    return start, start + length

@@ -1,0 +1,125 @@
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from data_pipelines import renderings
+
+
+def make_skeleton(rng: np.random.Generator) -> np.ndarray:
+    """A person of 60% to 90% of the image's height in a free pose, all joints visible."""
+
+    def away(point, length, angle):
+        return point + length * np.array([np.sin(angle), np.cos(angle)])
+
+    size = rng.uniform(0.6, 0.9)
+    top = 0.5 - size / 2
+    neck = np.array([0.5 + rng.uniform(-0.1, 0.1), top + 0.22 * size])
+    hip = away(neck, 0.3 * size, rng.uniform(-0.15, 0.15))
+    joints = np.ones((17, 3), np.float32)
+    joints[0, :2] = nose = neck - [0, 0.12 * size]
+    for side, i in ((1, 0), (-1, 1)):
+        joints[1 + i, :2] = nose + np.array([side * 0.04 * size, -0.02 * size])
+        joints[3 + i, :2] = nose + np.array([side * 0.08 * size, 0])
+        joints[5 + i, :2] = shoulder = neck + np.array([side * 0.12 * size, 0])
+        joints[11 + i, :2] = base = hip + np.array([side * 0.07 * size, 0])
+        angle = side * rng.uniform(0.1, 2.6)
+        joints[7 + i, :2] = elbow = away(shoulder, 0.17 * size, angle)
+        joints[9 + i, :2] = away(elbow, 0.16 * size, angle + rng.uniform(-1.2, 1.2))
+        angle = side * rng.uniform(0, 0.6)
+        joints[13 + i, :2] = knee = away(base, 0.22 * size, angle)
+        joints[15 + i, :2] = away(knee, 0.22 * size, angle + side * rng.uniform(-0.5, 0.3))
+    joints[:, :2] = joints[:, :2].clip(0.01, 0.99)
+    return joints
+
+
+def decode_errors(*, resolution: int, noise: float, blur: float, number: int = 40) -> np.ndarray:
+    """Pixels between true and decoded joints, [number 17]; infinite where none was found."""
+    rng = np.random.default_rng(0)
+    errors = np.zeros((number, 17))
+    for i in range(number):
+        joints = make_skeleton(rng)
+        image = renderings.render_pose(joints, resolution=resolution).astype(np.float32)
+        if blur:
+            image = cv2.GaussianBlur(image, (0, 0), blur)
+        image = (image + rng.normal(0, 1, image.shape) * noise).clip(0, 255).astype(np.uint8)
+        decoded = renderings.decode_pose(image)
+        errors[i] = np.linalg.norm(decoded[:, :2] - joints[:, :2], axis=1) * resolution
+        errors[i, decoded[:, 2] == 0] = np.inf
+    return errors
+
+
+@pytest.mark.parametrize("resolution", [48, 64])
+def test_an_exact_skeleton_decodes_to_its_joints(resolution):
+    errors = decode_errors(resolution=resolution, noise=0, blur=0)
+    assert errors.mean() < 0.8  # antialiasing leaves half a pixel; ends hidden by nearer limbs more
+    assert (errors < 0.05 * resolution).mean() > 0.98  # the usual PCK radius
+
+
+@pytest.mark.parametrize("resolution", [48, 64])
+def test_a_blurred_and_noisy_skeleton_decodes(resolution):
+    errors = decode_errors(resolution=resolution, noise=15, blur=0.7)
+    assert np.median(errors) < 0.8  # a quarter of a line's thickness at 48 px
+    assert (errors < 0.05 * resolution).mean() > 0.96  # one joint in twenty-five, where limbs of a small figure overlap
+
+
+def test_limbs_are_drawn_only_between_visible_joints():
+    joints = make_skeleton(np.random.default_rng(1))
+    joints[[9, 10, 15], 2] = 0
+    decoded = renderings.decode_pose(renderings.render_pose(joints, resolution=64))
+    assert (decoded[[9, 10, 15], 2] == 0).all()
+    assert (decoded[[5, 6, 7, 8, 16], 2] > 0.5).all()
+
+
+def test_an_empty_picture_has_no_joints():
+    decoded = renderings.decode_pose(np.zeros((48, 48, 3), np.uint8))
+    assert (decoded[:, 2] == 0).all()
+    assert (decoded[:, :2] == 0.5).all()
+
+
+def test_anything_decodes_without_error():
+    rng = np.random.default_rng(0)
+    for image in (rng.integers(0, 256, (48, 48, 3)).astype(np.uint8), np.full((48, 64, 3), 255, np.uint8)):
+        decoded = renderings.decode_pose(image)
+        assert np.isfinite(decoded).all()
+
+
+def test_limb_colors_are_distinct():
+    colors = np.array([limb.color for limb in renderings.LIMBS], float)
+    gaps = np.linalg.norm(colors[:, None] - colors[None], axis=-1) + 1e6 * np.eye(len(colors))
+    assert gaps.min() >= 127  # thirty degrees of hue
+
+
+@settings(deadline=None)
+@given(hnp.arrays(np.float32, (6, 5), elements=st.floats(0.5, 80, width=32)))
+def test_depth_survives_its_rendering(depth):
+    image = renderings.render_depth(depth)
+    # half a gray level of 255 over log(160): a factor of exp(0.5 / 255 * 5.08) = 1.01
+    np.testing.assert_allclose(renderings.decode_depth(image), depth, rtol=0.0102)
+    near, far = np.unravel_index(depth.argmin(), depth.shape), np.unravel_index(depth.argmax(), depth.shape)
+    assert image[near][0] >= image[far][0]
+
+
+def test_unknown_depth_is_black_and_near_is_bright():
+    depth = np.array([[0.0, np.nan, np.inf, 80.0, 0.5, 0.1]], np.float32)
+    np.testing.assert_array_equal(renderings.render_depth(depth)[0, :, 0], [0, 0, 0, 0, 255, 255])
+
+
+def test_a_mask_is_white_on_black_and_decodes_at_one_half():
+    mask = np.array([[0, 1], [1, 0]], np.uint8)
+    image = renderings.render_mask(mask)
+    np.testing.assert_array_equal(image[..., 0], [[0, 255], [255, 0]])
+    np.testing.assert_array_equal(renderings.decode_mask(image), mask)
+    gray = np.array([[127, 128]], np.uint8)[..., None].repeat(3, axis=2)
+    np.testing.assert_array_equal(renderings.decode_mask(gray), [[0, 1]])
+
+
+def test_layout_draws_large_boxes_behind_small_ones():
+    boxes = np.array([[0.25, 0.25, 0.5, 0.5], [0, 0, 0.75, 0.75]], np.float32)
+    canvas = renderings.render_layout(boxes, ["red", "blue"], resolution=8)
+    expected = np.full((8, 8, 3), renderings.GRAY, np.uint8)
+    expected[0:6, 0:6] = renderings.PALETTE["blue"]
+    expected[2:4, 2:4] = renderings.PALETTE["red"]
+    np.testing.assert_array_equal(canvas, expected)
