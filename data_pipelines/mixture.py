@@ -17,7 +17,7 @@ import logging
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import cv2
 import grain
@@ -28,11 +28,13 @@ from jaxtyping import Bool, Int32
 from ml_collections import ConfigDict
 
 from data_pipelines import records, tasks, transforms
-from data_pipelines.tasks import TASKS, Drop, Example
+from data_pipelines.tasks import TASKS, Example
 from data_pipelines.transforms import Record
 from univg_jax.batch import Batch
 
 _logger = logging.getLogger(__name__)
+
+Drop = Literal["none", "text", "image", "both"]  # the conditions to go without
 
 _IMAGE_FIELDS = ("image", "source", "edit_mask", "depth", "masks", "face")
 
@@ -178,15 +180,11 @@ def components(
     `{source: weight}`. A task of weight zero is left out. `sources` replaces what would be opened by name.
 
     Raises:
-      ValueError: an unknown task, a weight that is negative or not finite, none above zero, or a source
-        without a field that its task needs.
+      ValueError: `check_weights` fails, or a source lacks a field that its task needs.
       FileNotFoundError: a source that does not exist.
     """
     opened = dict(sources or {})
-    for name, task in task_configs.items():
-        tasks.find(name)
-        if not (np.isfinite(task["weight"]) and task["weight"] >= 0):
-            raise ValueError(f"weight of task {name!r} is {task['weight']}, expected a finite number >= 0")
+    check_weights(task_configs)
     result = []
     for name in TASKS:
         if name not in task_configs:
@@ -195,8 +193,6 @@ def components(
         if task["weight"] == 0:
             _logger.info("task %r has weight 0 and is left out", name)
             continue
-        if not task["sources"]:
-            raise ValueError(f"task {name!r} has no source")
         for source in task["sources"]:
             if source not in opened:
                 opened[source] = open_source(source, split, data_dir=data_dir)
@@ -220,9 +216,30 @@ def components(
             for source, part in parts.items()
             if part > 0
         ]
-    if not result:
-        raise ValueError("no task has a weight above zero")
     return result
+
+
+def check_weights(task_configs: Mapping[str, Any] | ConfigDict) -> None:
+    """Holds the weights and dropout of a config's `tasks` against what they may be, without any data.
+
+    Raises:
+      ValueError: an unknown task, a negative or not finite weight, none above zero, a task without source,
+        dropout that is no probability.
+    """
+    for name, task in task_configs.items():
+        tasks.find(name)
+        if not (np.isfinite(task["weight"]) and task["weight"] >= 0):
+            raise ValueError(f"weight of task {name!r} is {task['weight']}, expected a finite number >= 0")
+        if not task["sources"]:
+            raise ValueError(f"task {name!r} has no source")
+        chances = _drop_chances(task)
+        if not (min(chances) >= 0 and sum(chances) <= 1):
+            raise ValueError(
+                f"drop_text, drop_image, drop_both of task {name!r} are {chances}: "
+                "expected probabilities that sum to at most 1"
+            )
+    if not any(task["weight"] > 0 for task in task_configs.values()):
+        raise ValueError("no task has a weight above zero")
 
 
 # --- rows and batches ----------------------------------------------------------------------------
@@ -235,7 +252,9 @@ class Row:
     example: Example
     task: str
     sample_id: int
+    drop: Drop = "none"
     valid: bool = True
+    origin: "tuple[Source, int] | None" = None  # where the record lies
 
 
 def collate(rows: Sequence[Row], *, tokenizer: Any, resolution: int, num_tokens: int, face_resolution: int) -> Batch:
@@ -250,7 +269,7 @@ def collate(rows: Sequence[Row], *, tokenizer: Any, resolution: int, num_tokens:
         no_face if e.face is None else transforms.resize_image(e.face, height=face_resolution, width=face_resolution)
         for e in examples
     ]
-    return Batch(
+    batch = Batch(
         target=np.stack([e.target for e in examples]),
         source=np.stack([no_source if e.source is None else e.source for e in examples]),
         mask=np.stack([all_ones if e.mask is None else e.mask for e in examples]),
@@ -263,6 +282,33 @@ def collate(rows: Sequence[Row], *, tokenizer: Any, resolution: int, num_tokens:
         task=_indices(names.index(row.task) for row in rows),
         sample_id=np.array([row.sample_id % 2**32 for row in rows], np.uint32),
         valid=_flags(row.valid for row in rows),
+    )
+    return drop_conditions(batch, [row.drop for row in rows], tokenizer=tokenizer)
+
+
+def drop_conditions(batch: Batch, drop: Drop | Sequence[Drop], *, tokenizer: Any) -> Batch:
+    """`batch` with conditions withheld: the same for all rows, or one choice a row.
+
+    Without its text a row keeps its task's tag, and loses its face, whose place was in the text.
+    Without its image it has no source and a mask of ones.
+    """
+    drops = [drop] * batch.size if isinstance(drop, str) else drop
+    no_text, no_image = (_flags(d in (kind, "both") for d in drops) for kind in ("text", "image"))
+    names, num_tokens = list(TASKS), batch.tokens.shape[1]
+    tags = {t: tokenizer(tasks.prompt(names[t], ""), num_tokens) for t in np.unique(batch.task[no_text]).tolist()}
+    fields = {name: np.array(getattr(batch, name)) for name in ("tokens", "text_mask", "identity_slot")}
+    for row in np.flatnonzero(no_text):
+        for name, values in fields.items():
+            values[row] = getattr(tags[int(batch.task[row])], name)
+    kept = (~no_image)[:, None, None, None]
+    return dataclasses.replace(
+        batch,
+        **fields,
+        face=np.where(no_text[:, None, None, None], np.uint8(0), batch.face),
+        has_face=batch.has_face & ~no_text,
+        source=np.where(kept, batch.source, np.uint8(0)),
+        mask=np.where(kept, batch.mask, np.uint8(1)),
+        has_source=batch.has_source & ~no_image,
     )
 
 
@@ -300,7 +346,7 @@ def example_batch(
         rng = np.random.default_rng((seed, sample_id))
         where = f"example {sample_id} of task {task!r}"
         example = tasks.find(task).example(record, rng, resolution, where=where, center=True)
-        rows.append(Row(example=example.drop(drop), task=task, sample_id=sample_id))
+        rows.append(Row(example=example, task=task, sample_id=sample_id, drop=drop))
     padding = [dataclasses.replace(rows[-1], valid=False)] * ((size or len(rows)) - len(rows))
     return collate(
         rows + padding,
@@ -424,6 +470,10 @@ class Stream:
         batches = positions.map(self._rows.row).batch(local, drop_remainder=True, batch_fn=self._rows.collate)
         return iter(batches.to_iter_dataset(read_options=self._read))
 
+    def row(self, position: int) -> Row:
+        """The row at a global position, which any host can make."""
+        return self._rows.row(position)
+
     def get_state(self) -> dict[str, Any]:
         """JSON-able and the same on every host: the next global position, and what it is a position in."""
         return {"next": self._next, "mixture": self._rows.identity}
@@ -505,7 +555,7 @@ class _Rows:
             else:
                 with self._lock:
                     self._read += 1
-                return Row(example=example.drop(drop), task=part.task, sample_id=position)
+                return Row(example=example, task=part.task, sample_id=position, drop=drop, origin=(part.source, index))
         raise ValueError(
             f"{attempt + 1} records in succession of {part.source.name} cannot serve task {part.task!r}; "
             f"the last: {reason}"
@@ -573,8 +623,6 @@ def make_stream(
     cv2.setNumThreads(1)  # rows are the unit of parallelism; OpenCV's own pool would contend with XLA for the cores
     data = config.data
     parts = components(config.tasks, split=split, data_dir=data.dir, sources=sources)
-    for part in parts:
-        _draw_drop(config.tasks[part.task], np.random.default_rng(0))
     rows = _Rows(parts, config=config, tokenizer=tokenizer)
     rows.probe()
     return Stream(
@@ -589,13 +637,12 @@ def make_stream(
 
 def _draw_drop(task: Any, rng: np.random.Generator) -> Drop:
     """Which conditions to withhold: disjoint events of probabilities drop_text, drop_image, drop_both."""
-    chances = [float(task.get(f"drop_{name}", 0.0)) for name in ("text", "image", "both")]
-    if not (min(chances) >= 0 and sum(chances) <= 1):
-        raise ValueError(
-            f"drop_text, drop_image, drop_both are {chances}: expected probabilities that sum to at most 1"
-        )
-    thresholds = np.cumsum(chances)
+    thresholds = np.cumsum(_drop_chances(task))
     return ("text", "image", "both", "none")[int(np.searchsorted(thresholds, rng.random(), side="right"))]
+
+
+def _drop_chances(task: Any) -> list[float]:
+    return [float(task.get(f"drop_{name}", 0.0)) for name in ("text", "image", "both")]
 
 
 def _local_size(batch_size: int, process_count: int) -> int:

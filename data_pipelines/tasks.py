@@ -21,7 +21,6 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -31,8 +30,6 @@ from data_pipelines.transforms import Record
 
 PLACEHOLDER = "<p>"
 BACKGROUND_FRACTION = 0.5  # of ip: no caption
-
-Drop = Literal["none", "text", "image", "both"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,12 +41,6 @@ class Example:
     mask: UInt8[np.ndarray, "h w 1"] | None = None
     text: str = ""
     face: UInt8[np.ndarray, "f f 3"] | None = None
-
-    def drop(self, drop: Drop) -> "Example":
-        """Without its text (and with it the face, whose place is in the text), its source and mask, or both."""
-        text = dict(text="", face=None) if drop in ("text", "both") else {}
-        image = dict(source=None, mask=None) if drop in ("image", "both") else {}
-        return dataclasses.replace(self, **text, **image)
 
 
 class UnsuitableRecord(ValueError):

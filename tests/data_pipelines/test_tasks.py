@@ -146,19 +146,6 @@ def test_a_tag_alone_is_the_null_text():
     assert tasks.prompt("ip", "") == "<ip>"
 
 
-def test_dropping_withholds_text_and_face_or_source_and_mask():
-    e = example("ip", seed=1)
-    e = tasks.Example(target=e.target, source=e.source, mask=e.mask, text="x", face=make_record()["face"])
-    assert e.drop("none") == e
-    text, image, both = e.drop("text"), e.drop("image"), e.drop("both")
-    assert (text.text, text.face) == ("", None)
-    assert text.source is e.source
-    assert text.mask is e.mask
-    assert (image.source, image.mask, image.text) == (None, None, "x")
-    assert (both.source, both.mask, both.text, both.face) == (None, None, "", None)
-    assert both.target is e.target
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_an_example_is_a_function_of_record_and_seed(task):
     caption = "<p> and a pig and an apple"

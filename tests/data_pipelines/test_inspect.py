@@ -1,0 +1,73 @@
+import base64
+import html
+import io
+import re
+import types
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from data_pipelines import inspect
+from data_pipelines.mixture import MemorySource
+
+
+def tokenize(text: str, num_tokens: int) -> types.SimpleNamespace:
+    filled = np.arange(num_tokens) < len(text.split())
+    return types.SimpleNamespace(tokens=filled.astype(np.int32), text_mask=filled, identity_slot=np.zeros_like(filled))
+
+
+def make_config() -> ConfigDict:
+    c = ConfigDict(dict(seed=0, name="toy & co"))
+    c.tasks = {name: dict(weight=weight, sources=("toy",)) for name, weight in dict(t2i=3.0, lg=1.0, pose=1.0).items()}
+    c.tasks.lg.drop_text = 0.5
+    c.data = dict(dir="", resolution=16, num_tokens=8, face_resolution=4, batch_size=4, read_threads=0, prefetch=0)
+    return c
+
+
+def make_record(k: int) -> dict:
+    joints = np.full((17, 3), 0.5, np.float32)
+    joints[:, 0] = np.linspace(0.1, 0.9, 17)
+    return dict(
+        image=np.full((16, 16, 3), k, np.uint8),
+        caption="a <b>pig</b> on grass",
+        boxes=np.array([[0.25, 0.25, 0.75, 0.75]], np.float32),
+        phrases=["pig"],
+        masks=np.pad(np.ones((1, 4, 4), np.uint8), ((0, 0), (4, 8), (4, 8))),
+        joints=joints,
+    )
+
+
+@pytest.fixture
+def page(tmp_path):
+    out = tmp_path / "new" / "page.html"
+    toy = MemorySource("toy", [make_record(k) for k in range(5)])
+    inspect.write_inspection(make_config(), out, tokenizer=tokenize, num_examples=4, sources=dict(toy=toy))
+    return out.read_text()
+
+
+def test_the_page_shows_each_task_and_needs_nothing_else(page):
+    assert re.findall(r'<h2 id="(\w+)"', page) == ["t2i", "lg", "pose"]
+    assert page.count("<article") == 12
+    urls = re.findall(r'src="([^"]*)"', page)
+    assert all(url.startswith("data:image/png;base64,") for url in urls)
+    assert not re.findall(r"https?://", page)
+    for url in urls:
+        Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).load()
+
+
+def test_prompts_are_escaped_and_withheld_conditions_named(page):
+    assert "toy &amp; co" in page
+    prompts = [html.unescape(p) for p in re.findall(r'<p class="prompt">([^<]*)</p>', page)]
+    assert prompts[:4] == ["<t2i> a <b>pig</b> on grass"] * 4
+    for prompt, facts in zip(prompts[4:8], re.findall(r'<p class="facts">(.*)</p>', page)[4:8], strict=True):
+        assert (prompt == "<lg>") == ("without text" in facts)
+        assert re.match(r"#\d+ · toy\[\d\] · \d tokens", facts)
+
+
+def test_the_histogram_has_the_shares(page):
+    shares = re.findall(r"([\d.]+)% of ([\d.]+)%", page)
+    assert [wanted for _, wanted in shares] == ["60.0", "20.0", "20.0"]
+    # 512 rows of a golden rotation: at most two rows off
+    assert all(abs(float(realised) - float(wanted)) < 0.5 for realised, wanted in shares)
