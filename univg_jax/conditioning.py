@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -29,9 +28,9 @@ from jaxtyping import Bool, Float, Int, Int32, UInt8
 
 from univg_jax.batch import Array, Batch, Conditions
 from univg_jax.interop.transformers import load_minilm
-from univg_jax.models import minilm
 from univg_jax.models.codec import PatchCodec, fit_patch_codec
 from univg_jax.models.identity import IdentityEncoder, fit_identity_encoder
+from univg_jax.models.minilm import MiniLM, pool
 from univg_jax.pretrained import pretrained_folder
 
 Frozen = Mapping[str, Any]  # part -> the parameters of its encoder
@@ -42,9 +41,9 @@ Images = UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]  # in [0, 255], or in
 class Conditioner:
     """The modules of the frozen encoders; every method is a pure function of their parameters `frozen`."""
 
-    text: nn.Module
-    codec: nn.Module
-    identity: nn.Module | None = None
+    text: MiniLM
+    codec: PatchCodec
+    identity: IdentityEncoder | None = None
 
     @property
     def latent_channels(self) -> int:
@@ -109,7 +108,7 @@ class Conditioner:
             mask=jnp.asarray(batch.mask).reshape(b, h // f, f, w // f, f, 1).max((2, 4)).astype(jnp.float32),
             text_emb=text_emb,
             text_mask=jnp.asarray(batch.text_mask),
-            pooled_emb=minilm.pool(text_emb, batch.text_mask),
+            pooled_emb=pool(text_emb, batch.text_mask),
             face_emb=face_emb,
             identity_slot=jnp.asarray(batch.identity_slot),
         )
@@ -134,7 +133,7 @@ class Pretrained:
 
     defaults: Mapping[str, Any]
     weights: Callable[..., Path]  # options -> the weights file
-    load: Callable[..., tuple[nn.Module, Any]]  # weights file, dtype, options -> (module, parameters)
+    load: Callable[..., tuple[Any, Any]]  # weights file, dtype, options -> (module, parameters)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +141,7 @@ class Fitted:
     """An encoder fitted on the run's own data; its parameters are saved beside the run."""
 
     defaults: Mapping[str, Any]
-    module: Callable[..., nn.Module]  # dtype, options -> module
+    module: Callable[..., Any]  # dtype, options -> module
     fit: Callable[..., dict[str, np.ndarray]]  # Data, options -> parameters
 
 

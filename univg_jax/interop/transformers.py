@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
@@ -87,7 +86,7 @@ def load_minilm(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[MiniLM
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 2), jnp.bool_)
     expected = jax.eval_shape(module.init, jax.random.key(0), tokens, mask)["params"]
-    expected = {path: leaf.shape for path, leaf in flatten_dict(expected, sep="/").items()}
+    shapes = {_path(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(expected)}
 
     file = folder / "model.safetensors"
     found, problems = {}, []
@@ -96,16 +95,20 @@ def load_minilm(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[MiniLM
         if re.fullmatch(_BERT_UNUSED, name):
             continue
         path = _ours(name)
-        if path not in expected:
+        if path not in shapes:
             problems.append(f"extra {name}")
             continue
         found[path] = _kernel(tensor) if path.endswith("/kernel") else tensor.astype(np.float32)
-        if found[path].shape != expected[path]:
-            problems.append(f"{name} is {found[path].shape}, expected {expected[path]} as {path}")
-    problems += [f"missing {path}" for path in expected if path not in found]
+        if found[path].shape != shapes[path]:
+            problems.append(f"{name} is {found[path].shape}, expected {shapes[path]} as {path}")
+    problems += [f"missing {path}" for path in shapes if path not in found]
     if problems:
         raise ValueError(f"{file} does not fit its config.json: " + "; ".join(problems))
-    return module, unflatten_dict(found, sep="/")
+    return module, jax.tree_util.tree_map_with_path(lambda keys, _: found[_path(keys)], expected)
+
+
+def _path(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _kernel(weight: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
