@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import safetensors.numpy
 from absl import logging
@@ -173,7 +172,7 @@ _RECORD = "encoders.json"
 
 
 def prepare(
-    config: Mapping[str, Any] | ml_collections.ConfigDict,
+    config: Any,
     *,
     workdir: epath.PathLike,
     init_from: epath.PathLike | None = None,
@@ -181,7 +180,7 @@ def prepare(
     portraits: Callable[[], tuple[UInt8[np.ndarray, "n f f 3"], Int[np.ndarray, " n"]]],
     dtype: Any = jnp.float32,
 ) -> tuple[Conditioner, dict[str, Any]]:
-    """The encoders that `config` (text, codec, identity: a kind or a dict of kind and options) asks for.
+    """The encoders that `config` (mapping of text, codec, identity: a kind or a dict of kind and options) asks for.
 
     A fitted encoder is taken from `workdir/encoders`, else from the run that `init_from` lies in (later stages keep
     the first one's latent space), else fitted on `images()` or `portraits()` -> (portraits, persons), and
