@@ -37,6 +37,7 @@ class _Card:
     truncated: bool
     drop: str
     pictures: list[_Picture]
+    boxes: list[tuple[str, str]]  # phrase and its CSS color
 
 
 def write_inspection(
@@ -97,7 +98,8 @@ def _card(row: mixture.Row, num_tokens: int, tokenizer: Any) -> _Card:
     pictures = [("source", row.example.source), ("target", row.example.target), ("face", row.example.face)]
     if row.example.mask is not None:
         pictures.insert(1, ("mask", renderings.render_mask(row.example.mask[..., 0])))
-    pictures.append(("record", _labels(source.read(index))))
+    record = source.read(index)
+    pictures.append(("record", _labels(record)))
     return _Card(
         sample_id=row.sample_id,
         origin=f"{source.name}[{index}]",
@@ -106,6 +108,7 @@ def _card(row: mixture.Row, num_tokens: int, tokenizer: Any) -> _Card:
         truncated=bool(getattr(tokens, "num_truncated", 0)),
         drop=row.drop,
         pictures=[_Picture(name=name, url=_url(image)) for name, image in pictures if image is not None],
+        boxes=[(phrase, "rgb({}, {}, {})".format(*_color(k))) for k, phrase in enumerate(record.get("phrases", ()))],
     )
 
 
@@ -120,13 +123,7 @@ def _labels(record: Record) -> UInt8[np.ndarray, "h w 3"]:
         cv2.drawContours(image, contours, -1, _color(k), 2)
     for k, box in enumerate(record.get("boxes", ())):
         x0, y0, x1, y1 = (int(v) for v in np.round(box * [width, height, width, height]))
-        cv2.rectangle(image, (x0, y0), (x1 - 1, y1 - 1), _color(k), 1)
-        if "phrases" in record:
-            for color, thickness in (((0, 0, 0), 4), ((255, 255, 255), 1)):
-                place = (x0 + 4, max(y0 + 16, 16))
-                cv2.putText(
-                    image, record["phrases"][k], place, cv2.FONT_HERSHEY_SIMPLEX, 0.5, color, thickness, cv2.LINE_AA
-                )
+        cv2.rectangle(image, (x0, y0), (x1 - 1, y1 - 1), _color(k), 2)
     for x, y, visible in record.get("joints", ()):
         center = (round(float(x) * width), round(float(y) * height))
         cv2.circle(image, center, 5, (0, 0, 0), -1, cv2.LINE_AA)

@@ -25,7 +25,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from jaxtyping import Bool, Int32
-from ml_collections import ConfigDict
 
 from data_pipelines import records, tasks, transforms
 from data_pipelines.tasks import TASKS, Example
@@ -100,11 +99,12 @@ def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
     folders.append(epath.Path(name))
     for folder in folders:
         for pattern in ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json"):
-            if found := sorted(folder.glob(pattern)):
-                if len({info.parent.parent for info in found}) > 1:
-                    inside = ", ".join(sorted(info.parent.parent.name for info in found))
+            if found := [info.parent for info in folder.glob(pattern)]:
+                datasets = {d.parent if _version(d) else d for d in found}
+                if len(datasets) > 1:
+                    inside = ", ".join(sorted(d.name for d in datasets))
                     raise ValueError(f"{folder} holds several datasets ({inside}): name one of them")
-                builder = tfds.builder_from_directory(found[-1].parent)  # the newest version
+                builder = tfds.builder_from_directory(max(found, key=_version))
                 tasks.nearest(split, builder.info.splits, what=f"split of {folder}:")
                 source = TfdsSource(name, builder, split)
                 if not len(source):
@@ -117,6 +117,12 @@ def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
     except ValueError as error:
         raise FileNotFoundError(f"no dataset at {folders[0]}: {error}") from None
     raise FileNotFoundError(f"no dataset at {folders[0]}: it has no dataset_info.json; an unfinished build?")
+
+
+def _version(folder: epath.Path) -> tuple[int, ...]:
+    """(1, 10, 0) of TFDS's folder 1.10.0; nothing of any other."""
+    parts = folder.name.split(".")
+    return tuple(map(int, parts)) if len(parts) == 3 and all(p.isdigit() for p in parts) else ()
 
 
 # --- the order -----------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ class Component:
 
 
 def components(
-    task_configs: Mapping[str, Any] | ConfigDict,
+    task_configs: Any,
     *,
     split: str = "train",
     data_dir: str = "",
@@ -202,7 +208,7 @@ def components(
                     f"task {name!r} cannot read {opened[source].name}: no field {missing[0]!r} "
                     f"(has {', '.join(opened[source].fields)})"
                 )
-        if isinstance(task["sources"], Mapping | ConfigDict):
+        if hasattr(task["sources"], "items"):
             parts = {source: float(weight) for source, weight in task["sources"].items()}
             if any(not np.isfinite(w) or w < 0 for w in parts.values()) or not any(parts.values()):
                 raise ValueError(
@@ -219,7 +225,7 @@ def components(
     return result
 
 
-def check_weights(task_configs: Mapping[str, Any] | ConfigDict) -> None:
+def check_weights(task_configs: Any) -> None:
     """Holds the weights and dropout of a config's `tasks` against what they may be, without any data.
 
     Raises:

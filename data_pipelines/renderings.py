@@ -84,8 +84,10 @@ class Limb:
     color: tuple[int, int, int]
 
 
-# In drawing order: the trunk first, so that arms in front of it stay whole. Twelve hues 30 degrees apart, and white.
+# In drawing order: head and trunk first, so that arms in front of them stay whole. Twelve hues, 30 degrees apart.
 LIMBS = (
+    Limb(LEFT_SHOULDER, LEFT_EAR, (128, 255, 0)),
+    Limb(RIGHT_SHOULDER, RIGHT_EAR, (255, 0, 128)),
     Limb(LEFT_SHOULDER, LEFT_HIP, (0, 0, 255)),
     Limb(RIGHT_SHOULDER, RIGHT_HIP, (255, 0, 0)),
     Limb(LEFT_HIP, LEFT_KNEE, (0, 255, 0)),
@@ -96,8 +98,6 @@ LIMBS = (
     Limb(RIGHT_SHOULDER, RIGHT_ELBOW, (255, 128, 0)),
     Limb(LEFT_ELBOW, LEFT_WRIST, (128, 0, 255)),
     Limb(RIGHT_ELBOW, RIGHT_WRIST, (0, 128, 255)),
-    Limb(LEFT_SHOULDER, LEFT_EAR, (128, 255, 0)),
-    Limb(RIGHT_SHOULDER, RIGHT_EAR, (255, 0, 128)),
     Limb(NOSE, NOSE, (255, 255, 255)),
 )
 _COLORS = np.array([limb.color for limb in LIMBS], np.float32) / 255

@@ -39,9 +39,9 @@ def make_record(k: int) -> dict:
     )
 
 
-@pytest.fixture
-def page(tmp_path):
-    out = tmp_path / "new" / "page.html"
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    out = tmp_path_factory.mktemp("inspect") / "new" / "page.html"
     toy = MemorySource("toy", [make_record(k) for k in range(5)])
     inspect.write_inspection(make_config(), out, tokenizer=tokenize, num_examples=4, sources=dict(toy=toy))
     return out.read_text()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from data_pipelines import mixture, tasks
+from data_pipelines import emoji_scenes, mixture, tasks
 from data_pipelines.mixture import MemorySource, make_stream
 from data_pipelines.tasks import TASKS
 
@@ -227,7 +227,7 @@ def test_sources_share_a_task_by_size_or_by_weight():
 
 
 def test_conditions_drop_at_their_rates():
-    config = make_config(batch_size=1000, ie=1.0)
+    config = make_config(batch_size=600, ie=1.0)
     config.tasks.ie = dict(weight=1.0, sources=("scenes",), drop_text=0.1, drop_image=0.2, drop_both=0.05)
     batch = next(stream(config))
     no_text = batch.text_mask.sum(axis=1) == len("<ie>")
@@ -235,7 +235,7 @@ def test_conditions_drop_at_their_rates():
     assert not batch.source[no_image].any()
     for rate, dropped in ((0.1, no_text & ~no_image), (0.2, no_image & ~no_text), (0.05, no_text & no_image)):
         # four standard deviations of a binomial
-        assert abs(dropped.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / 1000)
+        assert abs(dropped.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / 600)
 
 
 def test_an_identity_without_text_has_no_face():
@@ -270,8 +270,8 @@ class BrokenSource(MemorySource):
 
 
 def test_a_corrupt_record_is_replaced_by_the_next_and_counted(caplog):
-    scenes = [make_scene(k % 250) for k in range(500)]
-    config = make_config(batch_size=500, t2i=1.0)
+    scenes = [make_scene(k) for k in range(200)]
+    config = make_config(batch_size=200, t2i=1.0)
     broken = stream(config, sources=dict(scenes=BrokenSource("scenes", scenes, {77})))
     whole = stream(config, sources=dict(scenes=MemorySource("scenes", scenes)))
     a, b = next(broken), next(whole)
@@ -346,6 +346,26 @@ def test_a_missing_dataset_suggests_the_nearest(tmp_path):
         mixture.open_source("scene", "train", data_dir=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="unfinished build"):
         mixture.open_source("scenes", "train", data_dir=str(tmp_path))
+
+
+def test_records_on_disk_serve_every_task(tmp_path):
+    emoji_scenes.build(tmp_path, resolution=16, num_scenes=16, nouns=4, progress=False, processes=1)
+    scenes = mixture.open_source("scenes", "train", data_dir=str(tmp_path))
+    assert len(scenes) == 16
+    assert set(scenes.read(3, ("image", "caption"))) == {"image", "caption"}
+    assert set(scenes.fields) == set(scenes.read(0))
+    assert mixture.open_source(str(tmp_path / "scenes"), "train").name == f"{tmp_path / 'scenes'}/train"
+    with pytest.raises(ValueError, match=r"unknown split of .*'trian'; did you mean 'train'"):
+        mixture.open_source("scenes", "trian", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="holds several datasets"):
+        mixture.open_source(str(tmp_path), "train")
+    config = make_config(batch_size=16, **dict.fromkeys(TASKS, 1.0))
+    config.data.dir, config.data.resolution, config.data.read_threads, config.data.prefetch = str(tmp_path), 16, 2, 2
+    for name, task in config.tasks.items():
+        task.sources = (dict(ie="edits", pose="puppets", id="persons").get(name, "scenes"),)
+    batch = next(stream(config, sources=None))
+    np.testing.assert_array_equal(np.bincount(batch.task, minlength=8) > 0, True)
+    assert stream(config, sources=None).quarantined == 0
 
 
 # --- evaluation ---
