@@ -1,0 +1,133 @@
+"""Metrics against numbers worked out by hand, and the laws they promise."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from univg_jax.evaluation import metrics
+from univg_jax.evaluation.metrics import Ratio
+
+# float64 arithmetic of a few thousand terms; anything larger is a wrong formula.
+EXACT = 1e-12
+
+masks = st.integers(0, 2**32 - 1).map(lambda s: np.random.default_rng(s).random((2, 9, 7)) < [[[0.3]], [[0.6]]])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def image(value: int, size: int = 4) -> np.ndarray:
+    return np.full((size, size, 3), value, np.uint8)
+
+
+def test_l1_whole_and_region():
+    prediction, target = image(0), image(0)
+    prediction[0, 0] = 255
+    region = np.zeros((4, 4), np.uint8)
+    region[0, :2] = 1
+    assert metrics.l1(prediction, target).value == pytest.approx(1 / 16, abs=EXACT)
+    assert metrics.l1(prediction, target, region).value == pytest.approx(1 / 2, abs=EXACT)
+    empty = metrics.l1(prediction, target, np.zeros((4, 4), np.uint8))
+    assert empty.count.sum() == 0
+    assert np.isnan(empty.value)
+
+
+def test_psnr_of_one_level_everywhere():
+    assert metrics.psnr(image(10), image(11)).value == pytest.approx(20 * np.log10(255), abs=EXACT)
+    assert metrics.psnr(image(10), image(10)).value < 79
+
+
+def test_mean_and_overall_iou_differ_as_they_should():
+    small = np.zeros((4, 4), bool)
+    small[0, 0] = True
+    pairs = [(small, small), (np.ones((4, 4), bool), small)]
+    mean = metrics.merge(metrics.mean_iou(p, t) for p, t in pairs)
+    overall = metrics.merge(metrics.overall_iou(p, t) for p, t in pairs)
+    assert mean.value == pytest.approx((1 + 1 / 16) / 2, abs=EXACT)
+    assert overall.value == pytest.approx(2 / 17, abs=EXACT)
+    nothing = np.zeros((4, 4), bool)
+    assert metrics.mean_iou(nothing, nothing).value == 0
+
+
+@given(masks)
+def test_iou_is_symmetric_and_bounded(pair):
+    a, b = pair
+    for iou in (metrics.mean_iou, metrics.overall_iou):
+        assert iou(a, b).value == iou(b, a).value
+        assert 0 <= iou(a, b).value <= 1
+        assert iou(a, a).value == 1
+
+
+def test_box_iou_by_hand():
+    a, b = np.array([0.0, 0, 2, 2]), np.array([1.0, 1, 3, 3])
+    assert metrics.box_iou(a, b) == pytest.approx(1 / 7, abs=EXACT)
+    assert metrics.box_iou(a, a) == 1
+    assert metrics.box_iou(a, np.array([5.0, 5, 6, 6])) == 0
+    best = metrics.best_box_iou(np.stack([a, b]), [np.stack([b, a]), np.zeros((0, 4))])
+    np.testing.assert_array_equal(best, [1, 0])
+
+
+def test_depth_by_hand():
+    target = np.array([[1.0, 2.0], [4.0, 0.0]])  # the last pixel is invalid
+    prediction = np.array([[1.5, 1.5], [1.5, 9.0]])  # constant on the valid ones: aligns to the mean, 7/3
+    errors = metrics.depth_errors(prediction, target)
+    mean = 7 / 3
+    assert errors["abs_rel"].value == pytest.approx(((mean - 1) + (mean - 2) / 2 + (4 - mean) / 4) / 3, abs=EXACT)
+    assert errors["delta1"].value == pytest.approx(1 / 3, abs=EXACT)  # only 2 against 7/3 is within 1.25
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.floats(0.1, 50), st.floats(-20, 20))
+def test_aligned_depth_ignores_scale_and_shift(seed, scale, shift):
+    rng = np.random.default_rng(seed)
+    target = rng.uniform(1, 10, (6, 5))
+    prediction = target + rng.normal(0, 1, (6, 5))
+    reference = metrics.depth_errors(prediction, target)
+    moved = metrics.depth_errors(scale * prediction + shift, target)
+    # Cancellation of the mean costs up to |shift| / scale / std digits: 200 x 1e-16 and a margin.
+    assert moved["abs_rel"].value == pytest.approx(reference["abs_rel"].value, abs=1e-9)
+    exact = metrics.depth_errors(scale * target + shift, target)
+    assert exact["abs_rel"].value == pytest.approx(0, abs=1e-9)
+    assert exact["delta1"].value == 1
+
+
+def test_pck_averages_over_joints_that_were_seen():
+    target = np.zeros((3, 2))
+    near, far = np.array([[0.5, 0], [3, 0], [0, 0]]), np.array([[0.0, 0], [np.nan, 0], [0, 0]])
+    first = metrics.pck(near, target, visible=np.array([True, True, False]), box_size=10.0)
+    second = metrics.pck(far, target, visible=np.array([True, False, False]), box_size=10.0)
+    # Joint 0: 2 of 2. Joint 1: 0 of 1. Joint 2: never seen, does not count.
+    assert (first + second).value == 0.5
+    unseen = metrics.pck(near, target, visible=np.zeros(3, bool), box_size=10.0)
+    assert np.isnan(unseen.value)
+    nan_is_a_miss = metrics.pck(far, target, visible=np.array([False, True, False]), box_size=10.0)
+    assert nan_is_a_miss.value == 0
+
+
+def test_recall_and_cosine():
+    assert metrics.recall_at_1(np.array([0.3, 0.2, 0.1])).value == 1
+    assert metrics.recall_at_1(np.array([0.3, 0.4, 0.1])).value == 0
+    assert metrics.recall_at_1(np.full(16, 0.5)).value == 1 / 16  # a constant scorer is at chance, not at 100%
+    assert metrics.cosine(np.array([1.0, 0]), np.array([1.0, 1])).value == pytest.approx(2**-0.5, abs=EXACT)
+    assert metrics.cosine(np.zeros(2), np.ones(2)).value == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(seeds, st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
+def test_merge_of_shards_is_the_whole(seed, rows, shards, entries):
+    rng = np.random.default_rng(seed)
+    ratios = [Ratio.of(rng.random(entries), rng.integers(0, 3, entries).astype(float)) for _ in range(rows)]
+    whole = metrics.merge(ratios)
+    shuffled = metrics.merge([ratios[i] for i in rng.permutation(rows)])
+    np.testing.assert_array_equal(whole.total, shuffled.total)
+    parts = np.array_split(np.arange(rows), shards)  # uneven, some empty
+    merged = metrics.merge(metrics.merge(ratios[i] for i in part) for part in parts if len(part))
+    # One rounding per shard on top of one per sum.
+    np.testing.assert_allclose(merged.total, whole.total, rtol=1e-14)
+    np.testing.assert_array_equal(merged.count, whole.count)
+    assert merged.value == pytest.approx(whole.value, rel=1e-13, nan_ok=True)
+
+
+def test_ratio_addition_is_not_the_mean_of_means():
+    few, many = Ratio.of(1.0, 1.0), Ratio.of(0.0, 9.0)
+    assert (few + many).value == 0.1
+    assert np.isnan(metrics.merge([]).value)
