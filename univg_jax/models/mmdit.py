@@ -1,0 +1,260 @@
+"""MM-DiT: a text and an image stream with their own weights, joined in attention, modulated by time.
+
+Each block, on each stream x (image, text), with (shift, scale, gate) from c = time + pooled text:
+
+    a = attention over both streams of norm(x) (1 + scale_1) + shift_1
+    x = x + gate_1 W_a a
+    x = x + gate_2 MLP(norm(x) (1 + scale_2) + shift_2)
+
+Stable Diffusion 3 (arXiv 2403.03206, section 4), numerically diffusers' `SD3Transformer2DModel`;
+shared modulation from DiT-Air (arXiv 2503.10618). Rotary positions and sandwich norms are options
+that diffusers lacks.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Bool, Float
+
+from univg_jax.models.layers import (
+    ATTENTION,
+    MLP,
+    Linear,
+    RMSNorm,
+    gelu_tanh,
+    modulated_norm,
+    pick,
+    rotate_2d,
+    sincos_table,
+    time_features,
+)
+
+Array = jax.Array | np.ndarray
+
+# What a block keeps for the backward pass: everything; the outputs of its linear maps; only its input.
+REMAT = {
+    "none": None,
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Stream(nn.Module):
+    """One stream's half of a block: `project` before the joint attention, `update` after it.
+
+    `final` is the text stream of the last block: nothing reads its output, so it gives keys and
+    values only, and its modulation is (scale, shift), in that order, as in diffusers.
+    """
+
+    hidden_dim: int
+    num_heads: int
+    mlp_ratio: int
+    qk_norm: str | None
+    sandwich_norm: bool
+    shared_adaln: bool
+    dtype: Any
+    final: bool = False
+
+    def setup(self):
+        d = self.hidden_dim
+        if self.shared_adaln:
+            self.offset = self.param("offset", nn.initializers.zeros, (6 * d,))
+        else:
+            self.modulation = Linear((2 if self.final else 6) * d, self.dtype, nn.initializers.zeros)
+        self.k, self.v = Linear(d, self.dtype), Linear(d, self.dtype)
+        if self.qk_norm:
+            self.k_norm = RMSNorm()
+        if self.final:
+            return
+        self.q = Linear(d, self.dtype)
+        if self.qk_norm:
+            self.q_norm = RMSNorm()
+        self.attn_out = Linear(d, self.dtype)
+        self.mlp = MLP(self.mlp_ratio * d, d, gelu_tanh, self.dtype)
+        if self.sandwich_norm:
+            self.attn_norm, self.mlp_norm = RMSNorm(), RMSNorm()
+
+    def modulate(self, cond: Float[Array, "b e"]) -> list[Float[Array, "b d"]]:
+        """(shift, scale, gate) of attention, then of the MLP; of a final stream (scale, shift)."""
+        if self.shared_adaln:
+            chunks = jnp.split(cond + self.offset[None].astype(cond.dtype), 6, axis=-1)
+            return [chunks[1], chunks[0]] if self.final else chunks
+        return jnp.split(self.modulation(cond), 2 if self.final else 6, axis=-1)
+
+    def project(self, x: Float[Array, "b n d"], mod: list) -> tuple[Array | None, Array, Array]:
+        """Queries (None of a final stream), keys and values, each [b n k c]."""
+        scale, shift = mod if self.final else (mod[1], mod[0])
+        h = modulated_norm(x, scale=scale, shift=shift)
+
+        def heads(y: Array) -> Array:
+            return y.reshape(*y.shape[:-1], self.num_heads, -1)
+
+        q, k, v = None if self.final else heads(self.q(h)), heads(self.k(h)), heads(self.v(h))
+        if self.qk_norm:
+            q, k = None if self.final else self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def update(self, x: Float[Array, "b n d"], attended: Float[Array, "b n k c"], mod: list) -> Float[Array, "b n d"]:
+        """Adds what the tokens attended to, then the MLP."""
+        _, _, gate_attn, shift, scale, gate_mlp = mod
+        y = self.attn_out(attended.reshape(x.shape))
+        x = x + gate_attn[:, None] * (self.attn_norm(y) if self.sandwich_norm else y)
+        y = self.mlp(modulated_norm(x, scale=scale, shift=shift))
+        return x + gate_mlp[:, None] * (self.mlp_norm(y) if self.sandwich_norm else y)
+
+
+class Block(nn.Module):
+    """A joint block; `final` drops the text stream's output."""
+
+    stream: Mapping[str, Any]  # fields of `Stream`
+    attention: Callable
+    grid: tuple[int, int] | None  # (height, width) in tokens where positions are rotary
+    final: bool = False
+
+    @nn.compact
+    def __call__(self, carry: tuple[Array, Array], cond: Array, text_mask: Array | None) -> tuple:
+        image, text = carry
+        streams = [Stream(**self.stream, name="image"), Stream(**self.stream, final=self.final, name="text")]
+        conds = jnp.split(cond, 2, axis=-1) if self.stream["shared_adaln"] else [cond, cond]
+        mods = [s.modulate(c) for s, c in zip(streams, conds, strict=True)]
+        (q_image, k_image, v_image), (q_text, k_text, v_text) = (
+            s.project(x, mod) for s, x, mod in zip(streams, carry, mods, strict=True)
+        )
+        if self.grid is not None:
+            h, w = self.grid
+            q_image, k_image = rotate_2d(q_image, height=h, width=w), rotate_2d(k_image, height=h, width=w)
+        q = q_image if self.final else jnp.concatenate([q_image, q_text], axis=1)
+        k, v = jnp.concatenate([k_image, k_text], axis=1), jnp.concatenate([v_image, v_text], axis=1)
+        mask = None
+        if text_mask is not None:
+            mask = jnp.concatenate([jnp.ones(image.shape[:2], bool), text_mask], axis=1)
+        attended = self.attention(q, k, v, mask)
+        n = image.shape[1]
+        image = streams[0].update(image, attended[:, :n], mods[0])
+        if not self.final:
+            text = streams[1].update(text, attended[:, n:], mods[1])
+        return (image, text), None
+
+
+class MMDiT(nn.Module):
+    """Velocity of a latent image given text: see the module's docstring.
+
+    All blocks but the last are one stack: their parameters, under `blocks`, have a leading axis of
+    depth - 1, whether `scan` loops over them or unrolls. Modulations and the output map start at
+    zero, so the initial output is exactly zero (AdaLN-zero).
+
+    Raises ValueError for an impossible combination of fields or a latent size that the patch size
+    does not divide.
+    """
+
+    hidden_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int = 2
+    in_channels: int = 33
+    out_channels: int = 16
+    text_dim: int = 4096
+    pooled_dim: int = 2048
+    mlp_ratio: int = 4
+    qk_norm: str | None = "rms_norm"
+    position: str = "sincos"  # or 'rope'
+    pos_embed_max_size: int = 192  # tokens a side; of 'sincos'
+    pos_embed_base_size: int = 64  # the table's extent in units of position; of 'sincos'
+    sandwich_norm: bool = False
+    shared_adaln: bool = False
+    remat: str = "none"  # a name of REMAT
+    scan: bool = True  # False unrolls the depth: slower to compile, faster on CPU
+    attention: str | Callable = "xla"  # a name of layers.ATTENTION, or a function of its signature
+    dtype: Any = jnp.float32  # of the computation; parameters are float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hidden_dim % (4 * self.num_heads):
+            raise ValueError(f"hidden_dim {self.hidden_dim} is not a multiple of 4 * num_heads {self.num_heads}")
+        pick(dict.fromkeys(("sincos", "rope")), self.position, what="position")
+        pick(REMAT, self.remat, what="remat policy")
+        if self.qk_norm is not None:
+            pick(dict.fromkeys(("rms_norm",)), self.qk_norm, what="qk_norm")
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: Float[Array, "b h w {self.in_channels}"],
+        text_emb: Float[Array, "b m {self.text_dim}"],
+        pooled_emb: Float[Array, "b {self.pooled_dim}"],
+        t: Float[Array, " b"],
+        text_mask: Bool[Array, "b m"] | None = None,
+    ) -> Float[Array, "b h w {self.out_channels}"]:
+        """Predicted velocity at times t in [0, 1]. Text tokens whose mask is False are ignored; None attends to all."""
+        d, p = self.hidden_dim, self.patch_size
+        b, height, width, _ = latents.shape
+        if height % p or width % p:
+            raise ValueError(f"latents of {height}x{width} are not divisible into patches of {p}x{p}")
+        h, w = height // p, width // p
+
+        patches = latents.reshape(b, h, p, w, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(b, h * w, -1)
+        image = Linear(d, self.dtype, name="patch_embed")(patches)
+        if self.position == "sincos":
+            table = sincos_table(h, w, dim=d, max_size=self.pos_embed_max_size, base_size=self.pos_embed_base_size)
+            image = image + table[None].astype(self.dtype)
+        text = Linear(d, self.dtype, name="text_embed")(text_emb)
+
+        small = nn.initializers.normal(0.02)
+        cond = MLP(d, d, nn.silu, self.dtype, small, name="time_embed")(time_features(t))
+        cond = nn.silu(cond + MLP(d, d, nn.silu, self.dtype, name="pooled_embed")(pooled_emb))
+        block_cond = cond
+        if self.shared_adaln:
+            block_cond = Linear(12 * d, self.dtype, nn.initializers.zeros, name="shared_modulation")(cond)
+
+        fields = dict(
+            stream={
+                f.name: getattr(self, f.name)
+                for f in dataclasses.fields(Stream)
+                if f.name not in ("final", "parent", "name")
+            },
+            attention=self.attention if callable(self.attention) else pick(ATTENTION, self.attention, what="attention"),
+            grid=(h, w) if self.position == "rope" else None,
+        )
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=not self.scan, policy=REMAT[self.remat])
+        carry = (image, text)
+        if self.depth > 1:
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.depth - 1,
+                unroll=1 if self.scan else self.depth - 1,
+            )
+            carry, _ = stack(**fields, name="blocks")(carry, block_cond, text_mask)
+        (image, _), _ = block(**fields, final=True, name="last_block")(carry, block_cond, text_mask)
+
+        scale, shift = jnp.split(Linear(2 * d, self.dtype, nn.initializers.zeros, name="out_modulation")(cond), 2, -1)
+        image = modulated_norm(image, scale=scale, shift=shift)
+        image = Linear(p * p * self.out_channels, self.dtype, nn.initializers.zeros, name="out_proj")(image)
+        return image.reshape(b, h, w, p, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(b, height, width, -1)
+
+
+# Parameters with SD3's conditioning (text 4096, pooled 2048, 33 channels in, 16 out): 416M, 1.8B, 3.7B, the
+# published totals of UniVG; its depths and widths are not published.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(hidden_dim=256, depth=6, num_heads=4, pos_embed_max_size=32, pos_embed_base_size=32),
+    "b": dict(hidden_dim=1024, depth=11, num_heads=16),
+    "l": dict(hidden_dim=1472, depth=23, num_heads=23),
+    "xl": dict(hidden_dim=1920, depth=28, num_heads=30),
+}
+
+
+def make_mmdit(size: str, **overrides: Any) -> MMDiT:
+    """The MM-DiT of a named size, with any of its fields overridden; an unknown name raises ValueError."""
+    fields = {f.name: None for f in dataclasses.fields(MMDiT) if f.name not in ("parent", "name")}
+    for name in overrides:
+        pick(fields, name, what="model field")
+    return MMDiT(**{**pick(SIZES, size, what="model size"), **overrides})

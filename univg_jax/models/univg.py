@@ -1,0 +1,41 @@
+"""UniVG: an MM-DiT whose conditions enter by channels, and whose identity enters at the `<p>` token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Float
+
+from univg_jax.batch import Conditions
+from univg_jax.models.layers import MLP, gelu_tanh
+from univg_jax.models.mmdit import MMDiT
+
+Array = jax.Array | np.ndarray
+
+
+class UniVG(nn.Module):
+    """v = MMDiT([x_t, image latent, mask], text, pooled, t), with text[`<p>`] = projector(face).
+
+    The channel concatenation and the replacement are UniVG's (arXiv 2503.12652): the sequence
+    never grows. Replacing after the text encoder, by a 2-layer MLP, is our choice. The projector
+    exists only where `face_dim` is set, so the stages before identity have no such parameters.
+    """
+
+    backbone: MMDiT
+    face_dim: int | None = None
+
+    @nn.compact
+    def __call__(
+        self, x_t: Float[Array, "b h w c"], t: Float[Array, " b"], conditions: Conditions
+    ) -> Float[Array, "b h w c"]:
+        """Velocity at noisy latents `x_t` and times `t` in [0, 1]; ValueError where a face is not `face_dim` wide."""
+        text_emb = conditions.text_emb
+        if self.face_dim is not None:
+            if conditions.face_emb.shape[-1] != self.face_dim:
+                raise ValueError(f"face embeddings are {conditions.face_emb.shape[-1]} wide, face_dim={self.face_dim}")
+            dim, dtype = self.backbone.text_dim, self.backbone.dtype
+            face = MLP(dim, dim, gelu_tanh, dtype, name="identity_projector")(conditions.face_emb)
+            slot = conditions.identity_slot[..., None]
+            text_emb = jnp.where(slot, face[:, None].astype(text_emb.dtype), text_emb)
+        latents = jnp.concatenate([x_t, conditions.cond_latents, conditions.mask], axis=-1)
+        return self.backbone(latents, text_emb, conditions.pooled_emb, t, conditions.text_mask)
