@@ -17,8 +17,8 @@ model has to beat. Ground truth is the record's own label, not its rendering, wh
 A benchmark may also have references: answers that know more than a trivial one may, and show what its metric
 does not measure. Held-out captions differ in ground and sky, so the true background without any object
 ranks its caption first about every other time (0.51 of 256 scenes of 16 nouns): plain retrieval says little about
-objects. With the true setting in all 16 captions that reference falls to 0.21, and the real pictures stay at 0.98.
-It does not fall to chance, 0.06, nor does it without the objects' shadows; compare with it, not with chance.
+objects. With the true setting in all 16 captions that reference falls to 0.18, and the real pictures stay at 0.97.
+It does not fall to chance, 0.06, for reasons not found (shadows are not it): compare with it, not with chance.
 """
 
 import dataclasses
