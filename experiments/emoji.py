@@ -9,11 +9,23 @@ from ml_collections import ConfigDict
 from experiments import base, stage2_multitask
 from experiments.base import task
 
-# The preset's cost: pixels, scenes, nouns of the whitelist, steps of the three stages.
+# What a preset is: its data, the model's difference from `tiny`, the steps of the three stages.
 PRESETS = dict(
-    smoke=dict(resolution=32, num_scenes=64, nouns=4, steps=(20, 20, 20)),
-    quickstart=dict(resolution=48, num_scenes=4000, nouns=8, steps=(1200, 1300, 500)),
-    long=dict(resolution=64, num_scenes=20_000, nouns=16, steps=(8000, 5000, 2000)),
+    smoke=dict(
+        build=dict(resolution=32, num_scenes=64, nouns=4),
+        model=dict(hidden_dim=64, depth=2, num_heads=2),
+        steps=(20, 20, 20),
+    ),
+    quickstart=dict(
+        build=dict(resolution=48, num_scenes=4000, nouns=8),
+        model=dict(hidden_dim=192, depth=6, num_heads=3, scan=False),
+        steps=(1200, 1300, 500),
+    ),
+    long=dict(
+        build=dict(resolution=64, num_scenes=20_000, nouns=16),
+        model=dict(scan=False),
+        steps=(8000, 5000, 2000),
+    ),
 )
 
 
@@ -27,17 +39,17 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c = base.get_config()
     c.name = f"emoji_{preset}_stage{stage}"
     c.data.dir = f"runs/data/emoji_{preset}"
-    c.data.build = dict(resolution=p["resolution"], num_scenes=p["num_scenes"], seed=0, nouns=p["nouns"])
-    c.data.resolution = c.data.face_resolution = p["resolution"]
+    c.data.build = dict(**p["build"], seed=0)
+    c.data.resolution = c.data.face_resolution = p["build"]["resolution"]
     c.data.num_tokens = 32
     c.data.batch_size = 16
-    c.model.size = "tiny"
+    c.model = dict(size="tiny", overrides=p["model"])
     c.mesh = dict(data=-1, fsdp=1, tensor=1)
     c.optim.lr = 1e-3
     c.optim.schedule = "cosine"
-    c.optim.warmup = 50
     c.optim.ema = 0.995
     c.train.steps = p["steps"][stage - 1]
+    c.optim.warmup = min(50, c.train.steps // 4)
     c.train.log_every = 10
     c.train.save_every = 200
     c.train.eval_every = c.train.sample_every = c.train.steps

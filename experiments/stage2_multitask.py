@@ -16,13 +16,17 @@ def get_config(*, size: str = "xl", res: int = 256, init_from: str = "runs/stage
 
 
 def multitask(scale: float = 1.0) -> dict[str, ConfigDict]:
-    """The paper's shares. It publishes one for the three auxiliary tasks; their equal split is our choice."""
+    """The paper's shares. It publishes one for the three auxiliary tasks; their equal split is our choice.
+
+    Depth, pose and segmentation are sampled without guidance, so they need no dropout.
+    """
+    always = dict(drop_text=0.0, drop_image=0.0, drop_both=0.0)
     return dict(
         t2i=task(0.28 * scale, "scenes"),
         ie=task(0.47 * scale, "edits"),
         ip=task(0.20 * scale, "scenes"),
         lg=task(0.02 * scale, "scenes"),
-        depth=task(0.01 * scale, "scenes"),
-        pose=task(0.01 * scale, "puppets"),
-        seg=task(0.01 * scale, "scenes"),
+        depth=task(0.01 * scale, "scenes", **always),
+        pose=task(0.01 * scale, "puppets", **always),
+        seg=task(0.01 * scale, "scenes", **always),
     )

@@ -61,17 +61,8 @@ class Step:
     task_names: tuple[str, ...]
 
     @property
-    def times(self) -> flow.Times:
-        c = self.config.flow
-        return flow.Times(distribution=c.distribution, mean=c.mean, std=c.std, shift=c.shift)
-
-    @property
-    def optim(self) -> dict[str, Any]:
-        return dict(self.config.optim, total_steps=self.config.train.steps)
-
-    @property
     def optimizer(self) -> optax.GradientTransformation:
-        return optim.make_optimizer(self.optim)
+        return optim.make_optimizer(optim_config(self.config))
 
     def init(self, key: PRNGKeyArray, frozen: PyTree, batch: Batch) -> TrainState:
         """Parameters drawn from `key`, an optimizer at rest, an average that starts at the parameters."""
@@ -102,7 +93,7 @@ class Step:
                 x0,
                 key=key,
                 sample_id=batch.sample_id,
-                times=self.times,
+                times=training_times(self.config),
                 weight=self.row_weights(x0, conditions.cond_latents, batch),
             )
             losses = losses * batch.valid
@@ -146,6 +137,17 @@ class Step:
         k = len(self.task_names)
         count = jax.ops.segment_sum(valid.astype(jnp.float32), task, k)
         return {"loss_sum": jax.ops.segment_sum(losses, task, k), "count": count}
+
+
+def training_times(config: ConfigDict) -> flow.Times:
+    """How a config draws times. Raises ValueError for what `flow.Times` does not know."""
+    c = config.flow
+    return flow.Times(distribution=c.distribution, mean=c.mean, std=c.std, shift=c.shift)
+
+
+def optim_config(config: ConfigDict) -> dict[str, Any]:
+    """What the optimizer is made from: `config.optim`, and the end of the schedule."""
+    return dict(config.optim, total_steps=config.train.steps)
 
 
 def train(
@@ -193,14 +195,7 @@ def train(
         state = jax.jit(step_functions.init, out_shardings=shardings)(init_key, frozen, example)
         if config.init_from.path:
             source = config.init_from
-            params = init_from(
-                abstract.params,
-                source.path,
-                which=source.which,
-                new=source.new,
-                dropped=source.dropped,
-                init_params=state.params,
-            )
+            params = init_from(state.params, source.path, which=source.which, new=source.new, dropped=source.dropped)
             state = dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
     num_parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
@@ -217,7 +212,7 @@ def train(
         donate_argnums=0,
     )
     validate = jax.jit(step_functions.validate)
-    schedule = optim.make_schedule(step_functions.optim)
+    schedule = optim.make_schedule(optim_config(config))
 
     def save(step: int) -> None:
         checkpointer.save(step, state, stream.get_state(), config)
@@ -260,6 +255,7 @@ def train(
             batch = sharding.shard_batch(next(stream), mesh)
         with jax.transfer_guard("disallow"):
             state, metrics = update(state, frozen, batch)
+        checkpointer.check()
         settle()  # step n - 1, now that step n is on its way
         pending = (step + 1, metrics)
         bar.update()

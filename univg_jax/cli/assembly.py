@@ -13,10 +13,9 @@ import data_pipelines.emoji_scenes as emoji_scenes
 from data_pipelines import mixture
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer, load_tokenizer
-from univg_jax import checkpoint, conditioning, sharding
+from univg_jax import checkpoint, conditioning, optim, sharding, train
 from univg_jax.batch import Batch, fake_batch
 from univg_jax.conditioning import Conditioner
-from univg_jax.interop.folders import pretrained_folder
 from univg_jax.models.mmdit import make_mmdit
 from univg_jax.models.univg import UniVG
 from univg_jax.sampling import Generator, Sampler, guidance_weights
@@ -34,6 +33,8 @@ def check_config(config: ConfigDict) -> None:
         raise FileNotFoundError(f"data.dir={config.data.dir!r} does not exist")
     mixture.check_weights(config.tasks)
     sampler(config)
+    train.training_times(config)
+    optim.make_schedule(train.optim_config(config))
     for task in config.sampling.guidance:
         guidance(config, task)
     make_mmdit(config.model.size, **config.model.overrides)
@@ -54,7 +55,7 @@ def build_arguments(config: ConfigDict) -> dict[str, Any]:
 
 
 def tokenizer(config: ConfigDict) -> Tokenizer:
-    return load_tokenizer(pretrained_folder(config.conditioning.text))
+    return load_tokenizer(config.conditioning.text)
 
 
 def encoders(config: ConfigDict, workdir: epath.PathLike) -> tuple[Conditioner, Any]:
@@ -133,8 +134,9 @@ class Run:
         passes = guided_passes(batch, self.config, task, self.tokenizer)
         sharded = [sharding.shard_batch(p, mesh) for p in passes]
         weights = guidance(self.config, task)
-        images = self.generator(self.params, self.frozen, sharded, weights=weights, seed=seed)
-        return to_uint8(sharding.local_rows(images))
+        images = sharding.fetch(self.generator(self.params, self.frozen, sharded, weights=weights, seed=seed))
+        start = jax.process_index() * batch.size
+        return to_uint8(images[start : start + batch.size])
 
     def initial_params(self, *, seed: int) -> Any:
         """The parameters of the same model before any training."""

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_pipelines import mixture
 from data_pipelines.tasks import TASKS
-from univg_jax import checkpoint, train
+from univg_jax import checkpoint, sharding, train
 from univg_jax.cli import assembly
 from univg_jax.cli.config import load_config
 from univg_jax.cli.main import configure_jax
@@ -90,10 +90,12 @@ def previews(config: ConfigDict, active: list[str], tokenizer: Any, generator: G
     }
 
     def draw(params: Any, frozen: Any, folder: epath.Path) -> dict[str, np.ndarray]:
-        grids = {}
+        grids, mesh = {}, jax.sharding.get_mesh()
         for name, batch in batches.items():
-            passes = assembly.guided_passes(batch, config, name, tokenizer)
-            images = generator(params, frozen, passes, weights=assembly.guidance(config, name), seed=config.seed)
+            passes = [sharding.shard_batch(p, mesh) for p in assembly.guided_passes(batch, config, name, tokenizer)]
+            images = sharding.fetch(
+                generator(params, frozen, passes, weights=assembly.guidance(config, name), seed=config.seed)
+            )
             rows = batch.source, batch.target, assembly.to_uint8(images)
             grids[name] = np.concatenate([np.concatenate(row[batch.valid], axis=1) for row in rows])
         if jax.process_index() == 0:
