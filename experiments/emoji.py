@@ -41,7 +41,7 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c.data.dir = f"runs/data/emoji_{preset}"
     c.data.build = dict(**p["build"], seed=0)
     c.data.resolution = c.data.face_resolution = p["build"]["resolution"]
-    c.data.num_tokens = 32
+    c.data.num_tokens = 28
     c.data.batch_size = 16
     c.model = dict(size="tiny", overrides=p["model"])
     c.mesh = dict(data=-1, fsdp=1, tensor=1)
@@ -55,6 +55,8 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c.train.eval_every = c.train.sample_every = c.train.steps
     c.train.eval_examples = 32
     c.sampling.steps = 20
+    for scales in c.sampling.guidance.values():
+        scales.text = 2.5
 
     if stage >= 2:
         c.tasks = tasks()

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss or the gradient became NaN or infinite; no checkpoint holds that state."""
 
 
+@runtime_checkable
 class Stream(Protocol):
     """An endless iterator of host-local batches whose position can be saved."""
 
@@ -109,8 +110,8 @@ class Step:
         ema = optim.update_ema(state.ema, params, decay=c.ema, step=state.step, warmup=c.ema_warmup)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
             **self.per_task(losses, batch.valid, batch.task),
         }
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics

@@ -76,7 +76,7 @@ class JsonlWriter(_ScalarsAndImages):
 
     def __init__(self, path: epath.PathLike, *, resume_step: int = 0) -> None:
         self._path = epath.Path(path)
-        self._rows: dict[int, dict[str, float]] = {
+        self._rows: dict[int, dict[str, float | int]] = {
             row["step"]: row for row in read_metrics(path) if row["step"] <= resume_step
         }
 
@@ -88,7 +88,7 @@ class JsonlWriter(_ScalarsAndImages):
         self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows.values()))
 
 
-def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:
+def read_metrics(path: epath.PathLike) -> list[dict[str, float | int]]:
     """The rows of a `metrics.jsonl`, in order of steps; none where there is no file."""
     path = epath.Path(path)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
