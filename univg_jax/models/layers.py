@@ -59,8 +59,9 @@ class MLP(nn.Module):
 
 
 def gelu_tanh(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
-    return jax.nn.gelu(x, approximate=True)
+    """0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): GELU's tanh form (arXiv 1606.08415)."""
+    # As a sigmoid: 1 + tanh cancels for negative x.
+    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 class RMSNorm(nn.Module):
