@@ -19,12 +19,12 @@ PRESETS = dict(
     quickstart=dict(
         build=dict(resolution=48, num_scenes=4000, nouns=8),
         model=dict(hidden_dim=192, depth=6, num_heads=3, scan=False),
-        steps=(1200, 1300, 500),
+        steps=(850, 850, 300),
     ),
     long=dict(
         build=dict(resolution=64, num_scenes=20_000, nouns=16),
         model=dict(scan=False),
-        steps=(8000, 5000, 2000),
+        steps=(4000, 3000, 1000),
     ),
 )
 
@@ -45,7 +45,8 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c.data.batch_size = 16
     c.model = dict(size="tiny", overrides=p["model"])
     c.mesh = dict(data=-1, fsdp=1, tensor=1)
-    c.optim.lr = 1e-3
+    c.optim.lr = 5e-3
+    c.optim.b2 = 0.98
     c.optim.schedule = "cosine"
     c.optim.ema = 0.995
     c.train.steps = p["steps"][stage - 1]
@@ -53,8 +54,8 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c.train.log_every = 10
     c.train.save_every = 200
     c.train.eval_every = c.train.sample_every = c.train.steps
-    c.train.eval_examples = 32
-    c.sampling.steps = 20
+    c.train.eval_examples = 16
+    c.sampling.steps = 16
     for scales in c.sampling.guidance.values():
         scales.text = 2.5
 
