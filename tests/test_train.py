@@ -1,6 +1,7 @@
 """The trainer: exact resume, independence of devices, hand-off, and a clear end for a NaN."""
 
 import json
+import os
 import pathlib
 
 import jax
@@ -174,6 +175,14 @@ def test_one_batch_overfits(parts):
     # Eight random images of noise are all but incompressible: half of the first loss, that of a zero
     # velocity, needs their targets memorized.
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
+
+
+def test_relative_paths_will_do(parts, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = _with(helpers.tiny_config(), steps=1)
+    config.init_from.path = os.path.relpath(finished[0])
+    run(parts, "here", config=config)
+    assert checkpoint.list_steps("here") == (1,)
 
 
 def test_hand_off_takes_the_average_and_starts_a_new_optimizer(parts, finished, tmp_path):

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ class Checkpointer:
     def __init__(
         self, workdir: epath.PathLike, *, save_every: int = 1000, keep: int = 3, keep_every: int | None = None
     ):
-        self.directory = epath.Path(workdir) / CHECKPOINTS
+        self.directory = _absolute(workdir) / CHECKPOINTS
         self._save_every = save_every
         self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
@@ -266,10 +267,10 @@ def claim_workdir(workdir: epath.PathLike, config: Any, *, may_change: Sequence[
     file, config = epath.Path(workdir) / CONFIG, plain(config)
     if file.exists():
         try:
-            theirs = _flat(json.loads(file.read_text()))
+            theirs = flat(json.loads(file.read_text()))
         except ValueError as error:
             raise ValueError(f"{file} is not JSON ({error}); choose another workdir") from None
-        ours = _flat(config)
+        ours = flat(config)
         different = [
             f"{key} is {ours.get(key, 'absent')!r}, there {theirs.get(key, 'absent')!r}"
             for key in sorted(ours.keys() | theirs.keys())
@@ -297,13 +298,19 @@ def plain(config: Any) -> Any:
 # --- which step ---
 
 
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax refuses relative paths; `resolve` would take a bucket's address for one."""
+    path = epath.Path(path)
+    return path if "://" in os.fspath(path) else path.resolve()
+
+
 def _steps(root: epath.Path) -> tuple[int, ...]:
     return tuple(sorted(ocp.utils.checkpoint_steps(root))) if root.exists() else ()
 
 
 def _parse(path: epath.PathLike) -> tuple[epath.Path, int | None]:
     """(folder of steps, step or None) of a workdir, its folder of steps, or a step; it exists and is not empty."""
-    path = epath.Path(path)
+    path = _absolute(path)
     is_step = path.parent.name == CHECKPOINTS and path.name.isdigit()
     if not path.exists() and not (is_step and path.parent.exists()):
         raise FileNotFoundError(f"no checkpoint in {path}: it does not exist")
@@ -454,10 +461,11 @@ def _some(lines: Sequence[str], most: int = 12) -> str:
     return "; ".join(lines[:most]) + more
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, under dotted keys."""
     if not isinstance(config, dict) or not config:
         return {prefix.rstrip("."): config}
-    return {k: v for key, value in config.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    return {k: v for key, value in config.items() for k, v in flat(value, f"{prefix}{key}.").items()}
 
 
 def _barrier(name: str) -> None:

@@ -49,7 +49,7 @@ class OptimConfig:
         _known("optim.schedule", settings.schedule, SCHEDULES)
         if settings.schedule == "cosine" and settings.total_steps <= settings.warmup:
             raise ValueError(
-                f"optim.total_steps={settings.total_steps}: cosine needs more than warmup={settings.warmup} steps"
+                f"cosine ends at step {settings.total_steps} (train.steps): not after optim.warmup={settings.warmup}"
             )
         return settings
 

@@ -90,8 +90,13 @@ def guided_velocity(predict: PredictPasses, weights: Float[Array, " p"], sampler
     return v
 
 
-def solve(v: Velocity, noise: Float[Array, "b h w c"], sampler: Sampler) -> Float[Array, "b h w c"]:
-    """Integrates dx/dt = v(x, t) from t = 1 to t = 0 in `sampler.steps` steps; returns x at t = 0."""
+def solve(
+    v: Velocity, noise: Float[Array, "b h w c"], sampler: Sampler, *, on_step: Callable[[], None] | None = None
+) -> Float[Array, "b h w c"]:
+    """Integrates dx/dt = v(x, t) from t = 1 to t = 0 in `sampler.steps` steps; returns x at t = 0.
+
+    `on_step` is called on the host after each step, for progress.
+    """
     times = shift_times(jnp.linspace(1.0, 0.0, sampler.steps + 1), sampler.shift)
 
     def step(x: Float[Array, "b h w c"], interval: Float[Array, "2"]) -> tuple[Float[Array, "b h w c"], None]:
@@ -99,7 +104,10 @@ def solve(v: Velocity, noise: Float[Array, "b h w c"], sampler: Sampler) -> Floa
         slope = v(x, t)
         if sampler.solver == "heun":
             slope = (slope + v(x + (t_next - t) * slope, t_next)) / 2
-        return x + (t_next - t) * slope, None
+        x = x + (t_next - t) * slope
+        if on_step is not None:
+            jax.debug.callback(lambda _: on_step(), x[0, 0, 0, 0])  # depends on x: not before the step is done
+        return x, None
 
     x, _ = jax.lax.scan(step, noise, jnp.stack([times[:-1], times[1:]], axis=-1))
     return x
@@ -112,6 +120,7 @@ class Generator:
     model: UniVG
     conditioner: Conditioner
     sampler: Sampler
+    on_step: Callable[[], None] | None = None
 
     def __call__(
         self, params: PyTree, frozen: PyTree, passes: Sequence[Batch], *, weights: Sequence[float], seed: int = 0
@@ -136,5 +145,5 @@ class Generator:
         def predict(x: Float[Array, "pb h w c"], t: Float[Array, " pb"]) -> Float[Array, "pb h w c"]:
             return self.model.apply({"params": params}, x, t, stacked)
 
-        x0 = solve(guided_velocity(predict, weights, self.sampler), noise, self.sampler)
+        x0 = solve(guided_velocity(predict, weights, self.sampler), noise, self.sampler, on_step=self.on_step)
         return jnp.clip(self.conditioner.decode(frozen, x0), -1.0, 1.0)

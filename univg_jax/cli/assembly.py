@@ -1,6 +1,7 @@
 """From a config, or from the folder of a run, to the parts that the library's functions take."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -128,13 +129,16 @@ class Run:
     generator: Generator
     tokenizer: Tokenizer
 
-    def generate(self, batch: Batch, task: str, *, seed: int = 0) -> np.ndarray:
+    def generate(
+        self, batch: Batch, task: str, *, seed: int = 0, on_step: Callable[[], Any] | None = None
+    ) -> np.ndarray:
         """Images [b h w 3] in 0..255 for this process's rows of a batch of one task."""
         mesh = jax.sharding.get_mesh()
         passes = guided_passes(batch, self.config, task, self.tokenizer)
         sharded = [sharding.shard_batch(p, mesh) for p in passes]
         weights = guidance(self.config, task)
-        images = sharding.fetch(self.generator(self.params, self.frozen, sharded, weights=weights, seed=seed))
+        generator = dataclasses.replace(self.generator, on_step=on_step)
+        images = sharding.fetch(generator(self.params, self.frozen, sharded, weights=weights, seed=seed))
         start = jax.process_index() * batch.size
         return to_uint8(images[start : start + batch.size])
 

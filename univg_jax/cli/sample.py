@@ -6,6 +6,7 @@ import os
 import numpy as np
 from etils import epath
 from PIL import Image
+from tqdm import tqdm
 
 from data_pipelines import mixture, records, transforms
 from data_pipelines.tasks import PLACEHOLDER, TASKS, Example, find, nearest
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         num_tokens=data.num_tokens,
         face_resolution=data.face_resolution,
     )
-    image = run.generate(batch, args.task, seed=args.seed)[0]
+    with tqdm(total=run.config.sampling.steps, desc=f"sample {args.task}", unit="step") as bar:
+        image = run.generate(batch, args.task, seed=args.seed, on_step=bar.update)[0]
     if args.task == "ip":
         image = np.where(example.mask > 0, image, example.source)  # what is kept is the input's own pixels
     out = epath.Path(args.out)
