@@ -5,10 +5,11 @@ The trainer gets an iterator of batches and never sees a dataset. All its random
 every checkpoint: a run that was killed, or moved to other devices, goes on as if nothing had happened.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -215,9 +216,6 @@ def train(
     validate = jax.jit(step_functions.validate)
     schedule = optim.make_schedule(optim_config(config))
 
-    def save(step: int) -> None:
-        checkpointer.save(step, state, stream.get_state(), config)
-
     # The loop. The order is fixed: evaluate, save, next batch, step. So what is saved at step n is the
     # state after n updates together with the position after n batches, and a resumed run, which starts
     # at the top, sees exactly what the uninterrupted one saw.
@@ -233,37 +231,34 @@ def train(
         return step > start and (step == c.steps or step % every == 0)
 
     bar = tqdm(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main, mininterval=0.5)
-    for step in range(start, c.steps + 1):
-        record = due(step, c.log_every) or due(step, c.save_every)
-        if record:
-            settle()
-            scalars = history.scalars(step) | {"lr": float(schedule(step - 1))}
-            writer.write_scalars(step, scalars)
-            writer.flush()
-            bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
-        if due(step, c.eval_every):
-            with history.paused("eval"):
-                writer.write_scalars(step, evaluate(validate, state.ema, frozen, validation, mesh))
-        if preview is not None and due(step, c.sample_every):
-            with history.paused("sample"):
-                writer.write_images(step, preview(state.ema, frozen, workdir / "samples" / f"{step:07d}"))
-        if due(step, c.save_every):
-            with history.paused("save"):
-                save(step)
-        if step == c.steps:
-            break
-        with history.paused("data"):
-            batch = sharding.shard_batch(next(stream), mesh)
-        with jax.transfer_guard("disallow"):
-            state, metrics = update(state, frozen, batch)
-        checkpointer.check()
-        settle()  # step n - 1, now that step n is on its way
-        pending = (step + 1, metrics)
-        bar.update()
-    bar.close()
+    with checkpointer, contextlib.closing(writer), bar:  # whatever happens, what was begun is written
+        for step in range(start, c.steps + 1):
+            if due(step, c.log_every) or due(step, c.save_every):
+                settle()
+                scalars = history.scalars(step) | {"lr": float(schedule(step - 1))}
+                writer.write_scalars(step, scalars)
+                writer.flush()
+                bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
+            if due(step, c.eval_every):
+                with history.spending("eval"):
+                    writer.write_scalars(step, evaluate(validate, state.ema, frozen, validation, mesh))
+            if preview is not None and due(step, c.sample_every):
+                with history.spending("sample"):
+                    writer.write_images(step, preview(state.ema, frozen, workdir / "samples" / f"{step:07d}"))
+            if due(step, c.save_every):
+                with history.spending("save"):
+                    checkpointer.save(step, state, stream.get_state(), config)
+            if step == c.steps:
+                break
+            with history.spending("data"):
+                batch = sharding.shard_batch(next(stream), mesh)
+            with jax.transfer_guard("disallow"):
+                state, metrics = update(state, frozen, batch)
+            checkpointer.check()
+            settle()  # step n - 1, now that step n is on its way
+            pending = (step + 1, metrics)
+            bar.update()
 
-    checkpointer.close()
-    writer.close()
     if is_main:
         weights = {name: float(t.weight) for name, t in config.tasks.items()}
         summary = summarize(workdir, config, task_names, weights=weights, num_parameters=num_parameters)
@@ -286,8 +281,12 @@ class History:
         self.since = time.monotonic()
         self.spent: dict[str, float] = {}
 
-    def paused(self, name: str) -> "_Span":
-        return _Span(self.spent, name)
+    @contextlib.contextmanager
+    def spending(self, name: str) -> Iterator[None]:
+        """Counts the time inside as `seconds/<name>`, and not as stepping if it is no part of a step."""
+        begin = time.monotonic()
+        yield
+        self.spent[name] = self.spent.get(name, 0.0) + time.monotonic() - begin
 
     def add(self, step: int, metrics: Mapping[str, Array]) -> None:
         """Fetches one step's metrics; raises `NonFiniteLossError` for a loss or gradient that is not finite."""
@@ -321,17 +320,6 @@ class History:
         }
         self._clear()
         return row
-
-
-class _Span:
-    def __init__(self, spent: dict[str, float], name: str) -> None:
-        self.spent, self.name = spent, name
-
-    def __enter__(self) -> None:
-        self.begin = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        self.spent[self.name] = self.spent.get(self.name, 0.0) + time.monotonic() - self.begin
 
 
 def evaluate(
