@@ -30,6 +30,7 @@ from data_pipelines import records, tasks, transforms
 from data_pipelines.tasks import TASKS, Example
 from data_pipelines.transforms import Record
 from univg_jax.batch import Batch
+from univg_jax.names import known
 
 _logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
                     inside = ", ".join(sorted(d.name for d in datasets))
                     raise ValueError(f"{folder} holds several datasets ({inside}): name one of them")
                 builder = tfds.builder_from_directory(max(found, key=_version))
-                tasks.nearest(split, builder.info.splits, what=f"split of {folder}:")
+                known(split, builder.info.splits, what=f"split of {folder}:")
                 source = TfdsSource(name, builder, split)
                 if not len(source):
                     raise ValueError(f"split {split!r} of {folder} is empty")
@@ -113,7 +114,7 @@ def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
     parent = folders[0].parent
     siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.exists() else []
     try:
-        tasks.nearest(folders[0].name, siblings, what="dataset")
+        known(folders[0].name, siblings, what="dataset")
     except ValueError as error:
         raise FileNotFoundError(f"no dataset at {folders[0]}: {error}") from None
     raise FileNotFoundError(f"no dataset at {folders[0]}: it has no dataset_info.json; an unfinished build?")
@@ -370,8 +371,7 @@ def eval_records(
 
     In the stored order, the task's sources one after another; the same on every host.
     """
-    if task not in config.tasks:
-        tasks.nearest(task, config.tasks, what="task of this config")
+    known(task, config.tasks, what="task of this config")
     opened = dict(sources or {})
     found: list[Record] = []
     for name in config.tasks[task]["sources"]:

@@ -20,7 +20,6 @@ bytes (PNG or JPEG), and decoded by `decode` to numpy:
 """
 
 import dataclasses
-import difflib
 import io
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -28,6 +27,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
+
+from univg_jax.names import known
 
 MAX_PIXELS = 64 * 2**20  # a picture that unpacks to more is taken for a decompression bomb
 
@@ -47,10 +48,7 @@ def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     result = {}
     for name, stored in raw.items():
-        if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, n=1)
-            raise ValueError(f"unknown record field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        result[name] = FIELDS[name].decode(stored, name)
+        result[name] = FIELDS[known(name, FIELDS, what="record field")].decode(stored, name)
     return result
 
 

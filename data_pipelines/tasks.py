@@ -18,7 +18,6 @@ A task is served by any record that has its `needs` (`data_pipelines.records` li
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Iterable
 
@@ -27,6 +26,7 @@ from jaxtyping import UInt8
 
 from data_pipelines import renderings, transforms
 from data_pipelines.transforms import Record
+from univg_jax.names import known
 
 PLACEHOLDER = "<p>"
 BACKGROUND_FRACTION = 0.5  # of ip: no caption
@@ -85,17 +85,7 @@ def find(name: str) -> Task:
     Raises:
       ValueError: there is none; names the nearest.
     """
-    return TASKS[nearest(name, TASKS, what="task")]
-
-
-def nearest(name: str, known: Iterable[str], *, what: str) -> str:
-    """`name` if it is known; otherwise a ValueError that suggests the nearest."""
-    known = list(known)
-    if name in known:
-        return name
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)})")
+    return TASKS[known(name, TASKS, what="task")]
 
 
 def check(record: Record, needs: Iterable[str], *, where: str) -> None:

@@ -11,9 +11,9 @@ import tokenizers
 from absl import logging
 from jaxtyping import Bool, Int32
 
+from data_pipelines.tasks import PLACEHOLDER
 from univg_jax.pretrained import pretrained_folder
 
-PLACEHOLDER = "<p>"
 STAND_IN = "person"
 
 

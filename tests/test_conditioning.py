@@ -155,10 +155,10 @@ def test_a_killed_fit_is_done_again(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(text="minlm"), r"conditioning\.text\.kind: unknown name 'minlm'; did you mean 'minilm'\?"),
-        (dict(codec=dict(kind="vae")), r"conditioning\.codec\.kind: unknown name 'vae'; expected one of: linear"),
-        (dict(codec=dict(kind="linear", ptach=4)), r"conditioning\.codec: unknown name 'ptach'; did you mean 'patch'"),
-        (dict(idenity=None), r"conditioning: unknown name 'idenity'; did you mean 'identity'\?"),
+        (dict(text="minlm"), r"unknown conditioning\.text\.kind 'minlm'; did you mean 'minilm'\?"),
+        (dict(codec=dict(kind="vae")), r"unknown conditioning\.codec\.kind 'vae' \(known: linear\)"),
+        (dict(codec=dict(kind="linear", ptach=4)), r"unknown conditioning\.codec option 'ptach'; did you mean 'patch'"),
+        (dict(idenity=None), r"unknown conditioning part 'idenity'; did you mean 'identity'\?"),
         (dict(codec=None), r"conditioning\.codec is missing; expected one of: linear"),
     ],
 )

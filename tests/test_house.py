@@ -12,14 +12,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Each room and the rooms that it may import (docs/decisions.md). A room is a module or package of the first level.
 ALLOWED = {
     "univg_jax.batch": set(),
-    "univg_jax.flow": set(),
-    "univg_jax.models": {"univg_jax.batch"},
-    "univg_jax.pretrained": set(),
+    "univg_jax.names": set(),
+    "univg_jax.flow": {"univg_jax.names"},
+    "univg_jax.models": {"univg_jax.batch", "univg_jax.names"},
+    "univg_jax.pretrained": {"univg_jax.names"},
     "univg_jax.interop": {"univg_jax.models", "univg_jax.pretrained", "univg_jax.batch"},
-    "univg_jax.conditioning": {"univg_jax.models", "univg_jax.interop", "univg_jax.pretrained", "univg_jax.batch"},
-    "univg_jax.sampling": {"univg_jax.flow", "univg_jax.conditioning", "univg_jax.models", "univg_jax.batch"},
+    "univg_jax.conditioning": {
+        "univg_jax.models", "univg_jax.interop", "univg_jax.pretrained", "univg_jax.batch", "univg_jax.names",
+    },
+    "univg_jax.sampling": {
+        "univg_jax.flow", "univg_jax.conditioning", "univg_jax.models", "univg_jax.batch", "univg_jax.names",
+    },
     "univg_jax.sharding": {"univg_jax.batch"},
-    "univg_jax.optim": {"univg_jax.sharding", "univg_jax.batch"},
+    "univg_jax.optim": {"univg_jax.sharding", "univg_jax.batch", "univg_jax.names"},
     "univg_jax.checkpoint": {"univg_jax.sharding"},
     "univg_jax.writers": set(),
     "univg_jax.train": {
@@ -28,12 +33,12 @@ ALLOWED = {
     },
     "univg_jax.evaluation": {
         "univg_jax.sampling", "univg_jax.conditioning", "univg_jax.batch", "univg_jax.interop", "univg_jax.models",
-        "univg_jax.sharding", "univg_jax.writers", "data_pipelines",
+        "univg_jax.sharding", "univg_jax.writers", "univg_jax.names", "data_pipelines",
     },
     "univg_jax.cli": {"*"},
     "univg_jax.__main__": {"univg_jax.cli"},
     "univg_jax": set(),
-    "data_pipelines": {"univg_jax.batch", "univg_jax.pretrained"},
+    "data_pipelines": {"univg_jax.batch", "univg_jax.pretrained", "univg_jax.names"},
     "experiments": set(),
 }  # fmt: skip
 

@@ -10,7 +10,6 @@ kind of encoder ('vae', 'clip', 't5', ...) is one entry of `KINDS`.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from univg_jax.interop.transformers import load_minilm
 from univg_jax.models.codec import PatchCodec, fit_patch_codec
 from univg_jax.models.identity import IdentityEncoder, fit_identity_encoder
 from univg_jax.models.minilm import MiniLM, pool
+from univg_jax.names import known
 from univg_jax.pretrained import pretrained_folder
 
 Frozen = Mapping[str, Any]  # part -> the parameters of its encoder
@@ -254,7 +254,8 @@ def _prepare_files(options: dict, workdir: epath.Path, init_from: epath.PathLike
 
 def _complete(config: Mapping[str, Any]) -> dict[str, dict | None]:
     """Every part with its kind and all its options; None for an absent identity encoder."""
-    _check_names(config, KINDS, what="conditioning")
+    for part in config:
+        known(part, KINDS, what="conditioning part")
     result: dict[str, dict | None] = {}
     for part in KINDS:
         given = config.get(part)
@@ -265,27 +266,18 @@ def _complete(config: Mapping[str, Any]) -> dict[str, dict | None]:
             raise ValueError(f"conditioning.{part} is missing; expected one of: {', '.join(KINDS[part])}")
         given = {"kind": given} if isinstance(given, str) else dict(given)
         defaults = _kind(part, given).defaults
-        _check_names(given, ["kind", *defaults], what=f"conditioning.{part}")
+        for option in given:
+            known(option, ["kind", *defaults], what=f"conditioning.{part} option")
         result[part] = {**defaults, **given}
     return result
 
 
 def _kind(part: str, record: Mapping[str, Any]) -> Pretrained | Fitted:
-    name = record.get("kind")
-    _check_names([name], KINDS[part], what=f"conditioning.{part}.kind")
-    return KINDS[part][name]
+    return KINDS[part][known(record.get("kind"), KINDS[part], what=f"conditioning.{part}.kind")]
 
 
 def _options(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in record.items() if k not in ("kind", "sha256")}
-
-
-def _check_names(names: Any, known: Any, *, what: str) -> None:
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
-            raise ValueError(f"{what}: unknown name {name!r}; {hint}")
 
 
 def _check_options(folder: epath.Path, part: str, recorded: dict | None, wanted: dict | None) -> None:

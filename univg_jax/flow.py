@@ -19,11 +19,12 @@ row's place in the batch, nor on devices, hosts or workers.
 
 import dataclasses
 from collections.abc import Callable
-from difflib import get_close_matches
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+
+from univg_jax.names import known
 
 PredictVelocity = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "b h w c"]]
 
@@ -40,9 +41,7 @@ class Times:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.distribution not in DISTRIBUTIONS:
-            hint = get_close_matches(self.distribution, DISTRIBUTIONS, 1, 0) or DISTRIBUTIONS
-            raise ValueError(f"flow.distribution is {self.distribution!r}; did you mean {hint[0]!r}?")
+        known(self.distribution, DISTRIBUTIONS, what="flow.distribution")
         if self.shift <= 0 or self.std <= 0:
             raise ValueError(f"flow.shift and flow.std must be positive, got {self.shift} and {self.std}")
 

@@ -5,7 +5,6 @@ learning rate -> parameters -> EMA. Frozen parameters have no optimizer state.
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Float, Int
+
+from univg_jax.names import known
 
 DECAYED = r"(^|/)kernel$"  # norms' scales, biases and tables have other names
 MUON = r"block.*/(q|k|v|attn_out|mlp/in|mlp/out)/kernel$"  # hidden matrices; a modulation is six in one
@@ -43,10 +44,10 @@ class OptimConfig:
     def of(cls, config: Mapping[str, Any]) -> "OptimConfig":
         """The typed settings of a config; raises `ValueError` for an unknown key, with the nearest."""
         for key in config:
-            _known("optim key", key, [f.name for f in dataclasses.fields(cls)])
+            known(key, [f.name for f in dataclasses.fields(cls)], what="optim key")
         settings = cls(**{**config, "freeze": tuple(config.get("freeze", ()))})
-        _known("optim.name", settings.name, OPTIMIZERS)
-        _known("optim.schedule", settings.schedule, SCHEDULES)
+        known(settings.name, OPTIMIZERS, what="optim.name")
+        known(settings.schedule, SCHEDULES, what="optim.schedule")
         if settings.schedule == "cosine" and settings.total_steps <= settings.warmup:
             raise ValueError(
                 f"cosine ends at step {settings.total_steps} (train.steps): not after optim.warmup={settings.warmup}"
@@ -192,13 +193,6 @@ def _by_name(tree: Any, label: Callable[[str], Any]) -> Any:
 
 def _kernels(params: Any) -> Any:
     return _by_name(params, lambda name: bool(re.search(DECAYED, name)))
-
-
-def _known(what: str, name: str, names: Any) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(name, list(names), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(names)}"
-        raise ValueError(f"unknown {what} {name!r}{hint}")
 
 
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}

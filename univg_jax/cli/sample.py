@@ -9,9 +9,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines import mixture, records, transforms
-from data_pipelines.tasks import PLACEHOLDER, TASKS, Example, find, nearest
+from data_pipelines.tasks import PLACEHOLDER, TASKS, Example, find
 from univg_jax.cli import assembly
 from univg_jax.cli.main import configure_jax
+from univg_jax.names import known
 
 # What each task takes beside the prompt, and whether it needs a prompt.
 INPUTS = {
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     run = assembly.load_run(
         args.checkpoint, which="params" if args.raw_params else "ema", overrides={"steps": args.steps}
     )
-    nearest(args.task, run.tasks, what=f"task of {args.checkpoint}:")
+    known(args.task, run.tasks, what=f"task of {args.checkpoint}:")
     example = make_example(args, run.config.data.resolution)
     row = mixture.Row(example=example, task=args.task, sample_id=0)
     data = run.config.data

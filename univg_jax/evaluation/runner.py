@@ -29,6 +29,7 @@ from univg_jax.evaluation import scorers as scorers_lib
 from univg_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, Case, draw_cases
 from univg_jax.evaluation.metrics import Ratio, merge
 from univg_jax.evaluation.scorers import Scorers
+from univg_jax.names import known
 
 VERSION = 2  # of the benchmarks' arithmetic: results of another version are not reused
 
@@ -103,7 +104,7 @@ def evaluate_config(
     `systems` has "model" and "untrained"; "codec" and "real" are added. Raises ValueError for a task that the
     config does not have.
     """
-    names = [tasks.nearest(name, config.tasks, what="task of this config") for name in task_names or config.tasks]
+    names = [known(name, config.tasks, what="task of this config") for name in task_names or config.tasks]
     names = [name for name in tasks.TASKS if name in names]
 
     def draw(split: str, num: int) -> dict[str, list[Case]]:
@@ -202,7 +203,7 @@ class _Task:
 
     @property
     def benchmark(self) -> Benchmark:
-        return BENCHMARKS[tasks.nearest(self.name, BENCHMARKS, what="task")]
+        return BENCHMARKS[known(self.name, BENCHMARKS, what="task")]
 
     def run(self, systems: Mapping[str, Generate]) -> dict[str, Any]:
         benchmark = self.benchmark

@@ -4,7 +4,6 @@ Parameters are float32 and cast to `dtype` where they are used; norms, angles an
 computed in float32. Every linear map flattens its leading axes, so each is one 2-D matmul.
 """
 
-import difflib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +16,6 @@ from jaxtyping import Bool, Float
 
 Array = jax.Array | np.ndarray
 Dtype = Any
-
-
-def pick(table: dict[str, Any], name: str, *, what: str) -> Any:
-    """Returns `table[name]`; an unknown name raises ValueError with the nearest one."""
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(name, table, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {what} {name!r}, expected one of {', '.join(map(repr, table))}{hint}")
 
 
 class Linear(nn.Module):

@@ -28,11 +28,11 @@ from univg_jax.models.layers import (
     RMSNorm,
     gelu_tanh,
     modulated_norm,
-    pick,
     rotate_2d,
     sincos_table,
     time_features,
 )
+from univg_jax.names import known
 
 Array = jax.Array | np.ndarray
 
@@ -176,10 +176,12 @@ class MMDiT(nn.Module):
         super().__post_init__()
         if self.hidden_dim % (4 * self.num_heads):
             raise ValueError(f"hidden_dim {self.hidden_dim} is not a multiple of 4 * num_heads {self.num_heads}")
-        pick(dict.fromkeys(("sincos", "rope")), self.position, what="position")
-        pick(REMAT, self.remat, what="remat policy")
+        known(self.position, ("sincos", "rope"), what="position")
+        known(self.remat, REMAT, what="remat policy")
         if self.qk_norm is not None:
-            pick(dict.fromkeys(("rms_norm",)), self.qk_norm, what="qk_norm")
+            known(self.qk_norm, ("rms_norm",), what="qk_norm")
+        if not callable(self.attention):
+            known(self.attention, ATTENTION, what="attention")
 
     @nn.compact
     def __call__(
@@ -217,7 +219,7 @@ class MMDiT(nn.Module):
                 for f in dataclasses.fields(Stream)
                 if f.name not in ("final", "parent", "name")
             },
-            attention=self.attention if callable(self.attention) else pick(ATTENTION, self.attention, what="attention"),
+            attention=self.attention if callable(self.attention) else ATTENTION[self.attention],
             grid=(h, w) if self.position == "rope" else None,
         )
         block = Block
@@ -254,7 +256,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 def make_mmdit(size: str, **overrides: Any) -> MMDiT:
     """The MM-DiT of a named size, with any of its fields overridden; an unknown name raises ValueError."""
-    fields = {f.name: None for f in dataclasses.fields(MMDiT) if f.name not in ("parent", "name")}
+    fields = [f.name for f in dataclasses.fields(MMDiT) if f.name not in ("parent", "name")]
     for name in overrides:
-        pick(fields, name, what="model field")
-    return MMDiT(**{**pick(SIZES, size, what="model size"), **overrides})
+        known(name, fields, what="model field")
+    return MMDiT(**{**SIZES[known(size, SIZES, what="model size")], **overrides})
