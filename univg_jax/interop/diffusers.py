@@ -6,13 +6,13 @@ tensors exist only there, the position table (computed here) and the text querie
 (nothing reads them).
 """
 
+import functools
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +88,7 @@ def load_transformer(folder: PathLike) -> tuple[MMDiT, Params]:
         for part, name in zip(value if path[0] == "blocks" else [value], names, strict=True):
             part[...] = _to_ours(path, tensors.read(name))
         params[path] = jnp.asarray(value)
-    return model, flax.traverse_util.unflatten_dict(params)
+    return model, _nested(params)
 
 
 def save_transformer(model: MMDiT, params: Params, folder: PathLike, *, max_file_bytes: int = 5 * 10**9) -> None:
@@ -97,7 +97,7 @@ def save_transformer(model: MMDiT, params: Params, folder: PathLike, *, max_file
     Raises ValueError where the model uses an option that diffusers lacks, or `params` are not its own.
     """
     config = _config_of(model)
-    flat = flax.traverse_util.flatten_dict(params)
+    flat = _leaves(params)
     rows = list(_rows(model))
     expected = {"/".join(path): leaf.shape for path, leaf, _ in rows}
     _check_shapes(expected, {"/".join(path): tuple(value.shape) for path, value in flat.items()}, "parameters")
@@ -177,12 +177,25 @@ class TensorFolder:
             raise ValueError(f"{self.folder}: expected tensors of F32, F16 or BF16, got {_some(wrong)}")
 
 
+def _leaves(tree: Params) -> dict[tuple[str, ...], Any]:
+    """The leaves of nested dicts by their keys."""
+    return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _nested(leaves: dict[tuple[str, ...], Any]) -> Params:
+    """The inverse of `_leaves`."""
+    tree: Params = {}
+    for (*parents, last), leaf in leaves.items():
+        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
+    return tree
+
+
 def _rows(model: MMDiT) -> Iterator[tuple[tuple[str, ...], jax.ShapeDtypeStruct, list[str]]]:
     """(path, abstract leaf, diffusers' names) of each of our parameters; of a stacked one, a name a block."""
     p = model.patch_size
     inputs = [(1, p, p, model.in_channels), (1, 1, model.text_dim), (1, model.pooled_dim), (1,)]
     init = jax.eval_shape(model.init, jax.random.key(0), *(jax.ShapeDtypeStruct(s, jnp.float32) for s in inputs))
-    for path, leaf in flax.traverse_util.flatten_dict(init["params"]).items():
+    for path, leaf in _leaves(init["params"]).items():
         *module, kind = path
         if module[0] in ("blocks", "last_block"):
             blocks = range(model.depth - 1) if module[0] == "blocks" else [model.depth - 1]
