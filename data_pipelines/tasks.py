@@ -140,10 +140,15 @@ def _edit(record: Record, rng: np.random.Generator) -> Example:
     return Example(target=record["image"], source=record["source"], text=record["instruction"])
 
 
+def blank_hole(image: UInt8[np.ndarray, "h w 3"], hole: UInt8[np.ndarray, "h w 1"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The source of in/outpainting: mid-gray where the hole is 1."""
+    return np.where(hole > 0, np.uint8(renderings.GRAY), image)
+
+
 def _inpaint(record: Record, rng: np.random.Generator) -> Example:
     image = record["image"]
     hole = transforms.sample_hole(rng, height=image.shape[0], width=image.shape[1])
-    source = np.where(hole > 0, np.uint8(renderings.GRAY), image)
+    source = blank_hole(image, hole)
     text = "" if rng.random() < BACKGROUND_FRACTION else record["caption"]
     return Example(target=image, source=source, mask=hole, text=text)
 

@@ -19,7 +19,12 @@ from univg_jax.cli.main import main
 pytestmark = pytest.mark.xdist_group("pipeline")
 
 CONFIG = "experiments/emoji.py:preset=smoke,stage="
-FAST = ["--config.train.steps=2", "--config.train.save_every=1", "--config.train.eval_examples=8"]
+FAST = [
+    "--config.train.steps=2",
+    "--config.optim.warmup=1",
+    "--config.train.save_every=1",
+    "--config.train.eval_examples=8",
+]
 FAST += ["--config.sampling.steps=2", "--config.train.sample_examples=2"]
 
 
@@ -128,20 +133,21 @@ def test_evaluation_and_report(root, capsys):
         "--benchmark=emoji_scenes",
         f"--out={root / 'evaluation'}",
     ]
-    assert main([*arguments, "--examples=4", "--batch_size=8", "--split=validation"]) == 0
+    # Those that need no scene scorer, whose fit has tests of its own.
+    names = ["ie", "ip", "depth", "pose", "seg", "id"]
+    assert main([*arguments, "--examples=4", "--batch_size=8", f"--tasks={','.join(names)}"]) == 0
     results = json.loads((root / "evaluation" / "results.json").read_text())
-    assert list(results["tasks"]) == list(TASKS)
-    assert "beats both" in capsys.readouterr().out or results
+    assert list(results["tasks"]) == names
+    assert all(name in capsys.readouterr().out for name in names[:1])
     for task in results["tasks"].values():
         assert {"model", "untrained", "trivial", "codec"} <= set(task["systems"])
     stages = ",".join(str(root / f"stage{i}") for i in (1, 2, 3))
     assert main(["report", f"--stages={stages}", f"--evaluation={root / 'evaluation'}", f"--out={root}"]) == 0
     report = json.loads((root / "report.json").read_text())
-    assert [stage["steps"] for stage in report["stages"]] == [2, 2, 2]
+    assert [stage["steps"] for stage in report["stages"].values()] == [2, 2, 2]
     page = (root / "report.html").read_text()
     assert "http" not in page.replace("http://www.w3.org", "")  # self-contained
-    for task in TASKS:
-        assert f"{task}" in page
+    assert all(task["title"] in page for task in results["tasks"].values())
 
 
 def error_line(capsys):

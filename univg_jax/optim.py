@@ -114,7 +114,7 @@ def value_and_grad(
         size = len(jax.tree.leaves(rows)[0])
         if size % accumulate:
             raise ValueError(f"optim.accumulate={accumulate} does not divide the batch of {size}")
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), rows)
+        parts = jax.tree.map(lambda x: x.reshape(size // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), rows)
 
         def add(total: Any, part: Any) -> tuple[Any, Any]:
             (loss, per_row), grads = one_pass(params, part)

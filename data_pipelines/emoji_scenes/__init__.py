@@ -18,7 +18,7 @@ def family_dir(data_dir: str | os.PathLike, family: str) -> epath.Path:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("build", "EmojiScenes"):
+    if name in ("build", "EmojiScenes", "FAMILIES"):
         from data_pipelines.emoji_scenes import builder
 
         return getattr(builder, name)

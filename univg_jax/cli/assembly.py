@@ -19,6 +19,7 @@ from univg_jax.batch import Batch, fake_batch
 from univg_jax.conditioning import Conditioner
 from univg_jax.models.mmdit import make_mmdit
 from univg_jax.models.univg import UniVG
+from univg_jax.names import known
 from univg_jax.sampling import Generator, Sampler, guidance_weights
 
 # What each guided pass goes without, in the order of `univg_jax.sampling`'s table.
@@ -31,8 +32,15 @@ EMBEDDED = {"emoji_scenes": emoji_scenes}
 def check_config(config: ConfigDict) -> None:
     """Everything that can be wrong in a config and needs no data: before anything is built or claimed."""
     if config.data.dataset not in EMBEDDED and not epath.Path(config.data.dir).exists():
-        raise FileNotFoundError(f"data.dir={config.data.dir!r} does not exist")
+        raise FileNotFoundError(
+            f"data.dir={config.data.dir!r} does not exist, and data.dataset={config.data.dataset!r} is none of the "
+            f"embedded datasets ({', '.join(EMBEDDED)}) that are built on demand"
+        )
     mixture.check_weights(config.tasks)
+    for task, options in config.tasks.items():
+        for source in options.sources:
+            if config.data.dataset in EMBEDDED and not epath.Path(source).exists():
+                known(source, EMBEDDED[config.data.dataset].FAMILIES, what=f"source of task {task}:")
     sampler(config)
     train.training_times(config)
     optim.make_schedule(train.optim_config(config))

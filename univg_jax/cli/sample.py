@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines import mixture, records, transforms
-from data_pipelines.tasks import PLACEHOLDER, TASKS, Example, find
+from data_pipelines.tasks import PLACEHOLDER, TASKS, Example, blank_hole, find
 from univg_jax.cli import assembly
 from univg_jax.cli.main import configure_jax
 from univg_jax.names import known
@@ -103,7 +103,7 @@ def make_example(args: argparse.Namespace, resolution: int) -> Example:
         mask = (painted.mean(axis=-1, keepdims=True) > 127).astype(np.uint8)
         if not mask.any():
             raise ValueError(f"--mask={args.mask} has no white pixel: nothing to generate")
-        source = transforms.blank(source, mask)
+        source = blank_hole(source, mask)
     return Example(target=blank, source=source, mask=mask, text=args.prompt.strip(), face=face)
 
 
