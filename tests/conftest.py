@@ -12,5 +12,16 @@ from jaxtyping import install_import_hook
 install_import_hook(["univg_jax", "data_pipelines"], "beartype.beartype")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+NO_MESH = jax.sharding.get_mesh()
+
+
+@pytest.fixture(autouse=True)
+def _no_mesh_outlives_a_test():
+    """`jax.set_mesh` is global: where one test's mesh stayed, the next test's arrays would live on it."""
+    jax.set_mesh(NO_MESH)
+    yield
+    jax.set_mesh(NO_MESH)
