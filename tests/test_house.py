@@ -16,7 +16,7 @@ ALLOWED = {
     "univg_jax.flow": {"univg_jax.names"},
     "univg_jax.models": {"univg_jax.batch", "univg_jax.names"},
     "univg_jax.pretrained": {"univg_jax.names"},
-    "univg_jax.interop": {"univg_jax.models", "univg_jax.pretrained", "univg_jax.batch"},
+    "univg_jax.interop": {"univg_jax.models", "univg_jax.sharding"},
     "univg_jax.conditioning": {
         "univg_jax.models", "univg_jax.interop", "univg_jax.pretrained", "univg_jax.batch", "univg_jax.names",
     },

@@ -141,7 +141,7 @@ def test_other_spoiled_folders(tmp_path):
         load_transformer(tmp_path / "nowhere")
     (tmp_path / "transformer").mkdir()
     (tmp_path / "config.json").rename(tmp_path / "transformer" / "config.json")
-    with pytest.raises(FileNotFoundError, match="transformer/ subfolder"):
+    with pytest.raises(FileNotFoundError, match="subfolder transformer has one"):
         load_transformer(tmp_path)
 
 

@@ -6,24 +6,30 @@ tensors exist only there, the position table (computed here) and the text querie
 (nothing reads them).
 """
 
-import functools
-import json
-import math
-from collections.abc import Iterator
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import Mesh
 
+from univg_jax.interop.folder import (
+    CONV,
+    Params,
+    PathLike,
+    TensorFolder,
+    Weight,
+    check_shapes,
+    leaves,
+    map_weights,
+    read_config,
+    read_params,
+    write_params,
+)
 from univg_jax.models.layers import sincos_table
 from univg_jax.models.mmdit import MMDiT
-
-PathLike = str | Path
-Params = dict[str, Any]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASS_NAME = "SD3Transformer2DModel"
@@ -60,35 +66,27 @@ BLOCK = {
     "text/mlp/in": "ff_context.net.0.proj",
     "text/mlp/out": "ff_context.net.2",
 }
-LEAF = {"kernel": "weight", "bias": "bias", "scale": "weight"}
 
 
-def load_transformer(folder: PathLike) -> tuple[MMDiT, Params]:
+def load_transformer(folder: PathLike, *, mesh: Mesh | None = None) -> tuple[MMDiT, Params]:
     """Opens a folder of `SD3Transformer2DModel`: `config.json` and safetensors, whole or sharded.
 
-    Parameters become float32. All names, shapes and dtypes are checked before anything is read, then
-    leaves are made one at a time.
-
-    Raises FileNotFoundError for a missing file, and ValueError for another model family, a variant
-    that `MMDiT` lacks, a broken file, or missing, extra or misshaped tensors (listed).
+    Parameters become float32, placed by rule on `mesh` if there is one. Raises what `read_config` and
+    `read_params` raise, and ValueError for a variant that `MMDiT` lacks.
     """
-    folder = Path(folder)
     model = _model_of(folder)
     tensors = TensorFolder(folder, WEIGHTS)
-    rows = list(_rows(model))
-    only_there = {name: shape for name, (shape, _) in _unread(model).items()}
-    shapes = {name: _their_shape(model, path, leaf.shape) for path, leaf, names in rows for name in names}
-    tensors.check({**shapes, **only_there}, optional=set(only_there))
-    if TABLE in tensors:
-        _check_table(model, tensors.read(TABLE), folder)
-
-    params = {}
-    for path, leaf, names in rows:
-        value = np.empty(leaf.shape, np.float32)
-        for part, name in zip(value if path[0] == "blocks" else [value], names, strict=True):
-            part[...] = _to_ours(path, tensors.read(name))
-        params[path] = jnp.asarray(value)
-    return model, _nested(params)
+    if tensors.shapes.get(TABLE) == _unread(model)[TABLE][0]:
+        _check_table(model, tensors.read(TABLE), Path(folder))
+    params = read_params(
+        folder,
+        WEIGHTS,
+        abstract=_abstract(model),
+        weights=_weights(model),
+        unread={name: shape for name, (shape, _) in _unread(model).items()},
+        mesh=mesh,
+    )
+    return model, params
 
 
 def save_transformer(model: MMDiT, params: Params, folder: PathLike, *, max_file_bytes: int = 5 * 10**9) -> None:
@@ -97,112 +95,31 @@ def save_transformer(model: MMDiT, params: Params, folder: PathLike, *, max_file
     Raises ValueError where the model uses an option that diffusers lacks, or `params` are not its own.
     """
     config = _config_of(model)
-    flat = _leaves(params)
-    rows = list(_rows(model))
-    expected = {"/".join(path): leaf.shape for path, leaf, _ in rows}
-    _check_shapes(expected, {"/".join(path): tuple(value.shape) for path, value in flat.items()}, "parameters")
-
-    sizes = {name: 4 * math.prod(_their_shape(model, path, leaf.shape)) for path, leaf, names in rows for name in names}
-    sizes |= {name: 4 * math.prod(shape) for name, (shape, _) in _unread(model).items()}
-    files: list[list[str]] = [[]]
-    room = max_file_bytes
-    for name, size in sizes.items():
-        if size > room and files[-1]:
-            files.append([])
-            room = max_file_bytes
-        files[-1].append(name)
-        room -= size
-
-    places = {name: (path, i) for path, _, names in rows for i, name in enumerate(names)}
-
-    def tensor(name: str) -> np.ndarray:
-        if name not in places:
-            shape, make = _unread(model)[name]
-            return np.ascontiguousarray(make(), np.float32).reshape(shape)
-        path, i = places[name]
-        value = np.asarray(flat[path][i] if path[0] == "blocks" else flat[path], np.float32)
-        return np.ascontiguousarray(_to_theirs(model, path, value))
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("diffusion_pytorch_model*.safetensors*"):
-        old.unlink()
-    stem, suffix = WEIGHTS.rsplit(".", 1)
-    weight_map = {}
-    for i, names in enumerate(files):
-        file = WEIGHTS if len(files) == 1 else f"{stem}-{i + 1:05d}-of-{len(files):05d}.{suffix}"
-        save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2))
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    expected = {path: leaf.shape for path, leaf in leaves(_abstract(model))}
+    check_shapes(expected, {path: tuple(value.shape) for path, value in leaves(params)}, "parameters")
+    write_params(
+        folder,
+        WEIGHTS,
+        params=params,
+        weights=_weights(model),
+        config=config,
+        unread={name: np.asarray(make(), np.float32).reshape(shape) for name, (shape, make) in _unread(model).items()},
+        max_file_bytes=max_file_bytes,
+    )
 
 
-class TensorFolder:
-    """The tensors of one or several safetensors files, read by name, one at a time."""
-
-    def __init__(self, folder: Path, file: str):
-        index = folder / f"{file}.index.json"
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = [file]
-        self.folder = folder
-        self._open = {}
-        for part in files:
-            if not (folder / part).exists():
-                raise FileNotFoundError(f"{folder / part} does not exist")
-            try:
-                handle = safe_open(folder / part, framework="np")
-            except SafetensorError as error:
-                raise ValueError(f"{folder / part} is not a readable safetensors file: {error}") from error
-            self._open |= dict.fromkeys(handle.keys(), handle)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._open
-
-    def read(self, name: str) -> np.ndarray:
-        return self._open[name].get_tensor(name)
-
-    def check(self, expected: dict[str, tuple[int, ...]], *, optional: set[str]) -> None:
-        """Compares names, shapes and dtypes with the files' headers; raises ValueError listing what differs."""
-        headers = {name: handle.get_slice(name) for name, handle in self._open.items()}
-        found = {name: tuple(header.get_shape()) for name, header in headers.items()}
-        needed = {name: shape for name, shape in expected.items() if name in found or name not in optional}
-        _check_shapes(needed, found, str(self.folder))
-        dtypes = {name: header.get_dtype() for name, header in headers.items()}
-        wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in ("F32", "F16", "BF16")]
-        if wrong:
-            raise ValueError(f"{self.folder}: expected tensors of F32, F16 or BF16, got {_some(wrong)}")
-
-
-def _leaves(tree: Params) -> dict[tuple[str, ...], Any]:
-    """The leaves of nested dicts by their keys."""
-    return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _nested(leaves: dict[tuple[str, ...], Any]) -> Params:
-    """The inverse of `_leaves`."""
-    tree: Params = {}
-    for (*parents, last), leaf in leaves.items():
-        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
-    return tree
-
-
-def _rows(model: MMDiT) -> Iterator[tuple[tuple[str, ...], jax.ShapeDtypeStruct, list[str]]]:
-    """(path, abstract leaf, diffusers' names) of each of our parameters; of a stacked one, a name a block."""
+def _abstract(model: MMDiT) -> Params:
     p = model.patch_size
     inputs = [(1, p, p, model.in_channels), (1, 1, model.text_dim), (1, model.pooled_dim), (1,)]
-    init = jax.eval_shape(model.init, jax.random.key(0), *(jax.ShapeDtypeStruct(s, jnp.float32) for s in inputs))
-    for path, leaf in _leaves(init["params"]).items():
-        *module, kind = path
-        if module[0] in ("blocks", "last_block"):
-            blocks = range(model.depth - 1) if module[0] == "blocks" else [model.depth - 1]
-            names = [f"transformer_blocks.{i}.{BLOCK['/'.join(module[1:])]}.{LEAF[kind]}" for i in blocks]
-        else:
-            names = [f"{OUTER['/'.join(module)]}.{LEAF[kind]}"]
-        yield path, leaf, names
+    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in inputs)
+    return jax.eval_shape(model.init, jax.random.key(0), *shapes)["params"]
+
+
+def _weights(model: MMDiT) -> dict[str, Weight]:
+    weights = map_weights(_abstract(model), outer=OUTER, block=BLOCK, block_name="transformer_blocks.{}.")
+    p = model.patch_size  # the patches' matmul is a convolution there
+    shape = (model.hidden_dim, model.in_channels, p, p)
+    return weights | {"patch_embed/kernel": dataclasses.replace(weights["patch_embed/kernel"], shape=shape, axes=CONV)}
 
 
 def _unread(model: MMDiT) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -235,38 +152,8 @@ def _check_table(model: MMDiT, table: np.ndarray, folder: Path) -> None:
         )
 
 
-def _their_shape(model: MMDiT, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    if path[0] == "blocks":
-        shape = shape[1:]
-    if path == ("patch_embed", "kernel"):
-        return (model.hidden_dim, model.in_channels, model.patch_size, model.patch_size)
-    return shape[::-1]
-
-
-def _to_ours(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
-    if value.ndim == 4:  # out, channel, row, column -> (row, column, channel), out
-        return value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
-    return value.T
-
-
-def _to_theirs(model: MMDiT, path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
-    if path == ("patch_embed", "kernel"):
-        p = model.patch_size
-        return value.reshape(p, p, model.in_channels, -1).transpose(3, 2, 0, 1)
-    return value.T
-
-
-def _model_of(folder: Path) -> MMDiT:
-    file = folder / "config.json"
-    if not file.exists():
-        inner = " (its transformer/ subfolder has one)" if (folder / "transformer" / "config.json").exists() else ""
-        raise FileNotFoundError(f"{file} does not exist{inner}")
-    try:
-        stored = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if stored.get("_class_name") != CLASS_NAME:
-        raise ValueError(f"{file}: expected _class_name {CLASS_NAME!r}, got {stored.get('_class_name')!r}")
+def _model_of(folder: PathLike) -> MMDiT:
+    stored, file = read_config(folder, key="_class_name", expected=(CLASS_NAME,)), Path(folder) / "config.json"
     defaults = dict(
         sample_size=128,
         patch_size=2,
@@ -328,23 +215,3 @@ def _config_of(model: MMDiT) -> dict[str, Any]:
         "dual_attention_layers": [],
         "qk_norm": model.qk_norm,
     }
-
-
-def _check_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: str) -> None:
-    problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "extra": sorted(found.keys() - expected.keys()),
-        "misshaped": [
-            f"{name} (expected {list(expected[name])}, got {list(found[name])})"
-            for name in sorted(expected.keys() & found.keys())
-            if expected[name] != found[name]
-        ],
-    }
-    if any(problems.values()):
-        raise ValueError(
-            f"{where}: " + "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
-        )
-
-
-def _some(names: list[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
