@@ -9,22 +9,25 @@ from ml_collections import ConfigDict
 from experiments import base, stage2_multitask
 from experiments.base import task
 
-# What a preset is: its data, the model's difference from `tiny`, the steps of the three stages.
+# What a preset is: its data, latent channels, the model's difference from `tiny`, the steps of the three stages.
 PRESETS = dict(
     smoke=dict(
         build=dict(resolution=32, num_scenes=64, nouns=4),
+        channels=8,
         model=dict(hidden_dim=64, depth=2, num_heads=2, patch_size=1),
         steps=(20, 20, 20),
     ),
     quickstart=dict(
         build=dict(resolution=32, num_scenes=4000, nouns=8),
+        channels=8,
         model=dict(hidden_dim=192, depth=4, num_heads=3, patch_size=1, scan=False),
-        steps=(650, 1300, 350),
+        steps=(550, 1100, 300),
     ),
     long=dict(
-        build=dict(resolution=48, num_scenes=20_000, nouns=16),
+        build=dict(resolution=48, num_scenes=16_000, nouns=12),
+        channels=12,
         model=dict(hidden_dim=192, depth=6, num_heads=3, patch_size=1, scan=False),
-        steps=(3500, 3000, 1000),
+        steps=(6000, 4500, 1000),
     ),
 )
 
@@ -41,12 +44,13 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c.data.dir = f"runs/data/emoji_{preset}"
     c.data.build = dict(**p["build"], seed=0)
     c.data.resolution = c.data.face_resolution = p["build"]["resolution"]
-    c.data.num_tokens = 28
+    c.data.num_tokens = 36  # the longest layout prompt has 34
     c.data.batch_size = 16
     # Small latents and small patches: at this width a token of many channels would spend all it has on carrying noise.
-    c.conditioning.codec = dict(kind="linear", patch=4, channels=8, whiten=0.5)
+    c.conditioning.codec = dict(kind="linear", patch=4, channels=p["channels"], whiten=0.5)
     c.model = dict(size="tiny", overrides=p["model"])
     c.mesh = dict(data=-1, fsdp=1, tensor=1)
+    c.optim.name = "muon"  # a step costs 1.2 to 1.3 of AdamW's here, and is worth about 1.5
     c.optim.lr = 5e-3
     c.optim.b2 = 0.98
     c.optim.schedule = "cosine"
@@ -55,7 +59,7 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c.optim.warmup = min(50, c.train.steps // 4)
     c.train.log_every = 10
     c.train.save_every = 200
-    c.train.eval_every = c.train.sample_every = c.train.steps
+    c.train.eval_every = c.train.sample_every = min(1500, c.train.steps)
     c.train.eval_examples = 16
     c.sampling.steps = 16
     for scales in c.sampling.guidance.values():
