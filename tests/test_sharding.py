@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 from univg_jax import sharding
 from univg_jax.batch import fake_batch
 from univg_jax.models.mmdit import make_mmdit
+from univg_jax.models.t5 import T5Encoder
 
 
 def shapes(size="tiny", **overrides):
@@ -79,6 +80,18 @@ def test_tensor_parallel_pairs():
     assert found["blocks/text/mlp/out/kernel"] == P(None, "tensor", "fsdp")
     assert found["last_block/image/attn_out/kernel"] == P("tensor", "fsdp")
     assert found["blocks/image/attn_out/bias"] == P()
+
+
+def test_t5_is_split_like_the_backbone():
+    model = T5Encoder(vocab_size=1000, hidden_dim=256, depth=3, num_heads=4, head_dim=32, mlp_dim=512)
+    tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 4), jnp.int32))["params"]
+    found = specs(tree, sharding.make_mesh(data=1, fsdp=4, tensor=2))
+    for name in ("q", "k", "v", "mlp/gate", "mlp/in"):
+        assert found[f"blocks/{name}/kernel"] == P(None, "fsdp", "tensor")
+    for name in ("attn_out", "mlp/out"):
+        assert found[f"blocks/{name}/kernel"] == P(None, "tensor", "fsdp")
+    assert found["word_embeddings"] == P("fsdp")
+    assert found["relative_bias"] == found["blocks/attn_norm/scale"] == P()
 
 
 def test_fallback_splits_the_largest_divisible_dimension_but_small_leaves_are_whole():

@@ -24,7 +24,7 @@ SMALL = 2**18  # bytes; below it a leaf that no rule names is replicated: gather
 # Megatron's pairs: a kernel (in, out) split on its outputs feeds one split on its inputs, so that a block
 # sums over `tensor` once per pair; the dimension that is left goes over fsdp.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"block.*/(q|k|v|mlp/in)/kernel$", P("fsdp", "tensor")),
+    (r"block.*/(q|k|v|mlp/in|mlp/gate)/kernel$", P("fsdp", "tensor")),
     (r"block.*/(q|k|v|mlp/in)/bias$", P("tensor")),
     (r"block.*/(attn_out|mlp/out)/kernel$", P("tensor", "fsdp")),
 )

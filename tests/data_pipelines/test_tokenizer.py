@@ -1,11 +1,18 @@
-"""Prompts become ids of a fixed length; `<p>` is one known position that is never lost."""
+"""Prompts become ids of a fixed length; `<p>` is one known position that is never lost.
+
+CLIP's and T5's tokenizers have small vocabularies here; live (marker `parity`) their ids are transformers'.
+"""
+
+import json
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.tokenizer import load_tokenizer
+from data_pipelines.tokenizer import SD3Tokenizer, load_tokenizer
+from univg_jax.pretrained import pretrained_folder
 
 TOKENIZER = load_tokenizer()
 CLS, SEP, PERSON = 101, 102, 2711  # ids of bert-base-uncased's vocabulary
@@ -68,3 +75,289 @@ def test_any_text_gives_a_closed_prompt_in_the_vocabulary(text, num_tokens):
     assert result.tokens[n - 1] == SEP
     assert (result.tokens[n:] == 0).all()
     assert (result.tokens < 30522).all()
+
+
+# --- CLIP, T5, SD3 -------------------------------------------------------------------------------
+
+MERGES = ["p e", "pe r", "s o", "so n</w>", "per son</w>", "a t</w>", "c at</w>", "i t</w>"]
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def special(content, *, normalized):
+    how = dict(lstrip=False, rstrip=False, single_word=False, normalized=normalized, special=True)
+    return dict(content=content, **how)
+
+
+def clip_vocabulary():
+    """Every byte's letter as CLIP orders them ("!" is 0), inside a word and at its end, the merges, the two ends."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    merged = [merge.replace(" ", "") for merge in MERGES]
+    tokens = letters + [letter + "</w>" for letter in letters] + merged + [START, END]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+CLIP = clip_vocabulary()
+
+
+def write_clip(folder, *, pad=END, specials="decoder"):
+    """A folder as SD3's are, `specials` given in the newer or older form, or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(CLIP))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
+    named = dict(bos_token=START, eos_token=END, unk_token=END, pad_token=pad)
+    if specials == "decoder":
+        # As in SD3: the ends are matched in the normalized text, bigG's pad in the raw one.
+        decoder = {CLIP[token]: special(token, normalized=token != "!") for token in {START, END, pad}}
+        config = dict(added_tokens_decoder=decoder, tokenizer_class="CLIPTokenizer", model_max_length=77, **named)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    elif specials == "map":
+        (folder / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="CLIPTokenizer", pad_token=END)))
+        tokens = {key: special(token, normalized=True) for key, token in named.items()}
+        (folder / "special_tokens_map.json").write_text(json.dumps(tokens | dict(pad_token=pad)))
+    return folder
+
+
+T5_PIECES = ["<pad>", "</s>", "<unk>", *"▁abcdefghijklmnopqrstuvwxyz0123456789.,'>", "▁a", "▁cat", "▁it", "▁person"]
+
+
+def write_t5(folder):
+    """A tokenizer.json as T5's is; like T5's the vocabulary has no "<"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = [(piece, -1.0 if len(piece) > 1 else -10.0) for piece in T5_PIECES]  # words before letters
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace()]
+    )
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd3")
+    write_clip(folder / "tokenizer")
+    write_clip(folder / "tokenizer_2", pad="!")
+    write_t5(folder / "tokenizer_3")
+    return folder
+
+
+def load(folder):
+    return load_tokenizer(str(folder))
+
+
+def clip_ids(*tokens):
+    return [CLIP[token] for token in tokens]
+
+
+def t5_ids(*pieces):
+    return [T5_PIECES.index(piece) for piece in pieces]
+
+
+def test_clip_ids(sd3):
+    text = load(sd3 / "tokenizer")("A  CAT's <t2i> 12 \u00c9 e\u0301", 24)
+    e_acute = ["Ã", "©</w>"]  # the bytes of é, as the vocabulary writes them: composed and lower-cased, both of them
+    words = ["a</w>", "cat</w>", "'", "s</w>", "<</w>", "t</w>", "2</w>", "i</w>", "></w>", "1</w>", "2</w>"]
+    want = clip_ids(START, *words, *e_acute, *e_acute, END)
+    np.testing.assert_array_equal(text.tokens, want + clip_ids(END) * (24 - len(want)))
+    assert text.text_mask.sum() == len(want)
+
+
+def test_bigg_pads_with_its_own_token(sd3):
+    text, other = (load(sd3 / name)("a cat", 6) for name in ("tokenizer_2", "tokenizer"))
+    np.testing.assert_array_equal(text.tokens, [*clip_ids(START, "a</w>", "cat</w>", END), 0, 0])
+    np.testing.assert_array_equal(text.tokens, np.where(other.text_mask, other.tokens, 0))
+
+
+def test_t5_ids(sd3):
+    text = load(sd3 / "tokenizer_3")("a  cat <t2i>", 11)
+    words = ["▁a", "▁cat", "▁", "<unk>", "t", "2", "i", ">", "</s>"]
+    np.testing.assert_array_equal(text.tokens, [*t5_ids(*words), 0, 0])
+    assert text.text_mask.sum() == 9
+    np.testing.assert_array_equal(load(sd3 / "tokenizer_3")("a cat", 1).tokens, t5_ids("</s>"))
+
+
+@pytest.mark.parametrize(("name", "person"), [("tokenizer", "person</w>"), ("tokenizer_3", "▁person")])
+@pytest.mark.parametrize("prompt", ["a <p> it", "<p>", "<p>,<p>", "it <p>"])
+def test_placeholder_is_the_whole_word_to_every_encoder(sd3, name, person, prompt):
+    tokenizer = load(sd3 / name)
+    text, spelled = tokenizer(prompt, 16), tokenizer(prompt.replace("<p>", " person "), 16)
+    assert text.identity_slot.sum() == prompt.count("<p>")
+    stand_in = (CLIP if name == "tokenizer" else {piece: i for i, piece in enumerate(T5_PIECES)})[person]
+    np.testing.assert_array_equal(text.identity_slot, text.tokens == stand_in)
+    np.testing.assert_array_equal(text.tokens, spelled.tokens)
+    assert not spelled.identity_slot.any()
+
+
+def test_stand_in_of_several_pieces_is_the_first(tmp_path, sd3):
+    state = json.loads((sd3 / "tokenizer_3" / "tokenizer.json").read_text())
+    state["model"]["vocab"] = [piece for piece in state["model"]["vocab"] if piece[0] != "▁person"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    text = load(tmp_path)("a <p>", 3)
+    np.testing.assert_array_equal(text.tokens, t5_ids("▁a", "▁", "</s>"))
+    np.testing.assert_array_equal(text.identity_slot, [False, True, False])
+
+
+def test_sd3_is_one_row_of_clip_then_t5(sd3):
+    tokenizer = load(sd3)
+    assert isinstance(tokenizer, SD3Tokenizer)
+    text = tokenizer("<id> a <p>", 90)
+    parts = load(sd3 / "tokenizer")("<id> a <p>", 77), load(sd3 / "tokenizer_3")("<id> a <p>", 13)
+    for field in ("tokens", "text_mask", "identity_slot"):
+        np.testing.assert_array_equal(getattr(text, field), np.concatenate([getattr(part, field) for part in parts]))
+    np.testing.assert_array_equal(
+        np.flatnonzero(text.identity_slot), [6, 77 + 6]
+    )  # (start) < i d > a, and ▁ < i d > ▁a
+    np.testing.assert_array_equal(tokenizer("a cat", 77).tokens, load(sd3 / "tokenizer")("a cat", 77).tokens)
+
+
+def test_sd3_truncates_each_part(sd3):
+    text = load(sd3)("it " * 80, 77 + 9)
+    assert text.text_mask.all()
+    assert text.num_truncated == (82 - 77) + (81 - 9)
+    assert text.tokens[76] == CLIP[END]
+    assert text.tokens[-1] == 1
+    with pytest.raises(ValueError, match="cut to num_tokens=9 it would lose <p>"):
+        load(sd3)("it " * 20 + "<p>", 77 + 9)
+    with pytest.raises(ValueError, match="cut to num_tokens=77 it would lose <p>"):
+        load(sd3)("it " * 80 + "<p>", 77 + 100)
+
+
+def test_sd3_without_t5(tmp_path):
+    write_clip(tmp_path / "tokenizer")
+    write_clip(tmp_path / "tokenizer_2", pad="!")
+    tokenizer = load(tmp_path)
+    assert tokenizer("a cat", 77).text_mask.sum() == 4
+    for num_tokens in (76, 78):
+        with pytest.raises(ValueError, match=f"num_tokens={num_tokens}: must be 77 without T5"):
+            tokenizer("a cat", num_tokens)
+
+
+def test_sd3_needs_room_for_clip(sd3):
+    with pytest.raises(ValueError, match="num_tokens=76: CLIP takes 77 of it"):
+        load(sd3)("a cat", 76)
+
+
+def test_damaged_clip_folders(tmp_path):
+    folder = write_clip(tmp_path / "tokenizer")
+
+    def refuses(message, error=ValueError, where=folder):
+        with pytest.raises(error, match=message):
+            load(where)
+
+    refuses(r"tokenizer_2 has no tokenizer\.json, nor CLIP's vocab\.json and merges\.txt", FileNotFoundError, tmp_path)
+    write_clip(tmp_path / "tokenizer_2", pad="!")
+    (tmp_path / "tokenizer_3").mkdir()
+    refuses(r"tokenizer_3 has no tokenizer\.json", FileNotFoundError, tmp_path)
+    (tmp_path / "tokenizer_2" / "vocab.json").write_text(json.dumps(CLIP | {"new</w>": len(CLIP)}))
+    refuses("tokenizer and tokenizer_2 differ in their vocabularies", where=tmp_path)
+    write_clip(folder, pad="[PAD]", specials="map")
+    (folder / "tokenizer_config.json").write_text("{}")
+    refuses(r"its vocabulary has no pad token '\[PAD\]'")
+    (folder / "tokenizer_config.json").write_text("{")
+    refuses(r"tokenizer_config\.json is not JSON")
+    (folder / "merges.txt").write_text("x y z\n")
+    refuses("vocab.json is not a tokenizer")
+    (folder / "merges.txt").unlink()
+    refuses(r"tokenizer has no merges\.txt beside its vocab\.json", FileNotFoundError)
+    (folder / "merges.txt").write_text("")
+    (folder / "vocab.json").write_text(json.dumps({"a": 0, END: 1}))  # GPT-2's files have these names too
+    refuses(r"CLIP's vocabulary has <\|startoftext\|> and <\|endoftext\|>")
+
+
+# What tells tokenizers apart: case, accents whole and composed, ligatures, emoji, spaces, digits, special tokens.
+PARTS = (
+    *(
+        "A cat",
+        "it's",
+        "WE'LL",
+        "person",
+        "  ",
+        "\t\n",
+        "\u00a0",
+        "e\u0301",
+        "\u00c9",
+        "\ufb01",
+        "ß",
+        "İ",
+        "日本",
+        "!",
+        "?!.",
+    ),
+    *(
+        "🙂",
+        "👩‍👩‍👧",
+        "0123",
+        "½",
+        "<t2i>",
+        "< p >",
+        END,
+        END.upper(),
+        START,
+        "</s>",
+        "<pad>",
+        "<unk>",
+        "<extra_id_1>",
+        "\u200b",
+        "\0",
+    ),
+)
+TEXTS = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PARTS), max_size=8).map("".join)).map(
+    lambda text: text.replace("<p>", "")
+)
+
+
+def assert_ids_of(reference, tokenizer):
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(text=TEXTS, num_tokens=st.integers(2, 24))
+    def check(text, num_tokens):
+        theirs = reference(text, padding="max_length", max_length=num_tokens, truncation=True)
+        ours = tokenizer(text, num_tokens)
+        assert ours.tokens.tolist() == theirs["input_ids"]
+        assert ours.text_mask.tolist() == [bool(m) for m in theirs["attention_mask"]]
+        assert not ours.identity_slot.any()
+
+    check()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("pad", [END, "!"])
+@pytest.mark.parametrize("specials", ["decoder", "map", "none"])
+def test_clip_ids_are_those_of_transformers(tmp_path, pad, specials):
+    transformers = pytest.importorskip("transformers")
+    folder = write_clip(tmp_path, pad=pad, specials=specials)
+    reference = transformers.CLIPTokenizerFast.from_pretrained(folder)
+    assert_ids_of(reference, load(folder))
+    reference.save_pretrained(tmp_path / "json")  # the same as a tokenizer.json
+    assert_ids_of(reference, load(tmp_path / "json"))
+
+
+@pytest.mark.parity
+def test_t5_ids_are_those_of_transformers(tmp_path):
+    """With the character map of a SentencePiece model, which is what T5's tokenizer.json has."""
+    transformers = pytest.importorskip("transformers")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a person and a cat, it's 2 of them >", "der Bär, l'été; 12 persons"] * 50),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    reference = transformers.T5TokenizerFast.from_pretrained(tmp_path)
+    reference.save_pretrained(tmp_path / "json")
+    assert "precompiled_charsmap" in (tmp_path / "json" / "tokenizer.json").read_text()
+    assert_ids_of(reference, load(tmp_path / "json"))
+
+
+@pytest.mark.parity
+def test_minilm_ids_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    assert_ids_of(transformers.BertTokenizerFast.from_pretrained(pretrained_folder("minilm")), TOKENIZER)

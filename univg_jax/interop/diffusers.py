@@ -1,12 +1,13 @@
-"""The MM-DiT's weights as a diffusers folder (`SD3Transformer2DModel`), both ways, without torch.
+"""Weights of diffusers folders without torch: the MM-DiT's (`SD3Transformer2DModel`) both ways, `AutoencoderKL`'s in.
 
-Ours and theirs differ in four things: kernels are [in, out] here and [out, in] there; the patch
+Ours and their MM-DiT differ in four things: kernels are [in, out] here and [out, in] there; the patch
 embedding is a matmul here and a convolution there; equal blocks are stacked here; and two kinds of
 tensors exist only there, the position table (computed here) and the text queries of the last block
 (nothing reads them).
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from univg_jax.interop.folder import (
 )
 from univg_jax.models.layers import sincos_table
 from univg_jax.models.mmdit import MMDiT
+from univg_jax.models.vae import AutoencoderKL
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASS_NAME = "SD3Transformer2DModel"
@@ -215,3 +217,93 @@ def _config_of(model: MMDiT) -> dict[str, Any]:
         "dual_attention_layers": [],
         "qk_norm": model.qk_norm,
     }
+
+
+# Pieces of our module paths -> theirs, in this order; old files name the attention's maps otherwise.
+VAE = (
+    (r"^quant$", "quant_conv"),
+    (r"^post_quant$", "post_quant_conv"),
+    (r"/(down|up)_(\d+)_res_(\d+)", r".\1_blocks.\2.resnets.\3"),
+    (r"/(down|up)_(\d+)_conv", r".\1_blocks.\2.\1samplers.0.conv"),
+    (r"/mid_res_(\d+)", r".mid_block.resnets.\1"),
+    (r"/mid_attn/norm", ".mid_block.attentions.0.group_norm"),
+    (r"/mid_attn/(q|k|v)", r".mid_block.attentions.0.to_\1"),
+    (r"/mid_attn/attn_out", ".mid_block.attentions.0.to_out.0"),
+    (r"/norm_out", ".conv_norm_out"),
+    (r"/", "."),
+)
+OLD_ATTENTION = (
+    (r"\.to_q$", ".query"),
+    (r"\.to_k$", ".key"),
+    (r"\.to_v$", ".value"),
+    (r"\.to_out\.0$", ".proj_attn"),
+)
+
+
+def load_vae(
+    folder: PathLike, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, mesh: Mesh | None = None
+) -> tuple[AutoencoderKL, Params]:
+    """The VAE of a folder (`AutoencoderKL`: SD 1 to 3, SDXL, Flux) as (module, parameters).
+
+    `dtype` is the compute dtype. Raises what `read_config` and `read_params` raise, and ValueError for a variant that
+    our `AutoencoderKL` lacks.
+    """
+    model = _vae_of(folder, dtype=dtype)
+    image = jax.ShapeDtypeStruct((1, model.downsampling, model.downsampling, 3), jnp.float32)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    is_old = "encoder.mid_block.attentions.0.query.weight" in TensorFolder(folder, WEIGHTS)
+    outer = {}
+    for path, _ in leaves(abstract):
+        module = path.rpartition("/")[0]
+        outer[module] = module
+        for ours, theirs in (*VAE, *(OLD_ATTENTION if is_old else ())):
+            outer[module] = re.sub(ours, theirs, outer[module])
+    weights = map_weights(abstract, outer=outer)
+    return model, read_params(folder, WEIGHTS, abstract=abstract, weights=weights, mesh=mesh, dtype=param_dtype)
+
+
+def _vae_of(folder: PathLike, *, dtype: Any) -> AutoencoderKL:
+    stored, file = read_config(folder, key="_class_name", expected=("AutoencoderKL",)), Path(folder) / "config.json"
+    defaults = dict(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(64,),
+        layers_per_block=1,
+        act_fn="silu",
+        latent_channels=4,
+        norm_num_groups=32,
+        scaling_factor=0.18215,
+        shift_factor=None,
+        latents_mean=None,
+        latents_std=None,
+        use_quant_conv=True,
+        use_post_quant_conv=True,
+        mid_block_add_attention=True,
+    )
+    c = {**defaults, **{k: v for k, v in stored.items() if not k.startswith("_")}}
+    levels = len(c["block_out_channels"])
+    for key, supported in {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "act_fn": "silu",
+        "latents_mean": None,
+        "latents_std": None,
+    }.items():
+        if (list(c[key]) if isinstance(c[key], tuple) else c[key]) != supported:
+            raise ValueError(f"{file}: {key}={c[key]!r} is not supported, only {supported!r}")
+    return AutoencoderKL(
+        latent_channels=c["latent_channels"],
+        widths=tuple(c["block_out_channels"]),
+        depth=c["layers_per_block"],
+        groups=c["norm_num_groups"],
+        quant_conv=c["use_quant_conv"],
+        post_quant_conv=c["use_post_quant_conv"],
+        mid_attention=c["mid_block_add_attention"],
+        scaling_factor=c["scaling_factor"],
+        shift_factor=c["shift_factor"] or 0.0,
+        dtype=dtype,
+    )

@@ -19,18 +19,21 @@ Dtype = Any
 
 
 class Linear(nn.Module):
-    """y = x W + b over the last axis, W of shape [in, out]."""
+    """y = x W + b over the last axis, W of shape [in, out]; b only where `use_bias`."""
 
     features: int
     dtype: Dtype = jnp.float32
     kernel_init: Callable = nn.initializers.xavier_uniform()
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
         y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
-        return (y + bias.astype(self.dtype)[None]).reshape(*x.shape[:-1], self.features)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(self.dtype)[None]
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class MLP(nn.Module):
@@ -48,10 +51,20 @@ class MLP(nn.Module):
         return Linear(self.features, self.dtype, self.kernel_init, name="out")(self.activation(h))
 
 
+def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """x Phi(x), by erf (arXiv 1606.08415)."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 def gelu_tanh(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): GELU's tanh form (arXiv 1606.08415)."""
     # As a sigmoid: 1 + tanh cancels for negative x.
     return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+def quick_gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """x sigmoid(1.702 x): GELU's sigmoid form (arXiv 1606.08415)."""
+    return x * jax.nn.sigmoid(1.702 * x)
 
 
 class RMSNorm(nn.Module):
@@ -65,6 +78,22 @@ class RMSNorm(nn.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * scale.reshape(*(1,) * (x.ndim - 1), -1)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        affine = (1,) * (x.ndim - 1) + (-1,)
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale.reshape(affine) + bias.reshape(affine)).astype(x.dtype)
 
 
 def modulated_norm(
@@ -137,11 +166,24 @@ def xla_attention(
     k: Float[Array, "b s k c"],
     v: Float[Array, "b s k c"],
     mask: Bool[Array, "b s"] | None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: Float[Array, "k n s"] | None = None,
 ) -> Float[Array, "b n k c"]:
-    """softmax(q k^T / sqrt(c)) v for each head; keys whose mask is False get no weight."""
-    logits = jnp.einsum("bnkc,bskc->bkns", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32)
+    """softmax(scale q k^T + bias) v for each head, `scale` by default 1 / sqrt(c).
+
+    Keys whose mask is False, and `causal` later ones, get no weight.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = jnp.einsum("bnkc,bskc->bkns", q * scale, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias[None]
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    if causal:
+        earlier = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        logits = jnp.where(earlier[None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bkns,bskc->bnkc", weights, v)
 

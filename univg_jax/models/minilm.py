@@ -9,16 +9,11 @@ matmul: on CPU XLA is then close to the machine's peak.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int32
 
 from univg_jax.batch import Array
-
-
-def gelu(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """x Phi(x), by erf."""
-    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+from univg_jax.models.layers import gelu
 
 
 class Block(nn.Module):

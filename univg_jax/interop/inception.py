@@ -1,0 +1,59 @@
+"""FID's Inception-v3 from the common PyTorch port of its weights (pytorch-fid, torch-fidelity), as safetensors."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from univg_jax.interop.folder import Params, PathLike, leaves, map_weights, read_params
+from univg_jax.models.inception import InceptionV3
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var", "bias": "bias"}
+
+
+def load_inception(
+    path: PathLike, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, mesh: Mesh | None = None
+) -> tuple[InceptionV3, Params]:
+    """The network of a safetensors file, or of the only one in a folder, as (module, parameters).
+
+    The file has the names of `pt_inception-2015-12-05`: `Conv2d_1a_3x3.conv.weight`, ... `fc.weight` [1008 2048]; that
+    one is a pickle, which we do not read. `dtype` is the compute dtype; FID is defined in float32. Raises what
+    `read_params` raises, ValueError for a pickle and for a folder with several files.
+    """
+    file = _file(Path(path))
+    model = InceptionV3(dtype=dtype)
+    image = jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    names = {}
+    for leaf, _ in leaves(abstract):
+        *modules, kind = leaf.split("/")
+        names[leaf] = ".".join([*modules, LEAVES[kind]])
+    params = read_params(
+        file.parent,
+        file.name,
+        abstract=abstract,
+        weights=map_weights(abstract, outer=names),
+        ignored=r".*\.num_batches_tracked",
+        mesh=mesh,
+        dtype=param_dtype,
+    )
+    return model, params
+
+
+def _file(path: Path) -> Path:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [file for file in files if file.suffix == ".safetensors"]
+    pickles = [file for file in files if file.suffix in PICKLES]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{path} has several safetensors files ({', '.join(f.name for f in found)}): name one")
+    if pickles:
+        raise ValueError(
+            f"{pickles[0]} is a pickle, which can run code and is never read; convert it where PyTorch is: "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'inception.safetensors')"
+        )
+    raise FileNotFoundError(f"{path}: expected a .safetensors file, or a folder with one")
