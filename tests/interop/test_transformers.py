@@ -75,7 +75,7 @@ def test_lists_missing_extra_and_misshaped_tensors(folder):
     del weights["encoder.layer.0.output.dense.bias"]
     weights["encoder.layer.7.output.dense.bias"] = np.zeros(12, np.float32)
     weights["embeddings.LayerNorm.bias"] = np.zeros(13, np.float32)
-    with pytest.raises(ValueError, match=r"tensors do not fit config\.json") as error:
+    with pytest.raises(ValueError, match=r"tensors do not fit the network") as error:
         load_minilm(folder(weights=weights))
     assert "missing: encoder.layer.0.output.dense.bias;" in str(error.value)
     assert "extra: encoder.layer.7.output.dense.bias;" in str(error.value)

@@ -14,19 +14,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from univg_jax.interop.folder import (
     CONV,
     Params,
     PathLike,
+    StoredModel,
     TensorFolder,
     Weight,
     check_shapes,
     leaves,
+    loader,
     map_weights,
+    open_model,
     read_config,
-    read_params,
     write_params,
 )
 from univg_jax.models.layers import sincos_table
@@ -70,25 +71,26 @@ BLOCK = {
 }
 
 
-def load_transformer(folder: PathLike, *, mesh: Mesh | None = None) -> tuple[MMDiT, Params]:
-    """Opens a folder of `SD3Transformer2DModel`: `config.json` and safetensors, whole or sharded.
+def open_transformer(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
+    """The MM-DiT of a folder of `SD3Transformer2DModel`, of compute dtype `dtype`.
 
-    Parameters become float32, placed by rule on `mesh` if there is one. Raises what `read_config` and
-    `read_params` raise, and ValueError for a variant that `MMDiT` lacks.
+    Raises what `read_config` and `open_model` raise, and ValueError for a variant that `MMDiT` lacks.
     """
-    model = _model_of(folder)
-    tensors = TensorFolder(folder, WEIGHTS)
-    if tensors.shapes.get(TABLE) == _unread(model)[TABLE][0]:
-        _check_table(model, tensors.read(TABLE), Path(folder))
-    params = read_params(
+    model = dataclasses.replace(_model_of(folder), dtype=dtype)
+    stored = open_model(
         folder,
         WEIGHTS,
+        module=model,
         abstract=_abstract(model),
         weights=_weights(model),
         unread={name: shape for name, (shape, _) in _unread(model).items()},
-        mesh=mesh,
     )
-    return model, params
+    if TABLE in stored.tensors:
+        _check_table(model, stored.tensors.read(TABLE), Path(folder))
+    return stored
+
+
+load_transformer = loader(open_transformer)
 
 
 def save_transformer(model: MMDiT, params: Params, folder: PathLike, *, max_file_bytes: int = 5 * 10**9) -> None:
@@ -240,13 +242,10 @@ OLD_ATTENTION = (
 )
 
 
-def load_vae(
-    folder: PathLike, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, mesh: Mesh | None = None
-) -> tuple[AutoencoderKL, Params]:
-    """The VAE of a folder (`AutoencoderKL`: SD 1 to 3, SDXL, Flux) as (module, parameters).
+def open_vae(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
+    """The VAE of a folder (`AutoencoderKL`: SD 1 to 3, SDXL, Flux), of compute dtype `dtype`.
 
-    `dtype` is the compute dtype. Raises what `read_config` and `read_params` raise, and ValueError for a variant that
-    our `AutoencoderKL` lacks.
+    Raises what `read_config` and `open_model` raise, and ValueError for a variant that our `AutoencoderKL` lacks.
     """
     model = _vae_of(folder, dtype=dtype)
     image = jax.ShapeDtypeStruct((1, model.downsampling, model.downsampling, 3), jnp.float32)
@@ -258,8 +257,10 @@ def load_vae(
         outer[module] = module
         for ours, theirs in (*VAE, *(OLD_ATTENTION if is_old else ())):
             outer[module] = re.sub(ours, theirs, outer[module])
-    weights = map_weights(abstract, outer=outer)
-    return model, read_params(folder, WEIGHTS, abstract=abstract, weights=weights, mesh=mesh, dtype=param_dtype)
+    return open_model(folder, WEIGHTS, module=model, abstract=abstract, weights=map_weights(abstract, outer=outer))
+
+
+load_vae = loader(open_vae)
 
 
 def _vae_of(folder: PathLike, *, dtype: Any) -> AutoencoderKL:

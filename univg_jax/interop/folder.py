@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,47 +101,73 @@ def read_config(folder: PathLike, *, key: str, expected: Sequence[str]) -> dict[
     return config
 
 
-def read_params(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """A network and where its parameters lie; made by `open_model`, which has checked that they all do."""
+
+    module: Any
+    abstract: Params  # shapes of the parameters
+    weights: Mapping[str, Weight]  # by their '/'-joined paths
+    tensors: "TensorFolder"
+
+    def read(self, *, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Params:
+        """The parameters as `dtype`: on `mesh` as `univg_jax.sharding` places them, else on the first device."""
+        if mesh is None:
+            shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), self.abstract)
+        else:
+            shardings = tree_shardings(self.abstract, mesh)
+
+        def place(path: tuple, leaf: Any, sharding: Any) -> jax.Array:
+            weight = self.weights[path_name(path)]
+            holders: dict[tuple, list[Any]] = {}  # devices by the part that they hold
+            for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+                bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+                holders.setdefault(bounds, []).append(device)
+            shards = {}
+            for bounds, devices in holders.items():
+                part = _read_part(self.tensors, weight, leaf.shape, bounds, np.dtype(dtype))
+                shards |= {device: jax.device_put(part, device) for device in devices}
+                jax.block_until_ready(list(shards.values()))  # before the next part takes memory
+            return jax.make_array_from_single_device_arrays(leaf.shape, sharding, list(shards.values()))
+
+        return jax.tree_util.tree_map_with_path(place, self.abstract, shardings)
+
+
+def open_model(
     folder: PathLike,
     file: str,
     *,
+    module: Any,
     abstract: Params,
     weights: Mapping[str, Weight],
     unread: Mapping[str, tuple[int, ...]] | None = None,
     ignored: str = "(?!)",
-    mesh: Mesh | None = None,
-    dtype: Any = jnp.float32,
-) -> Params:
-    """The parameters of `abstract` (a tree of shapes), whose '/'-joined paths `weights` maps, as `dtype`.
+) -> StoredModel:
+    """`module`, whose parameters have the shapes `abstract` and lie in `folder` as `weights` says.
 
     `file` is the name of the whole file; where `file.index.json` exists its parts are read. `unread` are tensors
-    that may be there and have that shape, `ignored` a regex of those that may be there anyhow. On `mesh` leaves lie
-    as `univg_jax.sharding` places them, else on the first device.
+    that may be there and have that shape, `ignored` a regex of those that may be there anyhow.
 
     Raises FileNotFoundError for a missing file; ValueError for a broken one, another dtype than 16- or 32-bit
-    floats, and missing, extra or misshaped tensors, all listed, before anything is read.
+    floats, and missing, extra or misshaped tensors, all listed. Only headers are read.
     """
     tensors = TensorFolder(folder, file, ignored=ignored)
     tensors.check({name: w.shape for w in weights.values() for name in w.names}, unread=unread or {})
-    if mesh is None:
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
-    else:
-        shardings = tree_shardings(abstract, mesh)
+    return StoredModel(module=module, abstract=abstract, weights=weights, tensors=tensors)
 
-    def place(path: tuple, leaf: Any, sharding: Any) -> jax.Array:
-        weight = weights[path_name(path)]
-        holders: dict[tuple, list[Any]] = {}  # devices by the part that they hold
-        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-            bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
-            holders.setdefault(bounds, []).append(device)
-        shards = {}
-        for bounds, devices in holders.items():
-            part = _read_part(tensors, weight, leaf.shape, bounds, np.dtype(dtype))
-            shards |= {device: jax.device_put(part, device) for device in devices}
-            jax.block_until_ready(list(shards.values()))
-        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, list(shards.values()))
 
-    return jax.tree_util.tree_map_with_path(place, abstract, shardings)
+def loader(open_: Callable[..., StoredModel]) -> Callable[..., tuple[Any, Params]]:
+    """`load(folder, *, dtype, param_dtype, mesh) -> (module, params)`: opens as `open_` does, then reads."""
+
+    def load(
+        folder: PathLike, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, mesh: Mesh | None = None
+    ) -> tuple[Any, Params]:
+        stored = open_(folder, dtype=dtype)
+        return stored.module, stored.read(mesh=mesh, dtype=param_dtype)
+
+    load.__name__ = open_.__name__.replace("open", "load", 1)
+    load.__doc__ = f"{open_.__doc__.splitlines()[0]} As (module, parameters); see `{open_.__name__}`."
+    return load
 
 
 def _read_part(
@@ -171,7 +197,7 @@ def write_params(
     unread: Mapping[str, Shaped[np.ndarray, "..."]] | None = None,
     max_file_bytes: int = 5 * 10**9,
 ) -> None:
-    """The inverse of `read_params`: a folder in float32, sharded past `max_file_bytes`, `config.json` last.
+    """The inverse of `open_model` and `read`: a folder in float32, sharded past `max_file_bytes`, `config.json` last.
 
     `unread` are tensors that they have and we lack. The host holds one file's tensors at a time.
     """
@@ -283,7 +309,7 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
     }
     if any(problems.values()):
         listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"{where}: tensors do not fit config.json: {listed}")
+        raise ValueError(f"{where}: tensors do not fit the network: {listed}")
 
 
 def some(names: Sequence[str], most: int = 12) -> str:

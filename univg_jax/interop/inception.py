@@ -5,23 +5,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from univg_jax.interop.folder import Params, PathLike, leaves, map_weights, read_params
+from univg_jax.interop.folder import PathLike, StoredModel, leaves, loader, map_weights, open_model
 from univg_jax.models.inception import InceptionV3
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var", "bias": "bias"}
 
 
-def load_inception(
-    path: PathLike, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, mesh: Mesh | None = None
-) -> tuple[InceptionV3, Params]:
-    """The network of a safetensors file, or of the only one in a folder, as (module, parameters).
+def open_inception(path: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
+    """The network of a safetensors file, or of the only one in a folder.
 
     The file has the names of `pt_inception-2015-12-05`: `Conv2d_1a_3x3.conv.weight`, ... `fc.weight` [1008 2048]; that
     one is a pickle, which we do not read. `dtype` is the compute dtype; FID is defined in float32. Raises what
-    `read_params` raises, ValueError for a pickle and for a folder with several files.
+    `open_model` raises, ValueError for a pickle and for a folder with several files.
     """
     file = _file(Path(path))
     model = InceptionV3(dtype=dtype)
@@ -31,16 +28,17 @@ def load_inception(
     for leaf, _ in leaves(abstract):
         *modules, kind = leaf.split("/")
         names[leaf] = ".".join([*modules, LEAVES[kind]])
-    params = read_params(
+    return open_model(
         file.parent,
         file.name,
+        module=model,
         abstract=abstract,
         weights=map_weights(abstract, outer=names),
         ignored=r".*\.num_batches_tracked",
-        mesh=mesh,
-        dtype=param_dtype,
     )
-    return model, params
+
+
+load_inception = loader(open_inception)
 
 
 def _file(path: Path) -> Path:

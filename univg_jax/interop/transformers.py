@@ -1,4 +1,8 @@
-"""Weights of Hugging Face `transformers` folders -> our modules and parameter trees."""
+"""Weights of Hugging Face `transformers` folders -> our modules and parameter trees.
+
+`open_*` checks a folder against its config without reading a tensor; `load_*` opens and reads:
+`load(folder, *, dtype, param_dtype, mesh) -> (module, params)` for `module.apply({'params': params}, ...)`.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,9 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from univg_jax.interop.folder import CONV, Params, PathLike, TensorFolder, map_weights, read_config, read_params
+from univg_jax.interop.folder import (
+    CONV,
+    Params,
+    PathLike,
+    StoredModel,
+    TensorFolder,
+    loader,
+    map_weights,
+    open_model,
+    read_config,
+)
 from univg_jax.models.clip import CLIPText, CLIPVision
 from univg_jax.models.dino import DINO
 from univg_jax.models.encoder import ACTIVATIONS
@@ -127,13 +140,11 @@ T5_LAYER = {
 }
 
 
-def load_minilm(
-    folder: PathLike, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, mesh: Mesh | None = None
-) -> tuple[MiniLM, Params]:
-    """The BERT encoder of a folder (config.json, model.safetensors) as (module, parameters).
+def open_minilm(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
+    """The BERT encoder of a folder (config.json, model.safetensors).
 
     `dtype` is the compute dtype. The pooler's and position-id tensors are not part of the encoder and are
-    ignored. Raises what `read_config` and `read_params` raise, and ValueError for a variant that `MiniLM` lacks.
+    ignored. Raises what `read_config` and `open_model` raise, and ValueError for a variant that `MiniLM` lacks.
     """
     config = read_config(folder, key="model_type", expected=("bert",))
     _require(folder, config, hidden_act="gelu", position_embedding_type="absolute")
@@ -157,18 +168,13 @@ def load_minilm(
         block_name=prefix + "encoder.layer.{}.",
     )
     ignored = prefix + r"(embeddings\.position_ids|pooler\.dense\.(weight|bias))"
-    params = read_params(
-        folder, WEIGHTS, abstract=abstract, weights=weights, ignored=ignored, mesh=mesh, dtype=param_dtype
-    )
-    return module, params
+    return open_model(folder, WEIGHTS, module=module, abstract=abstract, weights=weights, ignored=ignored)
 
 
-def load_t5(
-    folder: PathLike, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, mesh: Mesh | None = None
-) -> tuple[T5Encoder, Params]:
-    """The encoder of a T5 v1.1 folder, alone (`T5EncoderModel`) or of a whole model, as (module, parameters).
+def open_t5(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
+    """The encoder of a T5 v1.1 folder, alone (`T5EncoderModel`) or of a whole model,.
 
-    `dtype` is the compute dtype. A decoder and its head are ignored. Raises what `read_config` and `read_params`
+    `dtype` is the compute dtype. A decoder and its head are ignored. Raises what `read_config` and `open_model`
     raise, and ValueError for the original T5, whose MLP has no gate.
     """
     defaults = dict(
@@ -201,28 +207,24 @@ def load_t5(
     own, shared = "encoder.embed_tokens.weight", "shared.weight"
     words = own if own in TensorFolder(folder, WEIGHTS) else shared
     abstract = _abstract(module, jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    params = read_params(
+    return open_model(
         folder,
         WEIGHTS,
+        module=module,
         abstract=abstract,
         weights=map_weights(
             abstract, outer=T5 | {"word_embeddings": words}, block=T5_LAYER, block_name="encoder.block.{}."
         ),
         unread={shared: (module.vocab_size, module.hidden_dim)} if words == own else None,
         ignored=r"decoder\..*|lm_head\.weight",
-        mesh=mesh,
-        dtype=param_dtype,
     )
-    return module, params
 
 
-def load_clip_text(
-    folder: PathLike, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, mesh: Mesh | None = None
-) -> tuple[CLIPText, Params]:
-    """CLIP's text tower as (module, parameters), from its own folder or that of the whole `CLIPModel`.
+def open_clip_text(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
+    """CLIP's text tower, from its own folder or that of the whole `CLIPModel`.
 
     `dtype` is the compute dtype. The projection is there where the file has one; the other tower is ignored. Raises
-    what `read_config` and `read_params` raise, and ValueError for a variant that `CLIPText` lacks.
+    what `read_config` and `open_model` raise, and ValueError for a variant that `CLIPText` lacks.
     """
     config = _clip_config(folder, "text", projection="text_projection.weight", defaults=CLIP_TEXT_DEFAULTS)
     module = CLIPText(
@@ -233,7 +235,7 @@ def load_clip_text(
         **_block_fields(config),
         dtype=dtype,
     )
-    return module, _read_encoder(
+    return _open_encoder(
         folder,
         module,
         jax.ShapeDtypeStruct((1, 2), jnp.int32),
@@ -243,18 +245,14 @@ def load_clip_text(
         block_name="encoder.layers.{}.",
         head={"projection": "text_projection"},
         ignored=r"vision_model\..+|visual_projection\.weight|logit_scale|(text_model\.)?embeddings\.position_ids",
-        mesh=mesh,
-        dtype=param_dtype,
     )
 
 
-def load_clip_vision(
-    folder: PathLike, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, mesh: Mesh | None = None
-) -> tuple[CLIPVision, Params]:
-    """CLIP's image tower as (module, parameters), from its own folder or that of the whole `CLIPModel`.
+def open_clip_vision(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
+    """CLIP's image tower, from its own folder or that of the whole `CLIPModel`.
 
     `dtype` is the compute dtype. The projection is there where the file has one; the other tower is ignored. Raises
-    what `read_config` and `read_params` raise, and ValueError for a variant that `CLIPVision` lacks.
+    what `read_config` and `open_model` raise, and ValueError for a variant that `CLIPVision` lacks.
     """
     config = _clip_config(folder, "vision", projection="visual_projection.weight", defaults=CLIP_VISION_DEFAULTS)
     module = CLIPVision(
@@ -264,7 +262,7 @@ def load_clip_vision(
         **_block_fields(config),
         dtype=dtype,
     )
-    return module, _read_encoder(
+    return _open_encoder(
         folder,
         module,
         _one_patch(module),
@@ -275,18 +273,14 @@ def load_clip_vision(
         head={"projection": "visual_projection"},
         ignored=r"text_model\..+|text_projection\.weight|logit_scale|(vision_model\.)?embeddings\.position_ids",
         shapes=_patch_kernel(module),
-        mesh=mesh,
-        dtype=param_dtype,
     )
 
 
-def load_dino(
-    folder: PathLike, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, mesh: Mesh | None = None
-) -> tuple[DINO, Params]:
-    """The `ViTModel` of a folder, such as facebook/dino-vits16, as (module, parameters).
+def open_dino(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
+    """The `ViTModel` of a folder, such as facebook/dino-vits16,.
 
     `dtype` is the compute dtype. Pooler, classifier and mask token are ignored. Raises what `read_config` and
-    `read_params` raise, and ValueError for a variant that `DINO` lacks.
+    `open_model` raise, and ValueError for a variant that `DINO` lacks.
     """
     config = {**VIT_DEFAULTS, **read_config(folder, key="model_type", expected=("vit",))}
     _require_encoder(folder, config, defaults=VIT_DEFAULTS)
@@ -298,7 +292,7 @@ def load_dino(
         dtype=dtype,
     )
     d, side = module.hidden_dim, module.image_size // module.patch_size
-    return module, _read_encoder(
+    return _open_encoder(
         folder,
         module,
         _one_patch(module),
@@ -309,9 +303,11 @@ def load_dino(
         ignored=r"(vit\.)?(pooler\.dense\.(weight|bias)|embeddings\.mask_token)|classifier\.(weight|bias)",
         shapes=_patch_kernel(module)
         | {"embed/class_token": ((1, 1, d), (0, 1, 2)), "embed/positions": ((1, 1 + side**2, d), (0, 1, 2))},
-        mesh=mesh,
-        dtype=param_dtype,
     )
+
+
+load_minilm, load_t5, load_dino = loader(open_minilm), loader(open_t5), loader(open_dino)
+load_clip_text, load_clip_vision = loader(open_clip_text), loader(open_clip_vision)
 
 
 def _clip_config(folder: PathLike, tower: str, *, projection: str, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -355,7 +351,7 @@ def _patch_kernel(module: CLIPVision | DINO) -> dict[str, Any]:
     return {"embed/patch_embed/kernel": ((module.hidden_dim, 3, module.patch_size, module.patch_size), CONV)}
 
 
-def _read_encoder(
+def _open_encoder(
     folder: PathLike,
     module: Any,
     inputs: jax.ShapeDtypeStruct,
@@ -367,8 +363,8 @@ def _read_encoder(
     head: Mapping[str, str] | None = None,
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
     **options: Any,
-) -> Params:
-    """`read_params` of a module that transformers stores under one of the prefixes, its `head` beside it.
+) -> StoredModel:
+    """`open_model` of a module that transformers stores under one of the prefixes, its `head` beside it.
 
     `shapes` are (shape, axes) of those tensors that are more than a transpose away.
     """
@@ -382,7 +378,7 @@ def _read_encoder(
     )
     for path, (shape, axes) in (shapes or {}).items():
         weights[path] = dataclasses.replace(weights[path], shape=shape, axes=axes)
-    return read_params(folder, WEIGHTS, abstract=abstract, weights=weights, **options)
+    return open_model(folder, WEIGHTS, module=module, abstract=abstract, weights=weights, **options)
 
 
 def _abstract(module: Any, *inputs: jax.ShapeDtypeStruct) -> Params:
