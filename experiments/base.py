@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
 
     # The frozen encoders.
     c.conditioning = dict(
+        folder="",  # where pretrained encoders lie, of those kinds that do not come by pip
         text="minilm",
         codec=dict(kind="linear", patch=4, channels=16, whiten=0.5),
         identity=None,

@@ -6,10 +6,17 @@ from experiments import base
 
 # Batch 512 for 400K steps are the paper's; learning rate and the rest are base.py's, our choice.
 RESOLUTIONS = (256, 512, 1024)
+ENCODERS = ("embedded", "sd3")
 
 
-def get_config(*, size: str = "xl", res: int = 256) -> ConfigDict:
-    """size: a named size of the MM-DiT. res: pixels a side; above 256 times shift by the square root of the pixels."""
+def get_config(*, size: str = "xl", res: int = 256, encoders: str = "embedded") -> ConfigDict:
+    """size: a named size of the MM-DiT. res: pixels a side; above 256 times shift by the square root of the pixels.
+
+    encoders: `embedded` (MiniLM and a linear codec: nothing to download), or `sd3` (Stable Diffusion 3's three text
+    encoders and VAE, from the pipeline's folder `conditioning.folder`).
+    """
+    if encoders not in ENCODERS:
+        raise ValueError(f"encoders={encoders!r} is not one of {', '.join(ENCODERS)}")
     c = base.get_config()
     c.name = "stage1_t2i"
     c.model.size = size
@@ -18,6 +25,10 @@ def get_config(*, size: str = "xl", res: int = 256) -> ConfigDict:
     c.data.dir = f"runs/data/emoji_{res}px"
     c.data.build = dict(resolution=res, num_scenes=10_000, seed=0, nouns=0)
     c.conditioning.codec.patch = 8
+    if encoders == "sd3":
+        text = dict(kind="sd3", dtype="float32" if size == "tiny" else "bfloat16")
+        c.conditioning = dict(folder="pretrained/sd3", text=text, codec=dict(kind="vae"), identity=None)
+        c.data.num_tokens = 77 + 77  # CLIP's positions, then T5's
     c.flow.shift = max(1.0, res / 256)
     c.sampling.shift = c.flow.shift
     if size == "tiny":  # the local mode: a CPU, minutes

@@ -6,9 +6,11 @@ from experiments import stage1_t2i
 from experiments.base import task
 
 
-def get_config(*, size: str = "xl", res: int = 256, init_from: str = "runs/stage1") -> ConfigDict:
+def get_config(
+    *, size: str = "xl", res: int = 256, encoders: str = "embedded", init_from: str = "runs/stage1"
+) -> ConfigDict:
     """As Stage I; init_from: Stage I's workdir."""
-    c = stage1_t2i.get_config(size=size, res=res)
+    c = stage1_t2i.get_config(size=size, res=res, encoders=encoders)
     c.name = "stage2_multitask"
     c.init_from.path = init_from
     c.tasks = multitask()

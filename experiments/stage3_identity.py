@@ -6,12 +6,14 @@ from experiments import stage2_multitask
 from experiments.base import task
 
 
-def get_config(*, size: str = "xl", res: int = 256, init_from: str = "runs/stage2") -> ConfigDict:
+def get_config(
+    *, size: str = "xl", res: int = 256, encoders: str = "embedded", init_from: str = "runs/stage2"
+) -> ConfigDict:
     """As Stage II; init_from: Stage II's workdir."""
-    c = stage2_multitask.get_config(size=size, res=res, init_from=init_from)
+    c = stage2_multitask.get_config(size=size, res=res, encoders=encoders, init_from=init_from)
     c.name = "stage3_identity"
     c.train.steps = c.train.steps // 10
     c.tasks = dict(**stage2_multitask.multitask(0.5), id=task(0.5, "persons"))
-    c.conditioning.identity = dict(kind="lda", dim=64)
+    c.conditioning.identity = dict(kind="clip") if encoders == "sd3" else dict(kind="lda", dim=64)
     c.init_from.new = ("identity_projector/.*",)
     return c

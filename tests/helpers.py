@@ -12,6 +12,7 @@ from univg_jax.conditioning import Conditioner
 from univg_jax.models.codec import PatchCodec, fit_patch_codec
 from univg_jax.models.minilm import MiniLM
 from univg_jax.models.mmdit import make_mmdit
+from univg_jax.models.text import SentenceText
 from univg_jax.models.univg import UniVG
 
 SPEC = dict(resolution=16, num_tokens=6, face_resolution=16)
@@ -35,10 +36,10 @@ def tiny_conditioner() -> tuple[Conditioner, dict]:
     images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), dtype=np.uint8)
     codec = fit_patch_codec(images, patch=4, channels=8, whiten=0.5)
     frozen = {
-        "text": text.init(jax.random.key(0), tokens, tokens == 0)["params"],
+        "text": {"encoder": text.init(jax.random.key(0), tokens, tokens == 0)["params"]},
         "codec": jax.tree.map(jnp.asarray, codec),
     }
-    return Conditioner(text=text, codec=PatchCodec(patch=4, channels=8)), frozen
+    return Conditioner(text=SentenceText(encoder=text), codec=PatchCodec(patch=4, channels=8)), frozen
 
 
 def tiny_model(conditioner: Conditioner, **overrides) -> UniVG:

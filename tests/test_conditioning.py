@@ -156,10 +156,10 @@ def test_a_killed_fit_is_done_again(tmp_path):
     ("change", "message"),
     [
         (dict(text="minlm"), r"unknown conditioning\.text\.kind 'minlm'; did you mean 'minilm'\?"),
-        (dict(codec=dict(kind="vae")), r"unknown conditioning\.codec\.kind 'vae' \(known: linear\)"),
+        (dict(codec=dict(kind="vea")), r"unknown conditioning\.codec\.kind 'vea'; did you mean 'vae'\?"),
         (dict(codec=dict(kind="linear", ptach=4)), r"unknown conditioning\.codec option 'ptach'; did you mean 'patch'"),
         (dict(idenity=None), r"unknown conditioning part 'idenity'; did you mean 'identity'\?"),
-        (dict(codec=None), r"conditioning\.codec is missing; expected one of: linear"),
+        (dict(codec=None), r"conditioning\.codec is missing; expected one of: linear, vae"),
     ],
 )
 def test_unknown_names_suggest_the_nearest(tmp_path, change, message):

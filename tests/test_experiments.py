@@ -17,6 +17,7 @@ from univg_jax.conditioning import Conditioner
 from univg_jax.models.codec import PatchCodec
 from univg_jax.models.identity import IdentityEncoder
 from univg_jax.models.minilm import MiniLM
+from univg_jax.models.text import SentenceText
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SPECS = (
@@ -32,7 +33,9 @@ def conditioner_of(config: ConfigDict) -> Conditioner:
     c = config.conditioning
     identity = IdentityEncoder(dim=c.identity.dim) if c.identity is not None else None
     return Conditioner(
-        text=MiniLM(), codec=PatchCodec(patch=c.codec.patch, channels=c.codec.channels), identity=identity
+        text=SentenceText(encoder=MiniLM()),
+        codec=PatchCodec(patch=c.codec.patch, channels=c.codec.channels),
+        identity=identity,
     )
 
 

@@ -19,6 +19,7 @@ ALLOWED = {
     "univg_jax.interop": {"univg_jax.models", "univg_jax.sharding"},
     "univg_jax.conditioning": {
         "univg_jax.models", "univg_jax.interop", "univg_jax.pretrained", "univg_jax.batch", "univg_jax.names",
+        "univg_jax.sharding",
     },
     "univg_jax.sampling": {
         "univg_jax.flow", "univg_jax.conditioning", "univg_jax.models", "univg_jax.batch", "univg_jax.names",
@@ -29,7 +30,7 @@ ALLOWED = {
     "univg_jax.writers": set(),
     "univg_jax.train": {
         "univg_jax.flow", "univg_jax.conditioning", "univg_jax.optim", "univg_jax.sharding", "univg_jax.batch",
-        "univg_jax.checkpoint", "univg_jax.models", "univg_jax.writers",
+        "univg_jax.checkpoint", "univg_jax.models", "univg_jax.writers", "univg_jax.interop",
     },
     "univg_jax.evaluation": {
         "univg_jax.sampling", "univg_jax.conditioning", "univg_jax.batch", "univg_jax.interop", "univg_jax.models",

@@ -38,6 +38,7 @@ MAY_CHANGE = (
     r"data\.(dir|read_threads|prefetch)",
     r"mesh\..*",
     r"model\.overrides\.(remat|scan|attention)",
+    r"conditioning\.folder",
 )
 
 

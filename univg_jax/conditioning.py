@@ -5,8 +5,8 @@
 
 `Conditioner` holds modules only; their parameters travel beside it as one pytree,
 `{'text': ..., 'codec': ..., 'identity': ...}` (the last only if there is such an encoder), so that
-its methods are pure functions for use inside jit. `prepare` obtains both before training, `load` afterwards. A new
-kind of encoder ('vae', 'clip', 't5', ...) is one entry of `KINDS`.
+its methods are pure functions for use inside jit. `check` looks at what a config asks for, `prepare` obtains it before
+training, `load` afterwards. A new kind of encoder is one entry of `KINDS`.
 """
 
 import dataclasses
@@ -22,13 +22,17 @@ import numpy as np
 import safetensors.numpy
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, Int32, UInt8
 
+from univg_jax import sharding
 from univg_jax.batch import Array, Batch, Conditions
-from univg_jax.interop.transformers import load_minilm
-from univg_jax.models.codec import PatchCodec, fit_patch_codec
-from univg_jax.models.identity import IdentityEncoder, fit_identity_encoder
-from univg_jax.models.minilm import MiniLM, pool
+from univg_jax.interop.diffusers import open_vae
+from univg_jax.interop.folder import StoredModel
+from univg_jax.interop.transformers import open_clip_text, open_clip_vision, open_minilm, open_t5
+from univg_jax.models.codec import KLCodec, PatchCodec, fit_patch_codec
+from univg_jax.models.identity import ClipIdentity, IdentityEncoder, fit_identity_encoder
+from univg_jax.models.text import ClipText, SD3Text, SentenceText, Text
 from univg_jax.names import known
 from univg_jax.pretrained import pretrained_folder
 
@@ -40,26 +44,26 @@ Images = UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]  # in [0, 255], or in
 class Conditioner:
     """The modules of the frozen encoders; every method is a pure function of their parameters `frozen`."""
 
-    text: MiniLM
-    codec: PatchCodec
-    identity: IdentityEncoder | None = None
+    text: SentenceText | ClipText | SD3Text
+    codec: PatchCodec | KLCodec
+    identity: IdentityEncoder | ClipIdentity | None = None
 
     @property
     def latent_channels(self) -> int:
-        return self.codec.channels
+        return self.codec.latent_channels
 
     @property
     def downsampling(self) -> int:
         """Image pixels per latent cell, a side."""
-        return self.codec.patch
+        return self.codec.downsampling
 
     @property
     def text_dim(self) -> int:
-        return self.text.hidden_dim
+        return self.text.text_dim
 
     @property
     def pooled_dim(self) -> int:
-        return self.text.hidden_dim
+        return self.text.pooled_dim
 
     @property
     def face_dim(self) -> int | None:
@@ -80,12 +84,11 @@ class Conditioner:
             raise ValueError("this run has no identity encoder: set conditioning.identity, e.g. dict(kind='lda')")
         return jax.lax.stop_gradient(self.identity.apply({"params": frozen["identity"]}, _to_float(faces)))
 
-    def embed_text(
-        self, frozen: Frozen, tokens: Int32[Array, "b m"], text_mask: Bool[Array, "b m"]
-    ) -> Float[Array, "b m d"]:
-        """Token embeddings, zero at the padding."""
-        text_emb = self.text.apply({"params": frozen["text"]}, tokens, text_mask)
-        return jax.lax.stop_gradient(jnp.where(text_mask[..., None], text_emb, 0))
+    def embed_text(self, frozen: Frozen, tokens: Int32[Array, "b m"], text_mask: Bool[Array, "b m"]) -> Text:
+        """Embeddings of each token and of the whole prompt, float32."""
+        text = self.text.apply({"params": frozen["text"]}, jnp.asarray(tokens), jnp.asarray(text_mask))
+        text = dataclasses.replace(text, emb=text.emb.astype(jnp.float32), pooled=text.pooled.astype(jnp.float32))
+        return jax.lax.stop_gradient(text)
 
     def target_latents(self, frozen: Frozen, batch: Batch) -> Float[Array, "b h w c"]:
         """x0: what the model learns to generate."""
@@ -99,15 +102,15 @@ class Conditioner:
             face_emb = jnp.zeros((b, 0))
         else:
             face_emb = jnp.where(batch.has_face[:, None], self.identify(frozen, batch.face), 0)
-        text_emb = self.embed_text(frozen, batch.tokens, batch.text_mask)
+        text = self.embed_text(frozen, batch.tokens, batch.text_mask)
         return Conditions(
             # No source is a zero latent, which is not the latent of a black image.
             cond_latents=jnp.where(batch.has_source[:, None, None, None], self.encode(frozen, batch.source), 0),
             # A cell that the hole touches is generated whole.
             mask=jnp.asarray(batch.mask).reshape(b, h // f, f, w // f, f, 1).max((2, 4)).astype(jnp.float32),
-            text_emb=text_emb,
-            text_mask=jnp.asarray(batch.text_mask),
-            pooled_emb=pool(text_emb, batch.text_mask),
+            text_emb=text.emb,
+            text_mask=text.mask,
+            pooled_emb=text.pooled,
             face_emb=face_emb,
             identity_slot=jnp.asarray(batch.identity_slot),
         )
@@ -128,11 +131,11 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """An encoder whose weights lie elsewhere; a run records only their hash."""
+    """An encoder made of networks whose weights lie elsewhere; a run records only their fingerprint."""
 
     defaults: Mapping[str, Any]
-    weights: Callable[..., Path]  # options -> the weights file
-    load: Callable[..., tuple[Any, Any]]  # weights file, dtype, options -> (module, parameters)
+    open: Callable[..., dict[str, StoredModel]]  # folder, options -> networks by their field in the module
+    module: Callable[..., Any]  # networks -> module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,35 +143,82 @@ class Fitted:
     """An encoder fitted on the run's own data; its parameters are saved beside the run."""
 
     defaults: Mapping[str, Any]
-    module: Callable[..., Any]  # dtype, options -> module
+    module: Callable[..., Any]  # options -> module
     fit: Callable[..., dict[str, np.ndarray]]  # Data, options -> parameters
 
 
-# part -> kind -> how its encoder is obtained. `defaults` names the options that a config may set.
+def _open_sd3(folder: Path, dtype: str) -> dict[str, StoredModel]:
+    networks = {
+        "clip_l": open_clip_text(folder / "text_encoder", dtype=jnp.dtype(dtype)),
+        "clip_g": open_clip_text(folder / "text_encoder_2", dtype=jnp.dtype(dtype)),
+    }
+    for name, stored in networks.items():
+        if stored.module.projection_dim is None:
+            raise ValueError(f"{stored.tensors.folder}: {name} has no text_projection, which SD3's pooled text needs")
+    if (folder / "text_encoder_3").is_dir():  # SD3 may go without T5
+        networks["t5"] = open_t5(folder / "text_encoder_3", dtype=jnp.dtype(dtype))
+    return networks
+
+
+def _sd3_text(clip_l: Any, clip_g: Any, t5: Any = None) -> SD3Text:
+    dim = clip_l.hidden_dim + clip_g.hidden_dim if t5 is None else t5.hidden_dim
+    return SD3Text(clip_l=clip_l, clip_g=clip_g, t5=t5, text_dim=dim)
+
+
+# part -> kind -> how its encoder is obtained. `defaults` names the options that a config may set. Pretrained kinds but
+# MiniLM are read from `conditioning.folder`: a network's own for clip and t5, a diffusers pipeline's for the others.
 KINDS: dict[str, dict[str, Pretrained | Fitted]] = {
     "text": {
         "minilm": Pretrained(
-            defaults={},
-            weights=lambda: pretrained_folder("minilm") / "model.safetensors",
-            load=lambda file, dtype: load_minilm(file.parent, dtype=dtype),
+            defaults=dict(dtype="float32"),
+            open=lambda folder, dtype: {"encoder": open_minilm(pretrained_folder("minilm"), dtype=jnp.dtype(dtype))},
+            module=SentenceText,
+        ),
+        "sd3": Pretrained(defaults=dict(dtype="float32"), open=_open_sd3, module=_sd3_text),
+        "clip": Pretrained(
+            defaults=dict(dtype="float32"),
+            open=lambda folder, dtype: {"encoder": open_clip_text(folder, dtype=jnp.dtype(dtype))},
+            module=ClipText,
+        ),
+        "t5": Pretrained(
+            defaults=dict(dtype="float32"),
+            open=lambda folder, dtype: {"encoder": open_t5(folder, dtype=jnp.dtype(dtype))},
+            module=SentenceText,
         ),
     },
     "codec": {
         "linear": Fitted(
             defaults=dict(patch=4, channels=16, whiten=0.5),
-            module=lambda dtype, patch, channels, whiten: PatchCodec(patch=patch, channels=channels, dtype=dtype),
+            module=lambda patch, channels, whiten: PatchCodec(patch=patch, channels=channels),
             fit=lambda data, **options: fit_patch_codec(data.images(), **options),
+        ),
+        "vae": Pretrained(
+            defaults=dict(dtype="float32"),
+            open=lambda folder, dtype: {"vae": open_vae(folder / "vae", dtype=jnp.dtype(dtype))},
+            module=KLCodec,
         ),
     },
     "identity": {
         "lda": Fitted(
             defaults=dict(dim=64),
-            module=lambda dtype, dim: IdentityEncoder(dim=dim),
+            module=lambda dim: IdentityEncoder(dim=dim),
             fit=lambda data, **options: fit_identity_encoder(*data.portraits(), **options),
+        ),
+        "clip": Pretrained(
+            defaults=dict(dtype="float32"),
+            open=lambda folder, dtype: {"clip": open_clip_vision(folder / "image_encoder", dtype=jnp.dtype(dtype))},
+            module=ClipIdentity,
         ),
     },
 }
 _RECORD = "encoders.json"
+
+
+def check(config: Any) -> None:
+    """Raises what `prepare` would about a config or its pretrained folders, before anything is fitted or written."""
+    for part, options in _complete(dict(config)).items():
+        if options is not None and isinstance(_kind(part, options), Pretrained):
+            _open(part, options, config.get("folder", ""))
 
 
 def prepare(
@@ -178,51 +228,78 @@ def prepare(
     init_from: epath.PathLike | None = None,
     images: Callable[[], UInt8[np.ndarray, "n h w 3"]],
     portraits: Callable[[], tuple[UInt8[np.ndarray, "n f f 3"], Int[np.ndarray, " n"]]],
-    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> tuple[Conditioner, dict[str, Any]]:
     """The encoders that `config` (mapping of text, codec, identity: a kind or a dict of kind and options) asks for.
 
-    A fitted encoder is taken from `workdir/encoders`, else from the run that `init_from` lies in (later stages keep
-    the first one's latent space), else fitted on `images()` or `portraits()` -> (portraits, persons), and
-    saved. `workdir/encoders/encoders.json` records options and hashes of all. On several processes the first
-    one prepares, the others wait and read. Raises ValueError for an unknown kind or option and if what is on disk was
-    made otherwise; FileNotFoundError if `init_from` has no encoders.
+    Its `folder` is where pretrained ones lie. A fitted encoder is taken from `workdir/encoders`, else from the run that
+    `init_from` lies in (later stages keep the first one's latent space), else fitted on `images()` or
+    `portraits()` -> (portraits, persons), and saved. `workdir/encoders/encoders.json` records options and
+    hashes of all. On several processes the first one prepares, the others wait and read. Raises ValueError for an
+    unknown kind or option and if what is on disk was made otherwise; FileNotFoundError for an absent folder, and if
+    `init_from` has no encoders.
     """
-    options = _complete(dict(config))
+    options, folder = _complete(dict(config)), config.get("folder", "")
     if jax.process_index() == 0:
-        _prepare_files(options, epath.Path(workdir), init_from, Data(images=images, portraits=portraits))
+        _prepare_files(options, folder, epath.Path(workdir), init_from, Data(images=images, portraits=portraits))
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("univg_jax.conditioning.prepare")
-    return load(workdir, dtype=dtype)
+    return load(workdir, folder=folder, mesh=mesh)
 
 
-def load(workdir: epath.PathLike, *, dtype: Any = jnp.float32) -> tuple[Conditioner, dict[str, Any]]:
-    """The encoders of a run, from what `workdir/encoders` records alone; float32 parameters, `dtype` compute.
+def load(workdir: epath.PathLike, *, folder: str = "", mesh: Mesh | None = None) -> tuple[Conditioner, dict[str, Any]]:
+    """The encoders of a run, from what `workdir/encoders` records and the pretrained weights in `folder`.
 
-    Raises FileNotFoundError if the run has none, ValueError if weights are not those that the run was trained with.
+    Parameters lie on `mesh` as `univg_jax.sharding` places them, else on the first device. Raises FileNotFoundError if
+    the run has none, ValueError if weights are not those that the run was trained with.
     """
-    folder = epath.Path(workdir) / "encoders"
-    records = _read_records(folder)
+    encoders = epath.Path(workdir) / "encoders"
+    records = _read_records(encoders)
     if records is None:
-        raise FileNotFoundError(f"{folder / _RECORD} does not exist: {workdir} is not the folder of a run")
+        raise FileNotFoundError(f"{encoders / _RECORD} does not exist: {workdir} is not the folder of a run")
     modules, frozen = {}, {}
     for part, record in records.items():
         if record is None:
             continue
         kind, options = _kind(part, record), _options(record)
-        file = _weights_file(folder, part, record)
-        _check_hash(file, part, record)
         if isinstance(kind, Pretrained):
-            modules[part], params = kind.load(Path(file), dtype, **options)
+            networks = _open(part, record, folder)
+            _check_hash(_fingerprint(networks), _places(networks), part, record)
+            modules[part] = kind.module(**{name: stored.module for name, stored in networks.items()})
+            dtype = jnp.dtype(options["dtype"])
+            frozen[part] = {name: stored.read(mesh=mesh, dtype=dtype) for name, stored in networks.items()}
         else:
-            modules[part], params = kind.module(dtype, **options), safetensors.numpy.load(file.read_bytes())
-        frozen[part] = jax.tree.map(jnp.asarray, params)
+            file = encoders / f"{part}.safetensors"
+            modules[part], params = kind.module(**options), safetensors.numpy.load(_read_fitted(file, part, record))
+            places = None if mesh is None else sharding.tree_shardings(params, mesh)
+            frozen[part] = jax.device_put(params, places)
     return Conditioner(**modules), frozen
 
 
-def _prepare_files(options: dict, workdir: epath.Path, init_from: epath.PathLike | None, data: Data) -> None:
+def _open(part: str, options: Mapping[str, Any], folder: str) -> dict[str, StoredModel]:
+    kind = _kind(part, options)
+    if options["kind"] != "minilm" and not (folder and Path(folder).is_dir()):
+        raise FileNotFoundError(
+            f"conditioning.folder={folder!r} is no folder; the {options['kind']} {part} encoder is read from it"
+        )
+    return kind.open(Path(folder), **_options(options))
+
+
+def _places(networks: Mapping[str, StoredModel]) -> str:
+    return ", ".join(str(stored.tensors.folder) for stored in networks.values())
+
+
+def _fingerprint(networks: Mapping[str, StoredModel]) -> str:
+    return hashlib.sha256(
+        "".join(networks[name].tensors.fingerprint() for name in sorted(networks)).encode()
+    ).hexdigest()
+
+
+def _prepare_files(
+    options: dict, pretrained: str, workdir: epath.Path, init_from: epath.PathLike | None, data: Data
+) -> None:
     """Brings `workdir/encoders` to what `options` ask for; a part is recorded only after its file is whole."""
     folder = workdir / "encoders"
     folder.mkdir(parents=True, exist_ok=True)
@@ -235,19 +312,19 @@ def _prepare_files(options: dict, workdir: epath.Path, init_from: epath.PathLike
         record = wanted
         if wanted is not None:
             kind = _kind(part, wanted)
-            if isinstance(kind, Fitted):
+            if isinstance(kind, Pretrained):
+                record = wanted | {"sha256": _fingerprint(_open(part, wanted, pretrained))}
+            else:
                 inherited = (_read_records(source) or {}).get(part) if source else None
                 if inherited is not None:
                     _check_options(source, part, inherited, wanted)
-                    file = _weights_file(source, part, inherited)
-                    _check_hash(file, part, inherited)
+                    content = _read_fitted(source / f"{part}.safetensors", part, inherited)
                     logging.info("The %s encoder is that of %s", part, source)
-                    content = file.read_bytes()
                 else:
                     logging.info("Fitting the %s encoder %s", part, wanted)
                     content = safetensors.numpy.save(kind.fit(data, **_options(wanted)))
-                _write(_weights_file(folder, part, wanted), content)
-            record = wanted | {"sha256": _sha256(_weights_file(folder, part, wanted))}
+                _write(folder / f"{part}.safetensors", content)
+                record = wanted | {"sha256": hashlib.sha256(content).hexdigest()}
         records[part] = record
         _write(folder / _RECORD, json.dumps(records, indent=2).encode())
 
@@ -255,7 +332,7 @@ def _prepare_files(options: dict, workdir: epath.Path, init_from: epath.PathLike
 def _complete(config: Mapping[str, Any]) -> dict[str, dict | None]:
     """Every part with its kind and all its options; None for an absent identity encoder."""
     for part in config:
-        known(part, KINDS, what="conditioning part")
+        known(part, [*KINDS, "folder"], what="conditioning part")
     result: dict[str, dict | None] = {}
     for part in KINDS:
         given = config.get(part)
@@ -287,21 +364,20 @@ def _check_options(folder: epath.Path, part: str, recorded: dict | None, wanted:
         raise ValueError(f"{folder} has another {part} encoder than conditioning.{part}: " + "; ".join(different))
 
 
-def _check_hash(file: epath.Path, part: str, record: Mapping[str, Any]) -> None:
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: the weights of the {part} encoder are gone")
-    if (found := _sha256(file)) != record["sha256"]:
+def _check_hash(found: str, where: Any, part: str, record: Mapping[str, Any]) -> None:
+    if found != record["sha256"]:
         raise ValueError(
-            f"{file}: not the weights of the {part} encoder that the run was trained with "
+            f"{where}: not the weights of the {part} encoder that the run was trained with "
             f"(sha256 {found[:12]}, recorded {record['sha256'][:12]})"
         )
 
 
-def _weights_file(folder: epath.Path, part: str, record: Mapping[str, Any]) -> epath.Path:
-    kind = _kind(part, record)
-    if isinstance(kind, Pretrained):
-        return epath.Path(kind.weights(**_options(record)))
-    return folder / f"{part}.safetensors"
+def _read_fitted(file: epath.Path, part: str, record: Mapping[str, Any]) -> bytes:
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: the weights of the {part} encoder are gone")
+    content = file.read_bytes()
+    _check_hash(hashlib.sha256(content).hexdigest(), file, part, record)
+    return content
 
 
 def _encoders_of(init_from: epath.Path) -> epath.Path:
@@ -327,7 +403,3 @@ def _write(file: epath.Path, content: bytes) -> None:
     partial = file.parent / f"{file.name}.partial"
     partial.write_bytes(content)
     partial.replace(file)
-
-
-def _sha256(file: epath.Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -27,6 +27,7 @@ from univg_jax import flow, optim, sharding, writers
 from univg_jax.batch import Batch, pytree_dataclass
 from univg_jax.checkpoint import Checkpointer, init_from
 from univg_jax.conditioning import Conditioner
+from univg_jax.interop.diffusers import init_transformer, transformer_folder
 from univg_jax.models.univg import UniVG
 
 VALIDATION_TIMES = (np.arange(8) + 0.5) / 8
@@ -197,7 +198,13 @@ def train(
         state = jax.jit(step_functions.init, out_shardings=shardings)(init_key, frozen, example)
         if config.init_from.path:
             source = config.init_from
-            params = init_from(state.params, source.path, which=source.which, new=source.new, dropped=source.dropped)
+            if folder := transformer_folder(source.path):  # public weights of the backbone
+                backbone = init_transformer(state.params["backbone"], model.backbone, folder, mesh=mesh)
+                params = {**state.params, "backbone": backbone}
+            else:
+                params = init_from(
+                    state.params, source.path, which=source.which, new=source.new, dropped=source.dropped
+                )
             state = dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
     num_parameters = sum(x.size for x in jax.tree.leaves(abstract.params))

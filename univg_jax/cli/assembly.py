@@ -17,9 +17,11 @@ from data_pipelines.tokenizer import Tokenizer, load_tokenizer
 from univg_jax import checkpoint, conditioning, optim, sharding, train
 from univg_jax.batch import Batch, fake_batch
 from univg_jax.conditioning import Conditioner
+from univg_jax.interop.diffusers import transformer_folder
 from univg_jax.models.mmdit import make_mmdit
 from univg_jax.models.univg import UniVG
 from univg_jax.names import known
+from univg_jax.pretrained import PACKAGED
 from univg_jax.sampling import Generator, Sampler, guidance_weights
 
 # What each guided pass goes without, in the order of `univg_jax.sampling`'s table.
@@ -47,6 +49,8 @@ def check_config(config: ConfigDict) -> None:
     for task in config.sampling.guidance:
         guidance(config, task)
     make_mmdit(config.model.size, **config.model.overrides)
+    conditioning.check(config.conditioning)
+    tokenizer(config)
     for task in config.flow.weight_changes:
         if task not in TASKS:
             raise ValueError(f"flow.weight_changes names {task!r}, which is no task")
@@ -64,10 +68,15 @@ def build_arguments(config: ConfigDict) -> dict[str, Any]:
 
 
 def tokenizer(config: ConfigDict) -> Tokenizer:
-    return load_tokenizer(config.conditioning.text)
+    """The text encoder's. Raises ValueError if `data.num_tokens` is none of its lengths."""
+    c = config.conditioning
+    kind = c.text if isinstance(c.text, str) else c.text.kind
+    loaded = load_tokenizer(kind if kind in PACKAGED else c.folder)
+    loaded("", config.data.num_tokens)
+    return loaded
 
 
-def encoders(config: ConfigDict, workdir: epath.PathLike) -> tuple[Conditioner, Any]:
+def encoders(config: ConfigDict, workdir: epath.PathLike, mesh: jax.sharding.Mesh) -> tuple[Conditioner, Any]:
     """The frozen encoders of a run: its own, its parent's, or fitted on its training data."""
 
     def images() -> np.ndarray:
@@ -84,9 +93,10 @@ def encoders(config: ConfigDict, workdir: epath.PathLike) -> tuple[Conditioner, 
     return conditioning.prepare(
         config.conditioning,
         workdir=workdir,
-        init_from=config.init_from.path or None,
+        init_from=None if transformer_folder(config.init_from.path) else config.init_from.path or None,
         images=images,
         portraits=portraits,
+        mesh=mesh,
     )
 
 
@@ -183,12 +193,11 @@ def load_run(path: str, *, which: str = "ema", overrides: dict[str, Any] | None 
         if value is not None:
             config.sampling[name] = value
     workdir = checkpoint.workdir_of(path)
-    conditioner, frozen = conditioning.load(workdir)
-    model = make_model(config, conditioner)
     mesh = sharding.make_mesh(data=-1)
     jax.set_mesh(mesh)
+    conditioner, frozen = conditioning.load(workdir, folder=config.conditioning.folder, mesh=mesh)
+    model = make_model(config, conditioner)
     params = checkpoint.load_params(path, which=which, shardings=sharding.replicated(mesh))
-    frozen = jax.device_put(frozen, sharding.replicated(mesh))
     return Run(
         path=str(path),
         step=checkpoint.step_of(path),

@@ -15,6 +15,7 @@ from univg_jax import checkpoint, sharding, train
 from univg_jax.cli import assembly
 from univg_jax.cli.config import load_config
 from univg_jax.cli.main import configure_jax
+from univg_jax.interop.diffusers import open_transformer, transformer_folder
 from univg_jax.sampling import Generator
 
 
@@ -32,16 +33,20 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     workdir = epath.Path(args.workdir)
     assembly.check_config(config)
-    if config.init_from.path:
-        checkpoint.load_config(config.init_from.path)  # it exists, before anything is claimed
+    # The parent is looked at before anything is claimed.
+    if folder := transformer_folder(config.init_from.path):
+        open_transformer(folder)
+    elif config.init_from.path:
+        checkpoint.load_config(config.init_from.path)
     checkpoint.claim_workdir(workdir, config)
     if (workdir / "summary.json").exists() and max(checkpoint.list_steps(workdir), default=0) == config.train.steps:
         print(f"{config.name}: all {config.train.steps} steps are done in {workdir}")
         return
 
+    mesh = sharding.make_mesh(**config.mesh)
     assembly.prepare_data(config)
     tokenizer = assembly.tokenizer(config)
-    conditioner, frozen = assembly.encoders(config, workdir)
+    conditioner, frozen = assembly.encoders(config, workdir, mesh)
     model = assembly.make_model(config, conditioner)
     stream = mixture.make_stream(
         config, tokenizer=tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
@@ -73,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
         task_names=list(TASKS),
         validation=validation,
         preview=previews(config, active, tokenizer, generator),
+        mesh=mesh,
     )
     stream.close()
 

@@ -129,7 +129,7 @@ def evaluate_config(
 
     build = epath.Path(config.data.dir) / "build.json"
     dataset = build.read_text() if build.exists() else str(config.data.dir)
-    embed_text = scorers_lib.text_embedder(conditioner, frozen, tokenizer)
+    embed_text = scorers_lib.text_embedder(conditioner, frozen, tokenizer, num_tokens=config.data.num_tokens)
     scene = None
     if any(BENCHMARKS[name].needs_scene for name in names):
         source = next(s for name in names if BENCHMARKS[name].needs_scene for s in config.tasks[name]["sources"])

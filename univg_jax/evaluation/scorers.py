@@ -162,10 +162,10 @@ def scene_scorer(
 
 
 def text_embedder(
-    conditioner: Conditioner, frozen: Mapping[str, Any], tokenizer: Any, *, num_tokens: int = 32, batch_size: int = 64
+    conditioner: Conditioner, frozen: Mapping[str, Any], tokenizer: Any, *, num_tokens: int, batch_size: int = 64
 ) -> EmbedText:
-    """Sentence embeddings by the run's own text encoder: the mean over real tokens, at unit length."""
-    embed = jax.jit(conditioner.embed_text)
+    """Sentence embeddings by the run's own text encoder: its pooled embedding, at unit length."""
+    embed = jax.jit(lambda *args: conditioner.embed_text(*args).pooled)
 
     def embed_text(texts: list[str]) -> Float[np.ndarray, "b d"]:
         rows = []
@@ -173,9 +173,8 @@ def text_embedder(
             part = [tokenizer(text, num_tokens) for text in texts[start : start + batch_size]]
             part += [part[-1]] * (batch_size - len(part))  # one shape, one compilation
             mask = np.stack([row.text_mask for row in part])
-            token_emb = np.asarray(embed(frozen, np.stack([row.tokens for row in part]), mask))  # zero at padding
-            mean = token_emb.sum(axis=1) / mask.sum(axis=1, keepdims=True)
-            rows.append(mean / np.linalg.norm(mean, axis=-1, keepdims=True))
+            pooled = np.asarray(embed(frozen, np.stack([row.tokens for row in part]), mask))
+            rows.append(pooled / np.linalg.norm(pooled, axis=-1, keepdims=True))
         return np.concatenate(rows)[: len(texts)]
 
     return embed_text

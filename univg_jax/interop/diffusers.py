@@ -7,6 +7,7 @@ tensors exist only there, the position table (computed here) and the text querie
 """
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
+from jax.sharding import Mesh
 
 from univg_jax.interop.folder import (
     CONV,
@@ -33,6 +36,7 @@ from univg_jax.interop.folder import (
 from univg_jax.models.layers import sincos_table
 from univg_jax.models.mmdit import MMDiT
 from univg_jax.models.vae import AutoencoderKL
+from univg_jax.sharding import path_name
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASS_NAME = "SD3Transformer2DModel"
@@ -91,6 +95,45 @@ def open_transformer(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredMod
 
 
 load_transformer = loader(open_transformer)
+
+
+def transformer_folder(path: PathLike) -> Path | None:
+    """The diffusers folder of a transformer that `path` is, or that the pipeline in `path` has; None for any other."""
+    for folder in (Path(path), Path(path) / "transformer"):
+        try:
+            if path and "_class_name" in json.loads((folder / "config.json").read_text()):
+                return folder
+        except (OSError, json.JSONDecodeError):
+            pass
+    return None
+
+
+def init_transformer(params: Params, model: MMDiT, folder: PathLike, *, mesh: Mesh | None = None) -> Params:
+    """`params` of `model`, begun from SD3's: equal but for input channels that SD3 lacks, whose weights are zero.
+
+    So at first the model ignores the image latent and the mask, and is SD3. The position table is no parameter: the
+    model computes its own, and the log says how it lies to theirs. Raises what `open_transformer` raises, and
+    ValueError listing parameters of other names or shapes.
+    """
+    stored = open_transformer(folder)
+    theirs, p = stored.module, model.patch_size
+    kernel = "patch_embed/kernel"
+    expected = {path: tuple(leaf.shape) for path, leaf in leaves(params)}
+    expected[kernel] = (p * p * min(theirs.in_channels, model.in_channels), model.hidden_dim)
+    found = {path: leaf.shape for path, leaf in leaves(stored.abstract)}
+    check_shapes(expected, found, f"{folder} does not fit the model: what it has of ours")
+    values = dict(leaves(stored.read(mesh=mesh)))
+    added = model.in_channels - theirs.in_channels
+    patches = values[kernel].reshape(p, p, theirs.in_channels, -1)
+    values[kernel] = jnp.pad(patches, ((0, 0), (0, 0), (0, added), (0, 0))).reshape(-1, model.hidden_dim)
+    ours, its = ((m.pos_embed_max_size, m.pos_embed_base_size) for m in (model, theirs))
+    same_spacing = ours[0] * its[1] == its[0] * ours[1]
+    table = "the same" if ours == its else "cropped" if same_spacing and ours[0] < its[0] else "resized"
+    logging.info(
+        "parameters from %s: %d leaves, %d new input channels at zero; position table %s (tokens a side, extent: %s, "
+        "there %s)", folder, len(values), added, table, ours, its,
+    )  # fmt: skip
+    return jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put(values[path_name(path)], x.sharding), params)
 
 
 def save_transformer(model: MMDiT, params: Params, folder: PathLike, *, max_file_bytes: int = 5 * 10**9) -> None:

@@ -1,4 +1,7 @@
-"""A linear latent codec: the principal components of small image patches, with the interface of a KL VAE.
+"""Latent codecs as the rest sees them: images [-1, 1] <-> latents of about unit variance.
+
+`KLCodec` is a KL autoencoder, by the modes of its posteriors. `PatchCodec` is linear, the principal components of small
+image patches:
 
     z_i = basis_i . (patch - mean) / scale_i        patch' = mean + sum_i scale_i z_i basis_i
     scale_i = g std_i^whiten,   g so that the latents' mean variance is 1
@@ -15,18 +18,47 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from univg_jax.batch import Array
+from univg_jax.models.vae import AutoencoderKL
+
+
+class KLCodec(nn.Module):
+    """`AutoencoderKL` as a codec. The posterior's mode, not a sample: the same image is always the same latent."""
+
+    vae: AutoencoderKL
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.latent_channels
+
+    @property
+    def downsampling(self) -> int:
+        return self.vae.downsampling
+
+    def encode(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
+        return self.vae.encode(images).mode
+
+    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
+        return self.vae.decode(latents)
 
 
 class PatchCodec(nn.Module):
-    """Encodes images [-1, 1] to latents of about unit variance and back.
+    """The linear codec: `apply({'params': p}, images, method='encode')`, `method='decode'`; `p` from `fit_patch_codec`.
 
-    `apply({'params': p}, images, method='encode')`, `method='decode'`; `p` comes from `fit_patch_codec`.
     Raises ValueError for images whose sides are no multiple of `patch`.
     """
 
     patch: int = 4
     channels: int = 16
     dtype: Any = jnp.float32
+
+    @property
+    def latent_channels(self) -> int:
+        return self.channels
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent cell, a side."""
+        return self.patch
 
     def setup(self) -> None:
         size = 3 * self.patch**2

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from univg_jax.batch import Array
+from univg_jax.models.clip import CLIPVision, preprocess
 
 SIZE = 48  # px: every portrait is brought to it first
 COLOR_CELL, GRADIENT_CELL, ORIENTATIONS = 4, 6, 8
@@ -39,6 +40,22 @@ def features(images: Float[Array, "b h w 3"]) -> Float[Array, "b p"]:
 def _cell_means(x: Float[Array, "b s s c"], cell: int) -> Float[Array, "b n n c"]:
     b, s, _, c = x.shape
     return x.reshape(b, s // cell, cell, s // cell, cell, c).mean((2, 4))
+
+
+class ClipIdentity(nn.Module):
+    """Portraits in [-1, 1] -> CLIP's image embedding, a unit vector."""
+
+    clip: CLIPVision
+
+    @property
+    def dim(self) -> int:
+        return self.clip.projection_dim or self.clip.hidden_dim
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        levels = jnp.round((images + 1) * 127.5).astype(jnp.uint8)
+        out = self.clip(preprocess(levels, size=self.clip.image_size))
+        e = (out.pooled if out.projected is None else out.projected).astype(jnp.float32)
+        return e / jnp.maximum(jnp.linalg.norm(e, axis=-1, keepdims=True), 1e-9)
 
 
 class IdentityEncoder(nn.Module):

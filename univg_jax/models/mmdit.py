@@ -251,6 +251,9 @@ SIZES: dict[str, dict[str, int]] = {
     "b": dict(hidden_dim=1024, depth=11, num_heads=16),
     "l": dict(hidden_dim=1472, depth=23, num_heads=23),
     "xl": dict(hidden_dim=1920, depth=28, num_heads=30),
+    # To begin from public weights (`init_from`), they have to be the same network.
+    "sd3-medium": dict(hidden_dim=1536, depth=24, num_heads=24, qk_norm=None),
+    "sd3.5-large": dict(hidden_dim=2432, depth=38, num_heads=38),
 }
 
 
