@@ -183,8 +183,12 @@ class Run:
         return tuple(name for name in TASKS if name in self.config.tasks and self.config.tasks[name].weight > 0)
 
 
-def load_run(path: str, *, which: str = "ema", overrides: dict[str, Any] | None = None) -> Run:
+def load_run(
+    path: str, *, which: str = "ema", overrides: dict[str, Any] | None = None, pretrained: str | None = None
+) -> Run:
     """The run in a workdir, or at one of its checkpoints; `overrides` are of its `sampling` config.
+
+    `pretrained` is where pretrained encoders lie, if no longer where the run found them.
 
     Raises FileNotFoundError if there is no checkpoint, ValueError if what is there does not fit together.
     """
@@ -192,6 +196,8 @@ def load_run(path: str, *, which: str = "ema", overrides: dict[str, Any] | None 
     for name, value in (overrides or {}).items():
         if value is not None:
             config.sampling[name] = value
+    if pretrained is not None:
+        config.conditioning.folder = pretrained
     workdir = checkpoint.workdir_of(path)
     mesh = sharding.make_mesh(data=-1)
     jax.set_mesh(mesh)

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="of the solver; default: the run's config")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--raw_params", action="store_true", help="the raw parameters instead of their average (EMA)")
+    parser.add_argument("--pretrained", metavar="DIR", help="where pretrained encoders lie; default: the run's config")
     parser.set_defaults(run=run)
 
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     known(args.benchmark, BENCHMARKS, what="benchmark")
     configure_jax()
     which = "params" if args.raw_params else "ema"
-    run = assembly.load_run(args.checkpoint, which=which, overrides={"steps": args.steps})
+    run = assembly.load_run(args.checkpoint, which=which, overrides={"steps": args.steps}, pretrained=args.pretrained)
     config = ConfigDict(run.config)
     if args.data:
         config.data.dir = args.data

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of the solver; default: the run's config")
     parser.add_argument("--raw_params", action="store_true", help="the raw parameters instead of their average (EMA)")
+    parser.add_argument("--pretrained", metavar="DIR", help="where pretrained encoders lie; default: the run's config")
     parser.add_argument("--out", required=True, metavar="FILE.png")
     parser.set_defaults(run=run)
 
@@ -50,7 +51,10 @@ def run(args: argparse.Namespace) -> None:
     _check_inputs(args)
     configure_jax()
     run = assembly.load_run(
-        args.checkpoint, which="params" if args.raw_params else "ema", overrides={"steps": args.steps}
+        args.checkpoint,
+        which="params" if args.raw_params else "ema",
+        overrides={"steps": args.steps},
+        pretrained=args.pretrained,
     )
     known(args.task, run.tasks, what=f"task of {args.checkpoint}:")
     example = make_example(args, run.config.data.resolution)
