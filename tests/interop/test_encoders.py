@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
+from tests.helpers import record_parity
 from univg_jax.interop.transformers import load_clip_text, load_clip_vision, load_dino
 from univg_jax.sharding import make_mesh
 
@@ -383,7 +384,11 @@ def test_text_equals_transformers(tmp_path, name, record_property):
     mask = mask if masked else None
     ours = run(module, params, ids, mask)
     error = worst_error(ours, their_text(reference, ids, mask), mask)
-    record_property("forward_error", error)
+    configuration = (
+        f"{cls}: {heads} heads, width {width}, MLP {mlp}, {depth} layers, {activation}, eps {eps}, end token {end}, "
+        f"{tokens} tokens, batch {batch}{', masked' if masked else ''}"
+    )
+    record_parity(record_property, network="CLIP text", configuration=configuration, forward=error)
     assert error <= 2e-5
 
 
@@ -414,5 +419,10 @@ def test_images_equal_transformers(tmp_path, name, record_property):
     module, params = (load_dino if cls.startswith("ViT") else load_clip_vision)(tmp_path)
     (pixels,) = inputs_of("image", batch=batch, size=size)
     error = worst_error(run(module, params, pixels), their_image(getattr(reference, "vit", reference), pixels))
-    record_property("forward_error", error)
+    configuration = (
+        f"{cls}: {heads} heads, width {width}, MLP {mlp}, {depth} layers, {activation}, "
+        f"{'' if qkv_bias else 'no qkv bias, '}trained at {image} px, patch {patch}, run at {size}, batch {batch}"
+    )
+    network = "DINO (ViT)" if cls.startswith("ViT") else "CLIP vision"
+    record_parity(record_property, network=network, configuration=configuration, forward=error)
     assert error <= 2e-5

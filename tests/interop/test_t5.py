@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.helpers import record_parity
 from univg_jax.interop.transformers import WEIGHTS, load_t5
 from univg_jax.sharding import make_mesh
 
@@ -226,5 +227,9 @@ def test_parity_with_transformers(tmp_path, name, record_property):
         np.abs(apply(module, params, ids, mask)[mask] - masked).max() / masked.std(),
         np.abs(apply(module, params, ids, None) - plain).max() / plain.std(),
     )
-    record_property("forward_error", error)
+    configuration = (
+        f"{type(reference).__name__}: {heads} heads of {head_dim}, width {width}, MLP {mlp}, {depth} layers, "
+        f"{buckets} buckets to {farthest}, {tokens} tokens, batch {batch}, with and without mask"
+    )
+    record_parity(record_property, network="T5 encoder", configuration=configuration, forward=error)
     assert error <= 2e-5  # float32 sums in another order

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.helpers import record_parity
 from univg_jax.interop.diffusers import WEIGHTS, load_vae
 from univg_jax.interop.folder import leaves
 from univg_jax.sharding import make_mesh
@@ -201,7 +202,9 @@ def test_equals_diffusers(tmp_path, name, record_property):
     error = max(
         np.abs(got - want).max() / want.std() for got, want in zip((moments.mean, moments.logvar, decoded), wanted)
     )
-    record_property("forward_error", error)
+    options = ", ".join(f"{key} {value}" for key, value in config.items())
+    configuration = f"{options}; {height}x{width} px, batch {batch}; mean, log variance, decoded"
+    record_parity(record_property, network="VAE (AutoencoderKL)", configuration=configuration, forward=error)
     assert error <= 2e-5  # float32 roundings
 
 

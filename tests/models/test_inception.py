@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.helpers import record_parity
 from univg_jax.interop.folder import leaves
 from univg_jax.interop.inception import load_inception
 from univg_jax.models.inception import InceptionV3, preprocess
@@ -202,5 +203,7 @@ def test_equals_torch_fidelity(file, theirs, name, record_property):
     got = forward(model, params, preprocess(x) if resized else to_float(x))
     wanted = theirs.features(x, resized=resized)
     error = max(np.abs(a - b).max() / b.std() for a, b in zip(got, wanted))
-    record_property("forward_error", error)
+    batch, height, width = size
+    configuration = f"{height}x{width} px{' resized to 299' if resized else ''}, batch {batch}; features and logits"
+    record_parity(record_property, network="Inception-v3 (FID)", configuration=configuration, forward=error)
     assert error <= 2e-5  # float32 roundings
