@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import cv2
 import grain
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
@@ -29,7 +30,7 @@ from jaxtyping import Bool, Int32
 from data_pipelines import records, tasks, transforms
 from data_pipelines.tasks import TASKS, Example
 from data_pipelines.transforms import Record
-from univg_jax.batch import Batch
+from univg_jax.batch import Batch, Text
 from univg_jax.names import known
 
 _logger = logging.getLogger(__name__)
@@ -289,6 +290,7 @@ def collate(rows: Sequence[Row], *, tokenizer: Any, resolution: int, num_tokens:
         task=_indices(names.index(row.task) for row in rows),
         sample_id=np.array([row.sample_id % 2**32 for row in rows], np.uint32),
         valid=_flags(row.valid for row in rows),
+        text=_stack([text.embedding for text in texts]),
     )
     return drop_conditions(batch, [row.drop for row in rows], tokenizer=tokenizer)
 
@@ -304,19 +306,31 @@ def drop_conditions(batch: Batch, drop: Drop | Sequence[Drop], *, tokenizer: Any
     names, num_tokens = list(TASKS), batch.tokens.shape[1]
     tags = {t: tokenizer(tasks.prompt(names[t], ""), num_tokens) for t in np.unique(batch.task[no_text]).tolist()}
     fields = {name: np.array(getattr(batch, name)) for name in ("tokens", "text_mask", "identity_slot")}
+    text = batch.text and jax.tree.map(np.array, batch.text)
     for row in np.flatnonzero(no_text):
+        tag = tags[int(batch.task[row])]
         for name, values in fields.items():
-            values[row] = getattr(tags[int(batch.task[row])], name)
+            values[row] = getattr(tag, name)
+        if text is not None:
+            for name in ("emb", "mask", "pooled"):
+                getattr(text, name)[row] = getattr(tag.embedding, name)[0]
     kept = (~no_image)[:, None, None, None]
     return dataclasses.replace(
         batch,
         **fields,
+        text=text,
         face=np.where(no_text[:, None, None, None], np.uint8(0), batch.face),
         has_face=batch.has_face & ~no_text,
         source=np.where(kept, batch.source, np.uint8(0)),
         mask=np.where(kept, batch.mask, np.uint8(1)),
         has_source=batch.has_source & ~no_image,
     )
+
+
+def _stack(embeddings: Sequence[Text | None]) -> Text | None:
+    if embeddings[0] is None:
+        return None
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *embeddings)
 
 
 def _flags(values: Iterator[bool]) -> Bool[np.ndarray, " b"]:

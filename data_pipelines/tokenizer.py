@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int32
 from tokenizers import normalizers, pre_tokenizers, processors
 
 from data_pipelines.tasks import PLACEHOLDER
+from univg_jax.batch import Text
 from univg_jax.pretrained import pretrained_folder
 
 STAND_IN = "person"
@@ -35,6 +36,7 @@ class TokenizedText:
     text_mask: Bool[np.ndarray, " m"]  # True = a real token
     identity_slot: Bool[np.ndarray, " m"]  # True where `<p>` stands
     num_truncated: int  # tokens that did not fit and were cut off
+    embedding: Text | None = None  # as a batch of one row, if it comes from a cache
 
 
 @runtime_checkable

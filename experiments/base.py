@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
         resolution=64,
         face_resolution=64,
         num_tokens=32,
+        text_cache="",  # a folder of prompts' embeddings (univg data cache): the run then holds no text encoder
         batch_size=512,  # global
         read_threads=2,
         prefetch=8,

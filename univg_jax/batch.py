@@ -40,6 +40,15 @@ def pytree_dataclass(cls: type) -> type:
 
 
 @pytree_dataclass
+class Text:
+    """Prompts, embedded: `emb` of each position, `mask` where it counts, `pooled` of the whole."""
+
+    emb: Float[Array, "b m d"]
+    mask: Bool[Array, "b m"]
+    pooled: Float[Array, "b p"]
+
+
+@pytree_dataclass
 class Batch:
     """Examples of any tasks, one a row. Images are RGB in [0, 255]; `mask` is 1 = generate, 0 = keep."""
 
@@ -55,6 +64,7 @@ class Batch:
     task: Int32[Array, " b"]  # index into the task table's order
     sample_id: UInt32[Array, " b"]  # keys noise and times: position in the stream that made the row
     valid: Bool[Array, " b"]  # False = padding, counts nowhere
+    text: Text | None = None  # the tokens' embeddings, if they come from a cache
 
     @property
     def size(self) -> int:

@@ -35,7 +35,7 @@ UNSUMMED = ("_CHECKPOINT_METADATA", "commit_success.txt", CHECKSUMS)  # written 
 MAY_CHANGE = (
     r"train\..*",
     r"sampling\..*",
-    r"data\.(dir|read_threads|prefetch)",
+    r"data\.(dir|read_threads|prefetch|text_cache)",
     r"mesh\..*",
     r"model\.overrides\.(remat|scan|attention)",
     r"conditioning\.folder",

@@ -6,13 +6,14 @@
 `Conditioner` holds modules only; their parameters travel beside it as one pytree,
 `{'text': ..., 'codec': ..., 'identity': ...}` (the last only if there is such an encoder), so that
 its methods are pure functions for use inside jit. `check` looks at what a config asks for, `prepare` obtains it before
-training, `load` afterwards. A new kind of encoder is one entry of `KINDS`.
+training, `load` afterwards. Where batches bring their text's embeddings, the text encoder's parameters may be left out.
+A new kind of encoder is one entry of `KINDS`.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, Int32, UInt8
 
 from univg_jax import sharding
-from univg_jax.batch import Array, Batch, Conditions
+from univg_jax.batch import Array, Batch, Conditions, Text
 from univg_jax.interop.diffusers import open_vae
 from univg_jax.interop.folder import StoredModel
 from univg_jax.interop.transformers import open_clip_text, open_clip_vision, open_minilm, open_t5
 from univg_jax.models.codec import KLCodec, PatchCodec, fit_patch_codec
 from univg_jax.models.identity import ClipIdentity, IdentityEncoder, fit_identity_encoder
-from univg_jax.models.text import ClipText, SD3Text, SentenceText, Text
+from univg_jax.models.text import ClipText, SD3Text, SentenceText
 from univg_jax.names import known
 from univg_jax.pretrained import pretrained_folder
 
@@ -86,9 +87,7 @@ class Conditioner:
 
     def embed_text(self, frozen: Frozen, tokens: Int32[Array, "b m"], text_mask: Bool[Array, "b m"]) -> Text:
         """Embeddings of each token and of the whole prompt, float32."""
-        text = self.text.apply({"params": frozen["text"]}, jnp.asarray(tokens), jnp.asarray(text_mask))
-        text = dataclasses.replace(text, emb=text.emb.astype(jnp.float32), pooled=text.pooled.astype(jnp.float32))
-        return jax.lax.stop_gradient(text)
+        return _float32(self.text.apply({"params": frozen["text"]}, jnp.asarray(tokens), jnp.asarray(text_mask)))
 
     def target_latents(self, frozen: Frozen, batch: Batch) -> Float[Array, "b h w c"]:
         """x0: what the model learns to generate."""
@@ -102,7 +101,7 @@ class Conditioner:
             face_emb = jnp.zeros((b, 0))
         else:
             face_emb = jnp.where(batch.has_face[:, None], self.identify(frozen, batch.face), 0)
-        text = self.embed_text(frozen, batch.tokens, batch.text_mask)
+        text = _float32(batch.text) if batch.text else self.embed_text(frozen, batch.tokens, batch.text_mask)
         return Conditions(
             # No source is a zero latent, which is not the latent of a black image.
             cond_latents=jnp.where(batch.has_source[:, None, None, None], self.encode(frozen, batch.source), 0),
@@ -114,6 +113,11 @@ class Conditioner:
             face_emb=face_emb,
             identity_slot=jnp.asarray(batch.identity_slot),
         )
+
+
+def _float32(text: Text) -> Text:
+    emb, pooled = (jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (text.emb, text.pooled))
+    return Text(emb=emb, mask=jnp.asarray(text.mask), pooled=pooled)
 
 
 def _to_float(images: Images) -> Float[Array, "b h w 3"]:
@@ -221,6 +225,22 @@ def check(config: Any) -> None:
             _open(part, options, config.get("folder", ""))
 
 
+def text_identity(config: Any, *, num_tokens: int) -> dict[str, Any]:
+    """What an embedding of a prompt depends on beside the prompt: the encoder, its weights, the number of tokens."""
+    options = _complete(dict(config))["text"]
+    networks = _open("text", options, config.get("folder", ""))
+    return {**options, "sha256": _fingerprint(networks), "num_tokens": num_tokens}
+
+
+def load_text(config: Any, *, mesh: Mesh | None = None) -> tuple[Any, dict[str, Any]]:
+    """The text encoder alone, as (module, parameters)."""
+    options = _complete(dict(config))["text"]
+    networks = _open("text", options, config.get("folder", ""))
+    module = KINDS["text"][options["kind"]].module(**{name: stored.module for name, stored in networks.items()})
+    dtype = jnp.dtype(options["dtype"])
+    return module, {name: stored.read(mesh=mesh, dtype=dtype) for name, stored in networks.items()}
+
+
 def prepare(
     config: Any,
     *,
@@ -229,6 +249,7 @@ def prepare(
     images: Callable[[], UInt8[np.ndarray, "n h w 3"]],
     portraits: Callable[[], tuple[UInt8[np.ndarray, "n f f 3"], Int[np.ndarray, " n"]]],
     mesh: Mesh | None = None,
+    without: Sequence[str] = (),
 ) -> tuple[Conditioner, dict[str, Any]]:
     """The encoders that `config` (mapping of text, codec, identity: a kind or a dict of kind and options) asks for.
 
@@ -246,13 +267,16 @@ def prepare(
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("univg_jax.conditioning.prepare")
-    return load(workdir, folder=folder, mesh=mesh)
+    return load(workdir, folder=folder, mesh=mesh, without=without)
 
 
-def load(workdir: epath.PathLike, *, folder: str = "", mesh: Mesh | None = None) -> tuple[Conditioner, dict[str, Any]]:
+def load(
+    workdir: epath.PathLike, *, folder: str = "", mesh: Mesh | None = None, without: Sequence[str] = ()
+) -> tuple[Conditioner, dict[str, Any]]:
     """The encoders of a run, from what `workdir/encoders` records and the pretrained weights in `folder`.
 
-    Parameters lie on `mesh` as `univg_jax.sharding` places them, else on the first device. Raises FileNotFoundError if
+    Parameters lie on `mesh` as `univg_jax.sharding` places them, else on the first device; those of the parts
+    `without` are not read. Raises FileNotFoundError if
     the run has none, ValueError if weights are not those that the run was trained with.
     """
     encoders = epath.Path(workdir) / "encoders"
@@ -268,8 +292,9 @@ def load(workdir: epath.PathLike, *, folder: str = "", mesh: Mesh | None = None)
             networks = _open(part, record, folder)
             _check_hash(_fingerprint(networks), _places(networks), part, record)
             modules[part] = kind.module(**{name: stored.module for name, stored in networks.items()})
-            dtype = jnp.dtype(options["dtype"])
-            frozen[part] = {name: stored.read(mesh=mesh, dtype=dtype) for name, stored in networks.items()}
+            if part not in without:
+                dtype = jnp.dtype(options["dtype"])
+                frozen[part] = {name: stored.read(mesh=mesh, dtype=dtype) for name, stored in networks.items()}
         else:
             file = encoders / f"{part}.safetensors"
             modules[part], params = kind.module(**options), safetensors.numpy.load(_read_fitted(file, part, record))

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 import data_pipelines.emoji_scenes as emoji_scenes
 from data_pipelines import mixture
+from data_pipelines.cache import CachedTokenizer
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer, load_tokenizer
 from univg_jax import checkpoint, conditioning, optim, sharding, train
@@ -73,6 +74,9 @@ def tokenizer(config: ConfigDict) -> Tokenizer:
     kind = c.text if isinstance(c.text, str) else c.text.kind
     loaded = load_tokenizer(kind if kind in PACKAGED else c.folder)
     loaded("", config.data.num_tokens)
+    if config.data.text_cache:
+        identity = conditioning.text_identity(c, num_tokens=config.data.num_tokens)
+        loaded = CachedTokenizer(loaded, config.data.text_cache, identity=identity)
     return loaded
 
 
@@ -97,6 +101,7 @@ def encoders(config: ConfigDict, workdir: epath.PathLike, mesh: jax.sharding.Mes
         images=images,
         portraits=portraits,
         mesh=mesh,
+        without=("text",) if config.data.text_cache else (),
     )
 
 
@@ -198,6 +203,7 @@ def load_run(
             config.sampling[name] = value
     if pretrained is not None:
         config.conditioning.folder = pretrained
+    config.data.text_cache = ""  # of the prompts of its training
     workdir = checkpoint.workdir_of(path)
     mesh = sharding.make_mesh(data=-1)
     jax.set_mesh(mesh)

@@ -1,10 +1,16 @@
-"""`univg data`: build datasets, look at what a config trains on."""
+"""`univg data`: build datasets, look at what a config trains on, embed its prompts."""
 
 import argparse
 
-from data_pipelines import inspect
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from data_pipelines import cache, inspect
+from univg_jax import conditioning, sharding
 from univg_jax.cli import assembly
 from univg_jax.cli.config import load_config
+from univg_jax.cli.main import configure_jax
 from univg_jax.names import known
 
 
@@ -25,6 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     look.add_argument("--examples", type=int, default=8, help="a task")
     look.set_defaults(run=inspect_)
 
+    cache_ = actions.add_parser(
+        "cache",
+        help="the embeddings of a run's prompts, for data.text_cache",
+        description="Embeds every prompt of a run's first steps, its validation and its samples; with "
+        "--config.data.text_cache=DIR the run then needs no text encoder.",
+    )
+    cache_.add_argument("--config", required=True, metavar="FILE.py[:NAME=VALUE,...]")
+    cache_.add_argument("--out", required=True, metavar="DIR")
+    cache_.add_argument("--steps", type=int, help="of the run; default: all of train.steps")
+    cache_.set_defaults(run=cache_prompts)
+
 
 def build(args: argparse.Namespace) -> None:
     known(args.dataset, assembly.EMBEDDED, what="dataset")
@@ -44,3 +61,23 @@ def inspect_(args: argparse.Namespace) -> None:
     assembly.prepare_data(config)
     inspect.write_inspection(config, args.out, tokenizer=assembly.tokenizer(config), num_examples=args.examples)
     print(f"wrote {args.out}")
+
+
+def cache_prompts(args: argparse.Namespace) -> None:
+    configure_jax()
+    config = load_config(args.config, [*args.overrides, "data.text_cache="])
+    assembly.check_config(config)
+    if (epath.Path(args.out) / cache.RECORD).exists():
+        raise FileExistsError(f"{args.out} has a cache; choose another folder or delete it")
+    assembly.prepare_data(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    jax.set_mesh(mesh)
+    module, params = conditioning.load_text(config.conditioning, mesh=mesh)
+    embed = jax.jit(lambda params, tokens, mask: module.apply({"params": params}, tokens, mask))
+    count = cache.write_cache(
+        args.out,
+        cache.prompts(config, assembly.tokenizer(config), steps=args.steps or config.train.steps),
+        embed=lambda tokens, mask: jax.device_get(embed(params, jnp.asarray(tokens), jnp.asarray(mask))),
+        identity=conditioning.text_identity(config.conditioning, num_tokens=config.data.num_tokens),
+    )
+    print(f"{args.out} has the embeddings of {count} prompts")

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def previews(config: ConfigDict, active: list[str], tokenizer: Any, generator: Generator) -> Any:
-    """Draws a grid a task of held-out examples: source, target and output in three rows."""
+    """Draws a grid a task of held-out examples: source (where the task has one), target and output in rows."""
     # Rows enough for every device; the noise of row i is the same at every interval.
     count = config.train.sample_examples
     size = -(-count // jax.device_count()) * jax.device_count()
@@ -102,7 +102,8 @@ def previews(config: ConfigDict, active: list[str], tokenizer: Any, generator: G
             images = sharding.fetch(
                 generator(params, frozen, passes, weights=assembly.guidance(config, name), seed=config.seed)
             )
-            rows = batch.source, batch.target, assembly.to_uint8(images)
+            sources = [batch.source] if batch.has_source.any() else []
+            rows = *sources, batch.target, assembly.to_uint8(images)
             grids[name] = np.concatenate([np.concatenate(row[batch.valid], axis=1) for row in rows])
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)

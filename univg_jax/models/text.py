@@ -2,21 +2,12 @@
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Int32
 
-from univg_jax.batch import Array, pytree_dataclass
+from univg_jax.batch import Array, Text
 from univg_jax.models.clip import CLIPText
 from univg_jax.models.minilm import MiniLM, pool
 from univg_jax.models.t5 import T5Encoder
-
-
-@pytree_dataclass
-class Text:
-    """`emb` of each position, `mask` where it counts, `pooled` of the whole."""
-
-    emb: Float[Array, "b m d"]
-    mask: Bool[Array, "b m"]
-    pooled: Float[Array, "b p"]
 
 
 class SentenceText(nn.Module):
