@@ -2,12 +2,15 @@
 
 import argparse
 import importlib
+import logging as stdlib_logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import logging
 
+OWN_PACKAGES = ("univg_jax", "data_pipelines", "experiments")
 COMMANDS = {
     "train": "run a config in a workdir, or continue it",
     "sample": "one image from a checkpoint, for any task",
@@ -41,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--config.{overrides[0]}: {args.command} takes no config")
     args.overrides = overrides
 
-    logging.set_verbosity(logging.INFO if args.verbose else logging.WARNING)
+    logging.set_verbosity(logging.INFO)
+    if not args.verbose:
+        logging.get_absl_handler().addFilter(_ours_or_grave)
     try:
         args.run(args)
     except KeyboardInterrupt:
@@ -55,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _ours_or_grave(record: Any) -> bool:
+    """What this project says (where parameters come from, what is fitted), and warnings of all others."""
+    packages = (os.path.dirname(os.path.dirname(os.path.dirname(__file__))) + os.sep + p for p in OWN_PACKAGES)
+    return record.levelno >= stdlib_logging.WARNING or record.pathname.startswith(tuple(packages))
+
+
 def _is_for_the_user(error: Exception) -> bool:
     """Errors that our code raised about its input; the rest are bugs and deserve their traceback."""
     from univg_jax.train import NonFiniteLossError
@@ -65,7 +76,7 @@ def _is_for_the_user(error: Exception) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
-    return raised_in.split(".")[0] in ("univg_jax", "data_pipelines", "experiments", "univg_config")
+    return raised_in.split(".")[0] in (*OWN_PACKAGES, "univg_config")
 
 
 def configure_jax() -> None:

@@ -32,6 +32,7 @@ PathLike = str | Path
 Params = dict[str, Any]
 
 BLOCK = 2**16  # bytes of a sample of a fingerprint
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = ("F32", "F16", "BF16")
 LINEAR = (1, 0)  # [out in] -> [in out]
 CONV = (2, 3, 1, 0)  # [out in h w] -> [h w in out]
@@ -134,6 +135,23 @@ class StoredModel:
 
         return jax.tree_util.tree_map_with_path(place, self.abstract, shardings)
 
+    def write(self, folder: PathLike, params: Params, *, max_file_bytes: int = 5 * 10**9) -> None:
+        """Writes `params` as the folder that was opened has them, with its config: the way back, in float32.
+
+        Tensors that we have no use for (a pooler, a decoder) are not written. Raises ValueError for other parameters.
+        """
+        expected = {path: leaf.shape for path, leaf in leaves(self.abstract)}
+        check_shapes(expected, {path: tuple(value.shape) for path, value in leaves(params)}, "parameters")
+        file = self.tensors.folder / "config.json"
+        write_params(
+            folder,
+            self.tensors.file,
+            params=params,
+            weights=self.weights,
+            config=json.loads(file.read_text()) if file.is_file() else None,
+            max_file_bytes=max_file_bytes,
+        )
+
 
 def open_model(
     folder: PathLike,
@@ -195,7 +213,7 @@ def write_params(
     *,
     params: Params,
     weights: Mapping[str, Weight],
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
     unread: Mapping[str, Shaped[np.ndarray, "..."]] | None = None,
     max_file_bytes: int = 5 * 10**9,
 ) -> None:
@@ -239,14 +257,15 @@ def write_params(
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / f"{file}.index.json").write_text(json.dumps(index, indent=2))
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 class TensorFolder:
     """The tensors of one or several safetensors files, read by name, whole or in part."""
 
     def __init__(self, folder: PathLike, file: str, *, ignored: str = "(?!)"):
-        self.folder = Path(folder)
+        self.folder, self.file = Path(folder), file
         self.file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -263,7 +282,9 @@ class TensorFolder:
         index = self.folder / f"{file}.index.json"
         if not index.exists():
             if not (self.folder / file).is_file():
-                raise FileNotFoundError(f"{self.folder} has neither {file} nor {index.name}")
+                pickles = sorted(f.name for f in self.folder.glob("*") if f.suffix in PICKLES)
+                why = f"; {pickles[0]} is a pickle, which can run code and is never read" if pickles else ""
+                raise FileNotFoundError(f"{self.folder} has neither {file} nor {index.name}{why}")
             return [self.folder / file]
         try:
             parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))

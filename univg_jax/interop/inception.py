@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from univg_jax.interop.folder import PathLike, StoredModel, leaves, loader, map_weights, open_model
+from univg_jax.interop.folder import PICKLES, PathLike, StoredModel, leaves, loader, map_weights, open_model
 from univg_jax.models.inception import InceptionV3
 
-PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var", "bias": "bias"}
 
 

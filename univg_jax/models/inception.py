@@ -171,6 +171,8 @@ class InceptionV3(Net):
     least 75x75, have features too, but FID is not defined on them; smaller ones raise ValueError.
     """
 
+    remat: bool = False  # recompute each block in a backward pass
+
     def setup(self) -> None:
         self.fc = Linear(NUM_CLASSES, self.dtype)
 
@@ -183,14 +185,15 @@ class InceptionV3(Net):
         x = halve(self.conv(x, "Conv2d_2b_3x3", 64, 3, 3))
         x = self.conv(x, "Conv2d_3b_1x1", 80)
         x = halve(self.conv(x, "Conv2d_4a_3x3", 192, 3, 3, pad=False))
+        a, b, c, d, e = (nn.remat(block) if self.remat else block for block in (BlockA, BlockB, BlockC, BlockD, BlockE))
         for name, pool_features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
-            x = BlockA(self.dtype, pool_features, name=name)(x)
-        x = BlockB(self.dtype, name="Mixed_6a")(x)
+            x = a(self.dtype, pool_features, name=name)(x)
+        x = b(self.dtype, name="Mixed_6a")(x)
         for name, inner in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
-            x = BlockC(self.dtype, inner, name=name)(x)
-        x = BlockD(self.dtype, name="Mixed_7a")(x)
-        x = BlockE(self.dtype, name="Mixed_7b")(x)
-        x = BlockE(self.dtype, last=True, name="Mixed_7c")(x)
+            x = c(self.dtype, inner, name=name)(x)
+        x = d(self.dtype, name="Mixed_7a")(x)
+        x = e(self.dtype, name="Mixed_7b")(x)
+        x = e(self.dtype, last=True, name="Mixed_7c")(x)
         features = x.astype(jnp.float32).mean((1, 2))
         if self.is_initializing():
             self.logits(features)  # its parameters

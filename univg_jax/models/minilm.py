@@ -64,6 +64,7 @@ class MiniLM(nn.Module):
     max_tokens: int = 512
     num_token_types: int = 2  # always type 0 here: one sentence
     eps: float = 1e-12
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -81,8 +82,9 @@ class MiniLM(nn.Module):
         norm = nn.LayerNorm(epsilon=self.eps, use_fast_variance=False, name="embeddings_norm")
         x = norm(words + positions + types).astype(self.dtype)
         bias = jnp.where(text_mask[:, None], 0.0, jnp.finfo(jnp.float32).min)
+        block = nn.remat(Block) if self.remat else Block
         for i in range(self.depth):
-            x = Block(self.num_heads, self.mlp_dim, self.eps, self.dtype, name=f"layers_{i}")(x, bias)
+            x = block(self.num_heads, self.mlp_dim, self.eps, self.dtype, name=f"layers_{i}")(x, bias)
         return x.reshape(b, m, self.hidden_dim)
 
 
