@@ -9,6 +9,8 @@ import ml_collections
 import numpy as np
 import pytest
 
+from data_pipelines.tokenizer import load_tokenizer
+from tests.sd3_folder import write_sd3
 from univg_jax import conditioning
 from univg_jax.batch import fake_batch
 
@@ -166,6 +168,27 @@ def test_unknown_names_suggest_the_nearest(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         prepare({**CONFIG, **change}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "dims"), [("clip", 77, (8, 6)), ("t5", 10, (28, 28)), ("sd3", 87, (28, 14))]
+)
+def test_text_encoders_of_a_pipeline_alone_and_together(tmp_path, kind, length, dims):
+    config = dict(folder=str(write_sd3(tmp_path / "sd3")), text=dict(kind=kind), codec=dict(kind="vae"))
+    tokenizer = load_tokenizer(conditioning.tokenizer_folder(config))
+    conditioner, frozen = prepare(config, tmp_path / "run", images=unused, portraits=unused)
+    assert (conditioner.text_dim, conditioner.pooled_dim) == dims
+    one, two = (tokenizer(text, length) for text in ("a cat", "it"))
+    tokens, mask = np.stack([one.tokens, two.tokens]), np.stack([one.text_mask, two.text_mask])
+    text = conditioner.embed_text(frozen, tokens, mask)
+    assert text.emb.shape == (2, length, dims[0])
+    assert text.pooled.shape == (2, dims[1])
+    assert np.abs(text.pooled[0] - text.pooled[1]).max() > 1e-3  # it reads the prompt
+    # SD3's weights attend to the padding, single encoders do not.
+    np.testing.assert_array_equal(text.mask, np.ones_like(mask) if kind == "sd3" else mask)
+    module, params = conditioning.load_text(config)
+    assert module == conditioner.text
+    jax.tree.map(np.testing.assert_array_equal, params, frozen["text"])
 
 
 def test_changed_weights_and_options_are_noticed(tmp_path):

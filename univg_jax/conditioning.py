@@ -140,6 +140,7 @@ class Pretrained:
     defaults: Mapping[str, Any]
     open: Callable[..., dict[str, StoredModel]]  # folder, options -> networks by their field in the module
     module: Callable[..., Any]  # networks -> module
+    tokenizer: Callable[[Path], Path | str] | None = None  # folder -> that of a text encoder's tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,25 +170,41 @@ def _sd3_text(clip_l: Any, clip_g: Any, t5: Any = None) -> SD3Text:
     return SD3Text(clip_l=clip_l, clip_g=clip_g, t5=t5, text_dim=dim)
 
 
+def _t5_suffix(folder: Path) -> str:
+    """Which of a pipeline's text encoders is T5: SD3's third, Flux's second, PixArt's only one."""
+    for suffix in ("_3", "_2", ""):
+        file = folder / f"text_encoder{suffix}" / "config.json"
+        if file.is_file() and json.loads(file.read_text()).get("model_type") == "t5":
+            return suffix
+    raise FileNotFoundError(f"{folder} has no text_encoder, text_encoder_2 or text_encoder_3 that is a T5")
+
+
 # part -> kind -> how its encoder is obtained. `defaults` names the options that a config may set. Pretrained kinds but
-# MiniLM are read from `conditioning.folder`: a network's own for clip and t5, a diffusers pipeline's for the others.
+# MiniLM are read from `conditioning.folder`, that of a diffusers pipeline.
 KINDS: dict[str, dict[str, Pretrained | Fitted]] = {
     "text": {
         "minilm": Pretrained(
             defaults=dict(dtype="float32"),
             open=lambda folder, dtype: {"encoder": open_minilm(pretrained_folder("minilm"), dtype=jnp.dtype(dtype))},
             module=SentenceText,
+            tokenizer=lambda folder: "minilm",
         ),
-        "sd3": Pretrained(defaults=dict(dtype="float32"), open=_open_sd3, module=_sd3_text),
+        "sd3": Pretrained(
+            defaults=dict(dtype="float32"), open=_open_sd3, module=_sd3_text, tokenizer=lambda folder: folder
+        ),
         "clip": Pretrained(
             defaults=dict(dtype="float32"),
-            open=lambda folder, dtype: {"encoder": open_clip_text(folder, dtype=jnp.dtype(dtype))},
+            open=lambda folder, dtype: {"encoder": open_clip_text(folder / "text_encoder", dtype=jnp.dtype(dtype))},
             module=ClipText,
+            tokenizer=lambda folder: folder / "tokenizer",
         ),
         "t5": Pretrained(
             defaults=dict(dtype="float32"),
-            open=lambda folder, dtype: {"encoder": open_t5(folder, dtype=jnp.dtype(dtype))},
+            open=lambda folder, dtype: {
+                "encoder": open_t5(folder / f"text_encoder{_t5_suffix(folder)}", dtype=jnp.dtype(dtype))
+            },
             module=SentenceText,
+            tokenizer=lambda folder: folder / f"tokenizer{_t5_suffix(folder)}",
         ),
     },
     "codec": {
@@ -223,6 +240,12 @@ def check(config: Any) -> None:
     for part, options in _complete(dict(config)).items():
         if options is not None and isinstance(_kind(part, options), Pretrained):
             _open(part, options, config.get("folder", ""))
+
+
+def tokenizer_folder(config: Any) -> str:
+    """Where the tokenizer of the config's text encoder is: a folder, or a name of `univg_jax.pretrained`."""
+    options = _complete(dict(config))["text"]
+    return str(KINDS["text"][options["kind"]].tokenizer(Path(config.get("folder", ""))))
 
 
 def text_identity(config: Any, *, num_tokens: int) -> dict[str, Any]:

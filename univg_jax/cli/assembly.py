@@ -22,7 +22,6 @@ from univg_jax.interop.diffusers import transformer_folder
 from univg_jax.models.mmdit import make_mmdit
 from univg_jax.models.univg import UniVG
 from univg_jax.names import known
-from univg_jax.pretrained import PACKAGED
 from univg_jax.sampling import Generator, Sampler, guidance_weights
 
 # What each guided pass goes without, in the order of `univg_jax.sampling`'s table.
@@ -70,12 +69,10 @@ def build_arguments(config: ConfigDict) -> dict[str, Any]:
 
 def tokenizer(config: ConfigDict) -> Tokenizer:
     """The text encoder's. Raises ValueError if `data.num_tokens` is none of its lengths."""
-    c = config.conditioning
-    kind = c.text if isinstance(c.text, str) else c.text.kind
-    loaded = load_tokenizer(kind if kind in PACKAGED else c.folder)
+    loaded = load_tokenizer(conditioning.tokenizer_folder(config.conditioning))
     loaded("", config.data.num_tokens)
     if config.data.text_cache:
-        identity = conditioning.text_identity(c, num_tokens=config.data.num_tokens)
+        identity = conditioning.text_identity(config.conditioning, num_tokens=config.data.num_tokens)
         loaded = CachedTokenizer(loaded, config.data.text_cache, identity=identity)
     return loaded
 
