@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = overrides
 
     logging.set_verbosity(logging.INFO)
-    if not args.verbose:
-        logging.get_absl_handler().addFilter(_ours_or_grave)
+    (logging.get_absl_logger().removeFilter if args.verbose else logging.get_absl_logger().addFilter)(_ours_or_grave)
     try:
         args.run(args)
     except KeyboardInterrupt:
