@@ -14,6 +14,7 @@ from PIL import Image
 from data_pipelines.tasks import TASKS
 from univg_jax import checkpoint
 from univg_jax.cli.main import main
+from univg_jax.writers import read_metrics
 
 # One worker runs this file: its fixture is a whole run.
 pytestmark = pytest.mark.xdist_group("pipeline")
@@ -50,6 +51,24 @@ def test_the_stages_hand_on_their_weights_and_encoders(root):
     params = checkpoint.load_params(root / "stage3")
     assert set(params) == {"backbone", "identity_projector"}
     assert set(checkpoint.load_params(root / "stage2")) == {"backbone"}
+
+
+def test_a_run_on_cached_embeddings_is_the_same_without_a_text_encoder(root, tmp_path, capsys):
+    arguments = [f"--config={CONFIG}1", f"--config.data.dir={root / 'data'}", *FAST]
+    assert main(["data", "cache", *arguments, f"--out={tmp_path / 'cache'}"]) == 0
+    cached = [*arguments, f"--config.data.text_cache={tmp_path / 'cache'}"]
+    assert main(["train", *cached, f"--workdir={tmp_path / 'run'}"]) == 0
+    losses = [
+        [(row["step"], row.get("loss"), row.get("val/loss/t2i")) for row in read_metrics(folder / "metrics.jsonl")]
+        for folder in (root / "stage1", tmp_path / "run")
+    ]
+    # The encoder saw the prompts in other batches: the same to float32's rounding.
+    np.testing.assert_allclose(np.array(losses[0], float), np.array(losses[1], float), rtol=1e-5)
+    capsys.readouterr()
+    assert main(["train", *cached, f"--workdir={tmp_path / 'other'}", "--config.data.num_tokens=40"]) == 1
+    assert "embeddings of another text encoder: num_tokens is 36, this run's 40" in capsys.readouterr().err
+    assert main(["data", "cache", *arguments, f"--out={tmp_path / 'cache'}"]) == 1
+    assert "has a cache; choose another folder" in capsys.readouterr().err
 
 
 def test_each_stage_trains_its_tasks(root):
@@ -143,6 +162,7 @@ def test_evaluation_and_report(root, capsys):
         assert {"model", "untrained", "trivial", "codec"} <= set(task["systems"])
     stages = ",".join(str(root / f"stage{i}") for i in (1, 2, 3))
     assert main(["report", f"--stages={stages}", f"--evaluation={root / 'evaluation'}", f"--out={root}"]) == 0
+    assert (root / "samples.png").stat().st_size > 0
     report = json.loads((root / "report.json").read_text())
     assert [stage["steps"] for stage in report["stages"].values()] == [2, 2, 2]
     page = (root / "report.html").read_text()

@@ -3,10 +3,13 @@
 import json
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.evaluation.test_runner import run
 from univg_jax.evaluation.report import explain, write_report
+from univg_jax.evaluation.sheet import write_sheet
 
 
 @pytest.fixture
@@ -109,3 +112,22 @@ def test_unfinished_stage_is_named(finished):
     (finished / "stage2" / "summary.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"stage2/summary\.json is missing"):
         write(finished)
+
+
+def test_contact_sheet_shows_the_pictures_themselves(finished):
+    evaluation = finished / "evaluation"
+    results = json.loads((evaluation / "results.json").read_text())
+    write_sheet(results, evaluation, finished / "samples.png")
+    with Image.open(finished / "samples.png") as sheet:
+        before = np.asarray(sheet.convert("RGB"))
+    assert before.shape[1] == 1200
+    sample = results["tasks"]["ie"]["samples"][0]
+    with Image.open(evaluation / sample["output"]) as picture:
+        size = picture.size
+    Image.new("RGB", size, (255, 0, 255)).save(evaluation / sample["output"])
+    write_sheet(results, evaluation, finished / "samples.png")
+    with Image.open(finished / "samples.png") as sheet:
+        after = np.asarray(sheet.convert("RGB"))
+    changed = (before != after).any(-1)
+    assert (after[changed] == (255, 0, 255)).all(-1).mean() > 0.9  # but for the resized edge
+    assert changed.sum() > size[0] * size[1]
