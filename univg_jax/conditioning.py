@@ -152,6 +152,10 @@ class Fitted:
     fit: Callable[..., dict[str, np.ndarray]]  # Data, options -> parameters
 
 
+_RECORD = "encoders.json"
+SD3_TEXT_DIM = 4096  # what its transformer reads, of T5 XXL's width, also where T5 is left out
+
+
 def _open_sd3(folder: Path, dtype: str) -> dict[str, StoredModel]:
     networks = {
         "clip_l": open_clip_text(folder / "text_encoder", dtype=jnp.dtype(dtype)),
@@ -166,8 +170,7 @@ def _open_sd3(folder: Path, dtype: str) -> dict[str, StoredModel]:
 
 
 def _sd3_text(clip_l: Any, clip_g: Any, t5: Any = None) -> SD3Text:
-    dim = clip_l.hidden_dim + clip_g.hidden_dim if t5 is None else t5.hidden_dim
-    return SD3Text(clip_l=clip_l, clip_g=clip_g, t5=t5, text_dim=dim)
+    return SD3Text(clip_l=clip_l, clip_g=clip_g, t5=t5, text_dim=SD3_TEXT_DIM if t5 is None else t5.hidden_dim)
 
 
 def _t5_suffix(folder: Path) -> str:
@@ -232,7 +235,6 @@ KINDS: dict[str, dict[str, Pretrained | Fitted]] = {
         ),
     },
 }
-_RECORD = "encoders.json"
 
 
 def check(config: Any) -> None:

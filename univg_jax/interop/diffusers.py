@@ -121,7 +121,7 @@ def init_transformer(params: Params, model: MMDiT, folder: PathLike, *, mesh: Me
     expected = {path: tuple(leaf.shape) for path, leaf in leaves(params)}
     expected[kernel] = (p * p * min(theirs.in_channels, model.in_channels), model.hidden_dim)
     found = {path: leaf.shape for path, leaf in leaves(stored.abstract)}
-    check_shapes(expected, found, f"{folder} does not fit the model: what it has of ours")
+    check_shapes(expected, found, f"init_from {folder}")
     values = dict(leaves(stored.read(mesh=mesh)))
     added = model.in_channels - theirs.in_channels
     patches = values[kernel].reshape(p, p, theirs.in_channels, -1)
