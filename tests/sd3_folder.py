@@ -1,5 +1,6 @@
 """A Stable Diffusion 3 pipeline's folder, of tiny random networks: every file that the real one has, without torch."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import numpy as np
 
 from tests.data_pipelines.test_tokenizer import CLIP, END, write_clip, write_t5
 from univg_jax.interop.diffusers import VAE, WEIGHTS, _vae_weights, save_transformer
-from univg_jax.interop.folder import map_weights, write_params
-from univg_jax.interop.transformers import CLIP_LAYER, CLIP_TEXT, T5, T5_LAYER
-from univg_jax.models.clip import CLIPText
+from univg_jax.interop.folder import CONV, map_weights, write_params
+from univg_jax.interop.transformers import CLIP_LAYER, CLIP_TEXT, CLIP_VISION, T5, T5_LAYER
+from univg_jax.models.clip import CLIPText, CLIPVision
 from univg_jax.models.mmdit import MMDiT
 from univg_jax.models.t5 import T5Encoder
 from univg_jax.models.vae import AutoencoderKL
@@ -93,6 +94,34 @@ def write_t5_encoder(folder, *, width, vocab_size):
         ),
         max_file_bytes=3000,  # several files, as T5 XXL's
     )
+
+
+def write_image_encoder(folder):
+    """CLIP's image tower, which SD3 lacks: what Stage III takes faces through."""
+    fields = dict(image_size=16, patch_size=4, hidden_dim=10, depth=2, num_heads=2, mlp_dim=20, projection_dim=6)
+    module = CLIPVision(activation="gelu", **fields)
+    params = random_params(module, jnp.zeros((1, 16, 16, 3)), seed=6)
+    prefix = "vision_model."
+    weights = map_weights(
+        params,
+        outer={ours: prefix + theirs for ours, theirs in CLIP_VISION.items()} | {"projection": "visual_projection"},
+        block=CLIP_LAYER,
+        block_name=prefix + "encoder.layers.{}.",
+    )
+    kernel = "embed/patch_embed/kernel"
+    weights[kernel] = dataclasses.replace(weights[kernel], shape=(10, 3, 4, 4), axes=CONV)
+    config = dict(
+        model_type="clip_vision_model",
+        image_size=16,
+        patch_size=4,
+        hidden_size=10,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=6,
+        hidden_act="gelu",
+    )
+    write_params(folder, "model.safetensors", params=params, weights=weights, config=config)
 
 
 def write_vae(folder):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.tokenizer import load_tokenizer
-from tests.sd3_folder import write_sd3
+from tests.sd3_folder import write_image_encoder, write_sd3
 from univg_jax import conditioning
 from univg_jax.batch import fake_batch
 
@@ -189,6 +189,20 @@ def test_text_encoders_of_a_pipeline_alone_and_together(tmp_path, kind, length, 
     module, params = conditioning.load_text(config)
     assert module == conditioner.text
     jax.tree.map(np.testing.assert_array_equal, params, frozen["text"])
+
+
+def test_faces_through_clip(tmp_path, batch):
+    folder = write_sd3(tmp_path / "sd3")
+    write_image_encoder(folder / "image_encoder")
+    config = {**CONFIG, "folder": str(folder), "identity": dict(kind="clip")}
+    conditioner, frozen = prepare(config, tmp_path / "run", portraits=unused)
+    assert conditioner.face_dim == 6
+    faces = np.random.default_rng(2).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+    found = np.asarray(conditioner.identify(frozen, faces))
+    np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 1, rtol=1e-5)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+    emb = jax.jit(conditioner.conditions)(frozen, batch).face_emb
+    np.testing.assert_array_equal(np.abs(emb).sum(-1) > 0, batch.has_face)
 
 
 def test_changed_weights_and_options_are_noticed(tmp_path):
