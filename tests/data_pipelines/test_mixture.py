@@ -1,7 +1,6 @@
 import dataclasses
 import itertools
 import json
-import types
 
 import jax
 import numpy as np
@@ -13,11 +12,12 @@ from ml_collections import ConfigDict
 from data_pipelines import emoji_scenes, mixture, tasks
 from data_pipelines.mixture import MemorySource, make_stream
 from data_pipelines.tasks import TASKS
+from data_pipelines.tokenizer import TokenizedText
 
 SIZE, NUM_RECORDS = 8, 23
 
 
-def tokenize(text: str, num_tokens: int) -> types.SimpleNamespace:
+def tokenize(text: str, num_tokens: int) -> TokenizedText:
     """Characters as tokens; a slot where `<p>` begins."""
     tokens = np.zeros(num_tokens, np.int32)
     codes = [ord(c) for c in text[:num_tokens]]
@@ -25,7 +25,8 @@ def tokenize(text: str, num_tokens: int) -> types.SimpleNamespace:
     slot = np.zeros(num_tokens, bool)
     if 0 <= text.find("<p>") < num_tokens:
         slot[text.find("<p>")] = True
-    return types.SimpleNamespace(tokens=tokens, text_mask=np.arange(num_tokens) < len(codes), identity_slot=slot)
+    text_mask = np.arange(num_tokens) < len(codes)
+    return TokenizedText(tokens=tokens, text_mask=text_mask, identity_slot=slot, num_truncated=0)
 
 
 def text_of(tokens: np.ndarray) -> str:
