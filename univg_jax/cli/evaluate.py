@@ -88,11 +88,11 @@ def untrained(run: assembly.Run, *, seed: int) -> assembly.Run:
 
 def table(results: dict[str, Any]) -> str:
     """The primary metric of each task in columns."""
-    lines = [f"{'task':6} {'metric':14} {'model':>9} {'untrained':>9} {'trivial':>9} {'codec':>9}  verdict"]
+    lines = [f"{'task':6} {'metric':20} {'model':>9} {'untrained':>9} {'trivial':>9} {'codec':>9}  verdict"]
     for name, task in results["tasks"].items():
         values = [task["systems"][s][task["metric"]]["value"] for s in ("model", "untrained", "trivial", "codec")]
         shown = " ".join(f"{'-' if v is None else f'{v:.4f}':>9}" for v in values)
         lost = [f"the {opponent} one" for opponent, won in task["beats"].items() if not won]
         verdict = "beats both" if not lost else "does not beat " + " nor ".join(lost)
-        lines.append(f"{name:6} {task['metric']:14} {shown}  {verdict}")
+        lines.append(f"{name:6} {task['metric']:20} {shown}  {verdict}")
     return "\n".join(lines)
