@@ -74,16 +74,15 @@ def prompts(config: Any, tokenizer: Tokenizer, *, steps: int) -> list[TokenizedT
         seen.setdefault(_key(tokenized), tokenized)
         return tokenized
 
-    size = config.data.batch_size
+    size, num = config.data.batch_size, max(config.train.eval_examples, config.train.sample_examples)
     stream = mixture.make_stream(config, tokenizer=recorder)
     for _ in tqdm(range(steps), desc="read prompts", unit="step"):
         next(stream)
     stream.close()
     for name in stream.shares:
         recorder(tasks.prompt(name, ""), config.data.num_tokens)  # without its text
-        for split, num in (("validation", config.train.eval_examples), ("validation", config.train.sample_examples)):
-            for _ in mixture.eval_batches(config, name, split=split, num=num, batch_size=size, tokenizer=recorder):
-                pass
+        for _ in mixture.eval_batches(config, name, split="validation", num=num, batch_size=size, tokenizer=recorder):
+            pass
     return list(seen.values())
 
 

@@ -50,7 +50,7 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c.conditioning.codec = dict(kind="linear", patch=4, channels=p["channels"], whiten=0.5)
     c.model = dict(size="tiny", overrides=p["model"])
     c.mesh = dict(data=-1, fsdp=1, tensor=1)
-    c.optim.name = "muon"  # a step costs 1.2 to 1.3 of AdamW's here, and is worth about 1.5
+    c.optim.name = "muon"  # docs/performance.md has it against AdamW
     c.optim.lr = 5e-3
     c.optim.b2 = 0.98
     c.optim.schedule = "cosine"

@@ -191,6 +191,19 @@ def test_text_encoders_of_a_pipeline_alone_and_together(tmp_path, kind, length, 
     jax.tree.map(np.testing.assert_array_equal, params, frozen["text"])
 
 
+def test_sd3_without_t5_keeps_the_width_that_its_transformer_reads(tmp_path):
+    folder = write_sd3(tmp_path / "sd3")
+    for name in ("text_encoder_3", "tokenizer_3"):
+        (folder / name).rename(tmp_path / name)
+    config = dict(folder=str(folder), text=dict(kind="sd3"), codec=dict(kind="vae"))
+    conditioner, frozen = prepare(config, tmp_path / "run", images=unused, portraits=unused)
+    row = load_tokenizer(conditioning.tokenizer_folder(config))("a cat", 77)
+    text = conditioner.embed_text(frozen, row.tokens[None], row.text_mask[None])
+    assert text.emb.shape == (1, 77, conditioner.text_dim) == (1, 77, 4096)
+    assert np.abs(text.emb[..., :20]).max() > 0  # both CLIPs' states, then zeros
+    assert not np.asarray(text.emb)[..., 20:].any()
+
+
 def test_faces_through_clip(tmp_path, batch):
     folder = write_sd3(tmp_path / "sd3")
     write_image_encoder(folder / "image_encoder")
