@@ -70,7 +70,8 @@ def get_config() -> ConfigDict:
         ema_warmup=10.0,
         freeze=(),  # regexes over parameter paths
     )
-    c.mesh = dict(data=1, fsdp=-1, tensor=1)
+    # -1 is the rest; of two, fsdp takes as many devices of a slice as divide the model's width.
+    c.mesh = dict(data=-1, fsdp=-1, tensor=1)
 
     # Where parameters come from when the workdir has no checkpoint of its own: another run's.
     c.init_from = dict(path="", which="ema", new=(), dropped=())

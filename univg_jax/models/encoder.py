@@ -15,7 +15,8 @@ from flax import linen as nn
 from jaxtyping import Bool, Float, UInt8
 
 from univg_jax.batch import Array, pytree_dataclass
-from univg_jax.models.layers import MLP, LayerNorm, Linear, gelu, quick_gelu, xla_attention
+from univg_jax.models.attention import xla_attention
+from univg_jax.models.layers import MLP, LayerNorm, Linear, gelu, quick_gelu
 from univg_jax.names import known
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}

@@ -1,9 +1,10 @@
-"""Layers shared by the transformers: linear maps, norms, positions, attention.
+"""Layers shared by the transformers: linear maps, norms, positions.
 
-Parameters are float32 and cast to `dtype` where they are used; norms, angles and softmax are
-computed in float32. Every linear map flattens its leading axes, so each is one 2-D matmul.
+Parameters are float32 and cast to `dtype` where they are used; norms and angles are computed in float32. Every linear
+map flattens its leading axes, so each is one 2-D matmul.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Bool, Float
+from jaxtyping import Float
+
+from univg_jax import sharding
 
 Array = jax.Array | np.ndarray
 Dtype = Any
@@ -29,7 +32,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = sharding.matmul(rows, kernel.astype(self.dtype), "/".join((*self.path, "kernel")))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(self.dtype)[None]
@@ -67,17 +71,42 @@ def quick_gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned as x's dtype.
+
+    The gradient is made from x as it came, so that nothing in float32 waits for the backward pass.
+    """
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale.reshape(*(1,) * (x.ndim - 1), -1)).astype(x.dtype)
+
+
+def _rms_norm_forward(x: Array, scale: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
+    return rms_norm(x, scale, eps), (x, scale)
+
+
+def _rms_norm_backward(eps: float, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, scale = saved
+    x32, g = x.astype(jnp.float32), gradient.astype(jnp.float32)
+    r = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    y = x32 * r
+    dy = g * scale.reshape(*(1,) * (x.ndim - 1), -1)
+    dx = r * (dy - y * jnp.mean(dy * y, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), jnp.sum(g * y, axis=tuple(range(x.ndim - 1)))
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis."""
+    """`rms_norm` with a learned scale."""
 
     eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * scale.reshape(*(1,) * (x.ndim - 1), -1)).astype(x.dtype)
+        return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -96,17 +125,40 @@ class LayerNorm(nn.Module):
         return (y * scale.reshape(affine) + bias.reshape(affine)).astype(x.dtype)
 
 
+@jax.custom_vjp
 def modulated_norm(
-    x: Float[Array, "b n d"], *, scale: Float[Array, "b d"], shift: Float[Array, "b d"], eps: float = 1e-6
+    x: Float[Array, "b n d"], scale: Float[Array, "b d"], shift: Float[Array, "b d"]
 ) -> Float[Array, "b n d"]:
-    """LayerNorm without affine, then scale and shift: (x - mean) / sqrt(var + eps) * (1 + scale) + shift.
+    """LayerNorm without affine, then scale and shift: (x - mean) / sqrt(var + 1e-6) * (1 + scale) + shift.
 
-    AdaLN of DiT (arXiv 2212.09748, section 3.2).
+    AdaLN of DiT (arXiv 2212.09748, section 3.2). In float32, returned as x's dtype; gradient as in `rms_norm`.
     """
+    y, _ = _normalize(x)
+    return (y * (1 + scale.astype(jnp.float32))[:, None] + shift.astype(jnp.float32)[:, None]).astype(x.dtype)
+
+
+def _normalize(x: Array) -> tuple[Array, Array]:
+    """x with mean 0 and variance 1 over the last axis, and the factor that made it so."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * (1 + scale.astype(jnp.float32))[:, None] + shift.astype(jnp.float32)[:, None]).astype(x.dtype)
+    r = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+    return y * r, r
+
+
+def _modulated_norm_forward(x: Array, scale: Array, shift: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return modulated_norm(x, scale, shift), (x, scale, shift)
+
+
+def _modulated_norm_backward(saved: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+    x, scale, shift = saved
+    y, r = _normalize(x)
+    g = gradient.astype(jnp.float32)
+    dy = g * (1 + scale.astype(jnp.float32))[:, None]
+    dx = r * (dy - jnp.mean(dy, axis=-1, keepdims=True) - y * jnp.mean(dy * y, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), jnp.sum(g * y, axis=1).astype(scale.dtype), jnp.sum(g, axis=1).astype(shift.dtype)
+
+
+modulated_norm.defvjp(_modulated_norm_forward, _modulated_norm_backward)
 
 
 def time_features(t: Float[Array, " b"], *, dim: int = 256) -> Float[Array, "b {dim}"]:
@@ -159,33 +211,3 @@ def rotate_2d(x: Float[Array, "b n k c"], *, height: int, width: int) -> Float[A
     row, column = np.divmod(np.arange(height * width), width)
     halves = [turn(x[..., : 2 * quarter], row), turn(x[..., 2 * quarter :], column)]
     return jnp.concatenate(halves, axis=-1).astype(x.dtype)
-
-
-def xla_attention(
-    q: Float[Array, "b n k c"],
-    k: Float[Array, "b s k c"],
-    v: Float[Array, "b s k c"],
-    mask: Bool[Array, "b s"] | None,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    bias: Float[Array, "k n s"] | None = None,
-) -> Float[Array, "b n k c"]:
-    """softmax(scale q k^T + bias) v for each head, `scale` by default 1 / sqrt(c).
-
-    Keys whose mask is False, and `causal` later ones, get no weight.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = jnp.einsum("bnkc,bskc->bkns", q * scale, k, preferred_element_type=jnp.float32)
-    if bias is not None:
-        logits = logits + bias[None]
-    if mask is not None:
-        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    if causal:
-        earlier = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-        logits = jnp.where(earlier[None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkns,bskc->bnkc", weights, v)
-
-
-ATTENTION: dict[str, Callable] = {"xla": xla_attention}

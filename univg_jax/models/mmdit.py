@@ -21,8 +21,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Bool, Float
 
+from univg_jax import sharding
+from univg_jax.models.attention import ATTENDED, ATTENTION
 from univg_jax.models.layers import (
-    ATTENTION,
     MLP,
     Linear,
     RMSNorm,
@@ -36,11 +37,16 @@ from univg_jax.names import known
 
 Array = jax.Array | np.ndarray
 
-# What a block keeps for the backward pass: everything; the outputs of its linear maps; only its input.
+_policies = jax.checkpoint_policies
+# What a block keeps for the backward pass beside its input: everything but gathered weights; the outputs of its linear
+# maps; what attention gave; nothing; the outputs of its linear maps, in the host's memory.
+_policies = jax.checkpoint_policies
 REMAT = {
-    "none": None,
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "none": _policies.save_anything_except_these_names(sharding.GATHERED),
+    "minimal": _policies.dots_with_no_batch_dims_saveable,
+    "attention": _policies.save_only_these_names(ATTENDED),
+    "full": _policies.nothing_saveable,
+    "offload": _policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
@@ -89,7 +95,7 @@ class Stream(nn.Module):
     def project(self, x: Float[Array, "b n d"], mod: list) -> tuple[Array | None, Array, Array]:
         """Queries (None of a final stream), keys and values, each [b n k c]."""
         scale, shift = mod if self.final else (mod[1], mod[0])
-        h = modulated_norm(x, scale=scale, shift=shift)
+        h = modulated_norm(x, scale, shift)
 
         def heads(y: Array) -> Array:
             return y.reshape(*y.shape[:-1], self.num_heads, -1)
@@ -104,7 +110,7 @@ class Stream(nn.Module):
         _, _, gate_attn, shift, scale, gate_mlp = mod
         y = self.attn_out(attended.reshape(x.shape))
         x = x + gate_attn[:, None] * (self.attn_norm(y) if self.sandwich_norm else y)
-        y = self.mlp(modulated_norm(x, scale=scale, shift=shift))
+        y = self.mlp(modulated_norm(x, scale, shift))
         return x + gate_mlp[:, None] * (self.mlp_norm(y) if self.sandwich_norm else y)
 
 
@@ -118,7 +124,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Array], cond: Array, text_mask: Array | None) -> tuple:
-        image, text = carry
+        image, text = carry = sharding.split_rows(carry)
         streams = [Stream(**self.stream, name="image"), Stream(**self.stream, final=self.final, name="text")]
         conds = jnp.split(cond, 2, axis=-1) if self.stream["shared_adaln"] else [cond, cond]
         mods = [s.modulate(c) for s, c in zip(streams, conds, strict=True)]
@@ -169,7 +175,7 @@ class MMDiT(nn.Module):
     shared_adaln: bool = False
     remat: str = "none"  # a name of REMAT
     scan: bool = True  # False unrolls the depth: slower to compile, faster on CPU
-    attention: str | Callable = "xla"  # a name of layers.ATTENTION, or a function of its signature
+    attention: str | Callable = "auto"  # a name of attention.ATTENTION, or a function of its signature
     dtype: Any = jnp.float32  # of the computation; parameters are float32
 
     def __post_init__(self):
@@ -182,6 +188,26 @@ class MMDiT(nn.Module):
             known(self.qk_norm, ("rms_norm",), what="qk_norm")
         if not callable(self.attention):
             known(self.attention, ATTENTION, what="attention")
+
+    def matmul_flops(self, *, height: int, width: int, num_tokens: int, train: bool) -> float:
+        """FLOPs of the matrix products for one example with latents of height x width; 2 per multiply-add.
+
+        With n image and m text tokens, a block multiplies each token by (4 + 2 mlp_ratio) matrices of d x d and scores
+        (n + m)^2 pairs; its modulations see one vector an example. The last block's text has keys and values only. In
+        training every product is done three times (itself, and its gradient by either factor), but for those of the
+        inputs, which need no gradient; nothing is recomputed.
+        """
+        d, m = self.hidden_dim, num_tokens
+        n = height * width // self.patch_size**2
+        patch = self.patch_size**2
+        token, pairs = (4 + 2 * self.mlp_ratio) * d * d, 2 * d
+        block = (n + m) * token + pairs * (n + m) ** 2
+        last = n * token + 2 * m * d * d + pairs * n * (n + m)
+        modulations = 12 * d * d if self.shared_adaln else (12 * (self.depth - 1) + 8) * d * d
+        inputs = (n * patch * self.in_channels + m * self.text_dim + 256 + self.pooled_dim) * d
+        rest = 2 * d * d + 2 * d * d + n * patch * self.out_channels * d  # embeddings' second maps, output's modulation
+        inner = (self.depth - 1) * block + last + modulations + rest
+        return 2.0 * (3 * inner + 2 * inputs if train else inner + inputs)
 
     @nn.compact
     def __call__(
@@ -223,7 +249,7 @@ class MMDiT(nn.Module):
             grid=(h, w) if self.position == "rope" else None,
         )
         block = Block
-        if self.remat != "none":
+        if self.remat != "none" or sharding.gathers():
             block = nn.remat(Block, prevent_cse=not self.scan, policy=REMAT[self.remat])
         carry = (image, text)
         if self.depth > 1:
@@ -239,7 +265,7 @@ class MMDiT(nn.Module):
         (image, _), _ = block(**fields, final=True, name="last_block")(carry, block_cond, text_mask)
 
         scale, shift = jnp.split(Linear(2 * d, self.dtype, nn.initializers.zeros, name="out_modulation")(cond), 2, -1)
-        image = modulated_norm(image, scale=scale, shift=shift)
+        image = modulated_norm(image, scale, shift)
         image = Linear(p * p * self.out_channels, self.dtype, nn.initializers.zeros, name="out_proj")(image)
         return image.reshape(b, h, w, p, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(b, height, width, -1)
 

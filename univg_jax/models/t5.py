@@ -16,7 +16,8 @@ from flax import linen as nn
 from jaxtyping import Bool, Float, Int, Int32
 
 from univg_jax.batch import Array
-from univg_jax.models.layers import Linear, RMSNorm, gelu_tanh, xla_attention
+from univg_jax.models.attention import xla_attention
+from univg_jax.models.layers import Linear, RMSNorm, gelu_tanh
 
 
 def position_buckets(offsets: Int[np.ndarray, "*n"], *, num_buckets: int, max_distance: int) -> Int[np.ndarray, "*n"]:

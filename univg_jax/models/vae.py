@@ -26,7 +26,8 @@ from flax import linen as nn
 from jaxtyping import Float, Int32
 
 from univg_jax.batch import Array, pytree_dataclass
-from univg_jax.models.layers import Linear, xla_attention
+from univg_jax.models.attention import xla_attention
+from univg_jax.models.layers import Linear
 
 
 @pytree_dataclass

@@ -1,0 +1,203 @@
+"""Real programs, compiled for TPUs that are not here. The recommended pods are nightly: an hour of compiling."""
+
+import json
+import math
+import pathlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments import pods
+from univg_jax import plan
+from univg_jax.cli import plan as cli
+from univg_jax.cli.config import load_config
+from univg_jax.cli.main import main
+
+pytestmark = pytest.mark.xdist_group("libtpu")  # the compiler takes both cores: one after another
+
+ROOT = pathlib.Path(__file__).parents[1]
+STAGE1 = str(ROOT / "experiments" / "stage1_t2i.py")
+SMALL = ("model.overrides.depth=2", "model.overrides.dtype=bfloat16")
+
+
+def compiled(spec: str, topology: str, *overrides: str, programs=("train",), encoders=False) -> plan.Plan:
+    config = load_config(f"{STAGE1}:{spec}", overrides)
+    return cli.compile_for(config, plan.open_topology(topology), programs=programs, encoders=encoders)
+
+
+@pytest.fixture(scope="module")
+def small() -> plan.Plan:
+    return compiled("size=tiny,res=256", "v5e:2x2", *SMALL)
+
+
+def test_the_train_step_of_fully_sharded_training(small):
+    (program,) = small.programs
+    assert small.devices == 4
+    assert small.mesh == dict(data=1, fsdp=4, tensor=1)
+    assert small.replicated == ()
+    assert program.fits
+    # Parameters, their average and two moments, float32, in four shards; the batch, which is little.
+    state = 4 * 4 * small.parameters / 4
+    assert state <= program.arguments <= 1.5 * state
+    assert program.peak >= program.arguments + program.temporaries
+    # No recomputation; queries and keys, 256 + 32 tokens, are padded to 384 for the kernel, which makes its scores twice.
+    assert 1.0 <= program.flops / program.model_flops <= 1.3
+    kinds = {c.kind for c in program.collectives if c.bytes > 1e-2 * program.wire_bytes}
+    assert {"all-gather", "reduce-scatter"} <= kinds
+    assert not kinds & {"all-reduce", "all-to-all"}  # activations stay where they are, and so do whole gradients
+    assert program.wire_bytes <= 1.05 * program.ideal_wire_bytes
+    assert program.roofline == max(program.seconds.values()) > 0
+    assert 0 < small.mfu_bound(program) < 1
+
+
+def test_over_the_memory_says_by_how_much_and_what_helps():
+    found = compiled("size=tiny,res=256", "v5e:2x2", *SMALL, "data.batch_size=65536", "model.overrides.remat=minimal")
+    (program,) = found.programs
+    assert not program.fits
+    assert not found.fits
+    assert program.peak == pytest.approx(found.chip.hbm + program.over)
+    advice = cli.advice(found, program)
+    assert f"over the HBM by {program.over / 2**30:.2f} GiB" in advice
+    assert "remat=attention" in advice
+    assert "accumulate" in advice
+    assert "\n" not in advice
+
+
+def test_the_command_prints_and_writes_a_plan(small, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    overrides = [f"--config.{override}" for override in SMALL]
+    assert main(["plan", f"--config={STAGE1}:size=tiny,res=256", "--topology=v6e:2x2", f"--json={out}", *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert "v6e:2x2" in printed
+    assert "MFU at most" in printed
+    (written,) = json.loads(out.read_text())["plans"]
+    assert written["chip"]["kind"] == "TPU v6 lite"
+    assert written["fits"] is True
+    assert written["programs"][0]["model_flops"] == small.programs[0].model_flops
+    assert written["programs"][0]["collectives"][0].keys() >= {"kind", "group", "count", "bytes", "wire_bytes"}
+    cli.print_plans([small, small])
+    assert capsys.readouterr().out.count("v5e:2x2") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v5p"], "topology 'v5p' should read GENERATION:AxB"),
+        (["--topology=v5f:4x4"], "unknown TPU generation 'v5f'; did you mean 'v5p'?"),
+        (["--topology=v5e:3x5"], "libtpu knows no topology v5e:3x5"),
+        (["--topology=v5e:2x2", "--include=encoder"], "did you mean 'encoders'?"),
+        (["--topology=v5e:2x2", "--slices=0"], "--slices=0: expected at least 1"),
+        (["--topology=v5e:2x2", "--config.data.batch_size=6"], "data.batch_size=6 does not divide over data x fsdp"),
+        (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "the product must be the number of devices, 4"),
+        (["--topology=v5e:2x2*2", "--config.mesh.data=1", "--config.mesh.fsdp=8"], "multiple of the number of slices"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys):
+    assert main(["plan", f"--config={STAGE1}:size=tiny,res=256", *arguments]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+class LinearMemory:
+    """Programs whose memory is a line in the rows of a device, and what was compiled of them."""
+
+    def __init__(self, at_rest: float, a_row: float, hbm: float) -> None:
+        self.at_rest, self.a_row, self.hbm, self.compiled = at_rest, a_row, hbm, []
+
+    def __call__(self, config, topology):
+        rows = config.data.batch_size // 4
+        self.compiled.append(rows)
+        peak = int(self.at_rest + rows * self.a_row)
+        program = plan.Program(name="train", peak=peak, over=max(peak - self.hbm, 0.0))
+        chip = topology.chip
+        return plan.Plan(
+            config="", topology="", chip=chip, devices=4, mesh=dict(data=1, fsdp=4, tensor=1), model={}, parameters=0,
+            batch=config.data.batch_size, encoders=False, replicated=(), programs=(program,),
+        )  # fmt: skip
+
+
+@given(largest=st.integers(0, 3000), start=st.integers(1, 200), at_rest=st.floats(0, 0.9))
+@settings(deadline=None, max_examples=50)
+def test_max_batch_finds_the_largest_with_few_programs(largest, start, at_rest):
+    topology = plan.open_topology("v5e:2x2")
+    hbm = topology.chip.hbm
+    compile_ = LinearMemory(at_rest * hbm, (1 - at_rest) * hbm / (largest + 0.5), hbm)
+    config = load_config(f"{STAGE1}:size=tiny", [f"data.batch_size={4 * start}"])
+    assert cli.max_batch(config, topology, compile_) == 4 * largest
+    assert len(compile_.compiled) == len(set(compile_.compiled))
+    # At worst it grows fourfold, then halves; memory that is a line needs a few.
+    assert len(compile_.compiled) <= 8 + 2 * math.log2(max(largest, start) + 1)
+
+
+def test_sweep_ranks_what_fits_by_its_roofline():
+    topology = plan.open_topology("v5e:4x4")
+    config = load_config(f"{STAGE1}:size=tiny", ["data.batch_size=64"])
+    tried = []
+
+    def compile_(config, topology):
+        mesh = config.mesh.to_dict() | dict(data=16 // config.mesh.fsdp // config.mesh.tensor)
+        remat = config.model.overrides.remat
+        tried.append((mesh["fsdp"], mesh["tensor"], remat))
+        fits = remat != "none"
+        seconds = {"compute": 1.0 + mesh["tensor"] - 1 / mesh["fsdp"]} if fits else {}
+        return plan.Plan(
+            config="", topology="", chip=topology.chip, devices=16, mesh=mesh, model=dict(remat=remat), parameters=0,
+            batch=64, encoders=False, replicated=(),
+            programs=(plan.Program(name="train", over=0.0 if fits else 1.0, seconds=seconds),),
+        )  # fmt: skip
+
+    plans = cli.sweep(config, topology, compile_)
+    fitting = [p for p in plans if p.fits]
+    assert plans[: len(fitting)] == fitting
+    rooflines = [p.programs[0].roofline for p in fitting]
+    assert rooflines == sorted(rooflines)
+    assert fitting[0].mesh == dict(data=4, fsdp=4, tensor=1)
+    # The next policy after one that did not fit, and none after one that did.
+    assert {remat for *_, remat in tried} == {"none", "minimal"}
+    assert {(fsdp, tensor) for fsdp, tensor, _ in tried} == {(16, 1), (8, 1), (4, 1), (8, 2), (4, 2), (2, 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "offload"])
+def test_remat_policies_compile(remat, small):
+    overrides = ("model.overrides.depth=4", "model.overrides.dtype=bfloat16", f"model.overrides.remat={remat}")
+    (program,) = compiled("size=tiny,res=256", "v5e:2x2", *overrides).programs
+    assert program.fits
+    if remat == "full":  # every product of the three in four blocks once more, but for the embeddings'
+        without = small.programs[0].flops / small.programs[0].model_flops
+        assert 1.15 * without < program.flops / program.model_flops < 1.5
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("res", pods.RESOLUTIONS)
+@pytest.mark.parametrize("size", ["b", "l", "xl"])
+@pytest.mark.parametrize("pod", pods.TOPOLOGIES)
+def test_every_recommended_pod_fits_and_computes_little_twice(pod, size, res):
+    found = compiled(f"size={size},res={res},pod={pod}", pods.TOPOLOGIES[pod])
+    (program,) = found.programs
+    assert program.fits, cli.advice(found, program)
+    assert found.replicated == ()
+    assert program.flops <= (1.05 if found.model["remat"] == "none" else 1.35) * program.model_flops
+    assert program.wire_bytes <= 1.1 * program.ideal_wire_bytes
+
+
+@pytest.mark.nightly
+def test_four_times_the_devices_cost_a_device_nothing():
+    overrides = ("mesh.fsdp=64", "model.overrides.remat=attention")
+    few = compiled("size=xl,res=512", "v5p:4x4x4", "data.batch_size=256", *overrides).programs[0]
+    many = compiled("size=xl,res=512", "v5p:8x8x16", "data.batch_size=4096", *overrides).programs[0]
+    assert many.flops == pytest.approx(few.flops, rel=0.01)
+    # The shards' sum over `data`: 2 x 15/16 of a 64th of the weights, beside 3 x 63/64 of all.
+    assert many.wire_bytes == pytest.approx(few.wire_bytes, rel=0.03)
+
+
+@pytest.mark.nightly
+def test_slices_exchange_shards_only():
+    found = compiled("size=xl,res=512", "v6e:16x16*2")
+    (program,) = found.programs
+    assert program.fits
+    between = sum(c.wire_bytes for c in program.collectives if c.crosses(256))
+    # Each slice's shard of every gradient, once there and once back: the sum over two.
+    assert between <= 1.5 * 2 * found.parameters / found.mesh["fsdp"]
+    assert program.seconds["DCN"] > 0

@@ -1,0 +1,376 @@
+"""What a config would cost on a TPU that is not here: its real programs, compiled for it ahead of time.
+
+libtpu compiles for any topology it knows on any Linux machine. From each program come its memory, FLOPs, and
+collectives (`univg_jax.hlo`); with the chip's published peaks (`univg_jax.tpu`) they bound a step's time from below:
+
+    roofline = max(FLOPs / peak, HBM bytes / HBM bandwidth, ICI bytes / ICI bandwidth, DCN bytes / DCN bandwidth)
+    MFU <= model FLOPs / (peak x roofline)
+
+Model FLOPs are `MMDiT.matmul_flops`: without recomputation, padding or encoders. All figures are of one device.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from univg_jax import hlo, sharding, tpu
+from univg_jax.batch import Batch, batch_spec
+from univg_jax.conditioning import Conditioner
+from univg_jax.names import known
+from univg_jax.sampling import Generator
+from univg_jax.train import VALIDATION_TIMES, Step
+
+PROGRAMS = ("train", "sampling", "evaluation")
+LARGE = 4 * 2**20  # bytes; a larger leaf that lies whole on every device is reported
+GRADIENT_BYTES = 2  # a weight's gradient travels in the dtype of the computation, as the weight does
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Devices to compile for: `v5p:4x4x4`, or `v6e:16x16*2` for two slices that a data center network joins."""
+
+    name: str
+    chip: tpu.Chip
+    slices: int
+    devices: Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One compiled program, per device and run. Memory in bytes; `over` is by how much it does not fit, else 0."""
+
+    name: str
+    arguments: int = 0
+    temporaries: int = 0
+    peak: int = (
+        0  # all that the program holds at once: arguments, temporaries, results that take no argument's place, code
+    )
+    over: float = 0.0
+    model_flops: float = 0.0
+    flops: float = 0.0
+    memory_bytes: float = 0.0
+    collectives: tuple[hlo.Collective, ...] = ()
+    ideal_wire_bytes: float = 0.0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # lower bounds, by what bounds
+    compile_seconds: float = 0.0
+
+    @property
+    def fits(self) -> bool:
+        return self.over == 0
+
+    @property
+    def wire_bytes(self) -> float:
+        return sum(c.wire_bytes for c in self.collectives)
+
+    @property
+    def roofline(self) -> float:
+        """Seconds that a run takes at least."""
+        return max(self.seconds.values(), default=0.0)
+
+    @property
+    def bound(self) -> str:
+        """What the roofline is made of."""
+        return max(self.seconds, key=self.seconds.get) if self.seconds else ""
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs for each byte of HBM."""
+        return self.flops / max(self.memory_bytes, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A config on a topology."""
+
+    config: str
+    topology: str
+    chip: tpu.Chip
+    devices: int
+    mesh: dict[str, int]
+    model: dict[str, Any]  # remat, attention, dtype
+    parameters: int
+    batch: int
+    encoders: bool  # whether they are part of the train step
+    replicated: tuple[str, ...]  # leaves larger than LARGE that lie whole on every device
+    programs: tuple[Program, ...]
+
+    @property
+    def rows(self) -> float:
+        """Rows of the batch on a device."""
+        return self.batch / (self.mesh["data"] * self.mesh["fsdp"])
+
+    @property
+    def fits(self) -> bool:
+        return all(program.fits for program in self.programs)
+
+    def mfu_bound(self, program: Program) -> float:
+        """The share of the peak that model FLOPs can reach."""
+        return program.model_flops / (self.chip.flops * program.roofline) if program.roofline else 0.0
+
+
+def open_topology(name: str) -> Topology:
+    """The devices of `GENERATION:AxBxC`, or of N slices of them, `GENERATION:AxBxC*N`. Raises ValueError for others."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", name)
+    if found is None:
+        raise ValueError(f"topology {name!r} should read GENERATION:AxB or AxBxC, as v5p:4x4x4, with *N for N slices")
+    generation, shape, slices = found[1], found[2], int(found[3] or 1)
+    chip = tpu.CHIPS[known(generation, tpu.CHIPS, what="TPU generation")]
+    _quiet_libtpu()
+    try:
+        described = topologies.get_topology_desc(f"{generation}:{shape}", platform="tpu", num_slices=slices)
+    except Exception as error:
+        if "libtpu" in str(error) and "not" in str(error).lower() and "found" in str(error).lower():
+            raise ValueError("planning needs libtpu, the compiler: pip install 'univg_jax[tpu]' (Linux)") from None
+        raise ValueError(f"libtpu knows no topology {name}: {str(error).splitlines()[0]}") from None
+    return Topology(name=name, chip=chip, slices=slices, devices=described.devices)
+
+
+def _quiet_libtpu() -> None:
+    """What libtpu would otherwise look for on a machine that is no TPU VM, and complain about."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def compile_plan(
+    config: ConfigDict,
+    topology: Topology,
+    *,
+    conditioner: Conditioner,
+    frozen: Any,
+    generator: Generator,
+    passes: int,
+    task_names: Sequence[str],
+    programs: Iterable[str] = ("train",),
+    encoders: bool = False,
+) -> Plan:
+    """Compiles `programs` of `config` for `topology`.
+
+    `frozen` are the shapes of the encoders' parameters (`conditioning.abstract`); `encoders` says whether they are in
+    the train step, else it begins from latents and embeddings. `passes` is how many guided passes sampling takes.
+    Raises ValueError for a mesh or a batch that does not fit the devices.
+    """
+    model = generator.model
+    mesh = sharding.make_mesh(**config.mesh, width=model.backbone.hidden_dim, devices=topology.devices)
+    if config.data.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size} does not divide over data x fsdp = "
+            f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices"
+        )
+    before = jax.sharding.get_mesh()
+    jax.set_mesh(mesh)
+    try:
+        compiler = _Compiler(
+            config=config,
+            topology=topology,
+            mesh=mesh,
+            step=Step(config=config, model=model, conditioner=conditioner, task_names=tuple(task_names)),
+            frozen=frozen,
+            generator=generator,
+            passes=passes,
+            encoders=encoders,
+        )
+        return compiler.plan(programs)
+    finally:
+        jax.set_mesh(before)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Compiler:
+    config: ConfigDict
+    topology: Topology
+    mesh: Mesh
+    step: Step
+    frozen: Any
+    generator: Generator
+    passes: int
+    encoders: bool
+
+    def plan(self, programs: Iterable[str]) -> Plan:
+        state = self.state
+        backbone = self.step.model.backbone
+        return Plan(
+            config=self.config.name,
+            topology=self.topology.name,
+            chip=self.topology.chip,
+            devices=self.mesh.size,
+            mesh=dict(self.mesh.shape),
+            model=dict(remat=backbone.remat, attention=str(backbone.attention), dtype=str(jnp.dtype(backbone.dtype))),
+            parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+            batch=self.config.data.batch_size,
+            encoders=self.encoders,
+            replicated=tuple(
+                leaf.path
+                for tree in (state, self.placed_frozen)
+                for leaf in sharding.leaf_specs(tree, jax.tree.map(lambda x: x.sharding, tree), larger_than=LARGE)
+                if not any(leaf.spec) and self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
+            ),
+            programs=tuple(getattr(self, known(name, PROGRAMS, what="program"))() for name in programs),
+        )
+
+    @property
+    def batch(self) -> Batch:
+        c = self.config.data
+        spec = batch_spec(
+            batch_size=c.batch_size,
+            resolution=c.resolution,
+            num_tokens=c.num_tokens,
+            face_resolution=c.face_resolution,
+        )
+        return sharding.with_shardings(spec, sharding.batch_sharding(self.mesh))
+
+    @property
+    def placed_frozen(self) -> Any:
+        return sharding.with_shardings(self.frozen, sharding.tree_shardings(self.frozen, self.mesh))
+
+    @property
+    def encoded(self) -> Any:
+        shapes = jax.eval_shape(self.step.encode, self.frozen, self.batch)
+        return sharding.with_shardings(shapes, sharding.batch_sharding(self.mesh))
+
+    @property
+    def state(self) -> Any:
+        # The key is made inside: on this mesh nothing can be computed.
+        shapes = jax.eval_shape(lambda *inputs: self.step.init(jax.random.key(0), *inputs), self.frozen, self.batch)
+        return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, self.mesh))
+
+    def train(self) -> Program:
+        state = self.state
+        update = self.step.compiled_update(jax.tree.map(lambda x: x.sharding, state), encoded=not self.encoders)
+        inputs = (self.placed_frozen,) if self.encoders else self.encoded
+        rows = self.config.data.batch_size / self.mesh.size
+        return self._compile(
+            "train",
+            update,
+            (state, *inputs, self.batch),
+            model_flops=rows * self._forward_flops(train=True),
+            ideal=self._ideal_wire_bytes(train=True),
+        )
+
+    def evaluation(self) -> Program:
+        """The validation of one batch, at all its times, encoders included."""
+        rows = self.config.data.batch_size / self.mesh.size
+        times = len(VALIDATION_TIMES)
+        return self._compile(
+            "evaluation",
+            jax.jit(self.step.validate),
+            (self.state.params, self.placed_frozen, self.batch),
+            model_flops=rows * times * self._forward_flops(train=False),
+            ideal=times * self._ideal_wire_bytes(train=False),
+        )
+
+    def sampling(self) -> Program:
+        """The whole of sampling one row a device: encoders, all steps of the solver, the decoder."""
+        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        c = self.config.data
+        batch = batch_spec(
+            batch_size=rows, resolution=c.resolution, num_tokens=c.num_tokens, face_resolution=c.face_resolution
+        )
+        batch = sharding.with_shardings(batch, sharding.batch_sharding(self.mesh))
+        whole = sharding.replicated(self.mesh)
+        evaluations = self.generator.sampler.steps * (2 if self.generator.sampler.solver == "heun" else 1)
+        weights = jax.ShapeDtypeStruct((self.passes,), jnp.float32, sharding=whole)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return self._compile(
+            "sampling",
+            jax.jit(functools.partial(Generator.generate, self.generator)),
+            (
+                self.state.ema,
+                self.placed_frozen,
+                (batch,) * self.passes,
+                weights,
+                jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+            ),
+            model_flops=rows / self.mesh.size * self.passes * evaluations * self._forward_flops(train=False),
+            ideal=evaluations * self._ideal_wire_bytes(train=False),
+        )
+
+    def _forward_flops(self, *, train: bool) -> float:
+        height, width = self.config.data.resolution, self.config.data.resolution
+        scale = self.step.conditioner.downsampling
+        conditions = jax.eval_shape(self.step.encode, self.frozen, self.batch)[1]
+        return self.step.model.backbone.matmul_flops(
+            height=height // scale, width=width // scale, num_tokens=conditions.text_emb.shape[1], train=train
+        )
+
+    def _ideal_wire_bytes(self, *, train: bool) -> float:
+        """What fully sharded training has to move: all weights gathered forwards and backwards, all gradients
+        scattered, and shards summed over `data`. Without training, all weights gathered once."""
+        data, fsdp = self.mesh.shape["data"], self.mesh.shape["fsdp"]
+        size = sum(x.size for x in jax.tree.leaves(self.state.params)) * GRADIENT_BYTES / self.mesh.shape["tensor"]
+        gathers = 3 if train else 1
+        over_data = 2 * (data - 1) / data * size / fsdp if train else 0.0
+        return gathers * (fsdp - 1) / fsdp * size + over_data
+
+    def _compile(self, name: str, function: Any, inputs: tuple, *, model_flops: float, ideal: float) -> Program:
+        begin = time.monotonic()
+        chip = self.topology.chip
+        lowered = function.trace(*inputs).lower(lowering_platforms=("tpu",))
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            arguments = sum(
+                math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(inputs)
+            )
+            used = arguments + _used_bytes(str(error))
+            return Program(
+                name=name,
+                arguments=arguments,
+                temporaries=int(used) - arguments,
+                peak=int(used),
+                over=max(used - chip.hbm, 1.0),
+                model_flops=model_flops,
+                ideal_wire_bytes=ideal,
+                compile_seconds=time.monotonic() - begin,
+            )
+        seconds = time.monotonic() - begin
+        counts = hlo.count(compiled.as_text())
+        memory = compiled.memory_analysis()
+        slice_size = self.mesh.size // self.topology.slices
+        between = sum(c.wire_bytes for c in counts.collectives if c.crosses(slice_size))
+        within = sum(c.wire_bytes for c in counts.collectives if not c.crosses(slice_size))
+        return Program(
+            name=name,
+            arguments=memory.argument_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            peak=memory.argument_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.generated_code_size_in_bytes,
+            model_flops=model_flops,
+            flops=counts.flops,
+            memory_bytes=counts.memory_bytes,
+            collectives=counts.collectives,
+            ideal_wire_bytes=ideal,
+            seconds={
+                "compute": counts.flops / chip.flops,
+                "HBM": counts.memory_bytes / chip.hbm_bandwidth,
+                "ICI": within / chip.ici_bandwidth,
+                "DCN": between / chip.dcn_bandwidth,
+            },
+            compile_seconds=seconds,
+        )
+
+
+def _used_bytes(message: str) -> float:
+    """The temporaries of a program that does not fit, from the compiler's message."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", message)
+    if found is None:
+        return math.nan
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]

@@ -1,0 +1,113 @@
+"""The generations of Cloud TPU: what a device can do, and what the compiler is told about it.
+
+Peaks are those that Google publishes for a chip (cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e and tpu7x; bf16
+without sparsity; the interconnect's bidirectional figure halved, since a device sends and receives at once). HBM is
+what the compiler itself lets a program use, which is less than the published capacity.
+"""
+
+import dataclasses
+from typing import Any
+
+GIB = 2**30
+SOURCE = "cloud.google.com/tpu/docs, of bf16 without sparsity"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """Of one device, as JAX counts them: a v4 or v7 chip is two where `cores` is 2."""
+
+    name: str
+    kind: str  # `device_kind` of its devices
+    flops: float  # a second, bf16
+    hbm: float  # bytes that a program may use
+    hbm_bandwidth: float  # bytes a second
+    ici_bandwidth: float  # bytes a second, received over all links together
+    dcn_bandwidth: float  # bytes a second, the device's share of its host's network cards
+    cores: int = 1
+    source: str = SOURCE
+
+
+CHIPS: dict[str, Chip] = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            name="v4",
+            kind="TPU v4",
+            flops=275e12 / 2,
+            hbm=15.25 * GIB,
+            hbm_bandwidth=1228e9 / 2,
+            ici_bandwidth=300e9 / 2,
+            dcn_bandwidth=3.1e9 / 2,
+            cores=2,
+        ),
+        Chip(
+            name="v5e",
+            kind="TPU v5 lite",
+            flops=197e12,
+            hbm=15.75 * GIB,
+            hbm_bandwidth=819e9,
+            ici_bandwidth=200e9,
+            dcn_bandwidth=3.1e9,
+        ),
+        Chip(
+            name="v5p",
+            kind="TPU v5",
+            flops=459e12,
+            hbm=95.74 * GIB,
+            hbm_bandwidth=2765e9,
+            ici_bandwidth=600e9,
+            dcn_bandwidth=6.2e9,
+        ),
+        Chip(
+            name="v6e",
+            kind="TPU v6 lite",
+            flops=918e12,
+            hbm=31.25 * GIB,
+            hbm_bandwidth=1600e9,
+            ici_bandwidth=400e9,
+            dcn_bandwidth=12.5e9,
+        ),
+        Chip(
+            name="tpu7x",
+            kind="TPU7x",
+            flops=2307e12 / 2,
+            hbm=94.75 * GIB,
+            hbm_bandwidth=7380e9 / 2,
+            ici_bandwidth=600e9 / 2,
+            dcn_bandwidth=12.5e9 / 2,
+            cores=2,
+        ),
+    )
+}
+
+# Options of the compiler for a training step, per platform, each with its reason. They go with the program
+# (`jax.jit(compiler_options=...)`), so that no environment variable has to be right on every host.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "tpu": {
+        # Without these six a gather of weights becomes an all-reduce of zeros: twice its traffic, nothing beside it.
+        "xla_tpu_prefer_async_allgather_to_allreduce": True,
+        "xla_enable_async_all_gather": "true",
+        # Collectives run beside the products that do not need them, over as many of those as it takes.
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+    },
+    "gpu": {
+        # Weights of the next layer are gathered while this one computes.
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+    },
+}
+
+
+def chip_of(device: Any) -> Chip:
+    """The generation of a JAX device of a TPU. Raises ValueError for others."""
+    for chip in CHIPS.values():
+        if chip.kind == device.device_kind:
+            return chip
+    raise ValueError(f"no published peaks for device kind {device.device_kind!r}; known: {', '.join(CHIPS)}")
+
+
+def compiler_options(device: Any) -> dict[str, Any]:
+    """What a training step on such devices is compiled with."""
+    return COMPILER_OPTIONS.get("gpu" if device.platform in ("cuda", "rocm") else device.platform, {})
