@@ -1,21 +1,28 @@
-"""One training step of our MM-DiT against diffusers' `SD3Transformer2DModel` on PyTorch eager: the same model,
-AdamW, float32, on this CPU. Runs alternate in one process and the fastest of each counts, so that other load
-on the machine hits both. Prints milliseconds, the ratio, and the share of the machine's measured matmul peak.
+"""One training step of our MM-DiT against diffusers' `SD3Transformer2DModel` on PyTorch, eager and compiled: the same
+model, AdamW, float32, on this CPU. Runs alternate in one process and the fastest of each counts. Prints milliseconds,
+their ratio to PyTorch's, and the share of what the same library's large matmul reaches.
 
     python benchmarks/train_step.py                        # 384 wide, 256 image and 32 text tokens, batch 8
     python benchmarks/train_step.py --preset=quickstart --batch=16
+
+The shares are there because matmul libraries differ by machine: PyTorch's MKL takes a slow path on AMD's processors.
+What PyTorch does with a fast one is measured by telling MKL that the processor is Intel's:
+
+    echo 'int mkl_serv_intel_cpu_true(void) { return 1; }' | gcc -shared -fPIC -x c - -o /tmp/intel.so
+    LD_PRELOAD=/tmp/intel.so python benchmarks/train_step.py
 """
 
 import argparse
 import json
 import os
-import time
+import shutil
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from timing import best_seconds, use_huge_pages
 
 from univg_jax.models.mmdit import MMDiT
 
@@ -74,12 +81,12 @@ def ours(model: MMDiT, *, side: int, tokens: int, batch: int) -> Callable[[], No
     return run
 
 
-def theirs(model: MMDiT, *, side: int, tokens: int, batch: int) -> Callable[[], None]:
-    """The same step of diffusers' model on PyTorch eager."""
+def theirs(model: MMDiT, *, side: int, tokens: int, batch: int, compiled: bool) -> Callable[[], None]:
+    """The same step of diffusers' model on PyTorch."""
     import torch
     from diffusers import SD3Transformer2DModel
 
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     network = SD3Transformer2DModel(
         sample_size=side,
         patch_size=model.patch_size,
@@ -103,57 +110,72 @@ def theirs(model: MMDiT, *, side: int, tokens: int, batch: int) -> Callable[[], 
     target = torch.randn(batch, model.out_channels, side, side)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
 
+    def loss() -> torch.Tensor:
+        return ((network(**inputs).sample - target) ** 2).mean()
+
+    if compiled:
+        loss = torch.compile(loss)
+
     def run() -> None:
         optimizer.zero_grad()
-        ((network(**inputs).sample - target) ** 2).mean().backward()
+        loss().backward()
         optimizer.step()
 
     return run
 
 
-def matmul(size: int = 2048) -> Callable[[], None]:
-    """One large float32 matmul of `2 size^3` FLOPs."""
-    a = jnp.ones((size, size))
+MATMUL = 2048  # rows and columns of the large product
+
+
+def our_matmul() -> Callable[[], None]:
+    a = jnp.ones((MATMUL, MATMUL))
     product = jax.jit(jnp.matmul)
     return lambda: jax.block_until_ready(product(a, a))
+
+
+def their_matmul() -> Callable[[], None]:
+    import torch
+
+    a = torch.ones(MATMUL, MATMUL)
+    return lambda: torch.matmul(a, a)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="reference")
     parser.add_argument("--batch", type=int, help="overrides the preset's")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args()
+    use_huge_pages()
     preset = {**PRESETS[args.preset], **({"batch": args.batch} if args.batch else {})}
     shape = {name: preset.pop(name) for name in ("side", "tokens", "batch")}
 
     model = MMDiT(**preset, **CHANNELS)
-    runs = {
-        "torch eager": theirs(model, **shape),
-        "ours, scanned": ours(model, **shape),
-        "ours, unrolled": ours(model.clone(scan=False), **shape),
-        "matmul": matmul(),
-    }
-    for run in runs.values():  # compiles, warms up
-        run()
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(args.rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
+    steps = {"torch eager": theirs(model, **shape, compiled=False)}
+    if shutil.which(os.environ.get("CXX", "g++")):
+        steps["torch compiled"] = theirs(model, **shape, compiled=True)
+    else:
+        print("torch compiled: not measured, there is no C++ compiler for inductor (set CXX or install g++)")
+    steps["ours, scanned"] = ours(model, **shape)
+    steps["ours, unrolled"] = ours(model.clone(scan=False), **shape)
+    matmuls = {"torch matmul": their_matmul(), "our matmul": our_matmul()}
+    best = best_seconds({**steps, **matmuls}, rounds=args.rounds)
 
-    peak = 2 * 2048**3 / best.pop("matmul") / 1e9
     flops = step_flops(model, **shape) / 1e9
-    for name, seconds in best.items():
-        rate = flops / seconds
-        ratio = seconds / best["torch eager"]
+    peak = {name.split()[0]: 2 * MATMUL**3 / best[name] / 1e9 for name in matmuls}
+    eager = best["torch eager"]
+    fastest = min(best[name] for name in steps if name.startswith("torch"))
+    print(f"GLIBC_TUNABLES={os.environ['GLIBC_TUNABLES']}, for both")
+    print(f"matmul of {MATMUL}: torch {peak['torch']:.0f} GFLOP/s, ours {peak['our']:.0f}")
+    print(f"{'':15s} {'ms':>8s}  x eager  x fastest torch  GFLOP/s  of own matmul")
+    for name in steps:
+        rate = flops / best[name]
+        share = rate / peak["torch" if name.startswith("torch") else "our"]
         print(
-            f"{name:15s} {1e3 * seconds:8.1f} ms   {ratio:.2f} x torch   {rate:6.1f} GFLOP/s, {rate / peak:.0%} of peak"
+            f"{name:15s} {1e3 * best[name]:8.1f}  {best[name] / eager:7.2f}  {best[name] / fastest:15.2f}"
+            f"  {rate:7.0f}  {share:13.0%}"
         )
-    print(
-        json.dumps(dict(preset=args.preset, **shape, gflop=round(flops, 1), peak_gflops=round(peak, 1), seconds=best))
-    )
+    print(json.dumps(dict(preset=args.preset, **shape, gflop=round(flops, 1), peak_gflops=peak, seconds=best)))
 
 
 if __name__ == "__main__":

@@ -221,6 +221,7 @@ def test_a_checkpoint_that_is_not_there(tmp_path, capsys):
         (["--config.sampling.solver=eulr"], "did you mean 'euler'?"),
         (["--config.tasks.t2i.weight=-1"], "expected a finite number >= 0"),
         (["--config.tasks.t2i.sources=('scene',)"], "did you mean 'scenes'?"),
+        (["--profile=2:1"], "--profile=2:1: expected START:STOP with 0 <= START < STOP <= 2"),
         (["--config.init_from.path=/nowhere"], "no checkpoint in /nowhere: it does not exist"),
         (["--config.data.dataset=emoji"], "data.dir"),
     ],

@@ -1,4 +1,4 @@
-"""Real programs, compiled for TPUs that are not here. The recommended pods are nightly: an hour of compiling."""
+"""Real programs, compiled for TPUs that are not here. The recommended pods are nightly: half an hour of compiling."""
 
 import json
 import math
@@ -21,9 +21,8 @@ STAGE1 = str(ROOT / "experiments" / "stage1_t2i.py")
 SMALL = ("model.overrides.depth=2", "model.overrides.dtype=bfloat16")
 
 
-def compiled(spec: str, topology: str, *overrides: str, programs=("train",), encoders=False) -> plan.Plan:
-    config = load_config(f"{STAGE1}:{spec}", overrides)
-    return cli.compile_for(config, plan.open_topology(topology), programs=programs, encoders=encoders)
+def compiled(spec: str, topology: str, *overrides: str) -> plan.Plan:
+    return cli.compile_for(load_config(f"{STAGE1}:{spec}", overrides), plan.open_topology(topology), quick=True)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +40,12 @@ def test_the_train_step_of_fully_sharded_training(small):
     state = 4 * 4 * small.parameters / 4
     assert state <= program.arguments <= 1.5 * state
     assert program.peak >= program.arguments + program.temporaries
-    # No recomputation; queries and keys, 256 + 32 tokens, are padded to 384 for the kernel, which makes its scores twice.
+    # No recomputation; the kernel pads 256 + 32 tokens to 384, and makes its scores twice.
     assert 1.0 <= program.flops / program.model_flops <= 1.3
-    kinds = {c.kind for c in program.collectives if c.bytes > 1e-2 * program.wire_bytes}
-    assert {"all-gather", "reduce-scatter"} <= kinds
-    assert not kinds & {"all-reduce", "all-to-all"}  # activations stay where they are, and so do whole gradients
+    moved = {c.kind: c.wire_bytes for c in program.collectives}
+    assert moved["all-gather"] + moved["reduce-scatter"] > 0.95 * program.wire_bytes
+    # Activations stay where they are, and gradients are reduced as shards, but for leaves too small to be split.
+    assert moved.get("all-to-all", 0) + moved.get("all-reduce", 0) < 0.05 * program.wire_bytes
     assert program.wire_bytes <= 1.05 * program.ideal_wire_bytes
     assert program.roofline == max(program.seconds.values()) > 0
     assert 0 < small.mfu_bound(program) < 1
@@ -67,7 +67,8 @@ def test_over_the_memory_says_by_how_much_and_what_helps():
 def test_the_command_prints_and_writes_a_plan(small, tmp_path, capsys):
     out = tmp_path / "plan.json"
     overrides = [f"--config.{override}" for override in SMALL]
-    assert main(["plan", f"--config={STAGE1}:size=tiny,res=256", "--topology=v6e:2x2", f"--json={out}", *overrides]) == 0
+    spec = f"--config={STAGE1}:size=tiny,res=256"
+    assert main(["plan", spec, "--topology=v6e:2x2", f"--json={out}", "--quick", *overrides]) == 0
     printed = capsys.readouterr().out
     assert "v6e:2x2" in printed
     assert "MFU at most" in printed

@@ -51,7 +51,7 @@ def constant_passes(values):
 
     def predict(x, t):
         rows = x.shape[0] // len(values)
-        return jnp.repeat(jnp.array(values), rows)[:, None, None, None] * jnp.ones_like(x)
+        return jnp.tile(jnp.array(values), rows)[:, None, None, None] * jnp.ones_like(x)
 
     return predict
 
@@ -90,7 +90,7 @@ def test_rescaled_guidance_has_the_conditional_standard_deviation():
     base = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
 
     def predict(x, t):
-        return jnp.concatenate([base, 0.1 * base])
+        return jnp.stack([base, 0.1 * base], axis=1).reshape(-1, *base.shape[1:])
 
     weights = jnp.array(sampling.guidance_weights(text=5.0))
     guided = sampling.guided_velocity(predict, weights, Sampler(rescale=1.0))(jnp.zeros_like(base), jnp.float32(0.5))

@@ -4,11 +4,14 @@ import dataclasses
 import json
 import os
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from jax import monitoring
 
 from tests import helpers
 from univg_jax import checkpoint, sharding, train, writers
@@ -23,7 +26,7 @@ def parts():
     return conditioner, frozen, helpers.tiny_model(conditioner)
 
 
-def run(parts, workdir, *, stream=None, config=None, mesh=None, preview=None):
+def run(parts, workdir, *, stream=None, config=None, mesh=None, preview=None, validation=None, profile=None):
     conditioner, frozen, model = parts
     return train.train(
         config or helpers.tiny_config(),
@@ -33,9 +36,10 @@ def run(parts, workdir, *, stream=None, config=None, mesh=None, preview=None):
         conditioner=conditioner,
         frozen=frozen,
         task_names=helpers.TASKS,
-        validation={"t2i": [helpers.batch(1000)], "ie": [helpers.batch(1001)]},
+        validation=validation or {"t2i": [helpers.batch(1000)], "ie": [helpers.batch(1001)]},
         preview=preview,
         mesh=mesh,
+        profile=profile,
     )
 
 
@@ -105,6 +109,101 @@ def test_what_a_run_leaves_behind(finished):
     assert rows[0]["loss"] == pytest.approx((rows[0]["loss/t2i"] + rows[0]["loss/ie"]) / 2, rel=1e-5)
     assert "backbone" in (workdir / "parameters.txt").read_text()
     assert list((workdir / "tensorboard").iterdir())
+
+
+def seconds(row):
+    return {name.removeprefix("seconds/"): value for name, value in row.items() if name.startswith("seconds/")}
+
+
+def test_where_the_time_went_adds_up_to_the_wall_time(finished):
+    rows = writers.read_metrics(finished[0] / "metrics.jsonl")
+    total = dict.fromkeys(("start", "compile", "data", "step", "save", "eval", "log"), 0.0)
+    before = 0.0
+    for row in rows:
+        assert sum(seconds(row).values()) == pytest.approx(row["time"] - before, rel=1e-6)  # the clock has no gaps
+        before = row["time"]
+        for name, value in seconds(row).items():
+            total[name] += value  # KeyError: a kind of time that nothing of this run took
+    assert all(total.values()), total
+    assert {"start", "compile"} <= seconds(rows[0]).keys()
+    assert {"save", "eval"} <= seconds(rows[-1]).keys()  # those of the last step come after its row: it is amended
+    assert rows[-1]["goodput"] == pytest.approx(total["step"] / rows[-1]["time"], rel=1e-6)
+
+
+def test_goodput_counts_a_step_that_was_lost_and_made_again_once(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now))
+    metrics = {name: jnp.ones(()) for name in ("loss", "grad_norm", "param_norm")}
+    metrics |= {name: jnp.ones(2) for name in ("loss_sum", "count")}
+
+    def attempt(*, start, stop):
+        """3 s to start, then for every step 1 s of data, 4 s of step and 2 s of saving, which its row is before."""
+        nonlocal now
+        history = train.History(epath.Path(tmp_path), helpers.TASKS)
+        history.resume(start)
+        writer = writers.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=start)
+        for name, duration in [("start", 3), *[("data", 1), ("step", 4), ("log", 0), ("save", 2)] * (stop - start)]:
+            now += duration
+            history.lap(name)
+            if name == "step":
+                start += 1
+                history.add(start, metrics)
+            elif name == "log":
+                writer.write_scalars(start, history.scalars(start))
+                writer.flush()
+        writer.write_scalars(start, history.rest())
+        writer.flush()
+
+    attempt(start=0, stop=3)
+    attempt(start=2, stop=3)  # step 3 was not saved
+    rows = writers.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["time"] == (3 + 3 * 7) + (3 + 1 * 7)
+    assert rows[-1]["goodput"] == 3 * 4 / rows[-1]["time"]
+    assert rows[1]["steps_per_second"] == 1 / 5  # of the loop: not of saving
+
+
+class TwoShapes(helpers.CountingStream):
+    """8 rows, 16 rows, 8 rows, ...; notes what had been compiled when the first was asked for."""
+
+    def __init__(self, compiled) -> None:
+        super().__init__()
+        self.compiled, self.before = compiled, None
+
+    def __next__(self):
+        if self.before is None:
+            self.before = list(self.compiled)
+        self.position += 1
+        return helpers.batch(self.position, size=8 * (1 + self.position % 2))
+
+
+def test_every_shape_is_compiled_before_the_first_batch_and_never_again(parts, tmp_path):
+    compiled = []
+
+    def note(event, _, *, fun_name="", **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(fun_name)
+
+    monitoring.register_event_duration_secs_listener(note)
+    try:
+        stream = TwoShapes(compiled)
+        validation = {"t2i": [helpers.batch(1000), helpers.batch(1001)], "ie": [helpers.batch(1002, size=16)]}
+        run(parts, tmp_path, stream=stream, validation=validation, config=_with(helpers.tiny_config(), steps=4))
+    finally:
+        monitoring.unregister_event_duration_listener(note)
+    for name, times in {"jit(init)": 1, "jit(update)": 2, "jit(validate)": 2}.items():
+        assert stream.before.count(name) == compiled.count(name) == times, name
+
+
+def test_a_trace_is_written_and_changes_nothing(parts, finished, tmp_path):
+    state = run(parts, tmp_path, profile=range(2, 4))
+    assert_equal_bits(state, finished[2])
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [e for plane in planes for line in plane.lines for e in line.events if e.name == "train"]
+    assert [dict(e.stats)["step_num"] for e in events] == [3, 4]  # the updates from step 2 to step 4
+    steps = [row["step"] for row in writers.read_metrics(tmp_path / "metrics.jsonl") if "seconds/profile" in row]
+    assert steps == [2, 4]
 
 
 @pytest.mark.parametrize("axes", [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)])

@@ -1,6 +1,6 @@
 """Plans of every recommended pod, and of the same work on 64 to 4096 devices; writes their tables into BUILD.md.
 
-    python tools/plans.py            both, about an hour on 2 cores; what is in --cache is not compiled again
+    python tools/plans.py            both, about half an hour on 2 cores; what is in --cache is not compiled again
 
 `tests/test_plan.py` holds (marker `nightly`) what the tables show: everything fits, and FLOPs stay in their bounds.
 """
@@ -55,7 +55,7 @@ def compile_case(case: tuple[str, str, list[str]]) -> dict[str, Any]:
     jax.config.update("jax_threefry_partitionable", True)
     spec, topology, overrides = case
     config = load_config(str(ROOT / spec), overrides)
-    return to_json(compile_for(config, open_topology(topology), programs=("train",), encoders=False))
+    return to_json(compile_for(config, open_topology(topology), quick=True))
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def main() -> None:
 
 def pods_table(plans: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| pod | size | px | rows a device | remat, accumulate | HBM of available | compiled / model FLOPs | roofline | MFU at most |",
+        "| pod | size | px | rows | remat, accumulate | HBM of available | FLOPs of model's | roofline | MFU at most |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for spec, topology, overrides in recommended():
@@ -98,13 +98,13 @@ def pods_table(plans: dict[str, dict[str, Any]]) -> str:
         memory = f"{program['peak'] / 2**30:.1f} of {plan['chip']['hbm'] / 2**30:.2f} GiB"
         if program["fits"]:
             flops = f"{program['flops'] / program['model_flops']:.3f}"
-            rest = f"{flops} | {program['roofline_seconds'] * 1e3:.0f} ms, {program['bound']} | {program['mfu_bound']:.0%}"
+            rest = (
+                f"{flops} | {program['roofline_seconds'] * 1e3:.0f} ms, {program['bound']} | {program['mfu_bound']:.0%}"
+            )
         else:
             memory, rest = f"OVER: {memory}", "- | - | -"
-        lines.append(
-            f"| {values['pod']} | {values['size'].upper()} | {values['res']} | {plan['rows']:g} | {remat}, {accumulate} "
-            f"| {memory} | {rest} |"
-        )
+        case = f"| {values['pod']} | {values['size'].upper()} | {values['res']} | {plan['rows']:g}"
+        lines.append(f"{case} | {remat}, {accumulate} | {memory} | {rest} |")
     return "\n".join(lines) + "\n"
 
 

@@ -28,11 +28,12 @@ from univg_jax.conditioning import Conditioner
 from univg_jax.flow import sample_noise, shift_times
 from univg_jax.models.univg import UniVG
 from univg_jax.names import known
+from univg_jax.sharding import split_rows
 
 SOLVERS = ("euler", "heun")
 
 Velocity = Callable[[Float[Array, "b h w c"], Float[Array, ""]], Float[Array, "b h w c"]]
-PredictPasses = Callable[[Float[Array, "pb h w c"], Float[Array, " pb"]], Float[Array, "pb h w c"]]
+PredictPasses = Callable[[Float[Array, "bp h w c"], Float[Array, " bp"]], Float[Array, "bp h w c"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,20 +69,24 @@ def guidance_weights(*, text: float | None = None, image: float | None = None) -
 
 
 def guided_velocity(predict: PredictPasses, weights: Float[Array, " p"], sampler: Sampler) -> Velocity:
-    """v(x, t) of the table above, all passes in one call of `predict` with the passes stacked on the batch."""
+    """v(x, t) of the table above, all passes in one call of `predict`.
+
+    The passes of a row are side by side in the batch, so that devices which share the rows exchange nothing.
+    """
     passes = weights.shape[0]
     only_full = jnp.zeros_like(weights).at[0].set(1.0)
 
     def v(x: Float[Array, "b h w c"], t: Float[Array, ""]) -> Float[Array, "b h w c"]:
-        stacked = jnp.tile(x, (passes, 1, 1, 1))
-        velocities = predict(stacked, jnp.full(stacked.shape[0], t)).astype(jnp.float32).reshape(passes, *x.shape)
+        stacked = jnp.repeat(x, passes, axis=0)
+        velocities = predict(stacked, jnp.full(stacked.shape[0], t)).astype(jnp.float32)
+        velocities = velocities.reshape(x.shape[0], passes, *x.shape[1:])
         low, high = sampler.interval
         w = jnp.where((t >= low) & (t <= high), weights, only_full)
-        guided = jnp.einsum("p,pbhwc->bhwc", w, velocities)
+        guided = jnp.einsum("p,bphwc->bhwc", w, velocities)
         if sampler.rescale:
             axes = (1, 2, 3)
             std = jnp.std(guided, axes, keepdims=True)
-            matched = guided * jnp.std(velocities[0], axes, keepdims=True) / jnp.maximum(std, 1e-6)
+            matched = guided * jnp.std(velocities[:, 0], axes, keepdims=True) / jnp.maximum(std, 1e-6)
             guided = sampler.rescale * matched + (1 - sampler.rescale) * guided
         return guided
 
@@ -130,18 +135,19 @@ class Generator:
         if len(passes) != len(weights):
             raise ValueError(f"{len(weights)} guidance weights for {len(passes)} passes")
         key = jax.random.key(seed)
-        return self._generate(params, frozen, tuple(passes), jnp.asarray(weights, jnp.float32), key)
+        return self.generate(params, frozen, tuple(passes), jnp.asarray(weights, jnp.float32), key)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _generate(
+    def generate(
         self, params: PyTree, frozen: PyTree, passes: tuple[Batch, ...], weights: Float[Array, " p"], key: Array
     ) -> Float[Array, "b h w 3"]:
-        each = [self.conditioner.conditions(frozen, batch) for batch in passes]
-        stacked = jax.tree.map(lambda *xs: jnp.concatenate(xs), *each)
+        """`__call__` as one program, of arrays only."""
+        each = split_rows([self.conditioner.conditions(frozen, batch) for batch in passes])
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(len(xs) * len(xs[0]), *xs[0].shape[1:]), *each)
         noise = sample_noise(key, passes[0].sample_id, each[0].cond_latents.shape[1:])
 
-        def predict(x: Float[Array, "pb h w c"], t: Float[Array, " pb"]) -> Float[Array, "pb h w c"]:
-            return self.model.apply({"params": params}, x, t, stacked)
+        def predict(x: Float[Array, "bp h w c"], t: Float[Array, " bp"]) -> Float[Array, "bp h w c"]:
+            return self.model.apply({"params": params}, *split_rows((x, t)), stacked)
 
         x0 = solve(guided_velocity(predict, weights, self.sampler), noise, self.sampler, on_step=self.on_step)
         return jnp.clip(self.conditioner.decode(frozen, x0), -1.0, 1.0)

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 STACK = r"(^|/)blocks/"  # leaves under it carry the scanned layer axis in front
+MOST_FSDP = 128  # devices that share weights where nobody says how many: more would save little and wait longer
 SMALL = 2**14  # elements of a layer; below it a leaf is whole along fsdp: gathering it costs more than holding it
 
 # (regex searched in a leaf's path, spec of its last dimensions); the first match wins. Where a rule is silent about
@@ -30,7 +30,6 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"block.*/(q|k|v|mlp/in)/bias$", P("tensor")),
     (r"block.*/(attn_out|mlp/out)/kernel$", P("tensor", None)),
 )
-GATHERED = "gathered"  # the name of gathered weights among what a remat policy may keep: it never should
 
 
 class LeafSpec(NamedTuple):
@@ -51,7 +50,8 @@ def make_mesh(
 ) -> Mesh:
     """The mesh `data x fsdp x tensor` over `devices` (default: all); one size may be -1, the rest.
 
-    With the model's `width`, `data` and `fsdp` may both be -1: then fsdp takes as many devices of a slice as divide it.
+    With the model's `width`, `data` and `fsdp` may both be -1: then fsdp takes as many devices of a slice as divide it,
+    up to `MOST_FSDP`.
     Slices, which only a data center network joins, lie along `data`. Raises `ValueError` when the sizes cannot
     multiply to the number of devices, or not within slices.
     """
@@ -60,7 +60,7 @@ def make_mesh(
     sizes = [data, fsdp, tensor]
     asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
     if sizes[:2] == [-1, -1] and width and tensor > 0:
-        sizes[1] = math.gcd(len(devices) // slices // tensor or 1, width)
+        sizes[1] = math.gcd(len(devices) // slices // tensor or 1, width, MOST_FSDP)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"mesh {asked}: sizes are positive and at most one is -1 (the rest)")
     known = math.prod(size for size in sizes if size != -1)
@@ -191,7 +191,7 @@ def matmul(x: jax.Array, weight: jax.Array, name: str) -> jax.Array:
         if "fsdp" in manual:
             weight = jax.lax.pcast(weight, "data", to="varying")  # its gradient is summed over data last, as a shard
             weight = _gather(weight, manual.index("fsdp"), mesh.shape["fsdp"])
-        return x @ checkpoint_name(weight, GATHERED)
+        return x @ weight
 
     # `tensor` stays with the compiler.
     return jax.shard_map(local, in_specs=(rows, manual), out_specs=rows, axis_names={"data", "fsdp"})(x, weight)
@@ -203,7 +203,7 @@ def _gather(shard: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _gather_forward(shard: jax.Array, axis: int, size: int) -> tuple[jax.Array, None]:
-    return _gather(shard, axis, size), None
+    return jax.lax.all_gather(shard, "fsdp", axis=axis, tiled=True), None
 
 
 def _gather_backward(axis: int, size: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -23,14 +23,16 @@ from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from univg_jax import flow, optim, sharding, writers
-from univg_jax.batch import Batch, pytree_dataclass
+from univg_jax import flow, optim, sharding, tpu, writers
+from univg_jax.batch import Batch, Conditions, pytree_dataclass
 from univg_jax.checkpoint import Checkpointer, init_from
 from univg_jax.conditioning import Conditioner
 from univg_jax.interop.diffusers import init_transformer, transformer_folder
 from univg_jax.models.univg import UniVG
+from univg_jax.profiling import Trace
 
 VALIDATION_TIMES = (np.arange(8) + 0.5) / 8
+BESIDE = ("start", "compile", "eval", "sample", "save", "profile")  # time that is not the loop's steady course
 
 
 class NonFiniteLossError(RuntimeError):
@@ -85,14 +87,33 @@ class Step:
 
     def update(self, state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         """One step of gradient descent on the flow's loss, and what it measured."""
+        x0, conditions = sharding.split_rows(self.encode(frozen, batch))
+        return self.update_encoded(state, x0, conditions, batch)
+
+    def compiled_update(self, shardings: PyTree, *, encoded: bool = False) -> Callable[..., tuple[TrainState, dict]]:
+        """`update` (or `update_encoded`) as a program that replaces a state that lies as `shardings` say."""
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        return jax.jit(
+            self.update_encoded if encoded else self.update,
+            out_shardings=(shardings, sharding.replicated(mesh)),
+            donate_argnums=0,
+            compiler_options=tpu.compiler_options(mesh.devices.flat[0]),
+        )
+
+    def encode(self, frozen: PyTree, batch: Batch) -> tuple[Float[Array, "b h w c"], Conditions]:
+        """What the frozen encoders make of a batch: the target latents and the model's conditions."""
+        return self.conditioner.target_latents(frozen, batch), self.conditioner.conditions(frozen, batch)
+
+    def update_encoded(
+        self, state: TrainState, x0: Float[Array, "b h w c"], conditions: Conditions, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """`update` after `encode`."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
-        x0 = self.conditioner.target_latents(frozen, batch)
-        conditions = self.conditioner.conditions(frozen, batch)
 
         def objective(params: PyTree, rows: tuple) -> tuple[Float[Array, ""], Float[Array, " b"]]:
-            x0, conditions, batch = rows
+            x0, conditions, batch = sharding.split_rows(rows)
             losses = flow.loss(
-                lambda x_t, t: self.model.apply({"params": params}, x_t, t, conditions),
+                lambda x_t, t: self.model.apply({"params": params}, *sharding.split_rows((x_t, t)), conditions),
                 x0,
                 key=key,
                 sample_id=batch.sample_id,
@@ -165,18 +186,21 @@ def train(
     validation: Mapping[str, Sequence[Batch]],
     preview: Callable[[PyTree, PyTree, epath.Path], dict[str, np.ndarray]] | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    profile: range | None = None,
 ) -> TrainState:
     """Runs `config` in `workdir` until `config.train.steps`; returns the final state.
 
     `validation` has batches of each task; `preview(params, frozen, folder)` draws samples of every
-    task and returns grids. Raises `NonFiniteLossError` when the loss or the gradient is not finite.
+    task and returns grids; `profile` are the updates to trace, `workdir/profile` is where. Raises
+    `NonFiniteLossError` when the loss or the gradient is not finite.
     """
     workdir = epath.Path(workdir)
     c = config.train
     is_main = jax.process_index() == 0
+    history = History(workdir, task_names)  # its clock runs from here
 
     # The mesh, and where every leaf of the state lives on it.
-    mesh = mesh or sharding.make_mesh(**config.mesh)
+    mesh = mesh or sharding.make_mesh(**config.mesh, width=model.backbone.hidden_dim)
     jax.set_mesh(mesh)
     step_functions = Step(config=config, model=model, conditioner=conditioner, task_names=tuple(task_names))
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
@@ -186,16 +210,31 @@ def train(
     shardings = sharding.tree_shardings(abstract, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
-    # The state: our own checkpoint, else another run's parameters, else a fresh start.
+    # The programs, all compiled before the first batch is taken: one for each shape of batch, which those of
+    # `validation` have too. Calling a jitted function later finds what was compiled for its shapes here.
+    init = jax.jit(step_functions.init, out_shardings=shardings)
+    update = step_functions.compiled_update(shardings)
+    validate = jax.jit(step_functions.validate, out_shardings=sharding.replicated(mesh))
     checkpointer = Checkpointer(workdir, keep=c.keep)
     start = checkpointer.latest_step() or 0
+    history.lap("start")
+    if start < c.steps:
+        if not start:
+            init.lower(init_key, frozen, example).compile()
+        for batch in distinct_shapes(validation):
+            batch = sharding.shard_batch(batch, mesh)
+            update.lower(abstract, frozen, batch).compile()
+            validate.lower(abstract.ema, frozen, batch).compile()
+        history.lap("compile")
+
+    # The state: our own checkpoint, else another run's parameters, else a fresh start.
     if start:
         state, data_state = checkpointer.restore(abstract)
         start = int(state.step)
         stream.set_state(data_state)
         logging.info("resumed %s at step %d", workdir, start)
     else:
-        state = jax.jit(step_functions.init, out_shardings=shardings)(init_key, frozen, example)
+        state = init(init_key, frozen, example)
         if config.init_from.path:
             source = config.init_from
             if folder := transformer_folder(source.path):  # public weights of the backbone
@@ -209,23 +248,18 @@ def train(
 
     num_parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
     if is_main:
-        (workdir / "parameters.txt").write_text(parameter_overview.get_parameter_overview(state.params))
+        overview = parameter_overview.get_parameter_overview(abstract.params, include_stats="sharding")
+        (workdir / "parameters.txt").write_text(overview)
     writer = writers.create_writer(workdir, resume_step=start, active=is_main)
-    history = History(workdir, task_names)
-
-    batch_spec = sharding.batch_sharding(mesh)
-    update = jax.jit(
-        step_functions.update,
-        in_shardings=(shardings, sharding.tree_shardings(frozen, mesh), batch_spec),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
-    validate = jax.jit(step_functions.validate)
     schedule = optim.make_schedule(optim_config(config))
+    trace = Trace(workdir / "profile", steps=profile)
+    if profile and start >= profile.stop:
+        logging.info("no trace: the run goes on at step %d, behind %d:%d", start, profile.start, profile.stop)
+    history.resume(start)
 
     # The loop. The order is fixed: evaluate, save, next batch, step. So what is saved at step n is the
     # state after n updates together with the position after n batches, and a resumed run, which starts
-    # at the top, sees exactly what the uninterrupted one saw.
+    # at the top, sees exactly what the uninterrupted one saw. A row is written before its step is saved.
     pending: tuple[int, dict[str, Array]] | None = None  # metrics that the device may still be computing
 
     def settle() -> None:
@@ -233,38 +267,54 @@ def train(
         if pending is not None:
             history.add(*pending)
             pending = None
+            history.lap("step")
 
     def due(step: int, every: int) -> bool:
         return step > start and (step == c.steps or step % every == 0)
 
     bar = tqdm(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main, mininterval=0.5)
-    with checkpointer, contextlib.closing(writer), bar:  # whatever happens, what was begun is written
+    with checkpointer, contextlib.closing(writer), bar, trace:  # whatever happens, what was begun is written
+        history.lap("start")
         for step in range(start, c.steps + 1):
-            if due(step, c.log_every) or due(step, c.save_every):
+            saves = due(step, c.save_every)
+            if trace.turns(step):
+                settle()
+                trace.turn()
+                history.lap("profile")
+            if due(step, c.eval_every):
+                settle()  # or the wait for the step would count as evaluation
+                writer.write_scalars(step, evaluate(validate, state.ema, frozen, validation, mesh))
+                history.lap("eval")
+            if preview is not None and due(step, c.sample_every):
+                settle()
+                writer.write_images(step, preview(state.ema, frozen, workdir / "samples" / f"{step:07d}"))
+                history.lap("sample")
+            if saves or due(step, c.log_every):
                 settle()
                 scalars = history.scalars(step) | {"lr": float(schedule(step - 1))}
                 writer.write_scalars(step, scalars)
                 writer.flush()
                 bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
-            if due(step, c.eval_every):
-                with history.spending("eval"):
-                    writer.write_scalars(step, evaluate(validate, state.ema, frozen, validation, mesh))
-            if preview is not None and due(step, c.sample_every):
-                with history.spending("sample"):
-                    writer.write_images(step, preview(state.ema, frozen, workdir / "samples" / f"{step:07d}"))
-            if due(step, c.save_every):
-                with history.spending("save"):
-                    checkpointer.save(step, state, stream.get_state(), config)
+                history.lap("log")
+            if saves:
+                checkpointer.save(step, state, stream.get_state(), config)
+                history.lap("save")
             if step == c.steps:
                 break
-            with history.spending("data"):
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 batch = sharding.shard_batch(next(stream), mesh)
-            with jax.transfer_guard("disallow"):
-                state, metrics = update(state, frozen, batch)
+                history.lap("data")
+                with jax.transfer_guard("disallow"):
+                    state, metrics = update(state, frozen, batch)
+                history.lap("step")
             checkpointer.check()
             settle()  # step n - 1, now that step n is on its way
             pending = (step + 1, metrics)
             bar.update()
+        if start < c.steps:
+            checkpointer.wait()
+            history.lap("save")
+            writer.write_scalars(c.steps, history.rest())
 
     if is_main:
         weights = {name: float(t.weight) for name, t in config.tasks.items()}
@@ -273,27 +323,52 @@ def train(
     return state
 
 
+def distinct_shapes(validation: Mapping[str, Sequence[Batch]]) -> list[Batch]:
+    """A batch of each shape that occurs."""
+
+    def shape(batch: Batch) -> tuple:
+        return jax.tree.structure(batch), *((x.shape, x.dtype) for x in jax.tree.leaves(batch))
+
+    return list({shape(batch): batch for batches in validation.values() for batch in batches}.values())
+
+
 class History:
-    """What happened since the last written row: mean losses, shares of the tasks, and where the time went."""
+    """What happened since the last written row: mean losses, shares of the tasks, and where the time went.
+
+    `lap(name)` says what the time since the lap before it was for, so the `seconds/*` of a row add up to the
+    wall time since the row before:
+        data: waiting for the next batch and starting its transfer, though the device may be computing meanwhile
+        step: dispatching steps and waiting for the device
+        eval, sample, save, log, profile: what they say
+        start, compile: everything before the first step, and the compilation of it and of validation
+    A process that was killed after its last row leaves no trace of the time since.
+
+    `time` is the run's wall time in seconds, all attempts together, and `goodput` is the share of it that went to
+    steps that count: the sum of `seconds/step` over the rows that the run has kept. A step that was lost with a crash
+    and made again counts once, though `time` has both.
+    """
 
     def __init__(self, workdir: epath.Path, task_names: Sequence[str]) -> None:
         self.task_names = task_names
-        rows = writers.read_metrics(workdir / "metrics.jsonl")
-        self.seconds_before = rows[-1].get("time", 0.0) if rows else 0.0
-        self.begin = time.monotonic()
+        self.rows = writers.read_metrics(workdir / "metrics.jsonl")
+        self.seconds_before = max((row.get("time", 0.0) for row in self.rows), default=0.0)
+        self.stepped = 0.0
+        self.begin = self.mark = time.monotonic()
         self._clear()
 
     def _clear(self) -> None:
         self.steps: list[dict[str, np.ndarray]] = []
-        self.since = time.monotonic()
         self.spent: dict[str, float] = {}
 
-    @contextlib.contextmanager
-    def spending(self, name: str) -> Iterator[None]:
-        """Counts the time inside as `seconds/<name>`, and not as stepping if it is no part of a step."""
-        begin = time.monotonic()
-        yield
-        self.spent[name] = self.spent.get(name, 0.0) + time.monotonic() - begin
+    def resume(self, step: int) -> None:
+        """Counts the steps up to `step` that earlier attempts made; those that they made after it are lost."""
+        self.stepped = sum(row.get("seconds/step", 0.0) for row in self.rows if row["step"] <= step)
+
+    def lap(self, name: str) -> None:
+        """Counts the time since the last lap as `seconds/<name>`."""
+        now = time.monotonic()
+        self.spent[name] = self.spent.get(name, 0.0) + now - self.mark
+        self.mark = now
 
     def add(self, step: int, metrics: Mapping[str, Array]) -> None:
         """Fetches one step's metrics; raises `NonFiniteLossError` for a loss or gradient that is not finite."""
@@ -310,23 +385,32 @@ class History:
         if not self.steps:
             raise ValueError(f"no metrics since the last row, at step {step}")
         total = {k: np.sum([m[k] for m in self.steps], axis=0, dtype=np.float64) for k in self.steps[0]}
-        n, now = len(self.steps), time.monotonic()
-        elapsed = now - self.since
-        stepping = elapsed - sum(self.spent.get(k, 0.0) for k in ("eval", "sample", "save"))
+        n = len(self.steps)
         row = {k: float(total[k] / n) for k in ("loss", "grad_norm", "param_norm")}
         for name, loss, count in zip(self.task_names, total["loss_sum"], total["count"], strict=True):
             if count:
                 row[f"loss/{name}"] = float(loss / count)
                 row[f"count/{name}"] = float(count)
                 row[f"share/{name}"] = float(count / total["count"].sum())
-        row |= {f"seconds/{k}": v for k, v in self.spent.items()}
+        stepping = sum(seconds for name, seconds in self.spent.items() if name not in BESIDE)
         row |= {
             "steps_per_second": n / stepping,
             "images_per_second": float(total["count"].sum()) / stepping,
-            "time": self.seconds_before + now - self.begin,
         }
+        self.seconds = {f"seconds/{name}": seconds for name, seconds in self.spent.items()}
+        self.stepped += self.spent["step"]
         self._clear()
-        return row
+        return row | self.seconds | self._so_far()
+
+    def rest(self) -> dict[str, float]:
+        """What the time since the last row, to its step's last save, changes in that row."""
+        for name, seconds in self.spent.items():
+            self.seconds[f"seconds/{name}"] = self.seconds.get(f"seconds/{name}", 0.0) + seconds
+        return self.seconds | self._so_far()
+
+    def _so_far(self) -> dict[str, float]:
+        seconds = self.seconds_before + self.mark - self.begin
+        return {"time": seconds, "goodput": self.stepped / seconds}
 
 
 def evaluate(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from univg_jax import hlo, sharding
 from univg_jax.models.layers import modulated_norm, rotate_2d, sincos_table
 from univg_jax.models.mmdit import SIZES, MMDiT, make_mmdit
 
@@ -216,3 +217,29 @@ def test_bad_fields_are_named(build, message):
 def test_every_size_names_only_fields():
     for fields in SIZES.values():
         assert fields.keys() <= {f.name for f in dataclasses.fields(MMDiT)}
+
+
+@pytest.mark.parametrize(("remat", "gathers"), [("none", 2), ("minimal", 2), ("attention", 2), ("full", 2)])
+def test_gathered_weights_are_not_kept_for_the_backward_pass(remat, gathers):
+    """Fully sharded, a policy may keep activations, but a weight is gathered forwards and once more backwards."""
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    jax.set_mesh(mesh)
+    model = MMDiT(hidden_dim=128, depth=4, num_heads=2, text_dim=64, pooled_dim=64, remat=remat, attention="xla")
+    inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(8, 4, 4, 33), (8, 8, 64), (8, 64), (8,)]]
+    inputs = sharding.with_shardings(inputs, sharding.batch_sharding(mesh))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    params = sharding.with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
+
+    def loss(params, *inputs):
+        return jnp.sum(model.apply({"params": params}, *inputs) ** 2)
+
+    counts = hlo.count(jax.jit(jax.grad(loss)).lower(params, *inputs).compile().as_text())
+    moved = {c.kind: c.bytes for c in counts.collectives}
+    blocks = sum(
+        x.size * 4
+        for path, x in jax.tree_util.tree_leaves_with_path(params["blocks"])
+        if any(axis is not None for axis in x.sharding.spec)
+    )
+    everything = sum(x.size * 4 for x in jax.tree.leaves(params) if any(axis is not None for axis in x.sharding.spec))
+    # The last block and the ends are outside the loop, where the compiler may gather once.
+    assert gathers * blocks <= moved["all-gather"] <= gathers * everything

@@ -1,6 +1,7 @@
 """From a config, or from the folder of a run, to the parts that the library's functions take."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import data_pipelines.emoji_scenes as emoji_scenes
@@ -57,9 +59,12 @@ def check_config(config: ConfigDict) -> None:
 
 
 def prepare_data(config: ConfigDict) -> None:
-    """Builds the dataset if it is an embedded one and not there yet."""
-    if config.data.dataset in EMBEDDED and jax.process_index() == 0:
+    """Builds the dataset if it is an embedded one and not there yet: process 0 does, the others wait."""
+    if config.data.dataset not in EMBEDDED:
+        return
+    if jax.process_index() == 0:
         EMBEDDED[config.data.dataset].build(config.data.dir, **build_arguments(config))
+    multihost_utils.sync_global_devices("univg_jax.prepare_data")
 
 
 def build_arguments(config: ConfigDict) -> dict[str, Any]:
@@ -102,6 +107,12 @@ def encoders(config: ConfigDict, workdir: epath.PathLike, mesh: jax.sharding.Mes
     )
 
 
+def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """The mesh of `config.mesh` over all devices. Raises ValueError where it does not fit them."""
+    width = make_mmdit(config.model.size, **config.model.overrides).hidden_dim
+    return sharding.make_mesh(**config.mesh, width=width)
+
+
 def make_model(config: ConfigDict, conditioner: Conditioner) -> UniVG:
     backbone = make_mmdit(
         config.model.size,
@@ -112,6 +123,23 @@ def make_model(config: ConfigDict, conditioner: Conditioner) -> UniVG:
         **config.model.overrides,
     )
     return UniVG(backbone=backbone, face_dim=conditioner.face_dim)
+
+
+def make_init(config: ConfigDict, model: UniVG, conditioner: Conditioner) -> Callable[[Any, jax.Array], Any]:
+    """`init(frozen, key)`: the parameters of the model before any training."""
+    c = config.data
+    batch = fake_batch(  # only its shapes matter
+        batch_size=jax.device_count(),
+        resolution=c.resolution,
+        num_tokens=c.num_tokens,
+        face_resolution=c.face_resolution,
+    )
+
+    def init(frozen: Any, key: jax.Array) -> Any:
+        x0, conditions = conditioner.target_latents(frozen, batch), conditioner.conditions(frozen, batch)
+        return model.init(key, x0, jnp.zeros(batch.size), conditions)["params"]
+
+    return init
 
 
 def sampler(config: ConfigDict) -> Sampler:
@@ -139,46 +167,52 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A trained model, ready to generate."""
+    """A trained model, ready to generate on the mesh; every process calls its methods, with its own rows."""
 
     path: str
     step: int
     config: ConfigDict
     params: Any
     frozen: Any
+    mesh: jax.sharding.Mesh
     generator: Generator
     tokenizer: Tokenizer
 
     def generate(
         self, batch: Batch, task: str, *, seed: int = 0, on_step: Callable[[], Any] | None = None
     ) -> np.ndarray:
-        """Images [b h w 3] in 0..255 for this process's rows of a batch of one task."""
-        mesh = jax.sharding.get_mesh()
+        """Images [b h w 3] in 0..255 for this process's rows of a batch of one task.
+
+        `on_step` is called as steps are done, in a run of one process.
+        """
         passes = guided_passes(batch, self.config, task, self.tokenizer)
-        sharded = [sharding.shard_batch(p, mesh) for p in passes]
+        sharded = [sharding.shard_batch(p, self.mesh) for p in passes]
         weights = guidance(self.config, task)
-        generator = dataclasses.replace(self.generator, on_step=on_step)
-        images = sharding.fetch(generator(self.params, self.frozen, sharded, weights=weights, seed=seed))
-        start = jax.process_index() * batch.size
-        return to_uint8(images[start : start + batch.size])
+        # A callback into one process would make programs that differ from process to process.
+        generator = dataclasses.replace(self.generator, on_step=on_step if jax.process_count() == 1 else None)
+        images = generator(self.params, self.frozen, sharded, weights=weights, seed=seed)
+        return to_uint8(sharding.own_rows(images, self.mesh))
+
+    def reconstruct(self, batch: Batch) -> np.ndarray:
+        """What the codec makes of the targets, [b h w 3] in 0..255, for this process's rows."""
+        target = sharding.shard_batch(batch.target, self.mesh)
+        return to_uint8(sharding.own_rows(self._reconstruct(self.frozen, target), self.mesh))
+
+    @functools.cached_property
+    def _reconstruct(self) -> Callable[[Any, Any], jax.Array]:
+        conditioner = self.generator.conditioner
+        return jax.jit(lambda frozen, images: conditioner.decode(frozen, conditioner.encode(frozen, images)))
 
     def initial_params(self, *, seed: int) -> Any:
         """The parameters of the same model before any training."""
-        c, model, conditioner = self.config.data, self.generator.model, self.generator.conditioner
-        batch = fake_batch(
-            batch_size=1, resolution=c.resolution, num_tokens=c.num_tokens, face_resolution=c.face_resolution
-        )
-
-        def init(frozen: Any) -> Any:
-            x0, conditions = conditioner.target_latents(frozen, batch), conditioner.conditions(frozen, batch)
-            return model.init(jax.random.key(seed), x0, jnp.zeros(1), conditions)["params"]
-
-        return jax.jit(init)(self.frozen)
+        init = make_init(self.config, self.generator.model, self.generator.conditioner)
+        shardings = jax.tree.map(lambda x: x.sharding, self.params)
+        return jax.jit(init, out_shardings=shardings)(self.frozen, jax.random.key(seed))
 
     @property
     def rows(self) -> int:
-        """The smallest batch that divides over the devices."""
-        return jax.device_count()
+        """The rows of each process in the smallest batch that divides over all devices."""
+        return jax.local_device_count()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -190,6 +224,7 @@ def load_run(
 ) -> Run:
     """The run in a workdir, or at one of its checkpoints; `overrides` are of its `sampling` config.
 
+    Its parameters are split as in training where its mesh fits the devices at hand, else over all of them.
     `pretrained` is where pretrained encoders lie, if no longer where the run found them.
 
     Raises FileNotFoundError if there is no checkpoint, ValueError if what is there does not fit together.
@@ -202,17 +237,24 @@ def load_run(
         config.conditioning.folder = pretrained
     config.data.text_cache = ""  # of the prompts of its training
     workdir = checkpoint.workdir_of(path)
-    mesh = sharding.make_mesh(data=-1)
+    try:
+        mesh = make_mesh(config)
+    except ValueError:
+        mesh = sharding.make_mesh(data=1, fsdp=-1)
     jax.set_mesh(mesh)
     conditioner, frozen = conditioning.load(workdir, folder=config.conditioning.folder, mesh=mesh)
     model = make_model(config, conditioner)
-    params = checkpoint.load_params(path, which=which, shardings=sharding.replicated(mesh))
+    abstract = jax.eval_shape(make_init(config, model, conditioner), frozen, jax.random.key(0))
+    params = checkpoint.load_params(
+        path, which=which, abstract=abstract, shardings=sharding.tree_shardings(abstract, mesh)
+    )
     return Run(
         path=str(path),
         step=checkpoint.step_of(path),
         config=config,
         params=params,
         frozen=frozen,
+        mesh=mesh,
         generator=Generator(model=model, conditioner=conditioner, sampler=sampler(config)),
         tokenizer=tokenizer(config),
     )

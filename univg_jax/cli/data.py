@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from data_pipelines import cache, inspect
-from univg_jax import conditioning, sharding
+from univg_jax import conditioning
 from univg_jax.cli import assembly
 from univg_jax.cli.config import load_config
 from univg_jax.cli.main import configure_jax
@@ -70,7 +70,7 @@ def cache_prompts(args: argparse.Namespace) -> None:
     if (epath.Path(args.out) / cache.RECORD).exists():
         raise FileExistsError(f"{args.out} has a cache; choose another folder or delete it")
     assembly.prepare_data(config)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = assembly.make_mesh(config)
     jax.set_mesh(mesh)
     module, params = conditioning.load_text(config.conditioning, mesh=mesh)
     embed = jax.jit(lambda params, tokens, mask: module.apply({"params": params}, tokens, mask))

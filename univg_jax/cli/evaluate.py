@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.tasks import TASKS
 from univg_jax.batch import Batch
-from univg_jax.cli import assembly
+from univg_jax.cli import assembly, launch
 from univg_jax.cli.main import configure_jax
 from univg_jax.evaluation import runner
 from univg_jax.names import known
@@ -32,12 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--raw_params", action="store_true", help="the raw parameters instead of their average (EMA)")
     parser.add_argument("--pretrained", metavar="DIR", help="where pretrained encoders lie; default: the run's config")
+    launch.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     known(args.benchmark, BENCHMARKS, what="benchmark")
-    configure_jax()
+    configure_jax(args)
     which = "params" if args.raw_params else "ema"
     run = assembly.load_run(args.checkpoint, which=which, overrides={"steps": args.steps}, pretrained=args.pretrained)
     config = ConfigDict(run.config)
@@ -55,7 +57,11 @@ def run(args: argparse.Namespace) -> None:
 
     results = runner.evaluate_config(
         config,
-        systems={"model": generate(run), "untrained": generate(untrained(run, seed=args.seed))},
+        systems={
+            "model": generate(run),
+            "untrained": generate(untrained(run, seed=args.seed)),
+            "codec": run.reconstruct,
+        },
         conditioner=run.generator.conditioner,
         frozen=run.frozen,
         tokenizer=run.tokenizer,
@@ -76,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
         num_examples=args.examples,
         batch_size=args.batch_size,
     )
-    print(table(results))
+    if jax.process_index() == 0:
+        print(table(results))
 
 
 def untrained(run: assembly.Run, *, seed: int) -> assembly.Run:

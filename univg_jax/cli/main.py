@@ -5,10 +5,13 @@ import importlib
 import logging as stdlib_logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
+
+from univg_jax.cli import launch
 
 OWN_PACKAGES = ("univg_jax", "data_pipelines", "experiments")
 COMMANDS = {
@@ -16,6 +19,7 @@ COMMANDS = {
     "sample": "one image from a checkpoint, for any task",
     "evaluate": "a benchmark's metrics for a checkpoint",
     "report": "one page about the stages of a run and its evaluation",
+    "plan": "compile a config for any TPU topology, without a TPU: memory, FLOPs, collectives, roofline",
     "data": "build datasets, look at what a config trains on",
     "checkpoint": "list, verify and copy checkpoints",
 }
@@ -50,13 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except KeyboardInterrupt:
         print(f"univg {args.command}: interrupted", file=sys.stderr)
-        return 130
+        code = 130
     except Exception as error:
-        if args.verbose or not _is_for_the_user(error):
+        if _is_for_the_user(error) and not args.verbose:
+            print(f"univg {args.command}: error: {error}", file=sys.stderr)
+        elif launch.among_others():
+            traceback.print_exc()
+        else:
             raise
-        print(f"univg {args.command}: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        code = 1
+    else:
+        return 0
+    launch.leave(code)
+    return code
 
 
 def _ours_or_grave(record: Any) -> bool:
@@ -69,7 +79,7 @@ def _is_for_the_user(error: Exception) -> bool:
     """Errors that our code raised about its input; the rest are bugs and deserve their traceback."""
     from univg_jax.train import NonFiniteLossError
 
-    if not isinstance(error, ValueError | FileNotFoundError | FileExistsError | NonFiniteLossError):
+    if not isinstance(error, ValueError | FileNotFoundError | FileExistsError | ConnectionError | NonFiniteLossError):
         return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -78,9 +88,15 @@ def _is_for_the_user(error: Exception) -> bool:
     return raised_in.split(".")[0] in (*OWN_PACKAGES, "univg_config")
 
 
-def configure_jax() -> None:
-    """What every command that computes wants of JAX, before its first use."""
+def configure_jax(args: argparse.Namespace | None = None) -> None:
+    """What every command that computes wants of JAX, before its first use; `args` may have the flags of `launch`."""
     import jax
 
+    from univg_jax import compilation, tpu
+
+    tpu.quiet_where_absent()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     jax.config.update("jax_threefry_partitionable", True)
+    compilation.turn_cache_on()
+    if hasattr(args, "coordinator"):
+        launch.start(args)

@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-batch", action="store_true", help="also search the largest batch that fits")
     parser.add_argument("--sweep", action="store_true", help="rank mesh shapes and remat policies by their roofline")
+    parser.add_argument(
+        "--quick", action="store_true", help="a third of the compile time; memory and its traffic some percent off"
+    )
     parser.add_argument("--json", metavar="FILE", help="everything, in bytes, FLOPs and seconds")
     parser.epilog = "Any key of the config can be set: --config.data.batch_size=256 --config.model.overrides.remat=full"
     parser.set_defaults(run=run)
@@ -54,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # compiling needs no device
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for another machine cannot be read back
     include = [known(name, EXTRAS, what="part") for name in filter(None, args.include.split(","))]
     if args.slices < 1:
         raise ValueError(f"--slices={args.slices}: expected at least 1")
@@ -65,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     report: dict[str, Any] = {"config": config.to_dict()}
 
     def compile_(config: ConfigDict, topology: Topology, programs: tuple[str, ...] = ("train",)) -> Plan:
-        return compile_for(config, topology, programs=programs, encoders="encoders" in include)
+        return compile_for(config, topology, programs=programs, encoders="encoders" in include, quick=args.quick)
 
     if args.sweep:
         ranked = {t.name: sweep(config, t, compile_) for t in topologies}
@@ -88,7 +92,14 @@ def run(args: argparse.Namespace) -> None:
         out.write_text(json.dumps(report, indent=1, default=str))
 
 
-def compile_for(config: ConfigDict, topology: Topology, *, programs: tuple[str, ...], encoders: bool) -> Plan:
+def compile_for(
+    config: ConfigDict,
+    topology: Topology,
+    *,
+    programs: tuple[str, ...] = ("train",),
+    encoders: bool = False,
+    quick: bool = False,
+) -> Plan:
     """`compile_plan` of the parts that a run of `config` has."""
     conditioner, frozen = conditioning.abstract(config.conditioning)
     model = assembly.make_model(config, conditioner)
@@ -103,6 +114,7 @@ def compile_for(config: ConfigDict, topology: Topology, *, programs: tuple[str, 
         task_names=list(TASKS),
         programs=programs,
         encoders=encoders,
+        quick=quick,
     )
 
 
@@ -118,41 +130,26 @@ def changed(config: ConfigDict, **values: Any) -> ConfigDict:
     return copy
 
 
-def max_batch(config: ConfigDict, topology: Topology, compile_: Callable[..., Any]) -> int:
-    """The largest global batch that fits: temporaries grow linearly with it, so few programs are compiled."""
+def max_batch(config: ConfigDict, topology: Topology, compile_: Callable[..., Plan]) -> int:
+    """The largest global batch that fits: where the line through two that do meets the memory, else by halves."""
     first = compile_(config, topology)
     unit = first.mesh["data"] * first.mesh["fsdp"] * config.optim.accumulate
-    start = max(config.data.batch_size // unit, 1)
-    programs: dict[int, Any] = {start: first.programs[0]} if start * unit == config.data.batch_size else {}
-
-    def fits(rows: int) -> bool:
-        if rows not in programs:
-            programs[rows] = compile_(changed(config, data__batch_size=rows * unit), topology).programs[0]
-        return programs[rows].fits
-
-    low, high = 0, None
-    guess = start
+    low, high, guess, by_line = 0, None, config.data.batch_size // unit, False
+    programs: dict[int, Program] = {guess: first.programs[0]}
     while high is None or high - low > 1:
-        if fits(guess):
-            low = max(low, guess)
+        if guess not in programs:
+            batch = changed(config, data__batch_size=guess * unit)
+            programs[guess] = compile_(batch, topology).programs[0]
+        low, high = (guess, high) if programs[guess].fits else (low, guess)
+        fitting = [(rows, program.peak) for rows, program in sorted(programs.items()) if program.fits][-2:]
+        by_line = len(fitting) == 2 and not (by_line and high)  # not twice in a row: memory is only nearly a line
+        if by_line:
+            (a, peak), (b, larger) = fitting
+            guess = int(a + (topology.chip.hbm - peak) * (b - a) / max(larger - peak, 1))
         else:
-            high = min(high or guess, guess)
-        if low and high is None:
-            guess = _extrapolate(programs, topology.chip.hbm) if len(programs) > 1 else 2 * low
-            guess = min(max(guess, low + 1), 4 * low)
-        elif high is not None:
-            guess = _extrapolate(programs, topology.chip.hbm) if len(programs) > 1 and low else (low + high) // 2
-            guess = min(max(guess, low + 1), high - 1)
-            if high - low > 1 and guess in programs:
-                guess = (low + high) // 2
+            guess = 2 * low if high is None else (low + high) // 2
+        guess = min(max(guess, low + 1), 4 * low if high is None else max(high - 1, 1))
     return low * unit
-
-
-def _extrapolate(programs: dict[int, Any], hbm: float) -> int:
-    """Where a line through the two largest programs that were compiled meets the memory."""
-    (a, first), (b, second) = sorted(programs.items())[-2:]
-    slope = (second.peak - first.peak) / (b - a)
-    return int(a + (hbm - first.peak) / slope) if slope > 0 else 2 * b
 
 
 def sweep(config: ConfigDict, topology: Topology, compile_: Callable[..., Any]) -> list[Plan]:
@@ -207,7 +204,13 @@ def print_plans(plans: list[Plan]) -> None:
     def row(name: str, cell: Callable[[Plan], str]) -> None:
         table.add_row(name, *map(cell, plans))
 
-    row("chip", lambda p: f"{p.chip.kind}, {p.chip.flops / 1e12:.0f} TFLOP/s")
+    row("device", lambda p: f"{p.chip.kind}, {p.chip.flops / 1e12:.0f} TFLOP/s")
+    row(
+        "  GB/s: HBM | ICI | DCN",
+        lambda p: " | ".join(
+            f"{b / 1e9:.4g}" for b in (p.chip.hbm_bandwidth, p.chip.ici_bandwidth, p.chip.dcn_bandwidth)
+        ),
+    )
     row("devices", lambda p: f"{p.devices}")
     row("mesh data x fsdp x tensor", lambda p: " x ".join(str(n) for n in p.mesh.values()))
     row("remat, attention, dtype", lambda p: f"{p.model['remat']}, {p.model['attention']}, {p.model['dtype']}")

@@ -3,6 +3,7 @@
 import argparse
 import os
 
+import jax
 import numpy as np
 from etils import epath
 from PIL import Image
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from data_pipelines import mixture, records, transforms
 from data_pipelines.tasks import PLACEHOLDER, TASKS, Example, blank_hole, find
-from univg_jax.cli import assembly
+from univg_jax.cli import assembly, launch
 from univg_jax.cli.main import configure_jax
 from univg_jax.names import known
 
@@ -43,13 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw_params", action="store_true", help="the raw parameters instead of their average (EMA)")
     parser.add_argument("--pretrained", metavar="DIR", help="where pretrained encoders lie; default: the run's config")
     parser.add_argument("--out", required=True, metavar="FILE.png")
+    launch.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     find(args.task)
     _check_inputs(args)
-    configure_jax()
+    configure_jax(args)
     run = assembly.load_run(
         args.checkpoint,
         which="params" if args.raw_params else "ema",
@@ -67,8 +69,11 @@ def run(args: argparse.Namespace) -> None:
         num_tokens=data.num_tokens,
         face_resolution=data.face_resolution,
     )
-    with tqdm(total=run.config.sampling.steps, desc=f"sample {args.task}", unit="step") as bar:
+    alone = jax.process_count() == 1
+    with tqdm(total=run.config.sampling.steps, desc=f"sample {args.task}", unit="step", disable=not alone) as bar:
         image = run.generate(batch, args.task, seed=args.seed, on_step=bar.update)[0]
+    if jax.process_index() != 0:
+        return
     if args.task == "ip":
         image = np.where(example.mask > 0, image, example.source)  # what is kept is the input's own pixels
     out = epath.Path(args.out)

@@ -11,8 +11,8 @@ from PIL import Image
 
 from data_pipelines import mixture
 from data_pipelines.tasks import TASKS
-from univg_jax import checkpoint, sharding, train
-from univg_jax.cli import assembly
+from univg_jax import checkpoint, profiling, sharding, train
+from univg_jax.cli import assembly, launch
 from univg_jax.cli.config import load_config
 from univg_jax.cli.main import configure_jax
 from univg_jax.interop.diffusers import open_transformer, transformer_folder
@@ -24,15 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="where the run lives; continued if it has begun"
     )
+    parser.add_argument(
+        "--profile", metavar="START:STOP", help="trace the updates from step START to step STOP into DIR/profile"
+    )
     parser.epilog = "Any key of the config can be set: --config.optim.lr=1e-4"
+    launch.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    configure_jax()
+    configure_jax(args)
     config = load_config(args.config, args.overrides)
     workdir = epath.Path(args.workdir)
     assembly.check_config(config)
+    profile = profiling.parse_steps(args.profile, total=config.train.steps) if args.profile else None
+    mesh = assembly.make_mesh(config)
     # The parent is looked at before anything is claimed.
     if folder := transformer_folder(config.init_from.path):
         open_transformer(folder)
@@ -40,10 +46,10 @@ def run(args: argparse.Namespace) -> None:
         checkpoint.load_config(config.init_from.path)
     checkpoint.claim_workdir(workdir, config)
     if (workdir / "summary.json").exists() and max(checkpoint.list_steps(workdir), default=0) == config.train.steps:
-        print(f"{config.name}: all {config.train.steps} steps are done in {workdir}")
+        if jax.process_index() == 0:
+            print(f"{config.name}: all {config.train.steps} steps are done in {workdir}")
         return
 
-    mesh = sharding.make_mesh(**config.mesh)
     assembly.prepare_data(config)
     tokenizer = assembly.tokenizer(config)
     conditioner, frozen = assembly.encoders(config, workdir, mesh)
@@ -79,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
         validation=validation,
         preview=previews(config, active, tokenizer, generator),
         mesh=mesh,
+        profile=profile,
     )
     stream.close()
 
@@ -90,7 +97,16 @@ def previews(config: ConfigDict, active: list[str], tokenizer: Any, generator: G
     size = -(-count // jax.device_count()) * jax.device_count()
     batches = {
         name: next(
-            mixture.eval_batches(config, name, split="validation", num=count, batch_size=size, tokenizer=tokenizer)
+            mixture.eval_batches(
+                config,
+                name,
+                split="validation",
+                num=count,
+                batch_size=size,
+                tokenizer=tokenizer,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
         )
         for name in active
     }
@@ -99,12 +115,13 @@ def previews(config: ConfigDict, active: list[str], tokenizer: Any, generator: G
         grids, mesh = {}, jax.sharding.get_mesh()
         for name, batch in batches.items():
             passes = [sharding.shard_batch(p, mesh) for p in assembly.guided_passes(batch, config, name, tokenizer)]
-            images = sharding.fetch(
-                generator(params, frozen, passes, weights=assembly.guidance(config, name), seed=config.seed)
-            )
-            sources = [batch.source] if batch.has_source.any() else []
-            rows = *sources, batch.target, assembly.to_uint8(images)
-            grids[name] = np.concatenate([np.concatenate(row[batch.valid], axis=1) for row in rows])
+            images = generator(params, frozen, passes, weights=assembly.guidance(config, name), seed=config.seed)
+            whole = jax.tree.map(sharding.fetch, passes[0])
+            sources = [whole.source] if whole.has_source.any() else []
+            rows = *sources, whole.target, assembly.to_uint8(sharding.fetch(images))
+            # A mesh may hold the rows of processes in any order.
+            order = [i for i in np.argsort(whole.sample_id) if whole.valid[i]]
+            grids[name] = np.concatenate([np.concatenate(row[order], axis=1) for row in rows])
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for name, grid in grids.items():

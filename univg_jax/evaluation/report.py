@@ -338,7 +338,7 @@ def _stage_view(run: Stage) -> dict[str, Any]:
         for t in tasks
     ]
     widest = max((max(m["realized"], m["declared"]) for m in mixture), default=1.0) or 1.0
-    beside = run.total("seconds")
+    beside = {name: seconds for name, seconds in run.total("seconds").items() if name != "step"}
     spent = {"training": max(summary["seconds"] - sum(beside.values()), 0.0)} | beside
     spent = {name: seconds for name, seconds in spent.items() if seconds >= 0.05}
     return {

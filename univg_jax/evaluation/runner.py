@@ -6,6 +6,7 @@ and counts a case, and the rows are added in the order of cases with correct rou
 uneven shards give the same bits, as long as `generate` gives the same images.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,15 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines import mixture, tasks
 from data_pipelines.mixture import Row
+from univg_jax import sharding
 from univg_jax.batch import Batch
 from univg_jax.conditioning import Conditioner
 from univg_jax.evaluation import scorers as scorers_lib
@@ -101,7 +103,7 @@ def evaluate_config(
 ) -> dict[str, Any]:
     """`evaluate` on a config's data, with its frozen encoders and scorers fitted on its train split.
 
-    `systems` has "model" and "untrained"; "codec" and "real" are added. Raises ValueError for a task that the
+    `systems` has "model", "untrained" and "codec"; "real" is added. Raises ValueError for a task that the
     config does not have.
     """
     names = [known(name, config.tasks, what="task of this config") for name in task_names or config.tasks]
@@ -129,29 +131,34 @@ def evaluate_config(
 
     build = epath.Path(config.data.dir) / "build.json"
     dataset = build.read_text() if build.exists() else str(config.data.dir)
-    embed_text = scorers_lib.text_embedder(conditioner, frozen, tokenizer, num_tokens=config.data.num_tokens)
+    judging = _for_judges(frozen)
+    embed_text = scorers_lib.text_embedder(conditioner, judging, tokenizer, num_tokens=config.data.num_tokens)
     scene = None
     if any(BENCHMARKS[name].needs_scene for name in names):
         source = next(s for name in names if BENCHMARKS[name].needs_scene for s in config.tasks[name]["sources"])
-        scene = scorers_lib.scene_scorer(
-            mixture.open_source(source, "train", data_dir=config.data.dir),
-            noun_of=scorers_lib.emoji_noun,
-            embed_text=embed_text,
-            cache_dir=epath.Path(config.data.dir) / "scorers",
-            key=dataset,
-            steps=scorer_steps,
-            progress=progress,
-        )
+
+        def scene_scorer() -> scorers_lib.SceneScorer:
+            with _apart():
+                return scorers_lib.scene_scorer(
+                    mixture.open_source(source, "train", data_dir=config.data.dir),
+                    noun_of=scorers_lib.emoji_noun,
+                    embed_text=embed_text,
+                    cache_dir=epath.Path(config.data.dir) / "scorers",
+                    key=dataset,
+                    steps=scorer_steps,
+                    progress=progress,
+                )
+
+        if jax.process_index() == 0:
+            scene_scorer()  # fits it, if that was not done before; the others read it
+        multihost_utils.sync_global_devices("univg_jax.scene_scorer")
+        scene = scene_scorer()
     has_face = conditioner.face_dim is not None
-    faces = scorers_lib.face_embedder(conditioner, frozen) if has_face else None
+    faces = scorers_lib.face_embedder(conditioner, judging) if has_face else None
     return evaluate(
         draw(split, num_examples),
         train=draw("train", num_train),
-        systems={
-            **systems,
-            "codec": _reconstruction(conditioner, frozen),
-            "real": lambda batch: np.asarray(batch.target),
-        },
+        systems={**systems, "real": lambda batch: np.asarray(batch.target)},
         collate=collate,
         scorers=Scorers(scene=scene, embed_text=embed_text, embed_face=faces),
         settings={**settings, "split": split, "dataset": hashlib.sha256(dataset.encode()).hexdigest()[:12]},
@@ -162,13 +169,19 @@ def evaluate_config(
     )
 
 
-def _reconstruction(conditioner: Conditioner, frozen: Mapping[str, Any]) -> Generate:
-    @jax.jit
-    def reconstruct(frozen: Any, images: Any) -> Any:
-        decoded = conditioner.decode(frozen, conditioner.encode(frozen, images))
-        return jnp.round((decoded + 1) * 127.5).astype(jnp.uint8)
+def _apart() -> contextlib.AbstractContextManager[Any]:
+    """Where judges compute. Of several processes each judges its own rows: no business of their common mesh."""
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(sharding.make_mesh(data=1, devices=jax.local_devices()[:1]))
 
-    return lambda batch: np.asarray(reconstruct(frozen, batch.target))
+
+def _for_judges(frozen: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The encoders that judges use, where they compute."""
+    if jax.process_count() == 1:
+        return frozen
+    whole = {part: frozen[part] for part in ("text", "identity") if part in frozen}
+    return jax.tree.map(lambda x: jax.device_put(sharding.fetch(x), jax.local_devices()[0]), whole)
 
 
 def _previous(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,17 +220,20 @@ class _Task:
 
     def run(self, systems: Mapping[str, Generate]) -> dict[str, Any]:
         benchmark = self.benchmark
-        judge = benchmark.judge(self.scorers, self.cases)
+        with _apart():
+            judge = benchmark.judge(self.scorers, self.cases)
+            like = judge(self.cases[0], self.cases[0].example.target)
 
         def score(images_of: Callable[[list[Case]], Any], *, save: bool = False) -> dict[str, Any]:
             rows: dict[int, dict[str, Ratio]] = {}
             for part in self._parts():
                 images = images_of(part)
-                for case, image in zip(part, images):
-                    rows[case.index] = judge(case, image)
-                    if save:
-                        self._save(case, image)
-            return _summarize(_gather(rows, len(self.cases), judge(self.cases[0], self.cases[0].example.target)))
+                with _apart():
+                    for case, image in zip(part, images):
+                        rows[case.index] = judge(case, image)
+                        if save:
+                            self._save(case, image)
+            return _summarize(_gather(rows, len(self.cases), like))
 
         measured = {}
         for system, generate in systems.items():
@@ -304,8 +320,6 @@ class _Task:
 
 def _gather(rows: Mapping[int, Mapping[str, Ratio]], count: int, like: Mapping[str, Ratio]) -> dict[str, list[Ratio]]:
     """The rows of all `count` cases, by metric, from what each process has; every row is `like` one another."""
-    from jax.experimental import multihost_utils
-
     table = _pack(rows, count, like)
     if jax.process_count() > 1:
         # As 32-bit words, since JAX would round float64 to float32 on the way.

@@ -37,12 +37,16 @@ from univg_jax.names import known
 
 Array = jax.Array | np.ndarray
 
-_policies = jax.checkpoint_policies
+
+def _all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name != "all_gather"
+
+
 # What a block keeps for the backward pass beside its input: everything but gathered weights; the outputs of its linear
 # maps; what attention gave; nothing; the outputs of its linear maps, in the host's memory.
 _policies = jax.checkpoint_policies
 REMAT = {
-    "none": _policies.save_anything_except_these_names(sharding.GATHERED),
+    "none": _all_but_gathers,
     "minimal": _policies.dots_with_no_batch_dims_saveable,
     "attention": _policies.save_only_these_names(ATTENDED),
     "full": _policies.nothing_saveable,

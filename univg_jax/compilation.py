@@ -1,0 +1,70 @@
+"""Compiled programs outlive their process: XLA's cache on disk, and a count of what it saved."""
+
+import atexit
+import dataclasses
+import os
+
+import jax
+from absl import logging
+from etils import epath
+from jax import monitoring
+
+FOLDER = "~/.cache/univg_jax/xla"
+
+# Programs that compile faster are not kept: reading one back is not free, least of all from a bucket, and a run has
+# hundreds of tiny ones.
+MIN_SECONDS = 0.3
+
+_EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
+
+
+@dataclasses.dataclass(kw_only=True)
+class CacheUse:
+    """How many programs this process read from the cache, and how many it compiled and wrote there.
+
+    Programs that compile in less than `MIN_SECONDS`, or that call back into Python, are neither.
+    """
+
+    hits: int = 0
+    misses: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.hits} hits, {self.misses} misses"
+
+
+_use: CacheUse | None = None
+
+
+def turn_cache_on() -> CacheUse:
+    """Turns the persistent cache on; what this process gets from it is counted, and logged when the process ends.
+
+    The folder is JAX's own `JAX_COMPILATION_CACHE_DIR` (a local path or `gs://`; empty: no cache), else `FOLDER`.
+    An entry's key holds the program, the versions and options of the compiler, and the kind of the devices, of a
+    CPU its instruction sets too: an entry of another kind of machine is a miss, never a wrong program. Of several
+    processes JAX lets only the first write, so a cache that serves all hosts lies where all can read it.
+    """
+    global _use
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = epath.Path(FOLDER).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # a home that cannot be written is no reason not to run
+            logging.warning("no compilation cache: %s; JAX_COMPILATION_CACHE_DIR names another folder", error)
+            folder = ""
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+    if _use is None:  # once a process: listeners stay
+        use = _use = CacheUse()
+
+        def count(event: str, **_: str | int) -> None:
+            if name := _EVENTS.get(event):
+                setattr(use, name, getattr(use, name) + 1)
+
+        def report() -> None:
+            if (folder := jax.config.jax_compilation_cache_dir) and jax.config.jax_enable_compilation_cache:
+                logging.info("compilation cache %s: %s", folder, use)
+
+        monitoring.register_event_listener(count)
+        atexit.register(report)
+    return _use
