@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [a for a in argv if not a.startswith("--config.")]
     asked = next((a for a in argv if not a.startswith("-")), None)
     for name, summary in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == asked:  # the others' modules, with JAX behind them, need not load
             importlib.import_module(f"univg_jax.cli.{name}").add_arguments(sub)
     args = parser.parse_args(argv)
