@@ -175,8 +175,8 @@ def test_the_same_state(root, name, which):
     """Whatever wrote them, a single process reads them."""
     expected, found = (jax.device_get(checkpoint.load_params(root / n, which=which)) for n in ("eight", name))
     # The same rounding, through the orthogonalization of Muon and the square root of Adam: updates of 5e-3 a step
-    # differed by 1.2e-6 at most.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected)
+    # differed by 1.2e-6 at most (6e-6 from trained parameters).
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
 
 
 def test_the_runs_were_split(root):
