@@ -146,17 +146,16 @@ def main() -> None:
         rows = read_metrics(f"{workdir}/metrics.jsonl")
         stream.close()
 
-    # The rows of `data` windows; one is of the SKIP steps before it.
-    begins = {row["step"] - SKIP: row for row in rows if row["step"] < steps}
-    steady = [row for begin, row in begins.items() if begin // WINDOW % 2 and begin % WINDOW >= SKIP]
-    spent = {name: sum(row.get(f"seconds/{name}", 0.0) for row in steady) for name in ("step", "data", "log", "save")}
-    total = sum(spent.values())
-    outside = {name: seconds / total for name, seconds in spent.items() if name != "step"}
-    print(
-        "by the loop's own clock, outside the step: "
-        + " + ".join(f"{name} {share:.2%}" for name, share in outside.items())
-        + f" = {sum(outside.values()):.2%}"
-    )
+    outside = {}
+    for kind, odd in (("data", 1), ("batch", 0)):
+        # The rows of such windows; a row is of the SKIP steps before it.
+        begins = {row["step"] - SKIP: row for row in rows if WINDOW < row["step"] < steps}
+        steady = [row for begin, row in begins.items() if begin // WINDOW % 2 == odd and begin % WINDOW >= SKIP]
+        spent = {k: sum(row.get(f"seconds/{k}", 0.0) for row in steady) for k in ("step", "data", "log", "save")}
+        total = sum(spent.values())
+        outside[kind] = {name: seconds / total for name, seconds in spent.items() if name != "step"}
+        parts = ", ".join(f"{name} {share:.2%}" for name, share in outside[kind].items())
+        print(f"{kind}: by the loop's clock {sum(outside[kind].values()):.2%} is outside the step ({parts})")
     table = {name: np.array(windows[: args.rounds]) for name, windows in alternating.seconds.items()}
     for name, windows in table.items():
         wall, cpu = 1e3 * np.median(windows, axis=0)

@@ -19,11 +19,20 @@ import numpy as np
 from timing import best_seconds, use_huge_pages
 
 from univg_jax.interop.diffusers import save_transformer
+from univg_jax.models.attention_cpu import cpu_attention
 from univg_jax.models.mmdit import MMDiT
 from univg_jax.sampling import Sampler, guidance_weights, guided_velocity, solve
 
 MODEL = MMDiT(
-    hidden_dim=384, depth=6, num_heads=6, in_channels=16, out_channels=16, text_dim=384, pooled_dim=384, scan=False
+    hidden_dim=384,
+    depth=6,
+    num_heads=6,
+    in_channels=16,
+    out_channels=16,
+    text_dim=384,
+    pooled_dim=384,
+    scan=False,
+    attention=cpu_attention,
 )
 SIDE, TOKENS, SCALE, SHIFT = 32, 32, 4.5, 3.0
 

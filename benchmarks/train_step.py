@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from timing import best_seconds, use_huge_pages
 
+from univg_jax.models.attention_cpu import cpu_attention
 from univg_jax.models.mmdit import MMDiT
 
 PRESETS = {
@@ -150,7 +151,7 @@ def main() -> None:
     preset = {**PRESETS[args.preset], **({"batch": args.batch} if args.batch else {})}
     shape = {name: preset.pop(name) for name in ("side", "tokens", "batch")}
 
-    model = MMDiT(**preset, **CHANNELS)
+    model = MMDiT(**preset, **CHANNELS, attention=cpu_attention)
     steps = {"torch eager": theirs(model, **shape, compiled=False)}
     if shutil.which(os.environ.get("CXX", "g++")):
         steps["torch compiled"] = theirs(model, **shape, compiled=True)

@@ -68,7 +68,7 @@ def main() -> None:
     cases = {"|".join([case[0], case[1], *case[2]]): case for case in weak_scaling() + recommended()}
     missing = [name for name in cases if name not in plans]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=spawn, max_tasks_per_child=8) as pool:
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
         futures = {pool.submit(compile_case, cases[name]): name for name in missing}
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(missing), unit="plan"):
             plans[futures[future]] = future.result()

@@ -94,13 +94,13 @@ def test_blocks_are_lanes_wide_and_pad_little(length, largest):
     ("TPU v5", "tpu", jnp.float32, "splash"),
     ("NVIDIA H100", "gpu", jnp.bfloat16, "cudnn_attention"),
     ("NVIDIA H100", "gpu", jnp.float32, "xla_attention"),
-    ("cpu", "cpu", jnp.bfloat16, "xla_attention"),
+    ("cpu", "cpu", jnp.bfloat16, "cpu_attention"),
 ])  # fmt: skip
 def test_auto_follows_the_platform_that_it_is_compiled_for(monkeypatch, kind, platform, dtype, expected):
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
     mesh = AbstractMesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
     called = []
-    for name in ("splash", "cudnn_attention", "xla_attention"):
+    for name in ("splash", "cudnn_attention", "cpu_attention", "xla_attention"):
         monkeypatch.setattr(attention, name, lambda q, k, v, mask, name=name: called.append(name) or q)
     with jax.sharding.use_abstract_mesh(mesh):
         attention.auto(*inputs(dtype=dtype))

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float
 
 from univg_jax import sharding
+from univg_jax.models.attention_cpu import cpu_attention
 
 Array = jax.Array | np.ndarray
 
@@ -130,13 +131,21 @@ def _pad(x: Array, axis: int, block: int) -> Array:
 def auto(
     q: Float[Array, "b n k c"], k: Float[Array, "b s k c"], v: Float[Array, "b s k c"], mask: Bool[Array, "b s"] | None
 ) -> Float[Array, "b n k c"]:
-    """`splash` on TPUs, `cudnn` on NVIDIA GPUs for the dtypes that it takes, else `xla`."""
+    """`splash` on TPUs, `cudnn` on NVIDIA GPUs for the dtypes that it takes, `cpu` on CPUs, else `xla`."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     if device.platform == "tpu":
         return splash(q, k, v, mask)
     if device.platform in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16):
         return cudnn_attention(q, k, v, mask)
+    if device.platform == "cpu":
+        return cpu_attention(q, k, v, mask)
     return xla_attention(q, k, v, mask)
 
 
-ATTENTION: dict[str, Callable] = {"auto": auto, "xla": xla_attention, "splash": splash, "cudnn": cudnn_attention}
+ATTENTION: dict[str, Callable] = {
+    "auto": auto,
+    "xla": xla_attention,
+    "splash": splash,
+    "cudnn": cudnn_attention,
+    "cpu": cpu_attention,
+}
