@@ -180,7 +180,8 @@ def test_every_recommended_pod_fits_and_computes_little_twice(pod, size, res):
     assert program.fits, cli.advice(found, program)
     assert found.replicated == ()
     assert program.flops <= (1.05 if found.model["remat"] == "none" else 1.35) * program.model_flops
-    assert program.wire_bytes <= 1.1 * program.ideal_wire_bytes
+    # The compiler pads shards to whole tiles, and on v6e makes all-reduces of the modulations' reduce-scatters.
+    assert program.wire_bytes <= 1.15 * program.ideal_wire_bytes
 
 
 @pytest.mark.nightly
