@@ -1,11 +1,11 @@
 """What a training run spends outside its compiled step: waiting for data, writing metrics, saving checkpoints.
 
 A real run of `univg_jax.train` on the embedded dataset (the quickstart's second stage: all tasks, its model, a row of
-metrics every 10 steps, a checkpoint every 180), in a steady state. In one process three things alternate:
+metrics every 10 steps, a checkpoint every 380), in a steady state. In one process three things alternate:
 
     alone   the compiled step by itself, on one batch that is on the device
     batch   the loop, given one batch again and again
-    data    the loop on its stream
+    data    the loop on its stream; `save` where a checkpoint falls into it
 
 so that the cost of the loop (batch against alone) and that of making the data (data against batch: on a CPU the
 threads that read compete with the step for the cores) come apart. The loop's own clock, `seconds/*` in metrics.jsonl,
@@ -35,7 +35,7 @@ from univg_jax.writers import read_metrics
 
 WINDOW = 100  # steps of one kind before the next
 SKIP = 10  # of them not counted: what was read ahead meanwhile is used up (data.prefetch is 8)
-SAVE_EVERY = 360  # of whose multiples each falls into a window of `data`, half of the steps: one save in 180 of them
+SAVE_EVERY = 380  # its multiples fall into every other window of the stream: one save in 180 counted steps there
 
 
 def now() -> np.ndarray:
@@ -53,14 +53,15 @@ class Alternating:
     def __init__(self, stream: Any, alone: Any) -> None:
         self._stream, self._alone = stream, alone
         self._step, self._batch, self._begin = 0, None, now()
-        self.seconds: dict[str, list[np.ndarray]] = {"alone": [], "batch": [], "data": []}  # a step, by window
+        self.seconds: dict[str, list[np.ndarray]] = {"alone": [], "batch": [], "data": [], "save": []}  # a step
+        self.ratios: dict[str, list[np.ndarray]] = {name: [] for name in self.seconds}  # to the last time alone
 
     def __next__(self) -> Batch:
         window, place = divmod(self._step, WINDOW)
         if place == 0:
             self.end()
             if window % 2:
-                self.seconds["alone"].append(self._alone(WINDOW - SKIP))
+                self._add("alone", self._alone(WINDOW - SKIP))
         elif place == SKIP:
             self._begin = now()
         self._step += 1
@@ -72,8 +73,12 @@ class Alternating:
         """Closes the window before this step."""
         window = self._step // WINDOW - 1
         if window > 0:
-            seconds = (now() - self._begin) / (WINDOW - SKIP)
-            self.seconds["data" if window % 2 else "batch"].append(seconds)
+            saves = (self._step - 1) % SAVE_EVERY < WINDOW
+            self._add(("save" if saves else "data") if window % 2 else "batch", (now() - self._begin) / (WINDOW - SKIP))
+
+    def _add(self, name: str, seconds: np.ndarray) -> None:
+        self.seconds[name].append(seconds)
+        self.ratios[name].append(seconds / self.seconds["alone"][-1])
 
     def get_state(self) -> dict[str, Any]:
         return self._stream.get_state()
@@ -85,7 +90,7 @@ class Alternating:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="experiments/emoji.py:preset=quickstart,stage=2")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=6, help="at least 2")
     args = parser.parse_args()
     configure_jax()
     steps = (2 * args.rounds + 1) * WINDOW + 1  # one more, in which the last window ends
@@ -156,12 +161,12 @@ def main() -> None:
         outside[kind] = {name: seconds / total for name, seconds in spent.items() if name != "step"}
         parts = ", ".join(f"{name} {share:.2%}" for name, share in outside[kind].items())
         print(f"{kind}: by the loop's clock {sum(outside[kind].values()):.2%} is outside the step ({parts})")
-    table = {name: np.array(windows[: args.rounds]) for name, windows in alternating.seconds.items()}
-    for name, windows in table.items():
+    for name, windows in alternating.seconds.items():
         wall, cpu = 1e3 * np.median(windows, axis=0)
-        wall_ratio, cpu_ratio = np.median(windows / table["alone"], axis=0)
+        wall_ratio, cpu_ratio = np.median(alternating.ratios[name], axis=0)
         print(f"{name:6s} {wall:8.1f} ms a step, {wall_ratio:.3f} x alone; of CPU {cpu:8.1f} ms, {cpu_ratio:.3f} x")
-    print(json.dumps(dict(outside=outside, seconds={name: windows.tolist() for name, windows in table.items()})))
+    seconds = {name: np.array(windows).tolist() for name, windows in alternating.seconds.items()}
+    print(json.dumps(dict(outside=outside, seconds=seconds)))
 
 
 if __name__ == "__main__":
