@@ -14,10 +14,11 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 def use_huge_pages() -> None:
     """Starts the program again with glibc's huge pages, which it reads at its start only; both XLA and PyTorch use it.
 
-    A `GLIBC_TUNABLES` that is set, to anything, stays.
+    A `GLIBC_TUNABLES` that is set, to anything, stays. JAX is told that this is about CPUs.
     """
     if "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES})
+        environment = {"JAX_PLATFORMS": "cpu", **os.environ, "GLIBC_TUNABLES": HUGE_PAGES}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
 def best_seconds(runs: Mapping[str, Callable[[], None]], *, rounds: int) -> dict[str, float]:

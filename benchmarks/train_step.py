@@ -34,21 +34,6 @@ PRESETS = {
 CHANNELS = dict(in_channels=33, out_channels=16, text_dim=384, pooled_dim=384)
 
 
-def step_flops(model: MMDiT, *, side: int, tokens: int, batch: int) -> float:
-    """Matmul FLOPs of one step: 2 per multiply-add, backward twice the forward.
-
-    A block has 4 + 2 mlp_ratio maps of d x d for each token and 2 (n + m)^2 d of attention; its modulations,
-    6 d^2 a stream, count once an example. The last block's text has keys and values only.
-    """
-    d, n, m = model.hidden_dim, (side // model.patch_size) ** 2, tokens
-    per_token = (4 + 2 * model.mlp_ratio) * d * d
-    block = (n + m) * per_token + 2 * (n + m) ** 2 * d + 12 * d * d
-    last = n * per_token + m * 2 * d * d + 2 * n * (n + m) * d + 8 * d * d
-    patch = model.patch_size**2 * (model.in_channels + model.out_channels)
-    ends = n * patch * d + m * model.text_dim * d + (256 + model.pooled_dim + 4 * d) * d
-    return 3 * 2 * batch * ((model.depth - 1) * block + last + ends)
-
-
 def ours(model: MMDiT, *, side: int, tokens: int, batch: int) -> Callable[[], None]:
     """A function that runs one step and waits for it."""
     rng = np.random.default_rng(0)
@@ -162,7 +147,8 @@ def main() -> None:
     matmuls = {"torch matmul": their_matmul(), "our matmul": our_matmul()}
     best = best_seconds({**steps, **matmuls}, rounds=args.rounds)
 
-    flops = step_flops(model, **shape) / 1e9
+    side = dict(height=shape["side"], width=shape["side"])
+    flops = shape["batch"] * model.matmul_flops(**side, num_tokens=shape["tokens"], train=True) / 1e9
     peak = {name.split()[0]: 2 * MATMUL**3 / best[name] / 1e9 for name in matmuls}
     eager = best["torch eager"]
     fastest = min(best[name] for name in steps if name.startswith("torch"))
