@@ -10,7 +10,7 @@ metrics every 10 steps, a checkpoint every 380), in a steady state. In one proce
 so that the cost of the loop (batch against alone) and that of making the data (data against batch: on a CPU the
 threads that read compete with the step for the cores) come apart. The loop's own clock, `seconds/*` in metrics.jsonl,
 is printed beside them. Ratios are medians over the rounds, of wall time and of the process's CPU time: the latter
-hardly changes with other load on the machine.
+changes less with other load on the machine, though still by some percent.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/loop.py
 """
