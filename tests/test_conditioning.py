@@ -11,7 +11,7 @@ import pytest
 
 from data_pipelines.tokenizer import load_tokenizer
 from tests.sd3_folder import write_image_encoder, write_sd3
-from univg_jax import conditioning
+from univg_jax import conditioning, sharding
 from univg_jax.batch import fake_batch
 
 SPEC = dict(batch_size=4, resolution=16, num_tokens=10, face_resolution=16)
@@ -237,3 +237,31 @@ def test_changed_weights_and_options_are_noticed(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
         conditioning.load(tmp_path / "elsewhere")
+
+
+def shapes(frozen):
+    return jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), frozen)
+
+
+def test_abstract_encoders_are_those_that_a_run_prepares(run, tmp_path):
+    """Of the embedded kinds without any data, of a pipeline's folder without reading it."""
+    _, prepared, frozen = run
+    planned, abstract = conditioning.abstract(WITH_FACES)
+    assert planned == prepared
+    assert shapes(abstract) == shapes(frozen)
+    sd3 = dict(folder=str(write_sd3(tmp_path / "sd3")), text=dict(kind="sd3", dtype="bfloat16"), codec="vae")
+    prepared, frozen = prepare(sd3, tmp_path / "pipeline", images=unused, portraits=unused)
+    planned, abstract = conditioning.abstract(sd3)
+    assert planned == prepared
+    assert shapes(abstract) == shapes(frozen)
+
+
+def test_without_its_folder_a_pipeline_is_planned_as_published():
+    planned, abstract = conditioning.abstract(dict(text="sd3", codec="vae", identity="clip"))
+    assert (planned.text_dim, planned.pooled_dim, planned.latent_channels) == (4096, 2048, 16)
+    # CLIP L/14, CLIP bigG/14 and T5 XXL's encoder, as their model cards say: 123M, 695M, 4.76B.
+    sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in abstract["text"].items()}
+    assert {name: round(size / 1e6) for name, size in sizes.items()} == {"clip_l": 124, "clip_g": 695, "t5": 4762}
+    mesh = jax.sharding.AbstractMesh((1, 64, 1), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    for leaf in sharding.leaf_specs(abstract, sharding.tree_shardings(abstract, mesh), larger_than=2**22):
+        assert any(leaf.spec), f"{leaf.path} {leaf.shape} is whole on every device"

@@ -103,18 +103,19 @@ def test_bad_input_is_one_line(arguments, message, capsys):
 class LinearMemory:
     """Programs whose memory is a line in the rows of a device, and what was compiled of them."""
 
-    def __init__(self, at_rest: float, a_row: float, hbm: float) -> None:
-        self.at_rest, self.a_row, self.hbm, self.compiled = at_rest, a_row, hbm, []
+    def __init__(self, at_rest: float, a_row: float, *, hbm: float, batch: int) -> None:
+        self.at_rest, self.a_row, self.hbm, self.batch, self.compiled = at_rest, a_row, hbm, batch, []
 
-    def __call__(self, config, topology):
-        rows = config.data.batch_size // 4
+    def __call__(self, topology, *overrides):
+        batch = int(overrides[0].removeprefix("data.batch_size=")) if overrides else self.batch
+        rows = batch // 4
         self.compiled.append(rows)
         peak = int(self.at_rest + rows * self.a_row)
         program = plan.Program(name="train", peak=peak, over=max(peak - self.hbm, 0.0))
         chip = topology.chip
         return plan.Plan(
             config="", topology="", chip=chip, devices=4, mesh=dict(data=1, fsdp=4, tensor=1), model={}, parameters=0,
-            batch=config.data.batch_size, encoders=False, replicated=(), programs=(program,),
+            batch=batch, encoders=False, replicated=(), programs=(program,),
         )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ class LinearMemory:
 def test_max_batch_finds_the_largest_with_few_programs(largest, start, at_rest):
     topology = plan.open_topology("v5e:2x2")
     hbm = topology.chip.hbm
-    compile_ = LinearMemory(at_rest * hbm, (1 - at_rest) * hbm / (largest + 0.5), hbm)
+    compile_ = LinearMemory(at_rest * hbm, (1 - at_rest) * hbm / (largest + 0.5), hbm=hbm, batch=4 * start)
     config = load_config(f"{STAGE1}:size=tiny", [f"data.batch_size={4 * start}"])
     assert cli.max_batch(config, topology, compile_) == 4 * largest
     assert len(compile_.compiled) == len(set(compile_.compiled))
@@ -136,16 +137,16 @@ def test_sweep_ranks_what_fits_by_its_roofline():
     config = load_config(f"{STAGE1}:size=tiny", ["data.batch_size=64"])
     tried = []
 
-    def compile_(config, topology):
-        mesh = config.mesh.to_dict() | dict(data=16 // config.mesh.fsdp // config.mesh.tensor)
-        remat = config.model.overrides.remat
-        tried.append((mesh["fsdp"], mesh["tensor"], remat))
-        fits = remat != "none"
-        seconds = {"compute": 1.0 + mesh["tensor"] - 1 / mesh["fsdp"]} if fits else {}
+    def compile_(topology, *overrides):
+        varied = load_config(f"{STAGE1}:size=tiny", ["data.batch_size=64", *overrides])
+        fsdp, tensor, remat = varied.mesh.fsdp, varied.mesh.tensor, varied.model.overrides.remat
+        tried.append((fsdp, tensor, remat))
+        fits = tensor == 1 and remat != "none"
+        seconds = {"compute": 2.0 - 1 / fsdp, "HBM": dict(minimal=0.5, attention=1.6, full=1.95).get(remat, 0.0)}
         return plan.Plan(
-            config="", topology="", chip=topology.chip, devices=16, mesh=mesh, model=dict(remat=remat), parameters=0,
-            batch=64, encoders=False, replicated=(),
-            programs=(plan.Program(name="train", over=0.0 if fits else 1.0, seconds=seconds),),
+            config="", topology="", chip=topology.chip, devices=16, mesh=dict(data=16 // fsdp // tensor, fsdp=fsdp),
+            model=dict(remat=remat), parameters=0, batch=64, encoders=False, replicated=(),
+            programs=(plan.Program(name="train", over=0.0 if fits else 1.0, seconds=seconds if fits else {}),),
         )  # fmt: skip
 
     plans = cli.sweep(config, topology, compile_)
@@ -153,10 +154,11 @@ def test_sweep_ranks_what_fits_by_its_roofline():
     assert plans[: len(fitting)] == fitting
     rooflines = [p.programs[0].roofline for p in fitting]
     assert rooflines == sorted(rooflines)
-    assert fitting[0].mesh == dict(data=4, fsdp=4, tensor=1)
-    # The next policy after one that did not fit, and none after one that did.
-    assert {remat for *_, remat in tried} == {"none", "minimal"}
+    assert fitting[0].mesh == dict(data=4, fsdp=4)
+    assert fitting[0].model["remat"] in ("minimal", "attention")
     assert {(fsdp, tensor) for fsdp, tensor, _ in tried} == {(16, 1), (8, 1), (4, 1), (8, 2), (4, 2), (2, 2)}
+    # Offloading only where nothing else fits.
+    assert {tensor for _, tensor, remat in tried if remat == "offload"} == {2}
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ A new kind of encoder is one entry of `KINDS`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -272,20 +273,15 @@ def abstract(config: Any) -> tuple[Conditioner, dict[str, Any]]:
     for part, options in _complete(dict(config)).items():
         if options is None:
             continue
-        kind, dtype = _kind(part, options), jnp.float32
+        kind, folder = _kind(part, options), config.get("folder", "")
         if isinstance(kind, Fitted):
             modules[part] = kind.module(**_options(options))
+        elif options["kind"] != "minilm" and folder and Path(folder).is_dir():
+            modules[part] = kind.module(**{n: s.module for n, s in _open(part, options, folder).items()})
         else:
-            dtype = jnp.dtype(options["dtype"])
-            there = options["kind"] == "minilm" or Path(config.get("folder", "") or "/dev/null").is_dir()
-            if there:
-                networks = {n: s.module for n, s in _open(part, options, config.get("folder", "")).items()}
-            else:
-                networks = kind.published(**_options(options))
-            modules[part] = kind.module(**networks)
-        frozen[part] = jax.tree.map(
-            lambda x, dtype=dtype: jax.ShapeDtypeStruct(x.shape, dtype), _parameter_shapes(part, modules[part])
-        )
+            modules[part] = kind.module(**kind.published(**_options(options)))
+        stored = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(options.get("dtype", "float32")))
+        frozen[part] = jax.tree.map(lambda x, stored=stored: stored(x.shape), _parameter_shapes(part, modules[part]))
     return Conditioner(**modules), frozen
 
 

@@ -24,6 +24,7 @@ _NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "while", "conditional", "call", "send", "recv",
 }  # fmt: skip
+_COPIES = {"copy-done", "slice-done", "dynamic-slice-done"}  # from HBM into the chip's memory, or within HBM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,43 +233,35 @@ class _Counter:
 
     def _memory(self, instruction: _Instruction, computation: str) -> float:
         """Bytes that an instruction outside fusions reads and writes; a slice of an array counts as the slice."""
-        if instruction.opcode in (
-            "copy-done",
-            "slice-done",
-            "dynamic-slice-done",
-        ):  # a copy between memories, or within
+        if instruction.opcode in _COPIES:
             return sum((shape.bytes * (2 if shape.in_hbm else 1) for shape in instruction.shapes), 0.0)
         if instruction.opcode in _NO_TRAFFIC or instruction.opcode.endswith(("-start", "-done")):
             return 0.0
         written = sum((shape.bytes for shape in instruction.shapes if shape.in_hbm), 0.0)
-        operands = self._operand_shapes(instruction, computation)
         if instruction.opcode == "fusion":
-            return self._fusion_memory(instruction, operands)
+            return self._fusion_memory(instruction)
+        operands = self._operand_shapes(instruction, computation)
         if instruction.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * written
         if instruction.opcode == "dynamic-update-slice":
             return 2 * sum((shape.bytes for shape in operands[1] if shape.in_hbm), 0.0)
         return written + sum(shape.bytes for shapes in operands for shape in shapes if shape.in_hbm)
 
-    def _fusion_memory(self, fusion: _Instruction, operands: list[tuple[_Shape, ...]]) -> float:
+    def _fusion_memory(self, fusion: _Instruction) -> float:
         inner = self.computations[fusion.calls("calls")]
         users: dict[str, list[_Instruction]] = collections.defaultdict(list)
         for instruction in inner.values():
             for name in instruction.operands:
                 users[name].append(instruction)
-        parameters = [i for i in inner.values() if i.opcode == "parameter"]
         total = 0.0
-        for parameter in parameters:
-            shapes = [shape for shape in parameter.shapes if shape.in_hbm]
+        for parameter in inner.values():
+            if parameter.opcode != "parameter" or not all(shape.in_hbm for shape in parameter.shapes):
+                continue
             reads = users[parameter.name]
-            if reads and all(self._is_part(r, parameter.name) for r in reads):
-                total += (
-                    sum(s.bytes for r in reads if r.opcode != "dynamic-update-slice" for s in r.shapes[:1])
-                    if shapes
-                    else 0
-                )
+            if reads and all(self._is_part(reader, parameter.name) for reader in reads):
+                total += sum(r.shapes[0].bytes for r in reads if r.opcode != "dynamic-update-slice")
             else:
-                total += sum(shape.bytes for shape in shapes)
+                total += sum(shape.bytes for shape in parameter.shapes)
         root = next(i for i in inner.values() if i.is_root)
         parts = [inner[name] for name in root.operands if name in inner] if root.opcode == "tuple" else [root]
         for part, shape in zip(parts, fusion.shapes):

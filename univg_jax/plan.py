@@ -32,7 +32,6 @@ from univg_jax.train import VALIDATION_TIMES, Step
 
 PROGRAMS = ("train", "sampling", "evaluation")
 LARGE = 4 * 2**20  # bytes; a larger leaf that lies whole on every device is reported
-GRADIENT_BYTES = 2  # a weight's gradient travels in the dtype of the computation, as the weight does
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +51,7 @@ class Program:
     name: str
     arguments: int = 0
     temporaries: int = 0
-    peak: int = (
-        0  # all that the program holds at once: arguments, temporaries, results that take no argument's place, code
-    )
+    peak: int = 0  # all at once: arguments, temporaries, results that take no argument's place, code
     over: float = 0.0
     model_flops: float = 0.0
     flops: float = 0.0
@@ -216,42 +213,41 @@ class _Compiler:
             programs=tuple(getattr(self, known(name, PROGRAMS, what="program"))() for name in programs),
         )
 
-    @property
-    def batch(self) -> Batch:
+    def batch(self, size: int) -> Batch:
         c = self.config.data
-        spec = batch_spec(
-            batch_size=c.batch_size,
-            resolution=c.resolution,
-            num_tokens=c.num_tokens,
-            face_resolution=c.face_resolution,
-        )
-        return sharding.with_shardings(spec, sharding.batch_sharding(self.mesh))
+        shape = dict(resolution=c.resolution, num_tokens=c.num_tokens, face_resolution=c.face_resolution)
+        return sharding.with_shardings(batch_spec(batch_size=size, **shape), sharding.batch_sharding(self.mesh))
 
-    @property
+    @functools.cached_property
+    def train_batch(self) -> Batch:
+        return self.batch(self.config.data.batch_size)
+
+    @functools.cached_property
     def placed_frozen(self) -> Any:
         return sharding.with_shardings(self.frozen, sharding.tree_shardings(self.frozen, self.mesh))
 
-    @property
+    @functools.cached_property
     def encoded(self) -> Any:
-        shapes = jax.eval_shape(self.step.encode, self.frozen, self.batch)
+        shapes = jax.eval_shape(self.step.encode, self.frozen, self.train_batch)
         return sharding.with_shardings(shapes, sharding.batch_sharding(self.mesh))
 
-    @property
+    @functools.cached_property
     def state(self) -> Any:
         # The key is made inside: on this mesh nothing can be computed.
-        shapes = jax.eval_shape(lambda *inputs: self.step.init(jax.random.key(0), *inputs), self.frozen, self.batch)
+        shapes = jax.eval_shape(
+            lambda *inputs: self.step.init(jax.random.key(0), *inputs), self.frozen, self.train_batch
+        )
         return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, self.mesh))
 
     def train(self) -> Program:
-        state = self.state
-        update = self.step.compiled_update(jax.tree.map(lambda x: x.sharding, state), encoded=not self.encoders)
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
         inputs = (self.placed_frozen,) if self.encoders else self.encoded
         rows = self.config.data.batch_size / self.mesh.size
         return self._compile(
             "train",
-            update,
-            (state, *inputs, self.batch),
-            model_flops=rows * self._forward_flops(train=True),
+            self.step.compiled_update(shardings, encoded=not self.encoders),
+            (self.state, *inputs, self.train_batch),
+            model_flops=rows * self._model_flops(train=True),
             ideal=self._ideal_wire_bytes(train=True),
         )
 
@@ -262,19 +258,14 @@ class _Compiler:
         return self._compile(
             "evaluation",
             jax.jit(self.step.validate),
-            (self.state.params, self.placed_frozen, self.batch),
-            model_flops=rows * times * self._forward_flops(train=False),
+            (self.state.params, self.placed_frozen, self.train_batch),
+            model_flops=rows * times * self._model_flops(train=False),
             ideal=times * self._ideal_wire_bytes(train=False),
         )
 
     def sampling(self) -> Program:
         """The whole of sampling one row a device: encoders, all steps of the solver, the decoder."""
         rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        c = self.config.data
-        batch = batch_spec(
-            batch_size=rows, resolution=c.resolution, num_tokens=c.num_tokens, face_resolution=c.face_resolution
-        )
-        batch = sharding.with_shardings(batch, sharding.batch_sharding(self.mesh))
         whole = sharding.replicated(self.mesh)
         evaluations = self.generator.sampler.steps * (2 if self.generator.sampler.solver == "heun" else 1)
         weights = jax.ShapeDtypeStruct((self.passes,), jnp.float32, sharding=whole)
@@ -285,30 +276,33 @@ class _Compiler:
             (
                 self.state.ema,
                 self.placed_frozen,
-                (batch,) * self.passes,
+                (self.batch(rows),) * self.passes,
                 weights,
                 jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
             ),
-            model_flops=rows / self.mesh.size * self.passes * evaluations * self._forward_flops(train=False),
+            model_flops=rows / self.mesh.size * self.passes * evaluations * self._model_flops(train=False),
             ideal=evaluations * self._ideal_wire_bytes(train=False),
         )
 
-    def _forward_flops(self, *, train: bool) -> float:
-        height, width = self.config.data.resolution, self.config.data.resolution
-        scale = self.step.conditioner.downsampling
-        conditions = jax.eval_shape(self.step.encode, self.frozen, self.batch)[1]
+    def _model_flops(self, *, train: bool) -> float:
+        latents, conditions = self.encoded
+        _, height, width, _ = latents.shape
         return self.step.model.backbone.matmul_flops(
-            height=height // scale, width=width // scale, num_tokens=conditions.text_emb.shape[1], train=train
+            height=height, width=width, num_tokens=conditions.text_emb.shape[1], train=train
         )
 
     def _ideal_wire_bytes(self, *, train: bool) -> float:
-        """What fully sharded training has to move: all weights gathered forwards and backwards, all gradients
-        scattered, and shards summed over `data`. Without training, all weights gathered once."""
+        """What fully sharded training has to move, in the dtype of the computation.
+
+        For each part of the batch all weights gathered forwards and backwards and all gradients scattered; then shards
+        summed over `data`. Without training, all weights gathered once.
+        """
         data, fsdp = self.mesh.shape["data"], self.mesh.shape["fsdp"]
-        size = sum(x.size for x in jax.tree.leaves(self.state.params)) * GRADIENT_BYTES / self.mesh.shape["tensor"]
-        gathers = 3 * self.config.optim.accumulate if train else 1  # a part of the batch each
-        over_data = 2 * (data - 1) / data * size / fsdp * self.config.optim.accumulate if train else 0.0
-        return gathers * (fsdp - 1) / fsdp * size + over_data
+        itemsize = jnp.dtype(self.step.model.backbone.dtype).itemsize
+        size = sum(x.size for x in jax.tree.leaves(self.state.params)) * itemsize / self.mesh.shape["tensor"]
+        moves = 3 * self.config.optim.accumulate if train else 1
+        over_data = 2 * (data - 1) / data * size / fsdp if train else 0.0
+        return moves * (fsdp - 1) / fsdp * size + over_data
 
     def _compile(self, name: str, function: Any, inputs: tuple, *, model_flops: float, ideal: float) -> Program:
         begin = time.monotonic()
@@ -317,17 +311,17 @@ class _Compiler:
         try:
             compiled = lowered.compile({"exec_time_optimization_effort": -1.0} if self.quick else None)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if (temporaries := _exhausted(str(error))) is None:
                 raise
             arguments = sum(
                 math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(inputs)
             )
-            used = arguments + _used_bytes(str(error))
+            used = arguments + temporaries
             return Program(
                 name=name,
                 arguments=arguments,
-                temporaries=int(used) - arguments,
-                peak=int(used),
+                temporaries=temporaries,
+                peak=used,
                 over=max(used - chip.hbm, 1.0),
                 model_flops=model_flops,
                 ideal_wire_bytes=ideal,
@@ -363,10 +357,7 @@ class _Compiler:
         )
 
 
-def _used_bytes(message: str) -> float:
-    """The temporaries of a program that does not fit, from the compiler's message."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", message)
-    if found is None:
-        return math.nan
-    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
-    return float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit]
+def _exhausted(message: str) -> int | None:
+    """The bytes of temporaries of a program that does not fit, from the compiler's message; None of another message."""
+    found = re.search(r"RESOURCE_EXHAUSTED.*?(?:[Uu]sed |\()([\d.]+)([KMGT])(?: of|\) exceeds)", message, re.DOTALL)
+    return found and int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])

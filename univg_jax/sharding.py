@@ -16,6 +16,9 @@ from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
+
+from univg_jax.batch import Array
 
 AXES = ("data", "fsdp", "tensor")
 STACK = r"(^|/)blocks/"  # leaves under it carry the scanned layer axis in front
@@ -173,7 +176,7 @@ def rows_divide(count: int) -> bool:
     return not mesh.empty and count % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
 
 
-def matmul(x: jax.Array, weight: jax.Array, name: str) -> jax.Array:
+def matmul(x: Float[Array, "r i"], weight: Float[Array, "i o"], name: str) -> Float[Array, "r o"]:
     """x W of rows that are split over `data` and `fsdp`, with a W of which each device holds its shard by the rules.
 
     The one place where FSDP communicates, in the weight's dtype: W is gathered, and again for the gradient (no remat

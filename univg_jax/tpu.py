@@ -2,7 +2,8 @@
 
 Peaks are those that Google publishes for a chip (cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e and tpu7x; bf16
 without sparsity; the interconnect's bidirectional figure halved, since a device sends and receives at once). HBM is
-what the compiler itself lets a program use, which is less than the published capacity.
+what the compiler itself lets a program use, which is less than the published capacity. Network cards are published for
+hosts of v5e (2 x 100 Gbit/s) and v6e (4 x 200); the others' shares are our assumption.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ SOURCE = "cloud.google.com/tpu/docs, of bf16 without sparsity"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """Of one device, as JAX counts them: a v4 or v7 chip is two where `cores` is 2."""
+    """Of one device, as libtpu counts them: a chip of v4 or tpu7x is two, and has twice of all this."""
 
     name: str
     kind: str  # `device_kind` of its devices
@@ -26,8 +27,6 @@ class Chip:
     hbm_bandwidth: float  # bytes a second
     ici_bandwidth: float  # bytes a second, received over all links together
     dcn_bandwidth: float  # bytes a second, the device's share of its host's network cards
-    cores: int = 1
-    source: str = SOURCE
 
 
 CHIPS: dict[str, Chip] = {
@@ -41,7 +40,6 @@ CHIPS: dict[str, Chip] = {
             hbm_bandwidth=1228e9 / 2,
             ici_bandwidth=300e9 / 2,
             dcn_bandwidth=3.1e9 / 2,
-            cores=2,
         ),
         Chip(
             name="v5e",
@@ -78,7 +76,6 @@ CHIPS: dict[str, Chip] = {
             hbm_bandwidth=7380e9 / 2,
             ici_bandwidth=600e9 / 2,
             dcn_bandwidth=12.5e9 / 2,
-            cores=2,
         ),
     )
 }

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from univg_jax.models.layers import gelu_tanh, modulated_norm, rms_norm
+from univg_jax.models.layers import Linear, gelu_tanh, modulated_norm, rms_norm
 
 
 def plain_gelu(x):
@@ -50,3 +50,10 @@ def test_gelu_is_finite_with_its_gradient_far_from_zero():
     x = jnp.array([-1e4, -30.0, 0.0, 30.0, 1e4])
     np.testing.assert_array_equal(gelu_tanh(x), jnp.array([0.0, 0.0, 0.0, 30.0, 1e4]))
     np.testing.assert_array_equal(jax.vmap(jax.grad(gelu_tanh))(x), jnp.array([0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+def test_linear_takes_a_hosts_array():
+    x = np.ones((2, 3, 4), np.float32)
+    params = Linear(5).init(jax.random.key(0), x)
+    expected = x @ np.asarray(params["params"]["kernel"])  # its bias starts at zero
+    np.testing.assert_allclose(jax.jit(lambda p: Linear(5).apply(p, x))(params), expected, rtol=1e-6)

@@ -17,7 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from data_pipelines.tasks import TASKS
-from univg_jax import conditioning
+from univg_jax import conditioning, tpu
 from univg_jax.cli import assembly
 from univg_jax.cli.config import load_config
 from univg_jax.cli.main import configure_jax
@@ -68,8 +68,9 @@ def run(args: argparse.Namespace) -> None:
     programs = ("train", *(name for name in include if name != "encoders"))
     report: dict[str, Any] = {"config": config.to_dict()}
 
-    def compile_(config: ConfigDict, topology: Topology, programs: tuple[str, ...] = ("train",)) -> Plan:
-        return compile_for(config, topology, programs=programs, encoders="encoders" in include, quick=args.quick)
+    def compile_(topology: Topology, *overrides: str, programs: tuple[str, ...] = ("train",)) -> Plan:
+        varied = load_config(args.config, [*args.overrides, *overrides])
+        return compile_for(varied, topology, programs=programs, encoders="encoders" in include, quick=args.quick)
 
     if args.sweep:
         ranked = {t.name: sweep(config, t, compile_) for t in topologies}
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
             print_sweep(name, plans)
         report["sweep"] = {name: [to_json(p) for p in plans] for name, plans in ranked.items()}
     else:
-        plans = [compile_(config, t, programs) for t in tqdm(topologies, desc="compile", unit="topology", leave=False)]
+        bar = tqdm(topologies, desc="compile", unit="topology", leave=False)
+        plans = [compile_(topology, programs=programs) for topology in bar]
         print_plans(plans)
         report["plans"] = [to_json(p) for p in plans]
     if args.max_batch:
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         out = epath.Path(args.json)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1, default=str))
+        out.write_text(json.dumps(report, indent=1))
 
 
 def compile_for(
@@ -118,28 +120,15 @@ def compile_for(
     )
 
 
-def changed(config: ConfigDict, **values: Any) -> ConfigDict:
-    """A copy of `config` with dotted keys (`mesh__fsdp`) set."""
-    copy = ConfigDict(config.to_dict())
-    for name, value in values.items():
-        *parents, leaf = name.split("__")
-        node = copy
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
-    return copy
-
-
 def max_batch(config: ConfigDict, topology: Topology, compile_: Callable[..., Plan]) -> int:
     """The largest global batch that fits: where the line through two that do meets the memory, else by halves."""
-    first = compile_(config, topology)
+    first = compile_(topology)
     unit = first.mesh["data"] * first.mesh["fsdp"] * config.optim.accumulate
     low, high, guess, by_line = 0, None, config.data.batch_size // unit, False
     programs: dict[int, Program] = {guess: first.programs[0]}
     while high is None or high - low > 1:
         if guess not in programs:
-            batch = changed(config, data__batch_size=guess * unit)
-            programs[guess] = compile_(batch, topology).programs[0]
+            programs[guess] = compile_(topology, f"data.batch_size={guess * unit}").programs[0]
         low, high = (guess, high) if programs[guess].fits else (low, guess)
         fitting = [(rows, program.peak) for rows, program in sorted(programs.items()) if program.fits][-2:]
         by_line = len(fitting) == 2 and not (by_line and high)  # not twice in a row: memory is only nearly a line
@@ -152,28 +141,28 @@ def max_batch(config: ConfigDict, topology: Topology, compile_: Callable[..., Pl
     return low * unit
 
 
-def sweep(config: ConfigDict, topology: Topology, compile_: Callable[..., Any]) -> list[Plan]:
+def sweep(config: ConfigDict, topology: Topology, compile_: Callable[..., Plan]) -> list[Plan]:
     """Mesh shapes x remat policies, the fastest by roofline first, then what does not fit.
 
-    Of each mesh, policies are tried from the one that recomputes least until one fits: the rest could only be slower.
+    A policy that recomputes more may still be faster, where memory's traffic is the bound; only `offload`, whose
+    transfers no roofline here knows, is left to where nothing else fits.
     """
     backbone = make_mmdit(config.model.size, **config.model.overrides)
     count = len(topology.devices) // topology.slices
     meshes = []
     for tensor in (1, 2):
         largest = math.gcd(count // tensor, backbone.hidden_dim)
-        fsdp = [largest >> i for i in range(3) if largest >> i and largest % (1 << i) == 0]
         if count % tensor == 0 and backbone.num_heads % tensor == 0:
-            meshes += [dict(data=-1, fsdp=n, tensor=tensor) for n in fsdp if count % (n * tensor) == 0]
+            meshes += [(largest >> i, tensor) for i in range(3) if largest % (1 << i) == 0]
     plans = []
-    for mesh in tqdm(meshes, desc=f"sweep {topology.name}", unit="mesh", leave=False):
-        rows = count * topology.slices // mesh["tensor"]
-        if config.data.batch_size % rows:
+    for fsdp, tensor in tqdm(meshes, desc=f"sweep {topology.name}", unit="mesh", leave=False):
+        if config.data.batch_size % (count * topology.slices // tensor):
             continue
-        for remat in REMAT:
-            plans.append(compile_(changed(config, mesh=mesh, model__overrides__remat=remat), topology))
-            if plans[-1].fits:
-                break
+        mesh = ("mesh.data=-1", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}")
+        tried = [compile_(topology, *mesh, f"model.overrides.remat={name}") for name in REMAT if name != "offload"]
+        if not any(plan.fits for plan in tried):
+            tried.append(compile_(topology, *mesh, "model.overrides.remat=offload"))
+        plans += tried
     return sorted(plans, key=lambda p: (not p.fits, p.programs[0].roofline))
 
 
@@ -228,23 +217,21 @@ def print_plans(plans: list[Plan]) -> None:
         for program in plan.programs:
             if not program.fits:
                 print(advice(plan, program))
-    print(f"Peaks: {plans[0].chip.source}.")
+    print(f"Peaks: {tpu.SOURCE}.")
 
 
 def _program_rows(row: Callable[..., None], i: int) -> None:
-    def cell(show: Callable[[Plan, Program], str], *, of_failed: str = "-") -> Callable[[Plan], str]:
-        return lambda plan: show(plan, plan.programs[i]) if plan.programs[i].fits else of_failed
+    def cell(show: Callable[[Plan, Program], str]) -> Callable[[Plan], str]:
+        return lambda plan: show(plan, plan.programs[i]) if plan.programs[i].fits else "-"
 
     def collectives(plan: Plan, program: Program) -> str:
-        kinds: dict[str, list[float]] = {}
+        kinds: dict[str, list] = {}  # bytes and number
         for c in program.collectives:
             total = kinds.setdefault(c.kind, [0.0, 0])
             total[0] += c.bytes
             total[1] += c.count
-        shown = [
-            f"{kind} {_bytes(size)} ({n:.0f})" for kind, (size, n) in kinds.items() if size > 1e-3 * program.wire_bytes
-        ]
-        return "\n".join(shown) or "none"
+        large = [(kind, *total) for kind, total in kinds.items() if total[0] > 1e-3 * program.wire_bytes]
+        return "\n".join(f"{kind} {_bytes(size)} ({count})" for kind, size, count in large) or "none"
 
     row("  HBM: arguments", lambda p: _bytes(p.programs[i].arguments))
     row("  HBM: temporaries", lambda p: _bytes(p.programs[i].temporaries))
@@ -257,12 +244,7 @@ def _program_rows(row: Callable[..., None], i: int) -> None:
     row("  collectives: arrays (number)", cell(collectives))
     row(
         "  received, of the FSDP ideal",
-        cell(
-            lambda p, g: (
-                f"{_bytes(g.wire_bytes)}"
-                + (f", {g.wire_bytes / g.ideal_wire_bytes:.3f} x" if g.ideal_wire_bytes else "")
-            )
-        ),
+        cell(lambda p, g: f"{_bytes(g.wire_bytes)}, {_of_ideal(g)}"),
     )
     row("  HBM traffic, FLOPs a byte", cell(lambda p, g: f"{_bytes(g.memory_bytes)}, {g.intensity:.0f}"))
     row(
@@ -303,11 +285,8 @@ def advice(plan: Plan, program: Program) -> str:
         knobs.append("--config.optim.name=adafactor")
     else:
         knobs.append("fewer rows" if program.name == "evaluation" else "more devices")
-    return (
-        f"{plan.topology}: {program.name} is over the HBM by {_bytes(program.over)}. What helps: "
-        + "; ".join(knobs)
-        + "."
-    )
+    over = f"{plan.topology}: {program.name} is over the HBM by {_bytes(program.over)}"
+    return f"{over}. What helps: {'; '.join(knobs)}."
 
 
 def _of_ideal(program: Program) -> str:

@@ -16,8 +16,8 @@ from flax import linen as nn
 from jaxtyping import Float
 
 from univg_jax import sharding
+from univg_jax.batch import Array
 
-Array = jax.Array | np.ndarray
 Dtype = Any
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Bool, Float
 
 from univg_jax import sharding
+from univg_jax.batch import Array
 from univg_jax.models.attention import ATTENDED, ATTENTION
 from univg_jax.models.layers import (
     MLP,
@@ -34,8 +34,6 @@ from univg_jax.models.layers import (
     time_features,
 )
 from univg_jax.names import known
-
-Array = jax.Array | np.ndarray
 
 
 def _all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:

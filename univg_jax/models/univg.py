@@ -1,16 +1,12 @@
 """UniVG: an MM-DiT whose conditions enter by channels, and whose identity enters at the `<p>` token."""
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Float
 
-from univg_jax.batch import Conditions
+from univg_jax.batch import Array, Conditions
 from univg_jax.models.layers import MLP, gelu_tanh
 from univg_jax.models.mmdit import MMDiT
-
-Array = jax.Array | np.ndarray
 
 
 class UniVG(nn.Module):
