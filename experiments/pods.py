@@ -1,7 +1,8 @@
 """How to spend the memory of a pod: remat and gradient accumulation for each model size and resolution.
 
-At the paper's batch of 512 the batch never changes, only how a device gets through its rows. BUILD.md has what
-`univg plan` says about each; `python tools/plans.py` makes that table.
+At the paper's batch of 512 the batch never changes, only how a device gets through its rows. `minimal` writes less to
+HBM than `none`, which is the bound wherever the interconnect is not; there `none` computes less in the same time.
+BUILD.md has what `univg plan` says about each; `python tools/plans.py` makes that table.
 """
 
 from ml_collections import ConfigDict
@@ -22,44 +23,44 @@ TOPOLOGIES = {
 # (remat, accumulate) at 256, 512 and 1024 px.
 RECOMMENDED = {
     "v5e-16": dict(
-        b=(("none", 1), ("minimal", 2), ("minimal", 8)),
+        b=(("minimal", 1), ("minimal", 2), ("minimal", 8)),
         l=(("minimal", 1), ("minimal", 4), ("minimal", 16)),
         xl=(("minimal", 2), ("minimal", 8), ("minimal", 32)),
     ),
     "v5e-64": dict(
-        b=(("none", 1), ("minimal", 1), ("minimal", 2)),
-        l=(("none", 1), ("minimal", 1), ("minimal", 4)),
-        xl=(("none", 1), ("minimal", 1), ("minimal", 4)),
+        b=(("minimal", 1), ("minimal", 1), ("minimal", 2)),
+        l=(("minimal", 1), ("minimal", 1), ("minimal", 4)),
+        xl=(("minimal", 1), ("minimal", 1), ("minimal", 4)),
     ),
     "v5e-256": dict(
-        b=(("none", 1), ("minimal", 1), ("minimal", 1)),
-        l=(("none", 1), ("none", 1), ("minimal", 1)),
-        xl=(("none", 1), ("none", 1), ("minimal", 1)),
+        b=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
+        l=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
+        xl=(("none", 1), ("minimal", 1), ("minimal", 1)),
     ),
     "v5p-8": dict(
-        b=(("none", 1), ("minimal", 1), ("minimal", 4)),
-        l=(("none", 2), ("none", 8), ("minimal", 8)),
-        xl=(("none", 4), ("none", 16), ("minimal", 16)),
+        b=(("minimal", 1), ("minimal", 1), ("minimal", 4)),
+        l=(("minimal", 1), ("minimal", 2), ("minimal", 8)),
+        xl=(("minimal", 1), ("minimal", 4), ("minimal", 16)),
     ),
     "v5p-64": dict(
-        b=(("none", 1), ("minimal", 1), ("minimal", 1)),
-        l=(("none", 1), ("none", 1), ("minimal", 1)),
-        xl=(("none", 1), ("none", 2), ("minimal", 2)),
+        b=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
+        l=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
+        xl=(("minimal", 1), ("minimal", 1), ("minimal", 2)),
     ),
     "v5p-512": dict(
         b=(("none", 1), ("minimal", 1), ("minimal", 1)),
-        l=(("none", 1), ("none", 1), ("minimal", 1)),
-        xl=(("none", 1), ("none", 1), ("minimal", 1)),
+        l=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
+        xl=(("none", 1), ("minimal", 1), ("minimal", 1)),
     ),
     "v6e-64": dict(
-        b=(("none", 1), ("minimal", 1), ("minimal", 1)),
-        l=(("none", 1), ("none", 1), ("minimal", 2)),
-        xl=(("none", 1), ("minimal", 1), ("minimal", 2)),
+        b=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
+        l=(("minimal", 1), ("minimal", 1), ("minimal", 2)),
+        xl=(("minimal", 1), ("minimal", 1), ("minimal", 2)),
     ),
     "v6e-256": dict(
-        b=(("none", 1), ("minimal", 1), ("minimal", 1)),
-        l=(("none", 1), ("none", 1), ("minimal", 1)),
-        xl=(("none", 1), ("none", 1), ("minimal", 1)),
+        b=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
+        l=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
+        xl=(("none", 1), ("minimal", 1), ("minimal", 1)),
     ),
 }
 

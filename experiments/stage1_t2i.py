@@ -30,7 +30,7 @@ def get_config(*, size: str = "xl", res: int = 256, encoders: str = "embedded", 
         c.conditioning = dict(folder="pretrained/sd3", text=text, codec=dict(kind="vae"), identity=None)
         c.data.num_tokens = 77 + 77  # CLIP's positions, then T5's
     if size != "tiny":
-        c.model.overrides = dict(dtype="bfloat16", remat="attention")
+        c.model.overrides = dict(dtype="bfloat16", remat="full")
     if pod:
         pods.fit(c, pod)
     c.flow.shift = max(1.0, res / 256)

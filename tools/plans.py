@@ -38,7 +38,7 @@ def weak_scaling() -> list[tuple[str, str, list[str]]]:
         devices = 1
         for side in topology.split(":")[1].split("x"):
             devices *= int(side)
-        overrides = [f"data.batch_size={ROWS * devices}", "mesh.fsdp=64", "model.overrides.remat=attention"]
+        overrides = [f"data.batch_size={ROWS * devices}", "mesh.fsdp=64", "model.overrides.remat=full"]
         cases.append(("experiments/stage1_t2i.py:size=xl,res=512", topology, overrides))
     return cases
 
