@@ -19,7 +19,7 @@ import numpy as np
 from timing import best_seconds, use_huge_pages
 
 from univg_jax.interop.diffusers import save_transformer
-from univg_jax.models.attention_cpu import cpu_attention
+from univg_jax.models.attention import cpu_attention
 from univg_jax.models.mmdit import MMDiT
 from univg_jax.sampling import Sampler, guidance_weights, guided_velocity, solve
 

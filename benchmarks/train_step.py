@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from timing import best_seconds, use_huge_pages
 
-from univg_jax.models.attention_cpu import cpu_attention
+from univg_jax.models.attention import cpu_attention
 from univg_jax.models.mmdit import MMDiT
 
 PRESETS = {

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import types
 
 import jax
@@ -15,6 +16,7 @@ from jax import monitoring
 
 from tests import helpers
 from univg_jax import checkpoint, sharding, train, writers
+from univg_jax.preemption import Preempted
 from univg_jax.train import NonFiniteLossError, Step
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -85,6 +87,56 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(parts, finished, tmp_pa
     assert first.seen[: resumed * 8] + second.seen == uninterrupted.seen
     rows = writers.read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]  # no step twice, none missing
+
+
+class TerminatedStream(helpers.CountingStream):
+    """SIGTERM comes while a batch is read, or when the stream is set to where a resumed run goes on."""
+
+    def __init__(self, batch: int | None = None) -> None:
+        super().__init__()
+        self.left = batch
+
+    def __next__(self):
+        if self.left is not None:
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return super().__next__()
+
+    def set_state(self, state):
+        super().set_state(state)
+        if self.left is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_sigterm_loses_nothing_and_repeats_nothing(parts, finished, tmp_path, batch):
+    _, uninterrupted, expected = finished
+    first, at_restore, second = TerminatedStream(batch), TerminatedStream(), helpers.CountingStream()
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match=f"step {batch} is saved"):
+        run(parts, tmp_path, stream=first)
+    with pytest.raises(Preempted, match=f"step {batch} is saved"):
+        run(parts, tmp_path, stream=at_restore)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    state = run(parts, tmp_path, stream=second)
+    assert_equal_bits(state, expected)
+    assert first.seen + at_restore.seen + second.seen == uninterrupted.seen
+    assert at_restore.seen == []
+    rows = writers.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "val/loss/ie" in row] == [3, 6]
+
+
+def test_sigterm_while_samples_are_drawn(parts, tmp_path):
+    def preview(params, frozen, folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"samples/t2i": np.zeros((4, 4, 3), np.uint8)}
+
+    config = _with(helpers.tiny_config(), sample_every=2)
+    with pytest.raises(Preempted, match="step 3 is saved"):
+        run(parts, tmp_path, config=config, preview=preview)
+    assert checkpoint.list_steps(tmp_path)[-1] == 3
 
 
 def test_a_finished_run_restores_and_does_nothing(parts, finished):

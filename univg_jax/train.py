@@ -29,6 +29,7 @@ from univg_jax.checkpoint import Checkpointer, init_from
 from univg_jax.conditioning import Conditioner
 from univg_jax.interop.diffusers import init_transformer, transformer_folder
 from univg_jax.models.univg import UniVG
+from univg_jax.preemption import Notice, Preempted
 from univg_jax.profiling import Trace
 
 VALIDATION_TIMES = (np.arange(8) + 0.5) / 8
@@ -192,12 +193,13 @@ def train(
 
     `validation` has batches of each task; `preview(params, frozen, folder)` draws samples of every
     task and returns grids; `profile` are the updates to trace, `workdir/profile` is where. Raises
-    `NonFiniteLossError` when the loss or the gradient is not finite.
+    `NonFiniteLossError` when the loss or the gradient is not finite, `Preempted` after SIGTERM, once its step is saved.
     """
     workdir = epath.Path(workdir)
     c = config.train
     is_main = jax.process_index() == 0
     history = History(workdir, task_names)  # its clock runs from here
+    notice = Notice()
 
     # The mesh, and where every leaf of the state lives on it.
     mesh = mesh or sharding.make_mesh(**config.mesh, width=model.backbone.hidden_dim)
@@ -273,10 +275,11 @@ def train(
         return step > start and (step == c.steps or step % every == 0)
 
     bar = tqdm(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main, mininterval=0.5)
-    with checkpointer, contextlib.closing(writer), bar, trace:  # whatever happens, what was begun is written
+    with notice, checkpointer, contextlib.closing(writer), bar, trace:  # whatever happens, what was begun is written
         history.lap("start")
         for step in range(start, c.steps + 1):
-            saves = due(step, c.save_every)
+            leaves = notice.reached(step)
+            saves = due(step, c.save_every) or (leaves and step > start)
             if trace.turns(step):
                 settle()
                 trace.turn()
@@ -299,7 +302,7 @@ def train(
             if saves:
                 checkpointer.save(step, state, stream.get_state(), config)
                 history.lap("save")
-            if step == c.steps:
+            if leaves or step == c.steps:
                 break
             with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 batch = sharding.shard_batch(next(stream), mesh)
@@ -311,10 +314,13 @@ def train(
             settle()  # step n - 1, now that step n is on its way
             pending = (step + 1, metrics)
             bar.update()
-        if start < c.steps:
+        if step > start:
             checkpointer.wait()
             history.lap("save")
-            writer.write_scalars(c.steps, history.rest())
+            writer.write_scalars(step, history.rest())
+    if step < c.steps:
+        state_is = f"step {step} is saved" if step else "no step was made"
+        raise Preempted(f"SIGTERM: {state_is}; the same command goes on from there")
 
     if is_main:
         weights = {name: float(t.weight) for name, t in config.tasks.items()}

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import logging as stdlib_logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -56,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"univg {args.command}: interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
+        from univg_jax.preemption import Preempted
+
+        if isinstance(error, Preempted):  # all processes, so they part with a goodbye
+            print(f"univg {args.command}: {error}", file=sys.stderr)
+            return 128 + signal.SIGTERM
         if _is_for_the_user(error) and not args.verbose:
             print(f"univg {args.command}: error: {error}", file=sys.stderr)
         elif launch.among_others():
