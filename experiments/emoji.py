@@ -46,6 +46,7 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c.data.resolution = c.data.face_resolution = p["build"]["resolution"]
     c.data.num_tokens = 36  # the longest layout prompt has 34
     c.data.batch_size = 16
+    c.data.read_threads = 1  # of rows this small; two would wait for each other in Python
     # Small latents and small patches: at this width a token of many channels would spend all it has on carrying noise.
     c.conditioning.codec = dict(kind="linear", patch=4, channels=p["channels"], whiten=0.5)
     c.model = dict(size="tiny", overrides=p["model"])

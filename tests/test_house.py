@@ -1,6 +1,7 @@
 """The house's own rules: imports go one way, configs load without JAX, nothing pulls in TensorFlow."""
 
 import ast
+import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -30,11 +31,12 @@ ALLOWED = {
     "univg_jax.checkpoint": {"univg_jax.sharding"},
     "univg_jax.writers": set(),
     "univg_jax.compilation": set(),
+    "univg_jax.preemption": set(),
     "univg_jax.profiling": set(),
     "univg_jax.train": {
         "univg_jax.flow", "univg_jax.conditioning", "univg_jax.optim", "univg_jax.sharding", "univg_jax.batch",
         "univg_jax.checkpoint", "univg_jax.models", "univg_jax.writers", "univg_jax.interop", "univg_jax.profiling",
-        "univg_jax.tpu",
+        "univg_jax.preemption", "univg_jax.tpu",
     },
     "univg_jax.evaluation": {
         "univg_jax.sampling", "univg_jax.conditioning", "univg_jax.batch", "univg_jax.interop", "univg_jax.models",
@@ -96,6 +98,17 @@ def test_only_models_import_flax_and_nothing_imports_torch_or_tensorflow(module,
         if first == "ml_collections":
             rooms = ("experiments", "cli", "train", "optim", "plan")
             assert room(module).split(".")[-1] in rooms, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py"))), ids=lambda p: p.stem
+)
+def test_what_scripts_import_of_ours_exists(path):
+    """No test runs them, and some need torch."""
+    for name in imports(path):
+        if name.split(".")[0] in ("univg_jax", "data_pipelines", "experiments"):
+            module, _, last = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), last) or importlib.util.find_spec(name), name
 
 
 def run_python(code: str) -> str:

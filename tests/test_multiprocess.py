@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -99,6 +99,15 @@ def run(devices: list[int], *command: str, program: tuple[str, ...] = ("-m", "un
     return [log.splitlines() for log in logs]
 
 
+def wait_for(processes: list[Process], condition: Callable[[], bool]) -> None:
+    """Until the processes, all of which must be alive, have done something."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        assert all(p.popen.poll() is None for p in processes), [p.log.read_text() for p in processes]
+        time.sleep(0.02)
+
+
 def train(workdir, *more):
     return "train", *CONFIG, f"--config.data.dir={workdir.parent / 'data'}", f"--workdir={workdir}", *more
 
@@ -107,18 +116,15 @@ def train(workdir, *more):
 def root(tmp_path_factory):
     """Workdirs of one run of 4 steps: `one` on one device, `eight` on eight, `two` on two processes of four.
 
-    `two` was killed after its step 2 was saved, and resumed. `one_two` and `two_one` changed over at step 2.
+    `two` was killed after its step 2 was saved, and resumed. `one_two` and `two_one` changed over at step 2; one of
+    the two processes of `one_two` got a SIGTERM on the way.
     """
     root = tmp_path_factory.mktemp("multiprocess")
     run([1], *train(root / "one"))
     assert main([*train(root / "eight", *SPLIT)]) == 0
 
     with running([4, 4], *train(root / "two", *SPLIT)) as processes:
-        deadline = time.monotonic() + TIMEOUT
-        while not (root / "two" / "checkpoints" / "2").exists():
-            assert time.monotonic() < deadline
-            assert all(p.popen.poll() is None for p in processes), [p.log.read_text() for p in processes]
-            time.sleep(0.02)
+        wait_for(processes, (root / "two" / "checkpoints" / "2").exists)
         processes[0].popen.send_signal(signal.SIGKILL)
         assert processes[1].wait() != 0, "without its coordinator a process must not end well"
     assert checkpoint.list_steps(root / "two") == (2,)
@@ -127,6 +133,13 @@ def root(tmp_path_factory):
         checkpoint.copy(root / name, 2, other)
         shutil.copytree(root / name / "encoders", other / "encoders")
     run([4, 4], *train(root / "two", *SPLIT))
+    with running([4, 4], *train(root / "one_two", *SPLIT)) as processes:
+        wait_for(processes, lambda: "process 1 of 2" in processes[1].log.read_text())
+        processes[1].popen.send_signal(signal.SIGTERM)
+        codes = [process.wait() for process in processes]
+        logs = [process.log.read_text() for process in processes]
+    assert codes == [128 + signal.SIGTERM] * 2, logs
+    assert all("SIGTERM: step 2 is saved" in log for log in logs), logs
     run([4, 4], *train(root / "one_two", *SPLIT))
     run([1], *train(root / "two_one"))
     return root

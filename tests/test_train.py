@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import time
 import types
 
 import jax
@@ -180,6 +181,23 @@ def test_where_the_time_went_adds_up_to_the_wall_time(finished):
     assert {"start", "compile"} <= seconds(rows[0]).keys()
     assert {"save", "eval"} <= seconds(rows[-1]).keys()  # those of the last step come after its row: it is amended
     assert rows[-1]["goodput"] == pytest.approx(total["step"] / rows[-1]["time"], rel=1e-6)
+
+
+class LateStream(helpers.CountingStream):
+    """A batch comes after the device is done."""
+
+    PAUSE = 0.01
+
+    def __next__(self):
+        jax.block_until_ready([x for x in jax.live_arrays() if not x.is_deleted()])
+        time.sleep(self.PAUSE)
+        return super().__next__()
+
+
+def test_a_batch_that_the_device_waits_for_is_time_of_data(parts, tmp_path):
+    run(parts, tmp_path, stream=LateStream())
+    rows = writers.read_metrics(tmp_path / "metrics.jsonl")
+    assert all(row["seconds/data"] >= LateStream.PAUSE for row in rows), rows
 
 
 def test_goodput_counts_a_step_that_was_lost_and_made_again_once(tmp_path, monkeypatch):

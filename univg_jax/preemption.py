@@ -1,5 +1,6 @@
 """SIGTERM, which a cloud sends before it takes a machine away: a run saves its step and all its processes end."""
 
+import itertools
 import signal
 import threading
 from types import FrameType
@@ -22,6 +23,7 @@ class Notice:
     def __init__(self) -> None:
         self.came = False
         self.alone = jax.process_count() == 1
+        self.calls = itertools.count(1)  # the service, which may pick the first of them, starts at 0 whatever the step
         self.handles = self.alone and threading.current_thread() is threading.main_thread()
         if self.handles:
             self.before = signal.signal(signal.SIGTERM, self._note)
@@ -33,9 +35,9 @@ class Notice:
         if self.handles:
             signal.signal(signal.SIGTERM, self.before)
 
-    def reached(self, step: int) -> bool:
-        """Whether the run should end at `step`; to be asked at each step, in turn."""
-        return self.came if self.alone else multihost_utils.reached_preemption_sync_point(step)
+    def reached(self) -> bool:
+        """Whether to end now; every process asks once a step."""
+        return self.came if self.alone else multihost_utils.reached_preemption_sync_point(next(self.calls))
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.came = True

@@ -271,6 +271,9 @@ def train(
             pending = None
             history.lap("step")
 
+    def computing() -> bool:
+        return pending is not None and not pending[1]["loss"].is_ready()
+
     def due(step: int, every: int) -> bool:
         return step > start and (step == c.steps or step % every == 0)
 
@@ -278,7 +281,7 @@ def train(
     with notice, checkpointer, contextlib.closing(writer), bar, trace:  # whatever happens, what was begun is written
         history.lap("start")
         for step in range(start, c.steps + 1):
-            leaves = notice.reached(step)
+            leaves = notice.reached()
             saves = due(step, c.save_every) or (leaves and step > start)
             if trace.turns(step):
                 settle()
@@ -306,7 +309,7 @@ def train(
                 break
             with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 batch = sharding.shard_batch(next(stream), mesh)
-                history.lap("data")
+                history.lap("step" if computing() else "data")
                 with jax.transfer_guard("disallow"):
                     state, metrics = update(state, frozen, batch)
                 history.lap("step")
@@ -343,8 +346,8 @@ class History:
 
     `lap(name)` says what the time since the lap before it was for, so the `seconds/*` of a row add up to the
     wall time since the row before:
-        data: waiting for the next batch and starting its transfer, though the device may be computing meanwhile
-        step: dispatching steps and waiting for the device
+        data: taking the next batch and starting its transfer, where the device was done before that was
+        step: dispatching steps and waiting for the device; and taking batches meanwhile
         eval, sample, save, log, profile: what they say
         start, compile: everything before the first step, and the compilation of it and of validation
     A process that was killed after its last row leaves no trace of the time since.
@@ -364,7 +367,7 @@ class History:
 
     def _clear(self) -> None:
         self.steps: list[dict[str, np.ndarray]] = []
-        self.spent: dict[str, float] = {}
+        self.spent = {"data": 0.0, "step": 0.0}
 
     def resume(self, step: int) -> None:
         """Counts the steps up to `step` that earlier attempts made; those that they made after it are lost."""
