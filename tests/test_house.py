@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -109,6 +110,13 @@ def test_what_scripts_import_of_ours_exists(path):
         if name.split(".")[0] in ("univg_jax", "data_pipelines", "experiments"):
             module, _, last = name.rpartition(".")
             assert hasattr(importlib.import_module(module), last) or importlib.util.find_spec(name), name
+
+
+@pytest.mark.xdist_group("house")
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process has no groups")
+def test_groups_reach_the_scheduler(request):
+    """Or every worker would make the slow fixtures."""
+    assert request.node.nodeid.endswith("@house")
 
 
 def run_python(code: str) -> str:

@@ -1,5 +1,6 @@
 """The trainer: exact resume, independence of devices, hand-off, and a clear end for a NaN."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -189,7 +190,9 @@ class LateStream(helpers.CountingStream):
     PAUSE = 0.01
 
     def __next__(self):
-        jax.block_until_ready([x for x in jax.live_arrays() if not x.is_deleted()])
+        for array in jax.live_arrays():
+            with contextlib.suppress(RuntimeError):  # the state before this one, which was donated
+                array.block_until_ready()
         time.sleep(self.PAUSE)
         return super().__next__()
 

@@ -19,7 +19,7 @@ LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 def flags(*arguments):
     parser = argparse.ArgumentParser()
     launch.add_arguments(parser)
-    return parser.parse_args(arguments, argparse.Namespace(command="train"))
+    return parser.parse_args(arguments)
 
 
 @pytest.mark.parametrize(

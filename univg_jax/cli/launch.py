@@ -38,10 +38,6 @@ def start(args: argparse.Namespace, *, timeout: int = TIMEOUT) -> None:
     Raises ValueError for flags that do not fit together, ConnectionError if the coordinator's port is taken or it does
     not answer within `timeout` seconds. (If others stay out instead, JAX ends this process.)
     """
-    import jax
-
-    # Of this service is the SIGTERM that `univg_jax.preemption` obeys; without it, SIGTERM ends a process as ever.
-    jax.config.update("jax_enable_preemption_service", args.command == "train")
     coordinator, count, index = args.coordinator, args.num_processes, args.process_id
     given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
     missing = [name for name, value in given.items() if value is None]

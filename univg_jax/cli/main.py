@@ -105,4 +105,6 @@ def configure_jax(args: argparse.Namespace | None = None) -> None:
     jax.config.update("jax_threefry_partitionable", True)
     compilation.turn_cache_on()
     if hasattr(args, "coordinator"):
+        # The service takes SIGTERM for what `univg_jax.preemption` does with it; without, it ends a process as ever.
+        jax.config.update("jax_enable_preemption_service", args.command == "train")
         launch.start(args)
