@@ -86,6 +86,8 @@ def test_the_command_prints_and_writes_a_plan(small, tmp_path, capsys):
     [
         (["--topology=v5p"], "topology 'v5p' should read GENERATION:AxB"),
         (["--topology=v5f:4x4"], "unknown TPU generation 'v5f'; did you mean 'v5p'?"),
+        (["--topology=v5p:4x4"], "topology 'v5p:4x4': a slice of v5p is AxBxC; N slices are v5p:AxBxC*N"),
+        (["--topology=v5e:4x4", "--topology=v6e:16x16x2"], "a slice of v6e is AxB; N slices are v6e:AxB*N"),
         (["--topology=v5e:3x5"], "libtpu knows no topology v5e:3x5"),
         (["--topology=v5e:2x2", "--include=encoder"], "did you mean 'encoders'?"),
         (["--topology=v5e:2x2", "--slices=0"], "--slices=0: expected at least 1"),

@@ -122,6 +122,9 @@ def open_topology(name: str) -> Topology:
         raise ValueError(f"topology {name!r} should read GENERATION:AxB or AxBxC, as v5p:4x4x4, with *N for N slices")
     generation, shape, slices = found[1], found[2], int(found[3] or 1)
     chip = tpu.CHIPS[known(generation, tpu.CHIPS, what="TPU generation")]
+    if len(shape.split("x")) != chip.sides:
+        sides = "AxBxC"[: 2 * chip.sides - 1]
+        raise ValueError(f"topology {name!r}: a slice of {generation} is {sides}; N slices are {generation}:{sides}*N")
     tpu.quiet_where_absent()
     try:
         described = topologies.get_topology_desc(f"{generation}:{shape}", platform="tpu", num_slices=slices)

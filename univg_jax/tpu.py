@@ -22,6 +22,7 @@ class Chip:
 
     name: str
     kind: str  # `device_kind` of its devices
+    sides: int  # of the torus of a slice
     flops: float  # a second, bf16
     hbm: float  # bytes that a program may use
     hbm_bandwidth: float  # bytes a second
@@ -35,6 +36,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             name="v4",
             kind="TPU v4",
+            sides=3,
             flops=275e12 / 2,
             hbm=15.25 * GIB,
             hbm_bandwidth=1228e9 / 2,
@@ -44,6 +46,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             name="v5e",
             kind="TPU v5 lite",
+            sides=2,
             flops=197e12,
             hbm=15.75 * GIB,
             hbm_bandwidth=819e9,
@@ -53,6 +56,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             name="v5p",
             kind="TPU v5",
+            sides=3,
             flops=459e12,
             hbm=95.74 * GIB,
             hbm_bandwidth=2765e9,
@@ -62,6 +66,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             name="v6e",
             kind="TPU v6 lite",
+            sides=2,
             flops=918e12,
             hbm=31.25 * GIB,
             hbm_bandwidth=1600e9,
@@ -71,6 +76,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             name="tpu7x",
             kind="TPU7x",
+            sides=3,
             flops=2307e12 / 2,
             hbm=94.75 * GIB,
             hbm_bandwidth=7380e9 / 2,

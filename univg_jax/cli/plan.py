@@ -35,8 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology",
         required=True,
+        action="extend",
+        type=lambda names: names.split(","),
         metavar="T[,T...]",
-        help="v5p:4x4x4, v5e:16x16, v6e:16x16*2 (two slices), ...: one column each",
+        help="v5p:4x4x4, v5e:16x16, v6e:16x16*2 (two slices), ...: one column each; may be repeated",
     )
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="of each topology; the same as *N behind it")
     parser.add_argument(
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     include = [known(name, EXTRAS, what="part") for name in filter(None, args.include.split(","))]
     if args.slices < 1:
         raise ValueError(f"--slices={args.slices}: expected at least 1")
-    names = [name if args.slices == 1 else f"{name}*{args.slices}" for name in args.topology.split(",")]
+    names = [name if args.slices == 1 else f"{name}*{args.slices}" for name in args.topology]
     config = load_config(args.config, args.overrides)
     configure_jax()
     topologies = [open_topology(name) for name in names]
