@@ -61,6 +61,7 @@ def test_over_the_memory_says_by_how_much_and_what_helps():
     assert f"over the HBM by {program.over / 2**30:.2f} GiB" in advice
     assert "remat=full" in advice
     assert "accumulate" in advice
+    assert "adafactor" in advice
     assert "\n" not in advice
 
 
@@ -116,8 +117,8 @@ class LinearMemory:
         program = plan.Program(name="train", peak=peak, over=max(peak - self.hbm, 0.0))
         chip = topology.chip
         return plan.Plan(
-            config="", topology="", chip=chip, devices=4, mesh=dict(data=1, fsdp=4, tensor=1), model={}, parameters=0,
-            batch=batch, encoders=False, replicated=(), programs=(program,),
+            config="", topology="", chip=chip, devices=4, mesh=dict(data=1, fsdp=4, tensor=1), model={}, optimizer={},
+            parameters=0, batch=batch, encoders=False, replicated=(), programs=(program,),
         )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def test_sweep_ranks_what_fits_by_its_roofline():
         seconds = {"compute": 2.0 - 1 / fsdp, "HBM": dict(minimal=0.5, full=1.95).get(remat, 0.0)}
         return plan.Plan(
             config="", topology="", chip=topology.chip, devices=16, mesh=dict(data=16 // fsdp // tensor, fsdp=fsdp),
-            model=dict(remat=remat), parameters=0, batch=64, encoders=False, replicated=(),
+            model=dict(remat=remat), optimizer={}, parameters=0, batch=64, encoders=False, replicated=(),
             programs=(plan.Program(name="train", over=0.0 if fits else 1.0, seconds=seconds if fits else {}),),
         )  # fmt: skip
 
@@ -161,6 +162,10 @@ def test_sweep_ranks_what_fits_by_its_roofline():
     assert {(fsdp, tensor) for fsdp, tensor, _ in tried} == {(16, 1), (8, 1), (4, 1), (8, 2), (4, 2), (2, 2)}
     # Offloading only where nothing else fits.
     assert {tensor for _, tensor, remat in tried if remat == "offload"} == {2}
+
+    odd = load_config(f"{STAGE1}:size=tiny", ["data.batch_size=7"])
+    with pytest.raises(ValueError, match=r"batch_size=7 divides over no mesh of v5e:4x4"):
+        cli.sweep(odd, topology, compile_)
 
 
 @pytest.mark.slow

@@ -95,6 +95,7 @@ class Plan:
     devices: int
     mesh: dict[str, int]
     model: dict[str, Any]  # remat, attention, dtype
+    optimizer: dict[str, Any]  # name, mu_dtype
     parameters: int
     batch: int
     encoders: bool  # whether they are part of the train step
@@ -204,6 +205,7 @@ class _Compiler:
             devices=self.mesh.size,
             mesh=dict(self.mesh.shape),
             model=dict(remat=backbone.remat, attention=str(backbone.attention), dtype=str(jnp.dtype(backbone.dtype))),
+            optimizer=dict(name=self.config.optim.name, mu_dtype=self.config.optim.mu_dtype),
             parameters=sum(x.size for x in jax.tree.leaves(state.params)),
             batch=self.config.data.batch_size,
             encoders=self.encoders,

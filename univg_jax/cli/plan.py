@@ -128,9 +128,12 @@ def max_batch(config: ConfigDict, topology: Topology, compile_: Callable[..., Pl
     unit = first.mesh["data"] * first.mesh["fsdp"] * config.optim.accumulate
     low, high, guess, by_line = 0, None, config.data.batch_size // unit, False
     programs: dict[int, Program] = {guess: first.programs[0]}
+    bar = tqdm(desc=f"largest batch on {topology.name}", unit="plan", initial=1, leave=False)
     while high is None or high - low > 1:
+        bar.set_postfix_str(f"{guess * unit}?")
         if guess not in programs:
             programs[guess] = compile_(topology, f"data.batch_size={guess * unit}").programs[0]
+            bar.update()
         low, high = (guess, high) if programs[guess].fits else (low, guess)
         fitting = [(rows, program.peak) for rows, program in sorted(programs.items()) if program.fits][-2:]
         by_line = len(fitting) == 2 and not (by_line and high)  # not twice in a row: memory is only nearly a line
@@ -140,6 +143,7 @@ def max_batch(config: ConfigDict, topology: Topology, compile_: Callable[..., Pl
         else:
             guess = 2 * low if high is None else (low + high) // 2
         guess = min(max(guess, low + 1), 4 * low if high is None else max(high - 1, 1))
+    bar.close()
     return low * unit
 
 
@@ -156,12 +160,14 @@ def sweep(config: ConfigDict, topology: Topology, compile_: Callable[..., Plan])
         largest = math.gcd(count // tensor, backbone.hidden_dim)
         if count % tensor == 0 and backbone.num_heads % tensor == 0:
             meshes += [(largest >> i, tensor) for i in range(3) if largest % (1 << i) == 0]
+    meshes = [m for m in meshes if config.data.batch_size % (count * topology.slices // m[1]) == 0]
+    if not meshes:
+        raise ValueError(f"data.batch_size={config.data.batch_size} divides over no mesh of {topology.name}")
     plans = []
     for fsdp, tensor in tqdm(meshes, desc=f"sweep {topology.name}", unit="mesh", leave=False):
-        if config.data.batch_size % (count * topology.slices // tensor):
-            continue
         mesh = ("mesh.data=-1", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}")
-        tried = [compile_(topology, *mesh, f"model.overrides.remat={name}") for name in REMAT if name != "offload"]
+        policies = tqdm([name for name in REMAT if name != "offload"], desc="remat", unit="plan", leave=False)
+        tried = [compile_(topology, *mesh, f"model.overrides.remat={name}") for name in policies]
         if not any(plan.fits for plan in tried):
             tried.append(compile_(topology, *mesh, "model.overrides.remat=offload"))
         plans += tried
@@ -205,6 +211,7 @@ def print_plans(plans: list[Plan]) -> None:
     row("devices", lambda p: f"{p.devices}")
     row("mesh data x fsdp x tensor", lambda p: " x ".join(str(n) for n in p.mesh.values()))
     row("remat, attention, dtype", lambda p: f"{p.model['remat']}, {p.model['attention']}, {p.model['dtype']}")
+    row("optimizer, first moment", lambda p: f"{p.optimizer['name']}, {p.optimizer['mu_dtype']}")
     row("parameters", lambda p: f"{p.parameters / 1e9:.3f} B")
     row("batch, rows a device", lambda p: f"{p.batch}, {p.rows:g}")
     row("whole on every device, over 4 MiB", lambda p: ", ".join(p.replicated) or "nothing")
@@ -259,7 +266,7 @@ def _program_rows(row: Callable[..., None], i: int) -> None:
 
 
 def print_sweep(topology: str, plans: list[Plan]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, title=f"{plans[0].config if plans else ''} on {topology}", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=f"{plans[0].config} on {topology}", title_justify="left")
     for name in ("data x fsdp x tensor", "remat", "HBM", "roofline", "bound by", "MFU at most", "received of ideal"):
         table.add_column(name, justify="left" if name in ("remat", "bound by") else "right")
     for plan in plans:
@@ -283,8 +290,10 @@ def advice(plan: Plan, program: Program) -> str:
             knobs.append("--config.optim.accumulate=2 (or twice what it is)")
         if plan.mesh["data"] > 1:
             knobs.append("a larger --config.mesh.fsdp")
-        knobs.append("--config.optim.mu_dtype=bfloat16")
-        knobs.append("--config.optim.name=adafactor")
+        if plan.optimizer["mu_dtype"] != "bfloat16":
+            knobs.append("--config.optim.mu_dtype=bfloat16")
+        if plan.optimizer["name"] != "adafactor":
+            knobs.append("--config.optim.name=adafactor")
     else:
         knobs.append("fewer rows" if program.name == "evaluation" else "more devices")
     over = f"{plan.topology}: {program.name} is over the HBM by {_bytes(program.over)}"
