@@ -1,9 +1,17 @@
 """Every test sees 8 virtual CPU devices, strict rank promotion, and checked array types."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # tests neither read nor fill the user's cache
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Programs that many tests have are compiled once a session, for all of its workers and the processes that they
+    # start. The user's own cache is neither read nor filled.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="univg_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"])
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # tests compile more than they compute
 

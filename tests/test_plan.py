@@ -4,9 +4,11 @@ import json
 import math
 import pathlib
 
+import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import pods
 from univg_jax import plan
@@ -23,6 +25,16 @@ SMALL = ("model.overrides.depth=2", "model.overrides.dtype=bfloat16")
 
 def compiled(spec: str, topology: str, *overrides: str) -> plan.Plan:
     return cli.compile_for(load_config(f"{STAGE1}:{spec}", overrides), plan.open_topology(topology), quick=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_cache():
+    """What was compiled for a TPU cannot be read back without one."""
+    for enabled in (False, True):
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()  # or JAX would keep to what it found at its first program
+        if not enabled:
+            yield
 
 
 @pytest.fixture(scope="module")
