@@ -219,7 +219,7 @@ def test_every_size_names_only_fields():
         assert fields.keys() <= {f.name for f in dataclasses.fields(MMDiT)}
 
 
-@pytest.mark.parametrize(("remat", "gathers"), [("none", 2), ("minimal", 2), ("full", 2)])
+@pytest.mark.parametrize(("remat", "gathers"), [("none", 2), ("minimal", 2), ("full", 2), ("block", 2)])
 def test_gathered_weights_are_not_kept_for_the_backward_pass(remat, gathers):
     """Fully sharded, a policy may keep activations, but a weight is gathered forwards and once more backwards."""
     mesh = sharding.make_mesh(data=1, fsdp=8)

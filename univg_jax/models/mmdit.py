@@ -41,12 +41,13 @@ def _all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 # What a block keeps for the backward pass beside its input: everything but gathered weights; the outputs of its linear
-# maps; what attention gave; the outputs of its linear maps, in the host's memory.
+# maps; what attention gave; nothing; the outputs of its linear maps, in the host's memory.
 _policies = jax.checkpoint_policies
 REMAT = {
     "none": _all_but_gathers,
     "minimal": _policies.dots_with_no_batch_dims_saveable,
     "full": _policies.save_only_these_names(ATTENDED),
+    "block": _policies.nothing_saveable,
     "offload": _policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
