@@ -62,8 +62,8 @@ def turn_cache_on() -> CacheUse:
                 setattr(use, name, getattr(use, name) + 1)
 
         def report() -> None:
-            if (folder := jax.config.jax_compilation_cache_dir) and jax.config.jax_enable_compilation_cache:
-                logging.info("compilation cache %s: %s", folder, use)
+            if use.hits or use.misses:  # an error's one line stays alone
+                logging.info("compilation cache %s: %s", jax.config.jax_compilation_cache_dir, use)
 
         monitoring.register_event_listener(count)
         atexit.register(report)
