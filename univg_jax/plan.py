@@ -51,7 +51,7 @@ class Program:
     name: str
     arguments: int = 0
     temporaries: int = 0
-    peak: int = 0  # all at once: arguments, temporaries, results that take no argument's place, code
+    peak: int = 0  # all at once: arguments, temporaries and results when they are most, and code
     over: float = 0.0
     model_flops: float = 0.0
     flops: float = 0.0
@@ -341,12 +341,10 @@ class _Compiler:
         return Program(
             name=name,
             arguments=memory.argument_size_in_bytes,
-            temporaries=memory.temp_size_in_bytes,
-            peak=memory.argument_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.generated_code_size_in_bytes,
+            # Not `temp_size_in_bytes`, which counts memory again where arrays that live at other times share it: it
+            # exceeds the HBM for programs that fit.
+            temporaries=memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
+            peak=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
             model_flops=model_flops,
             flops=counts.flops,
             memory_bytes=counts.memory_bytes,

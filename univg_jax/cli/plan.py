@@ -142,7 +142,10 @@ def max_batch(config: ConfigDict, topology: Topology, compile_: Callable[..., Pl
             guess = int(a + (topology.chip.hbm - peak) * (b - a) / max(larger - peak, 1))
         else:
             guess = 2 * low if high is None else (low + high) // 2
-        guess = min(max(guess, low + 1), 4 * low if high is None else max(high - 1, 1))
+        if high is None:  # by an eighth at least: near the limit the compiler saves memory, and the line would creep
+            guess = min(max(guess, low + max(low // 8, 1)), 4 * low)
+        else:
+            guess = min(max(guess, low + 1), max(high - 1, 1))
     bar.close()
     return low * unit
 
