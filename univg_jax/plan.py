@@ -341,8 +341,7 @@ class _Compiler:
         return Program(
             name=name,
             arguments=memory.argument_size_in_bytes,
-            # Not `temp_size_in_bytes`, which counts memory again where arrays that live at other times share it: it
-            # exceeds the HBM for programs that fit.
+            # Not `temp_size_in_bytes`: it exceeds the HBM for programs that the compiler accepts.
             temporaries=memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
             peak=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
             model_flops=model_flops,
