@@ -117,8 +117,6 @@ def test_a_visit_counts_the_earlier_ones(weights, seed, start):
 @pytest.mark.parametrize("batch_size", [8, 64, 144, 512])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.28, 0.47, 0.2, 0.01, 0.01, 0.01, 0.02), (1.0,) * 4])
 def test_every_host_gets_each_share(hosts, batch_size, weights):
-    if batch_size % hosts:
-        pytest.skip("the batch does not divide")
     rotation = mixture.Rotation(weights, seed=3)
     steps = 8192 // batch_size
     positions = np.arange(steps * batch_size).reshape(steps, hosts, -1)
