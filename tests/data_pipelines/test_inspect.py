@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from data_pipelines import inspect
-from data_pipelines.mixture import MemorySource
+from data_pipelines.sources import MemorySource
 
 
 def tokenize(text: str, num_tokens: int) -> types.SimpleNamespace:

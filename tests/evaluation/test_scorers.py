@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipelines.mixture import MemorySource
+from data_pipelines.sources import MemorySource
 from tests.evaluation import evaluation_cases as data
 from univg_jax.evaluation.metrics import box_iou
 from univg_jax.evaluation.scorers import SceneScorer, scene_scorer

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 import data_pipelines.emoji_scenes as emoji_scenes
 from data_pipelines import mixture
 from data_pipelines.cache import CachedTokenizer
+from data_pipelines.sources import open_source
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer, load_tokenizer
 from univg_jax import checkpoint, conditioning, optim, sharding, train
@@ -87,12 +88,12 @@ def encoders(config: ConfigDict, workdir: epath.PathLike, mesh: jax.sharding.Mes
 
     def images() -> np.ndarray:
         name = next(iter(config.tasks.values())).sources[0]
-        source = mixture.open_source(name, "train", data_dir=config.data.dir)
+        source = open_source(name, "train", data_dir=config.data.dir)
         indices = np.linspace(0, len(source) - 1, min(FIT_IMAGES, len(source))).astype(int)
         return np.stack([source.read(int(i), ("image",))["image"] for i in indices])
 
     def portraits() -> tuple[np.ndarray, np.ndarray]:
-        source = mixture.open_source(config.tasks.id.sources[0], "train", data_dir=config.data.dir)
+        source = open_source(config.tasks.id.sources[0], "train", data_dir=config.data.dir)
         read = [source.read(i, ("image", "person")) for i in range(len(source))]
         return np.stack([r["image"] for r in read]), np.array([r["person"] for r in read])
 

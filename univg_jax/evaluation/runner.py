@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from data_pipelines import mixture, tasks
 from data_pipelines.mixture import Row
+from data_pipelines.sources import open_source
 from univg_jax import sharding
 from univg_jax.batch import Batch
 from univg_jax.conditioning import Conditioner
@@ -140,7 +141,7 @@ def evaluate_config(
         def scene_scorer() -> scorers_lib.SceneScorer:
             with _apart():
                 return scorers_lib.scene_scorer(
-                    mixture.open_source(source, "train", data_dir=config.data.dir),
+                    open_source(source, "train", data_dir=config.data.dir),
                     noun_of=scorers_lib.emoji_noun,
                     embed_text=embed_text,
                     cache_dir=epath.Path(config.data.dir) / "scorers",
