@@ -103,7 +103,7 @@ def main() -> None:
     assembly.prepare_data(config)
     tokenizer = assembly.tokenizer(config)
     with tempfile.TemporaryDirectory() as workdir:
-        conditioner, frozen = assembly.encoders(config, workdir, mesh)
+        conditioner, frozen = assembly.prepare_encoders(config, workdir, mesh)
         model = assembly.make_model(config, conditioner)
         stream = mixture.make_stream(config, tokenizer=tokenizer)
         size = config.data.batch_size

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from experiments import base
 from experiments.base import task
+from univg_jax import encoders
 from univg_jax.batch import Batch, fake_batch
 from univg_jax.conditioning import Conditioner
 from univg_jax.models.codec import PatchCodec, fit_patch_codec
@@ -82,3 +83,25 @@ def record_parity(record_property, *, network: str, configuration: str, **errors
     """What `tools/parity.py` makes a row of docs/parity.md: errors relative to the std of the reference's output."""
     row = dict(network=network, configuration=configuration, errors={k: float(v) for k, v in errors.items()})
     record_property("parity", json.dumps(row))
+
+
+ENCODERS = dict(text="minilm", codec=dict(kind="linear", patch=4, channels=8, whiten=0.5), identity=None)
+ENCODERS_WITH_FACES = {**ENCODERS, "identity": dict(kind="lda", dim=4)}
+
+
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+
+
+def portraits() -> tuple[np.ndarray, np.ndarray]:
+    return images(), np.arange(40) // 4
+
+
+def unused():
+    """For data of a fit that should not happen."""
+    raise AssertionError("nothing should be fitted here")
+
+
+def prepare_encoders(config, workdir, **options):
+    options = dict(images=images, portraits=portraits) | options
+    return encoders.prepare(config, workdir=workdir, **options)

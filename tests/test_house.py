@@ -19,8 +19,9 @@ ALLOWED = {
     "univg_jax.models": {"univg_jax.batch", "univg_jax.names", "univg_jax.sharding"},
     "univg_jax.pretrained": {"univg_jax.names"},
     "univg_jax.interop": {"univg_jax.models", "univg_jax.sharding"},
-    "univg_jax.conditioning": {
-        "univg_jax.models", "univg_jax.interop", "univg_jax.pretrained", "univg_jax.batch", "univg_jax.names",
+    "univg_jax.conditioning": {"univg_jax.models", "univg_jax.batch"},
+    "univg_jax.encoders": {
+        "univg_jax.conditioning", "univg_jax.models", "univg_jax.interop", "univg_jax.pretrained", "univg_jax.names",
         "univg_jax.sharding",
     },
     "univg_jax.sampling": {

@@ -16,7 +16,7 @@ from data_pipelines.tasks import Example
 from data_pipelines.tokenizer import load_tokenizer
 from tests.helpers import record_parity
 from tests.sd3_folder import TRANSFORMER, write_sd3
-from univg_jax import checkpoint, conditioning
+from univg_jax import checkpoint, encoders
 from univg_jax.batch import Batch
 from univg_jax.cli.main import main
 from univg_jax.flow import sample_noise
@@ -168,7 +168,7 @@ def model_inputs(model):
 @pytest.fixture(scope="module")
 def generator(folder, tmp_path_factory):
     """Our sampler on the folder's networks: a UniVG model that begins as SD3."""
-    conditioner, frozen = conditioning.prepare(
+    conditioner, frozen = encoders.prepare(
         dict(ENCODERS, folder=str(folder)), workdir=tmp_path_factory.mktemp("run"), images=unused, portraits=unused
     )
     backbone = make_mmdit("tiny", **fields(hidden_dim=32, depth=2, num_heads=2, qk_norm=None))

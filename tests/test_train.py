@@ -21,8 +21,6 @@ from univg_jax import checkpoint, sharding, train, writers
 from univg_jax.preemption import Preempted
 from univg_jax.train import NonFiniteLossError, Step
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 @pytest.fixture(scope="module")
 def parts():

@@ -151,7 +151,7 @@ def compile_plan(
 ) -> Plan:
     """Compiles `programs` of `config` for `topology`.
 
-    `frozen` are the shapes of the encoders' parameters (`conditioning.abstract`); `encoders` says whether they are in
+    `frozen` are the shapes of the encoders' parameters (`encoders.abstract`); `encoders` says whether they are in
     the train step, else it begins from latents and embeddings. `passes` is how many guided passes sampling takes.
     `quick` asks the compiler for less effort: in a third of the time, the same products and collectives, with memory
     and its traffic some percent off.

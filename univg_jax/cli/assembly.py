@@ -18,7 +18,7 @@ from data_pipelines.cache import CachedTokenizer
 from data_pipelines.sources import open_source
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer, load_tokenizer
-from univg_jax import checkpoint, conditioning, optim, sharding, train
+from univg_jax import checkpoint, encoders, optim, sharding, train
 from univg_jax.batch import Batch, fake_batch
 from univg_jax.conditioning import Conditioner
 from univg_jax.interop.diffusers import transformer_folder
@@ -52,7 +52,7 @@ def check_config(config: ConfigDict) -> None:
     for task in config.sampling.guidance:
         guidance(config, task)
     make_mmdit(config.model.size, **config.model.overrides)
-    conditioning.check(config.conditioning)
+    encoders.check(config.conditioning)
     tokenizer(config)
     for task in config.flow.weight_changes:
         if task not in TASKS:
@@ -75,15 +75,15 @@ def build_arguments(config: ConfigDict) -> dict[str, Any]:
 
 def tokenizer(config: ConfigDict) -> Tokenizer:
     """The text encoder's. Raises ValueError if `data.num_tokens` is none of its lengths."""
-    loaded = load_tokenizer(conditioning.tokenizer_folder(config.conditioning))
+    loaded = load_tokenizer(encoders.tokenizer_folder(config.conditioning))
     loaded("", config.data.num_tokens)
     if config.data.text_cache:
-        identity = conditioning.text_identity(config.conditioning, num_tokens=config.data.num_tokens)
+        identity = encoders.text_identity(config.conditioning, num_tokens=config.data.num_tokens)
         loaded = CachedTokenizer(loaded, config.data.text_cache, identity=identity)
     return loaded
 
 
-def encoders(config: ConfigDict, workdir: epath.PathLike, mesh: jax.sharding.Mesh) -> tuple[Conditioner, Any]:
+def prepare_encoders(config: ConfigDict, workdir: epath.PathLike, mesh: jax.sharding.Mesh) -> tuple[Conditioner, Any]:
     """The frozen encoders of a run: its own, its parent's, or fitted on its training data."""
 
     def images() -> np.ndarray:
@@ -97,7 +97,7 @@ def encoders(config: ConfigDict, workdir: epath.PathLike, mesh: jax.sharding.Mes
         read = [source.read(i, ("image", "person")) for i in range(len(source))]
         return np.stack([r["image"] for r in read]), np.array([r["person"] for r in read])
 
-    return conditioning.prepare(
+    return encoders.prepare(
         config.conditioning,
         workdir=workdir,
         init_from=None if transformer_folder(config.init_from.path) else config.init_from.path or None,
@@ -243,7 +243,7 @@ def load_run(
     except ValueError:
         mesh = sharding.make_mesh(data=1, fsdp=-1)
     jax.set_mesh(mesh)
-    conditioner, frozen = conditioning.load(workdir, folder=config.conditioning.folder, mesh=mesh)
+    conditioner, frozen = encoders.load(workdir, folder=config.conditioning.folder, mesh=mesh)
     model = make_model(config, conditioner)
     abstract = jax.eval_shape(make_init(config, model, conditioner), frozen, jax.random.key(0))
     params = checkpoint.load_params(

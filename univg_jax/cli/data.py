@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from data_pipelines import cache, inspect
-from univg_jax import conditioning
+from univg_jax import encoders
 from univg_jax.cli import assembly
 from univg_jax.cli.config import load_config
 from univg_jax.cli.main import configure_jax
@@ -72,12 +72,12 @@ def cache_prompts(args: argparse.Namespace) -> None:
     assembly.prepare_data(config)
     mesh = assembly.make_mesh(config)
     jax.set_mesh(mesh)
-    module, params = conditioning.load_text(config.conditioning, mesh=mesh)
+    module, params = encoders.load_text(config.conditioning, mesh=mesh)
     embed = jax.jit(lambda params, tokens, mask: module.apply({"params": params}, tokens, mask))
     count = cache.write_cache(
         args.out,
         cache.prompts(config, assembly.tokenizer(config), steps=args.steps or config.train.steps),
         embed=lambda tokens, mask: jax.device_get(embed(params, jnp.asarray(tokens), jnp.asarray(mask))),
-        identity=conditioning.text_identity(config.conditioning, num_tokens=config.data.num_tokens),
+        identity=encoders.text_identity(config.conditioning, num_tokens=config.data.num_tokens),
     )
     print(f"{args.out} has the embeddings of {count} prompts")

@@ -17,10 +17,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from data_pipelines.tasks import TASKS
-from univg_jax import conditioning, tpu
+from univg_jax import tpu
 from univg_jax.cli import assembly
 from univg_jax.cli.config import load_config
 from univg_jax.cli.main import configure_jax
+from univg_jax.encoders import abstract as abstract_encoders
 from univg_jax.models.mmdit import REMAT, make_mmdit
 from univg_jax.names import known
 from univg_jax.plan import Plan, Program, Topology, compile_plan, open_topology
@@ -105,7 +106,7 @@ def compile_for(
     quick: bool = False,
 ) -> Plan:
     """`compile_plan` of the parts that a run of `config` has."""
-    conditioner, frozen = conditioning.abstract(config.conditioning)
+    conditioner, frozen = abstract_encoders(config.conditioning)
     model = assembly.make_model(config, conditioner)
     passes = max(len(assembly.guidance(config, task)) for task in config.tasks)
     return compile_plan(

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
     assembly.prepare_data(config)
     tokenizer = assembly.tokenizer(config)
-    conditioner, frozen = assembly.encoders(config, workdir, mesh)
+    conditioner, frozen = assembly.prepare_encoders(config, workdir, mesh)
     model = assembly.make_model(config, conditioner)
     stream = mixture.make_stream(
         config, tokenizer=tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
