@@ -1,11 +1,13 @@
-"""Host memory of loading a large SD3 folder onto 8 devices, against the largest shard and against reading it whole.
+"""Host memory of loading a large SD3 folder onto 8 devices, against the largest shard and against
+reading it whole.
 
     python benchmarks/load_weights.py [--gigabytes=4] [--folder=DIR]
 
-Writes a random folder (or reads `--folder`), then loads it in processes of their own, each with 8 virtual CPU devices
-and `fsdp=8`. The arrays on virtual devices lie in the same memory, so what loading itself needs is the peak of the
-process's own memory (RssAnon; mapped files do not count) less what it had before and the parameters. The limit is
-1.3 times the largest shard, plus a constant for allocators and threads.
+Writes a random folder (or reads `--folder`), then loads it in processes of their own, each with 8
+virtual CPU devices and `fsdp=8`. The arrays on virtual devices lie in the same memory, so what
+loading itself needs is the peak of the process's own memory (RssAnon; mapped files do not count)
+less what it had before and the parameters. The limit is 1.3 times the largest shard, plus a
+constant for allocators and threads.
 """
 
 import argparse
@@ -37,14 +39,20 @@ def write(folder: str, gigabytes: float) -> None:
     depth = max(2, round(gigabytes * 1e9 / 4 / (36 * width**2)))
     model = MMDiT(hidden_dim=width, depth=depth, num_heads=24, in_channels=16)
     inputs = [(1, 2, 2, 16), (1, 1, model.text_dim), (1, model.pooled_dim), (1,)]
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *(jax.ShapeDtypeStruct(s, np.float32) for s in inputs))
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), *(jax.ShapeDtypeStruct(s, np.float32) for s in inputs)
+    )
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: rng.standard_normal(s.shape, dtype=np.float32), shapes["params"])
+    params = jax.tree.map(
+        lambda s: rng.standard_normal(s.shape, dtype=np.float32), shapes["params"]
+    )
     save_transformer(model, params, folder, max_file_bytes=10**9)
 
 
 def load(folder: str, how: str) -> None:
-    """Prints the figures of one load, `how`: streamed, or whole (every tensor in host memory first)."""
+    """Prints the figures of one load, `how`: streamed, or whole (every tensor in host memory
+    first).
+    """
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
     import jax
     import numpy as np
@@ -80,12 +88,18 @@ def load(folder: str, how: str) -> None:
     leaves = jax.tree.leaves(params)
     total = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
     shard = max(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
-    print(json.dumps(dict(how=how, total=total, shard=shard, extra=peak - before - total, seconds=seconds)))
+    print(
+        json.dumps(
+            dict(how=how, total=total, shard=shard, extra=peak - before - total, seconds=seconds)
+        )
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="of the random folder, in float32")
+    parser.add_argument(
+        "--gigabytes", type=float, default=4.0, help="of the random folder, in float32"
+    )
     parser.add_argument("--folder", help="of an SD3Transformer2DModel; default: a random one")
     parser.add_argument("--measure", choices=("streamed", "whole"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -99,13 +113,19 @@ def main() -> None:
         results = {}
         for how in ("streamed", "whole"):
             command = [sys.executable, __file__, f"--folder={folder}", f"--measure={how}"]
-            results[how] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            results[how] = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            )
     shard, total = results["streamed"]["shard"], results["streamed"]["total"]
     gib = 2**30
-    print(f"{total / gib:.2f} GiB of parameters on {DEVICES} devices, the largest shard {shard / gib:.3f} GiB")
+    print(
+        f"{total / gib:.2f} GiB of parameters on {DEVICES} devices, the largest shard {shard / gib:.3f} GiB"
+    )
     for result in results.values():  # beside the parameters themselves
         extra = result["extra"]
-        print(f"{result['how']:9}{extra / gib:7.3f} GiB = {extra / shard:.2f} shards, {result['seconds']:.1f} s")
+        print(
+            f"{result['how']:9}{extra / gib:7.3f} GiB = {extra / shard:.2f} shards, {result['seconds']:.1f} s"
+        )
     extra, limit = results["streamed"]["extra"], 1.3 * shard + CONSTANT
     verdict = "kept" if extra <= limit else "MISSED"
     print(f"limit    {limit / gib:7.3f} GiB = 1.3 shards + {CONSTANT // 2**20} MiB: {verdict}")

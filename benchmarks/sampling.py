@@ -1,8 +1,10 @@
-"""Guided sampling, 50 Euler steps, against diffusers' `StableDiffusion3Pipeline`: the same weights, noise, text
-embeddings and times, float32, latents out, on this CPU. Runs alternate in one process and the fastest of each counts.
-Prints the ratio of the times, how far apart the results are, and what our sampler adds to its forward passes.
+"""Guided sampling, 50 Euler steps, against diffusers' `StableDiffusion3Pipeline`: the same weights,
+noise, text embeddings and times, float32, latents out, on this CPU. Runs alternate in one process
+and the fastest of each counts. Prints the ratio of the times, how far apart the results are, and
+what our sampler adds to its forward passes.
 
-    python benchmarks/sampling.py        # 384 wide, 6 deep, 256 px: 256 image and 32 text tokens, guided by text
+    python benchmarks/sampling.py        # 384 wide, 6 deep, 256 px: 256 image and 32 text tokens,
+    guided by text
 """
 
 import argparse
@@ -38,11 +40,14 @@ SIDE, TOKENS, SCALE, SHIFT = 32, 32, 4.5, 3.0
 
 
 def prepare(batch: int) -> tuple[Any, np.ndarray, dict[str, np.ndarray]]:
-    """Parameters with nothing at zero, noise, and conditions of both passes: the text's rows, then the null text's."""
+    """Parameters with nothing at zero, noise, and conditions of both passes: the text's rows, then
+    the null text's.
+    """
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     conditions = dict(
-        text_emb=normal(2 * batch, TOKENS, MODEL.text_dim), pooled_emb=normal(2 * batch, MODEL.pooled_dim)
+        text_emb=normal(2 * batch, TOKENS, MODEL.text_dim),
+        pooled_emb=normal(2 * batch, MODEL.pooled_dim),
     )
     noise = normal(batch, SIDE, SIDE, MODEL.in_channels)
     stacked, t = np.tile(noise, (2, 1, 1, 1)), np.ones(2 * batch, np.float32)
@@ -51,10 +56,17 @@ def prepare(batch: int) -> tuple[Any, np.ndarray, dict[str, np.ndarray]]:
     return params, noise, conditions
 
 
-def ours(params: Any, noise: np.ndarray, conditions: dict[str, np.ndarray], *, steps: int) -> tuple[Callable, Callable]:
-    """The sampler, and as many forward passes in a row as it has: each a function that returns its result."""
+def ours(
+    params: Any, noise: np.ndarray, conditions: dict[str, np.ndarray], *, steps: int
+) -> tuple[Callable, Callable]:
+    """The sampler, and as many forward passes in a row as it has: each a function that returns its
+    result.
+    """
     # Our passes of a row are side by side.
-    conditions = {k: v.reshape(2, -1, *v.shape[1:]).swapaxes(0, 1).reshape(v.shape) for k, v in conditions.items()}
+    conditions = {
+        k: v.reshape(2, -1, *v.shape[1:]).swapaxes(0, 1).reshape(v.shape)
+        for k, v in conditions.items()
+    }
     params, noise, conditions = jax.device_put((params, noise, conditions))
 
     def predict(params, conditions, x, t):
@@ -64,7 +76,11 @@ def ours(params: Any, noise: np.ndarray, conditions: dict[str, np.ndarray], *, s
     def sample(params, conditions, noise):
         sampler = Sampler(solver="euler", steps=steps, shift=SHIFT)
         weights = jnp.asarray(guidance_weights(text=SCALE))
-        return solve(guided_velocity(lambda x, t: predict(params, conditions, x, t), weights, sampler), noise, sampler)
+        return solve(
+            guided_velocity(lambda x, t: predict(params, conditions, x, t), weights, sampler),
+            noise,
+            sampler,
+        )
 
     forward = jax.jit(predict)
     stacked, t = jnp.tile(noise, (2, 1, 1, 1)), jnp.ones(2 * len(noise))
@@ -80,16 +96,30 @@ def ours(params: Any, noise: np.ndarray, conditions: dict[str, np.ndarray], *, s
 def theirs(
     params: Any, noise: np.ndarray, conditions: dict[str, np.ndarray], *, steps: int, compiled: bool
 ) -> Callable[[], np.ndarray]:
-    """Their pipeline on our weights, without text encoders and VAE: a function that returns latents, channels last."""
+    """Their pipeline on our weights, without text encoders and VAE: a function that returns
+    latents, channels last.
+    """
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as folder:
         save_transformer(MODEL, params, folder)
         transformer = SD3Transformer2DModel.from_pretrained(folder).eval()
     absent = dict.fromkeys(
-        ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+        (
+            "vae",
+            "text_encoder",
+            "tokenizer",
+            "text_encoder_2",
+            "tokenizer_2",
+            "text_encoder_3",
+            "tokenizer_3",
+        )
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     pipeline = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **absent)
@@ -98,7 +128,9 @@ def theirs(
         pipeline.transformer.compile()
     text, null = (
         dict(zip(("prompt_embeds", "pooled_prompt_embeds"), map(torch.tensor, rows), strict=True))
-        for rows in zip(*(np.split(conditions[name], 2) for name in ("text_emb", "pooled_emb")), strict=True)
+        for rows in zip(
+            *(np.split(conditions[name], 2) for name in ("text_emb", "pooled_emb")), strict=True
+        )
     )
     latents = torch.tensor(noise.transpose(0, 3, 1, 2))
 
@@ -110,7 +142,8 @@ def theirs(
             width=8 * SIDE,
             guidance_scale=SCALE,
             latents=latents,
-            sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist(),  # the same times as ours, before the shift
+            # the same times as ours, before the shift
+            sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist(),
             output_type="latent",
         )
         return result.images.numpy().transpose(0, 2, 3, 1)
@@ -119,9 +152,13 @@ def theirs(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=1, help="images; each is two rows, with and without its text")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="images; each is two rows, with and without its text"
+    )
     parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
     use_huge_pages()
@@ -132,7 +169,9 @@ def main() -> None:
     if shutil.which(os.environ.get("CXX", "g++")):
         runs["torch compiled"] = theirs(*inputs, steps=args.steps, compiled=True)
     else:
-        print("torch compiled: not measured, there is no C++ compiler for inductor (set CXX or install g++)")
+        print(
+            "torch compiled: not measured, there is no C++ compiler for inductor (set CXX or install g++)"
+        )
     runs |= {"ours": sample, "forward passes": forwards}
 
     want, got = runs["torch eager"](), np.asarray(sample())
@@ -140,12 +179,24 @@ def main() -> None:
     fastest = min(seconds for name, seconds in best.items() if name.startswith("torch"))
     for name, seconds in best.items():
         eager = seconds / best["torch eager"]
-        print(f"{name:15s} {seconds:7.2f} s  {eager:.2f} x eager  {seconds / fastest:.2f} x fastest torch")
+        print(
+            f"{name:15s} {seconds:7.2f} s  {eager:.2f} x eager  {seconds / fastest:.2f} x fastest torch"
+        )
     overhead = best["ours"] / best["forward passes"] - 1
     difference = float(np.abs(got - want).max() / want.std())
     print(f"our sampler adds {overhead:+.1%} to its {args.steps} forward passes")
     print(f"ours and theirs differ by at most {difference:.1e} standard deviations")
-    print(json.dumps(dict(steps=args.steps, batch=args.batch, seconds=best, overhead=overhead, difference=difference)))
+    print(
+        json.dumps(
+            dict(
+                steps=args.steps,
+                batch=args.batch,
+                seconds=best,
+                overhead=overhead,
+                difference=difference,
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Fair timing on a machine that is never quiet: the same memory pages for all, and rounds in which runs alternate.
+"""Fair timing on a machine that is never quiet: the same memory pages for all, and rounds in which
+runs alternate.
 
 Other load then hits all of them, so ratios hold where seconds do not.
 """
@@ -12,7 +13,8 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def use_huge_pages() -> None:
-    """Starts the program again with glibc's huge pages, which it reads at its start only; both XLA and PyTorch use it.
+    """Starts the program again with glibc's huge pages, which it reads at its start only; both XLA
+    and PyTorch use it.
 
     A `GLIBC_TUNABLES` that is set, to anything, stays. JAX is told that this is about CPUs.
     """

@@ -1,15 +1,17 @@
-"""One training step of our MM-DiT against diffusers' `SD3Transformer2DModel` on PyTorch, eager and compiled: the same
-model, AdamW, float32, on this CPU. Runs alternate in one process and the fastest of each counts. Prints milliseconds,
-their ratio to PyTorch's, and the share of what the same library's large matmul reaches.
+"""One training step of our MM-DiT against diffusers' `SD3Transformer2DModel` on PyTorch, eager and
+compiled: the same model, AdamW, float32, on this CPU. Runs alternate in one process and the fastest
+of each counts. Prints milliseconds, their ratio to PyTorch's, and the share of what the same
+library's large matmul reaches.
 
-    python benchmarks/train_step.py                        # 384 wide, 256 image and 32 text tokens, batch 8
-    python benchmarks/train_step.py --preset=quickstart --batch=16
+    python benchmarks/train_step.py                        # 384 wide, 256 image and 32 text tokens,
+    batch 8 python benchmarks/train_step.py --preset=quickstart --batch=16
 
-The shares are there because matmul libraries differ by machine: PyTorch's MKL takes a slow path on AMD's processors.
-What PyTorch does with a fast one is measured by telling MKL that the processor is Intel's:
+The shares are there because matmul libraries differ by machine: PyTorch's MKL takes a slow path on
+AMD's processors. What PyTorch does with a fast one is measured by telling MKL that the processor is
+Intel's:
 
-    echo 'int mkl_serv_intel_cpu_true(void) { return 1; }' | gcc -shared -fPIC -x c - -o /tmp/intel.so
-    LD_PRELOAD=/tmp/intel.so python benchmarks/train_step.py
+    echo 'int mkl_serv_intel_cpu_true(void) { return 1; }' | gcc -shared -fPIC -x c - -o
+    /tmp/intel.so LD_PRELOAD=/tmp/intel.so python benchmarks/train_step.py
 """
 
 import argparse
@@ -67,7 +69,9 @@ def ours(model: MMDiT, *, side: int, tokens: int, batch: int) -> Callable[[], No
     return run
 
 
-def theirs(model: MMDiT, *, side: int, tokens: int, batch: int, compiled: bool) -> Callable[[], None]:
+def theirs(
+    model: MMDiT, *, side: int, tokens: int, batch: int, compiled: bool
+) -> Callable[[], None]:
     """The same step of diffusers' model on PyTorch."""
     import torch
     from diffusers import SD3Transformer2DModel
@@ -127,7 +131,9 @@ def their_matmul() -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=PRESETS, default="reference")
     parser.add_argument("--batch", type=int, help="overrides the preset's")
     parser.add_argument("--rounds", type=int, default=12)
@@ -141,14 +147,18 @@ def main() -> None:
     if shutil.which(os.environ.get("CXX", "g++")):
         steps["torch compiled"] = theirs(model, **shape, compiled=True)
     else:
-        print("torch compiled: not measured, there is no C++ compiler for inductor (set CXX or install g++)")
+        print(
+            "torch compiled: not measured, there is no C++ compiler for inductor (set CXX or install g++)"
+        )
     steps["ours, scanned"] = ours(model, **shape)
     steps["ours, unrolled"] = ours(model.clone(scan=False), **shape)
     matmuls = {"torch matmul": their_matmul(), "our matmul": our_matmul()}
     best = best_seconds({**steps, **matmuls}, rounds=args.rounds)
 
     side = dict(height=shape["side"], width=shape["side"])
-    flops = shape["batch"] * model.matmul_flops(**side, num_tokens=shape["tokens"], train=True) / 1e9
+    flops = (
+        shape["batch"] * model.matmul_flops(**side, num_tokens=shape["tokens"], train=True) / 1e9
+    )
     peak = {name.split()[0]: 2 * MATMUL**3 / best[name] / 1e9 for name in matmuls}
     eager = best["torch eager"]
     fastest = min(best[name] for name in steps if name.startswith("torch"))
@@ -162,7 +172,11 @@ def main() -> None:
             f"{name:15s} {1e3 * best[name]:8.1f}  {best[name] / eager:7.2f}  {best[name] / fastest:15.2f}"
             f"  {rate:7.0f}  {share:13.0%}"
         )
-    print(json.dumps(dict(preset=args.preset, **shape, gflop=round(flops, 1), peak_gflops=peak, seconds=best)))
+    print(
+        json.dumps(
+            dict(preset=args.preset, **shape, gflop=round(flops, 1), peak_gflops=peak, seconds=best)
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Embeddings of prompts on disk, so that a run need not hold its text encoders.
 
-A cache is a folder: `cache.json` says whose embeddings these are (`identity`: encoder, hash of its weights, number of
-tokens), `NNNNN.safetensors` hold them. A prompt is found by the hash of its tokens: a changed caption is missing, never
-stale, and a cache of another encoder is refused. `CachedTokenizer` gives each prompt's embedding with its tokens;
-nothing else in the data's way knows of caches.
+A cache is a folder: `cache.json` says whose embeddings these are (`identity`: encoder, hash of its
+weights, number of tokens), `NNNNN.safetensors` hold them. A prompt is found by the hash of its
+tokens: a changed caption is missing, never stale, and a cache of another encoder is refused.
+`CachedTokenizer` gives each prompt's embedding with its tokens; nothing else in the data's way
+knows of caches.
 """
 
 import dataclasses
@@ -30,17 +31,23 @@ FIELDS = ("emb", "mask", "pooled")
 class CachedTokenizer:
     """`tokenizer` whose prompts come with their embeddings from `folder`.
 
-    Raises FileNotFoundError without a finished cache there, ValueError for a damaged one, for one whose identity is not
-    `identity`, and for a prompt that it does not have.
+    Raises FileNotFoundError without a finished cache there, ValueError for a damaged one, for one
+    whose identity is not `identity`, and for a prompt that it does not have.
     """
 
     def __init__(self, tokenizer: Tokenizer, folder: str | Path, *, identity: Mapping[str, Any]):
         self._tokenizer, self._folder = tokenizer, Path(folder)
         file = self._folder / RECORD
         if not file.is_file():
-            raise FileNotFoundError(f"{folder} has no {RECORD}: not a finished cache (univg data cache)")
+            raise FileNotFoundError(
+                f"{folder} has no {RECORD}: not a finished cache (univg data cache)"
+            )
         stored = json.loads(file.read_text())
-        if different := [k for k in {**stored["identity"], **identity} if stored["identity"].get(k) != identity.get(k)]:
+        if different := [
+            k
+            for k in {**stored["identity"], **identity}
+            if stored["identity"].get(k) != identity.get(k)
+        ]:
             key = different[0]
             raise ValueError(
                 f"{folder} has the embeddings of another text encoder: {key} is {stored['identity'].get(key)!r}, "
@@ -52,21 +59,27 @@ class CachedTokenizer:
                 opened = safe_open(self._folder / name, framework="np")
                 keys = opened.get_tensor("keys")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self._folder / name} is not a readable part of the cache: {error}") from None
+                raise ValueError(
+                    f"{self._folder / name} is not a readable part of the cache: {error}"
+                ) from None
             self._places |= {bytes(key): (opened, row) for row, key in enumerate(keys)}
 
     def __call__(self, text: str, num_tokens: int) -> TokenizedText:
         tokenized = self._tokenizer(text, num_tokens)
         place = self._places.get(_key(tokenized))
         if place is None:
-            raise ValueError(f"{self._folder} has no embedding of the prompt {text!r}; make it anew (univg data cache)")
+            raise ValueError(
+                f"{self._folder} has no embedding of the prompt {text!r}; make it anew (univg data cache)"
+            )
         opened, row = place
         emb, mask, pooled = (opened.get_slice(name)[row : row + 1] for name in FIELDS)
         return dataclasses.replace(tokenized, embedding=Text(emb=emb, mask=mask, pooled=pooled))
 
 
 def prompts(config: Any, tokenizer: Tokenizer, *, steps: int) -> list[TokenizedText]:
-    """Every distinct prompt that a run of `config` tokenizes in its first `steps` steps, its validation and samples."""
+    """Every distinct prompt that a run of `config` tokenizes in its first `steps` steps, its
+    validation and samples.
+    """
     seen: dict[bytes, TokenizedText] = {}
 
     def recorder(text: str, num_tokens: int) -> TokenizedText:
@@ -74,14 +87,19 @@ def prompts(config: Any, tokenizer: Tokenizer, *, steps: int) -> list[TokenizedT
         seen.setdefault(_key(tokenized), tokenized)
         return tokenized
 
-    size, num = config.data.batch_size, max(config.train.eval_examples, config.train.sample_examples)
+    size, num = (
+        config.data.batch_size,
+        max(config.train.eval_examples, config.train.sample_examples),
+    )
     stream = mixture.make_stream(config, tokenizer=recorder)
     for _ in tqdm(range(steps), desc="read prompts", unit="step"):
         next(stream)
     stream.close()
     for name in stream.shares:
         recorder(tasks.prompt(name, ""), config.data.num_tokens)  # without its text
-        for _ in mixture.eval_batches(config, name, split="validation", num=num, batch_size=size, tokenizer=recorder):
+        for _ in mixture.eval_batches(
+            config, name, split="validation", num=num, batch_size=size, tokenizer=recorder
+        ):
             pass
     return list(seen.values())
 
@@ -95,9 +113,11 @@ def write_cache(
     batch_size: int = 64,
     file_rows: int = 4096,
 ) -> int:
-    """Embeds `rows` by `embed(tokens, text_mask)`, `batch_size` at a time, and writes the cache; returns their number.
+    """Embeds `rows` by `embed(tokens, text_mask)`, `batch_size` at a time, and writes the cache;
+    returns their number.
 
-    `cache.json` is written last: a killed build leaves no cache. Raises FileExistsError if there is one.
+    `cache.json` is written last: a killed build leaves no cache. Raises FileExistsError if there is
+    one.
     """
     folder, rows = Path(folder), list(rows)
     if (folder / RECORD).exists():
@@ -110,15 +130,22 @@ def write_cache(
             texts = []
             for first in range(0, len(part), batch_size):
                 batch = part[first : first + batch_size]
-                padded = batch + [batch[-1]] * (batch_size - len(batch))  # one shape, one compilation
-                text = embed(np.stack([r.tokens for r in padded]), np.stack([r.text_mask for r in padded]))
-                texts.append({name: np.asarray(getattr(text, name))[: len(batch)] for name in FIELDS})
+                # one shape, one compilation
+                padded = batch + [batch[-1]] * (batch_size - len(batch))
+                text = embed(
+                    np.stack([r.tokens for r in padded]), np.stack([r.text_mask for r in padded])
+                )
+                texts.append(
+                    {name: np.asarray(getattr(text, name))[: len(batch)] for name in FIELDS}
+                )
                 bar.update(len(batch))
             arrays = {name: np.concatenate([text[name] for text in texts]) for name in FIELDS}
             keys = np.stack([np.frombuffer(_key(row), np.uint8) for row in part])
             files.append(f"{len(files):05d}.safetensors")
             save_file({**arrays, "keys": keys}, folder / files[-1])
-    (folder / RECORD).write_text(json.dumps(dict(identity=dict(identity), files=files, prompts=len(rows)), indent=1))
+    (folder / RECORD).write_text(
+        json.dumps(dict(identity=dict(identity), files=files, prompts=len(rows)), indent=1)
+    )
     return len(rows)
 
 

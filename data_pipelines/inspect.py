@@ -1,4 +1,6 @@
-"""What a config trains on, as one HTML page: rows of its stream beside the labels of the records they came from."""
+"""What a config trains on, as one HTML page: rows of its stream beside the labels of the records
+they came from.
+"""
 
 import base64
 import collections
@@ -49,10 +51,12 @@ def write_inspection(
     split: str = "train",
     sources: Any = None,
 ) -> None:
-    """Writes a self-contained page with `num_examples` rows of each task, in the order of the stream.
+    """Writes a self-contained page with `num_examples` rows of each task, in the order of the
+    stream.
 
-    Each shows its id, where it came from, the prompt as the encoder gets it, withheld conditions, and the
-    pictures: source, mask, face, target, and the whole record with its boxes, masks and joints drawn on.
+    Each shows its id, where it came from, the prompt as the encoder gets it, withheld conditions,
+    and the pictures: source, mask, face, target, and the whole record with its boxes, masks and
+    joints drawn on.
 
     Raises:
       ValueError, FileNotFoundError: as `mixture.make_stream`.
@@ -95,7 +99,11 @@ def _card(row: mixture.Row, num_tokens: int, tokenizer: Any) -> _Card:
     source, index = row.origin
     text = tasks.prompt(row.task, "" if row.drop in ("text", "both") else row.example.text)
     tokens = tokenizer(text, num_tokens)
-    pictures = [("source", row.example.source), ("target", row.example.target), ("face", row.example.face)]
+    pictures = [
+        ("source", row.example.source),
+        ("target", row.example.target),
+        ("face", row.example.face),
+    ]
     if row.example.mask is not None:
         pictures.insert(1, ("mask", renderings.render_mask(row.example.mask[..., 0])))
     record = source.read(index)
@@ -107,8 +115,13 @@ def _card(row: mixture.Row, num_tokens: int, tokenizer: Any) -> _Card:
         num_tokens=int(tokens.text_mask.sum()),
         truncated=bool(getattr(tokens, "num_truncated", 0)),
         drop=row.drop,
-        pictures=[_Picture(name=name, url=_url(image)) for name, image in pictures if image is not None],
-        boxes=[(phrase, "rgb({}, {}, {})".format(*_color(k))) for k, phrase in enumerate(record.get("phrases", ()))],
+        pictures=[
+            _Picture(name=name, url=_url(image)) for name, image in pictures if image is not None
+        ],
+        boxes=[
+            (phrase, "rgb({}, {}, {})".format(*_color(k)))
+            for k, phrase in enumerate(record.get("phrases", ()))
+        ],
     )
 
 
@@ -116,7 +129,9 @@ def _labels(record: Record) -> UInt8[np.ndarray, "h w 3"]:
     """The record's image, enlarged, with the outlines of its masks, its boxes and its joints."""
     scale = _LABEL_PIXELS / max(record["image"].shape[:2])
     height, width = (max(1, round(side * scale)) for side in record["image"].shape[:2])
-    image = np.ascontiguousarray(transforms.resize_image(record["image"], height=height, width=width))
+    image = np.ascontiguousarray(
+        transforms.resize_image(record["image"], height=height, width=width)
+    )
     for k, mask in enumerate(record.get("masks", ())):
         large = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
         contours, _ = cv2.findContours(large, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -127,7 +142,9 @@ def _labels(record: Record) -> UInt8[np.ndarray, "h w 3"]:
     for x, y, visible in record.get("joints", ()):
         center = (round(float(x) * width), round(float(y) * height))
         cv2.circle(image, center, 5, (0, 0, 0), -1, cv2.LINE_AA)
-        cv2.circle(image, center, 3, (255, 255, 255) if visible else (130, 130, 130), -1, cv2.LINE_AA)
+        cv2.circle(
+            image, center, 3, (255, 255, 255) if visible else (130, 130, 130), -1, cv2.LINE_AA
+        )
     return image
 
 

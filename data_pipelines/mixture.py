@@ -1,14 +1,16 @@
-"""Task weights -> one elastic stream: every row of it is a pure function of (seed, global position).
+"""Task weights -> one elastic stream: every row of it is a pure function of (seed, global
+position).
 
 Position g of the stream belongs to the pair (task, source) into whose share of [0, 1) the point
-`frac(g * golden ratio + offset(seed))` falls. A rotation by an irrational number visits every interval in
-exact proportion, and so does every arithmetic subsequence of it: batches, and the slices of any number
-of hosts, have the weights' shares without a period that could alias with them. How often the pair came up
-before g has a closed form, so a stream resumes at any position at once. That count walks the source in an order
-that each epoch shuffles anew.
+`frac(g * golden ratio + offset(seed))` falls. A rotation by an irrational number visits every
+interval in exact proportion, and so does every arithmetic subsequence of it: batches, and the
+slices of any number of hosts, have the weights' shares without a period that could alias with them.
+How often the pair came up before g has a closed form, so a stream resumes at any position at once.
+That count walks the source in an order that each epoch shuffles anew.
 
-The global batch at step k holds positions [k B, (k+1) B); of n hosts the i-th makes the i-th contiguous
-n-th of it, so the rows of the assembled global array stand in the order of positions whatever n is.
+The global batch at step k holds positions [k B, (k+1) B); of n hosts the i-th makes the i-th
+contiguous n-th of it, so the rows of the assembled global array stand in the order of positions
+whatever n is.
 """
 
 import bisect
@@ -43,7 +45,8 @@ Drop = Literal["none", "text", "image", "both"]  # the conditions to go without
 class Rotation:
     """Which component each position belongs to, and how many positions before it did.
 
-    `x_g = (a g + offset) mod 2^64` with a = 2^64 / golden ratio; component c owns `[edges[c], edges[c+1])`.
+    `x_g = (a g + offset) mod 2^64` with a = 2^64 / golden ratio; component c owns `[edges[c],
+    edges[c+1])`.
     """
 
     _MODULUS = 1 << 64
@@ -51,7 +54,11 @@ class Rotation:
 
     def __init__(self, weights: Sequence[float], *, seed: int):
         shares = np.cumsum(np.asarray(weights, np.float64)) / np.sum(weights)
-        self._edges = [0, *(round(float(share) * self._MODULUS) for share in shares[:-1]), self._MODULUS]
+        self._edges = [
+            0,
+            *(round(float(share) * self._MODULUS) for share in shares[:-1]),
+            self._MODULUS,
+        ]
         self._offset = int(np.random.default_rng(seed).integers(1 << 63)) * 2
 
     def __getitem__(self, position: int) -> tuple[int, int]:
@@ -60,7 +67,9 @@ class Rotation:
         return component, self._visits(position, self._edges[component], self._edges[component + 1])
 
     def _visits(self, positions: int, low: int, high: int) -> int:
-        """`#{g < positions : low <= x_g < high}`: x in [0, m) is counted by floor((x-low)/m) - floor((x-high)/m)."""
+        """`#{g < positions : low <= x_g < high}`: x in [0, m) is counted by floor((x-low)/m) -
+        floor((x-high)/m).
+        """
         a, m, r = self._STEP, self._MODULUS, self._offset
         return _floor_sum(positions, m, a, r - low) - _floor_sum(positions, m, a, r - high)
 
@@ -95,7 +104,8 @@ def components(
     """The weighted (task, source) pairs of a config's `tasks`, in the order of TASKS.
 
     A task's sources share its weight by their number of records, or by the weights of a mapping
-    `{source: weight}`. A task of weight zero is left out. `sources` replaces what would be opened by name.
+    `{source: weight}`. A task of weight zero is left out. `sources` replaces what would be opened
+    by name.
 
     Raises:
       ValueError: `check_weights` fails, or a source lacks a field that its task needs.
@@ -138,16 +148,20 @@ def components(
 
 
 def check_weights(task_configs: Any) -> None:
-    """Holds the weights and dropout of a config's `tasks` against what they may be, without any data.
+    """Holds the weights and dropout of a config's `tasks` against what they may be, without any
+    data.
 
     Raises:
-      ValueError: an unknown task, a negative or not finite weight, none above zero, a task without source,
+      ValueError: an unknown task, a negative or not finite weight, none above zero, a task without
+      source,
         dropout that is no probability.
     """
     for name, task in task_configs.items():
         tasks.find(name)
         if not (np.isfinite(task["weight"]) and task["weight"] >= 0):
-            raise ValueError(f"weight of task {name!r} is {task['weight']}, expected a finite number >= 0")
+            raise ValueError(
+                f"weight of task {name!r} is {task['weight']}, expected a finite number >= 0"
+            )
         if not task["sources"]:
             raise ValueError(f"task {name!r} has no source")
         chances = _drop_chances(task)
@@ -175,8 +189,12 @@ class Row:
     origin: "tuple[Source, int] | None" = None  # where the record lies
 
 
-def collate(rows: Sequence[Row], *, tokenizer: Any, resolution: int, num_tokens: int, face_resolution: int) -> Batch:
-    """Rows -> `Batch`: absent sources and faces are zeros, absent masks ones, `sample_id` modulo 2^32."""
+def collate(
+    rows: Sequence[Row], *, tokenizer: Any, resolution: int, num_tokens: int, face_resolution: int
+) -> Batch:
+    """Rows -> `Batch`: absent sources and faces are zeros, absent masks ones, `sample_id` modulo
+    2^32.
+    """
     names = list(TASKS)
     no_source = np.zeros((resolution, resolution, 3), np.uint8)
     all_ones = np.ones((resolution, resolution, 1), np.uint8)
@@ -184,7 +202,9 @@ def collate(rows: Sequence[Row], *, tokenizer: Any, resolution: int, num_tokens:
     texts = [tokenizer(tasks.prompt(row.task, row.example.text), num_tokens) for row in rows]
     examples = [row.example for row in rows]
     faces = [
-        no_face if e.face is None else transforms.resize_image(e.face, height=face_resolution, width=face_resolution)
+        no_face
+        if e.face is None
+        else transforms.resize_image(e.face, height=face_resolution, width=face_resolution)
         for e in examples
     ]
     batch = Batch(
@@ -214,8 +234,13 @@ def drop_conditions(batch: Batch, drop: Drop | Sequence[Drop], *, tokenizer: Any
     drops = [drop] * batch.size if isinstance(drop, str) else drop
     no_text, no_image = (_flags(d in (kind, "both") for d in drops) for kind in ("text", "image"))
     names, num_tokens = list(TASKS), batch.tokens.shape[1]
-    tags = {t: tokenizer(tasks.prompt(names[t], ""), num_tokens) for t in np.unique(batch.task[no_text]).tolist()}
-    fields = {name: np.array(getattr(batch, name)) for name in ("tokens", "text_mask", "identity_slot")}
+    tags = {
+        t: tokenizer(tasks.prompt(names[t], ""), num_tokens)
+        for t in np.unique(batch.task[no_text]).tolist()
+    }
+    fields = {
+        name: np.array(getattr(batch, name)) for name in ("tokens", "text_mask", "identity_slot")
+    }
     text = batch.text and jax.tree.map(np.array, batch.text)
     for row in np.flatnonzero(no_text):
         tag = tags[int(batch.task[row])]
@@ -264,10 +289,12 @@ def example_batch(
     sample_ids: Sequence[int] | None = None,
     size: int | None = None,
 ) -> Batch:
-    """Center-cropped examples of one task, for evaluation and sampling; random choices keyed by (seed, sample id).
+    """Center-cropped examples of one task, for evaluation and sampling; random choices keyed by
+    (seed, sample id).
 
-    `drop` gives the null conditions of guidance; the same records, seed and ids with another `drop` give the same
-    rows otherwise. `size` pads with copies of the last row that are not `valid`. Ids default to 0, 1, ...
+    `drop` gives the null conditions of guidance; the same records, seed and ids with another `drop`
+    give the same rows otherwise. `size` pads with copies of the last row that are not `valid`. Ids
+    default to 0, 1, ...
     """
     if not items:
         raise ValueError(f"no record of task {task!r} to make a batch of")
@@ -289,9 +316,15 @@ def example_batch(
 
 
 def eval_records(
-    config: Any, task: str, *, split: str, num: int | None = None, sources: Mapping[str, Source] | None = None
+    config: Any,
+    task: str,
+    *,
+    split: str,
+    num: int | None = None,
+    sources: Mapping[str, Source] | None = None,
 ) -> list[Record]:
-    """The first `num` (None: all) records of a split that serve a task, center-cropped, with all their fields.
+    """The first `num` (None: all) records of a split that serve a task, center-cropped, with all
+    their fields.
 
     In the stored order, the task's sources one after another; the same on every host.
     """
@@ -332,7 +365,8 @@ def eval_batches(
     process_count: int = 1,
     sources: Mapping[str, Source] | None = None,
 ) -> Iterator[Batch]:
-    """This host's part of batches that cover `eval_records` once, in order, the last padded with rows not `valid`.
+    """This host's part of batches that cover `eval_records` once, in order, the last padded with
+    rows not `valid`.
 
     `batch_size` is global. The sample id is the record's place among `eval_records`.
     """
@@ -362,9 +396,19 @@ def eval_batches(
 
 
 class Stream:
-    """This host's part of the endless training stream: an iterator of `Batch` whose state is one number."""
+    """This host's part of the endless training stream: an iterator of `Batch` whose state is one
+    number.
+    """
 
-    def __init__(self, rows: "_Rows", *, global_batch_size: int, process_index: int, process_count: int, read: Any):
+    def __init__(
+        self,
+        rows: "_Rows",
+        *,
+        global_batch_size: int,
+        process_index: int,
+        process_count: int,
+        read: Any,
+    ):
         self._rows, self._read = rows, read
         self._global_batch_size = global_batch_size
         self._local = _local_size(global_batch_size, process_count)
@@ -397,7 +441,9 @@ class Stream:
         positions = grain.MapDataset.range((1 << 62) // size * local).map(
             lambda i: start + i // local * size + offset + i % local
         )
-        batches = positions.map(self._rows.row).batch(local, drop_remainder=True, batch_fn=self._rows.collate)
+        batches = positions.map(self._rows.row).batch(
+            local, drop_remainder=True, batch_fn=self._rows.collate
+        )
         return iter(batches.to_iter_dataset(read_options=self._read))
 
     def row(self, position: int) -> Row:
@@ -405,14 +451,17 @@ class Stream:
         return self._rows.row(position)
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able and the same on every host: the next global position, and what it is a position in."""
+        """JSON-able and the same on every host: the next global position, and what it is a position
+        in.
+        """
         return {"next": self._next, "mixture": self._rows.identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues at a saved state, on any number of hosts.
 
         Raises:
-          ValueError: the state is of another mixture, under which the position would silently skip and repeat.
+          ValueError: the state is of another mixture, under which the position would silently skip
+          and repeat.
         """
         saved, own = state.get("mixture"), self._rows.identity
         if saved != own:
@@ -435,7 +484,8 @@ class Stream:
 class _Rows:
     """Position -> row, whatever the hosts. Safe to call from several threads."""
 
-    _PATIENCE = 100  # records read before the quarantined fraction counts, and replacements tried for one row
+    # records read before the quarantined fraction counts, and replacements tried for one row
+    _PATIENCE = 100
     _TOLERATED = 0.01
 
     def __init__(self, parts: Sequence[Component], *, config: Any, tokenizer: Any):
@@ -470,22 +520,32 @@ class _Rows:
         first = int(self._orders[component][visit])
         for attempt in range(min(len(part.source), self._PATIENCE)):
             index = (first + attempt) % len(part.source)
-            # A replacement draws the same numbers: nothing depends on how many records were skipped.
+            # A replacement draws the same numbers: nothing depends on how many records were
+            # skipped.
             rng = np.random.default_rng((self._config.seed, position))
             drop = _draw_drop(self._config.tasks[part.task], rng)
             try:
                 record = part.source.read(index, TASKS[part.task].needs)
                 where = f"{part.source.name}[{index}]"
-                example = TASKS[part.task].example(record, rng, self._config.data.resolution, where=where)
+                example = TASKS[part.task].example(
+                    record, rng, self._config.data.resolution, where=where
+                )
             except tasks.UnsuitableRecord as error:
                 reason = error
-            except Exception as error:  # a decoder or a transform may raise anything on a corrupt record
+            # a decoder or a transform may raise anything on a corrupt record
+            except Exception as error:
                 reason = error
                 self._quarantine(part, index, error)
             else:
                 with self._lock:
                     self._read += 1
-                return Row(example=example, task=part.task, sample_id=position, drop=drop, origin=(part.source, index))
+                return Row(
+                    example=example,
+                    task=part.task,
+                    sample_id=position,
+                    drop=drop,
+                    origin=(part.source, index),
+                )
         raise ValueError(
             f"{attempt + 1} records in succession of {part.source.name} cannot serve task {part.task!r}; "
             f"the last: {reason}"
@@ -497,7 +557,9 @@ class _Rows:
             key = (part.task, part.source.name, index)
             if key not in self._bad:
                 self._bad.add(key)
-                _logger.warning("quarantined %s[%d] for task %s: %s", part.source.name, index, part.task, error)
+                _logger.warning(
+                    "quarantined %s[%d] for task %s: %s", part.source.name, index, part.task, error
+                )
             if self._read >= self._PATIENCE and len(self._bad) > self._TOLERATED * self._read:
                 raise ValueError(
                     f"{len(self._bad)} of {self._read} records read are unusable (more than {self._TOLERATED:.0%}); "
@@ -515,7 +577,9 @@ class _Rows:
         )
 
     def probe(self, per_component: int = 8) -> None:
-        """Makes a few examples of every component, so that a wrong dataset fails before a model is built."""
+        """Makes a few examples of every component, so that a wrong dataset fails before a model is
+        built.
+        """
         for part in self._parts:
             for index in np.unique(np.linspace(0, len(part.source) - 1, per_component).astype(int)):
                 try:
@@ -543,14 +607,18 @@ def make_stream(
 ) -> Stream:
     """The training stream of a config (`seed`, `tasks`, `data`), from position 0.
 
-    `data.batch_size` is global. `sources` maps names to records in memory, instead of opening them below `data.dir`.
+    `data.batch_size` is global. `sources` maps names to records in memory, instead of opening them
+    below `data.dir`.
 
     Raises:
-      ValueError: bad weights or dropout, a batch that does not divide by the hosts, a record that breaks the
-        schema (some of each source are tried here); from `next`: more than 1% of the records are unusable.
+      ValueError: bad weights or dropout, a batch that does not divide by the hosts, a record that
+      breaks the
+        schema (some of each source are tried here); from `next`: more than 1% of the records are
+        unusable.
       FileNotFoundError: a source that does not exist.
     """
-    cv2.setNumThreads(1)  # rows are the unit of parallelism; OpenCV's own pool would contend with XLA for the cores
+    # rows are the unit of parallelism; OpenCV's own pool would contend with XLA for the cores
+    cv2.setNumThreads(1)
     data = config.data
     parts = components(config.tasks, split=split, data_dir=data.dir, sources=sources)
     rows = _Rows(parts, config=config, tokenizer=tokenizer)
@@ -566,9 +634,13 @@ def make_stream(
 
 
 def _draw_drop(task: Any, rng: np.random.Generator) -> Drop:
-    """Which conditions to withhold: disjoint events of probabilities drop_text, drop_image, drop_both."""
+    """Which conditions to withhold: disjoint events of probabilities drop_text, drop_image,
+    drop_both.
+    """
     thresholds = np.cumsum(_drop_chances(task))
-    return ("text", "image", "both", "none")[int(np.searchsorted(thresholds, rng.random(), side="right"))]
+    return ("text", "image", "both", "none")[
+        int(np.searchsorted(thresholds, rng.random(), side="right"))
+    ]
 
 
 def _drop_chances(task: Any) -> list[float]:

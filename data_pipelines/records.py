@@ -1,4 +1,5 @@
-"""What a stored example is: a dict of named fields, each with one TFDS feature and one decoded form.
+"""What a stored example is: a dict of named fields, each with one TFDS feature and one decoded
+form.
 
 A dataset stores the fields that it has; a task names the fields that it needs
 (`data_pipelines.tasks`), and any dataset that has them serves it. Images are stored as encoded
@@ -35,14 +36,17 @@ MAX_PIXELS = 64 * 2**20  # a picture that unpacks to more is taken for a decompr
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """How a field is stored and read: `feature` makes its TFDS feature, `decode(stored, name)` its decoded form."""
+    """How a field is stored and read: `feature` makes its TFDS feature, `decode(stored, name)` its
+    decoded form.
+    """
 
     feature: Callable[[], Any]
     decode: Callable[[Any, str], Any]
 
 
 def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a stored record (encoded bytes, as TFDS reads it with image decoding skipped) into its decoded form.
+    """Turn a stored record (encoded bytes, as TFDS reads it with image decoding skipped) into its
+    decoded form.
 
     Raises ValueError naming the field: unknown, truncated or unreadable, or of the wrong shape.
     """
@@ -67,8 +71,17 @@ def _open(data: Any, name: str) -> Image.Image:
             raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
         picture.load()
         return ImageOps.exif_transpose(picture)
-    # Pillow raises SyntaxError for broken PNG chunks, and a Warning, where warnings are errors, for bombs.
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Warning, Image.DecompressionBombError) as error:
+    # Pillow raises SyntaxError for broken PNG chunks, and a Warning, where warnings are errors, for
+    # bombs.
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        EOFError,
+        Warning,
+        Image.DecompressionBombError,
+    ) as error:
         raise ValueError(f"record field {name!r} is not a readable image: {error}") from error
 
 
@@ -92,14 +105,18 @@ def _mask(data: Any, name: str) -> UInt8[np.ndarray, "h w"]:
 def _masks(data: Any, name: str) -> UInt8[np.ndarray, "k h w"]:
     masks = [_mask(item, name) for item in data]
     if len({mask.shape for mask in masks}) > 1:
-        raise ValueError(f"record field {name!r} has masks of different sizes: {[mask.shape for mask in masks]}")
+        raise ValueError(
+            f"record field {name!r} has masks of different sizes: {[mask.shape for mask in masks]}"
+        )
     return np.stack(masks) if masks else np.zeros((0, 0, 0), np.uint8)
 
 
 def _depth(data: Any, name: str) -> Float32[np.ndarray, "h w"]:
     picture = _open(data, name)
     if not picture.mode.startswith("I"):
-        raise ValueError(f"record field {name!r} has mode {picture.mode}; expected a 16-bit gray PNG, millimetres")
+        raise ValueError(
+            f"record field {name!r} has mode {picture.mode}; expected a 16-bit gray PNG, millimetres"
+        )
     return (np.asarray(picture).astype(np.float64) / 1000).astype(np.float32)
 
 
@@ -114,10 +131,14 @@ def _texts(data: Any, name: str) -> list[str]:
     return [_text(item, name) for item in data]
 
 
-def _numbers(data: Any, name: str, *, rows: int | None, columns: int) -> Float32[np.ndarray, "rows columns"]:
+def _numbers(
+    data: Any, name: str, *, rows: int | None, columns: int
+) -> Float32[np.ndarray, "rows columns"]:
     values = np.asarray(data, np.float32)
     if values.ndim != 2 or values.shape[1] != columns or rows not in (None, values.shape[0]):
-        raise ValueError(f"record field {name!r} has shape {values.shape}; expected ({rows or 'k'}, {columns})")
+        raise ValueError(
+            f"record field {name!r} has shape {values.shape}; expected ({rows or 'k'}, {columns})"
+        )
     if not np.isfinite(values).all():
         raise ValueError(f"record field {name!r} has a value that is not finite")
     return values

@@ -1,13 +1,17 @@
-"""Labels as images and back: what the model draws for depth, pose and masks, and the layout canvas it reads.
+"""Labels as images and back: what the model draws for depth, pose and masks, and the layout canvas
+it reads.
 
 Every `render_*` makes an RGB picture that survives a lossy codec; its `decode_*` reads a picture
 that a model drew (blurred, noisy, off in color) back into the label.
 
-* depth: gray, near is bright: `log(FAR/d) / log(FAR/NEAR)`, NEAR = 0.5 m, FAR = 80 m; black stands for unknown too.
-* mask: white on black; a pixel belongs to the mask where its mean channel is at least MASK_THRESHOLD.
-* pose: one line a limb on black, each limb in a color of its own (`LIMBS`), and a white dot for the nose. Lines
-  from ears to shoulders show the head and close the trunk. Eyes are not drawn (at 48 px the whole head is two
-  lines wide); decoded, they lie between ears and nose, on the level of the ears.
+* depth: gray, near is bright: `log(FAR/d) / log(FAR/NEAR)`, NEAR = 0.5 m, FAR = 80 m; black stands
+  for unknown too.
+* mask: white on black; a pixel belongs to the mask where its mean channel is at least
+  MASK_THRESHOLD.
+* pose: one line a limb on black, each limb in a color of its own (`LIMBS`), and a white dot for the
+  nose. Lines from ears to shoulders show the head and close the trunk. Eyes are not drawn (at 48 px
+  the whole head is two lines wide); decoded, they lie between ears and nose, on the level of the
+  ears.
 * layout: filled boxes in named colors (`PALETTE`) on mid-gray, large ones first.
 """
 
@@ -44,7 +48,9 @@ def render_depth(depth: Float32[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"
 
 
 def decode_depth(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w"]:
-    """The depth that `render_depth` drew, in its meters: `FAR (NEAR/FAR)^gray`. From a model: relative depth."""
+    """The depth that `render_depth` drew, in its meters: `FAR (NEAR/FAR)^gray`. From a model:
+    relative depth.
+    """
     gray = image.astype(np.float32).mean(axis=-1) / 255
     return (FAR * (NEAR / FAR) ** gray).astype(np.float32)
 
@@ -71,20 +77,35 @@ def render_layout(
     return canvas
 
 
-NOSE, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR, LEFT_SHOULDER, RIGHT_SHOULDER, LEFT_ELBOW, RIGHT_ELBOW = range(9)
-LEFT_WRIST, RIGHT_WRIST, LEFT_HIP, RIGHT_HIP, LEFT_KNEE, RIGHT_KNEE, LEFT_ANKLE, RIGHT_ANKLE = range(9, 17)
+(
+    NOSE,
+    LEFT_EYE,
+    RIGHT_EYE,
+    LEFT_EAR,
+    RIGHT_EAR,
+    LEFT_SHOULDER,
+    RIGHT_SHOULDER,
+    LEFT_ELBOW,
+    RIGHT_ELBOW,
+) = range(9)
+LEFT_WRIST, RIGHT_WRIST, LEFT_HIP, RIGHT_HIP, LEFT_KNEE, RIGHT_KNEE, LEFT_ANKLE, RIGHT_ANKLE = (
+    range(9, 17)
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limb:
-    """A line between two joints, or a dot on one, and its color. Colors that touch are far apart in hue."""
+    """A line between two joints, or a dot on one, and its color. Colors that touch are far apart in
+    hue.
+    """
 
     start: int
     end: int
     color: tuple[int, int, int]
 
 
-# In drawing order: head and trunk first, so that arms in front of them stay whole. Twelve hues, 30 degrees apart.
+# In drawing order: head and trunk first, so that arms in front of them stay whole. Twelve hues, 30
+# degrees apart.
 LIMBS = (
     Limb(LEFT_SHOULDER, LEFT_EAR, (128, 255, 0)),
     Limb(RIGHT_SHOULDER, RIGHT_EAR, (255, 0, 128)),
@@ -110,7 +131,9 @@ _OVERSAMPLING = 4
 def render_pose(
     joints: Float32[np.ndarray, "17 3"], *, resolution: int
 ) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
-    """The skeleton of x, y in [0, 1] and visibility; a limb is drawn where both of its joints are visible."""
+    """The skeleton of x, y in [0, 1] and visibility; a limb is drawn where both of its joints are
+    visible.
+    """
     size = resolution * _OVERSAMPLING
     canvas = np.zeros((size, size, 3), np.uint8)
     points = np.round(joints[:, :2] * size - 0.5).astype(int)
@@ -123,12 +146,13 @@ def render_pose(
 
 
 def decode_pose(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "17 3"]:
-    """Joints (x, y in [0, 1], confidence in [0, 1]) of one skeleton that `render_pose` or a model drew.
+    """Joints (x, y in [0, 1], confidence in [0, 1]) of one skeleton that `render_pose` or a model
+    drew.
 
-    Each pixel is split between limbs by color; a limb is the largest blob of its color, its ends are
-    the extremes of the blob along its principal axis. Which end is which joint is chosen so that limbs
-    meet where they share a joint; a shared joint is the mean of the ends that meet in it. A joint that
-    no limb shows has confidence 0 and lies at the center of the image.
+    Each pixel is split between limbs by color; a limb is the largest blob of its color, its ends
+    are the extremes of the blob along its principal axis. Which end is which joint is chosen so
+    that limbs meet where they share a joint; a shared joint is the mean of the ends that meet in
+    it. A joint that no limb shows has confidence 0 and lies at the center of the image.
     """
     height, width = image.shape[:2]
     segments = _find_limbs(image)
@@ -136,9 +160,14 @@ def decode_pose(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "17 3"
     joints[:, :2] = 0.5
     flipped = _orient(segments)
     for j in range(17):
-        meeting = [(k, int((LIMBS[k].end == j) != flipped[k])) for k in segments if j in (LIMBS[k].start, LIMBS[k].end)]
+        meeting = [
+            (k, int((LIMBS[k].end == j) != flipped[k]))
+            for k in segments
+            if j in (LIMBS[k].start, LIMBS[k].end)
+        ]
         if meeting:
-            # The limb in front reaches half a thickness past the joint; it hides as much of those behind it.
+            # The limb in front reaches half a thickness past the joint; it hides as much of those
+            # behind it.
             front, half = meeting[-1][0], _THICKNESS * width / 2
             points = [segments[k].end(side, -half if k == front else half) for k, side in meeting]
             if j == NOSE:
@@ -147,10 +176,13 @@ def decode_pose(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "17 3"
             joints[j, 2] = max(segments[k].confidence for k, _ in meeting)
     for eye, ear, other in _EYES:
         if joints[ear, 2] > 0 and joints[NOSE, 2] > 0:
-            # Two fifths of the way to the ear from the nose, or from its foot on the line through both ears.
+            # Two fifths of the way to the ear from the nose, or from its foot on the line through
+            # both ears.
             root = joints[NOSE, :2]
             if joints[other, 2] > 0 and (along := joints[ear, :2] - joints[other, :2]).any():
-                root = joints[ear, :2] + along * ((root - joints[ear, :2]) @ along) / (along @ along)
+                root = joints[ear, :2] + along * ((root - joints[ear, :2]) @ along) / (
+                    along @ along
+                )
             joints[eye, :2] = root + 0.4 * (joints[ear, :2] - root)
             joints[eye, 2] = min(joints[ear, 2], joints[NOSE, 2])
     return joints
@@ -172,7 +204,9 @@ class _Segment:
 
 def _find_limbs(image: UInt8[np.ndarray, "h w 3"]) -> dict[int, _Segment]:
     """The visible limbs, by index into LIMBS."""
-    pixels = cv2.GaussianBlur(image.astype(np.float32) / 255, (0, 0), _THICKNESS * image.shape[1] / 4)
+    pixels = cv2.GaussianBlur(
+        image.astype(np.float32) / 255, (0, 0), _THICKNESS * image.shape[1] / 4
+    )
     # How much of limb k's color is in a pixel, and what of the pixel it leaves unexplained.
     amount = np.clip(pixels @ _COLORS.T / (_COLORS**2).sum(axis=1), 1e-3, 1)
     miss = np.linalg.norm(pixels[:, :, None] - amount[..., None] * _COLORS, axis=-1) / amount
@@ -205,9 +239,13 @@ def _find_limbs(image: UInt8[np.ndarray, "h w 3"]) -> dict[int, _Segment]:
 
 
 def _orient(segments: dict[int, _Segment]) -> dict[int, bool]:
-    """For each segment whether its first end is its limb's `end`: the choice that brings shared joints together."""
+    """For each segment whether its first end is its limb's `end`: the choice that brings shared
+    joints together.
+    """
     names = [k for k in segments if LIMBS[k].start != LIMBS[k].end]
-    both = [np.array([[segments[k].end(i) for i in order] for order in ((0, 1), (1, 0))]) for k in names]
+    both = [
+        np.array([[segments[k].end(i) for i in order] for order in ((0, 1), (1, 0))]) for k in names
+    ]
     choices = np.array(list(itertools.product((0, 1), repeat=len(names))), int)  # 2^12 at most
     cost = np.zeros(len(choices))
     for a, b in itertools.combinations(range(len(names)), 2):

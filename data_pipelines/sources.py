@@ -39,11 +39,15 @@ class MemorySource:
 
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
         record = self._items[index]
-        return record if fields is None else {name: record[name] for name in fields if name in record}
+        return (
+            record if fields is None else {name: record[name] for name in fields if name in record}
+        )
 
 
 class TfdsSource:
-    """Records that TFDS wrote as ArrayRecord; images stay encoded until `read` decodes those it needs."""
+    """Records that TFDS wrote as ArrayRecord; images stay encoded until `read` decodes those it
+    needs.
+    """
 
     def __init__(self, name: str, builder: tfds.core.DatasetBuilder, split: str):
         self.name = f"{name}/{split}"
@@ -57,11 +61,14 @@ class TfdsSource:
 
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
         stored = self._data[index]
-        return records.decode(stored if fields is None else {name: stored[name] for name in fields if name in stored})
+        return records.decode(
+            stored if fields is None else {name: stored[name] for name in fields if name in stored}
+        )
 
 
 def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
-    """The dataset in folder `name`, taken as a path of its own or below `data_dir`, at whatever depth TFDS put it.
+    """The dataset in folder `name`, taken as a path of its own or below `data_dir`, at whatever
+    depth TFDS put it.
 
     Raises:
       FileNotFoundError: no dataset is there; names the nearest that is.
@@ -75,7 +82,9 @@ def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
                 datasets = {d.parent if _version(d) else d for d in found}
                 if len(datasets) > 1:
                     inside = ", ".join(sorted(d.name for d in datasets))
-                    raise ValueError(f"{folder} holds several datasets ({inside}): name one of them")
+                    raise ValueError(
+                        f"{folder} holds several datasets ({inside}): name one of them"
+                    )
                 builder = tfds.builder_from_directory(max(found, key=_version))
                 known(split, builder.info.splits, what=f"split of {folder}:")
                 source = TfdsSource(name, builder, split)
@@ -88,7 +97,9 @@ def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
         known(folders[0].name, siblings, what="dataset")
     except ValueError as error:
         raise FileNotFoundError(f"no dataset at {folders[0]}: {error}") from None
-    raise FileNotFoundError(f"no dataset at {folders[0]}: it has no dataset_info.json; an unfinished build?")
+    raise FileNotFoundError(
+        f"no dataset at {folders[0]}: it has no dataset_info.json; an unfinished build?"
+    )
 
 
 def _version(folder: epath.Path) -> tuple[int, ...]:

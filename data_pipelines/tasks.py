@@ -55,7 +55,13 @@ class Task:
     draw: Callable[[Record, np.random.Generator], Example]
 
     def example(
-        self, record: Record, rng: np.random.Generator, resolution: int, *, where: str = "record", center: bool = False
+        self,
+        record: Record,
+        rng: np.random.Generator,
+        resolution: int,
+        *,
+        where: str = "record",
+        center: bool = False,
     ) -> Example:
         """A checked record, cropped to a square (at random or the `center`), as an example.
 
@@ -65,7 +71,9 @@ class Task:
         """
         check(record, self.needs, where=where)
         record = {field: record[field] for field in self.needs}
-        record = transforms.resize_and_crop(record, resolution=resolution, rng=None if center else rng)
+        record = transforms.resize_and_crop(
+            record, resolution=resolution, rng=None if center else rng
+        )
         try:
             return self.draw(record, rng)
         except UnsuitableRecord as error:
@@ -114,9 +122,15 @@ def check(record: Record, needs: Iterable[str], *, where: str) -> None:
     if "boxes" in needs:
         boxes = record["boxes"]
         for k in np.flatnonzero(~((boxes >= 0) & (boxes <= 1)).all(axis=1)):
-            fail("boxes", f"has box {k} outside the image: {_numbers(boxes[k])}, expected x0 y0 x1 y1 in [0, 1]")
+            fail(
+                "boxes",
+                f"has box {k} outside the image: {_numbers(boxes[k])}, expected x0 y0 x1 y1 in [0, 1]",
+            )
         for k in np.flatnonzero((boxes[:, 0] >= boxes[:, 2]) | (boxes[:, 1] >= boxes[:, 3])):
-            fail("boxes", f"has box {k} inverted or empty: {_numbers(boxes[k])}, expected x0 < x1 and y0 < y1")
+            fail(
+                "boxes",
+                f"has box {k} inverted or empty: {_numbers(boxes[k])}, expected x0 < x1 and y0 < y1",
+            )
     for field, partner in (("phrases", "boxes"), ("expressions", "masks")):
         if field in needs and len(record[field]) != len(record[partner]):
             fail(field, f"has {len(record[field])} entries for {len(record[partner])} {partner}")
@@ -140,7 +154,9 @@ def _edit(record: Record, rng: np.random.Generator) -> Example:
     return Example(target=record["image"], source=record["source"], text=record["instruction"])
 
 
-def blank_hole(image: UInt8[np.ndarray, "h w 3"], hole: UInt8[np.ndarray, "h w 1"]) -> UInt8[np.ndarray, "h w 3"]:
+def blank_hole(
+    image: UInt8[np.ndarray, "h w 3"], hole: UInt8[np.ndarray, "h w 1"]
+) -> UInt8[np.ndarray, "h w 3"]:
     """The source of in/outpainting: mid-gray where the hole is 1."""
     return np.where(hole > 0, np.uint8(renderings.GRAY), image)
 
@@ -159,7 +175,11 @@ def _layout(record: Record, rng: np.random.Generator) -> Example:
     sides = boxes[:, 2:] - boxes[:, :2]
     places = _places(record["caption"], record["phrases"])
     # A crop may have cut a box away; a block is at least a pixel wide.
-    shown = [k for k in range(len(boxes)) if (sides[k] * resolution >= 0.5).all() and places[k] is not None]
+    shown = [
+        k
+        for k in range(len(boxes))
+        if (sides[k] * resolution >= 0.5).all() and places[k] is not None
+    ]
     if not shown:
         raise UnsuitableRecord("no box inside the image whose phrase stands in the caption")
     shown = sorted(sorted(shown, key=lambda k: -sides[k].prod())[: len(renderings.PALETTE)])
@@ -177,7 +197,8 @@ def _layout(record: Record, rng: np.random.Generator) -> Example:
 
 
 def _places(caption: str, phrases: list[str]) -> list[int | None]:
-    """Where in the caption each phrase ends: the longest choose first, equal ones take successive places.
+    """Where in the caption each phrase ends: the longest choose first, equal ones take successive
+    places.
 
     Where equal phrases outnumber their places ("two pigs" of two boxes), the last is shared.
     """
@@ -186,7 +207,11 @@ def _places(caption: str, phrases: list[str]) -> list[int | None]:
     ends: list[int | None] = [None] * len(phrases)
     for k in sorted(range(len(phrases)), key=lambda k: -len(phrases[k])):
         phrase = phrases[k].lower()
-        for match in re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", caption, re.IGNORECASE) if phrase else ():
+        for match in (
+            re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", caption, re.IGNORECASE)
+            if phrase
+            else ()
+        ):
             if not taken[match.start() : match.end()].any():
                 taken[match.start() : match.end()] = True
                 last[phrase] = match.end()
@@ -203,7 +228,9 @@ def _pose(record: Record, rng: np.random.Generator) -> Example:
     image = record["image"]
     if not record["joints"][:, 2].any():
         raise UnsuitableRecord("no visible joint")
-    return Example(target=renderings.render_pose(record["joints"], resolution=image.shape[0]), source=image)
+    return Example(
+        target=renderings.render_pose(record["joints"], resolution=image.shape[0]), source=image
+    )
 
 
 def _segment(record: Record, rng: np.random.Generator) -> Example:

@@ -1,8 +1,8 @@
 """Prompts -> token ids, on hosts, by Hugging Face `tokenizers` (no transformers, no torch).
 
-Task tags (`<t2i>`) are plain text to the tokenizer. `<p>` is one position: the frozen encoder reads the word
-"person" there, a natural context, and `identity_slot` tells the model which embedding to replace. Where the
-vocabulary spells that word in several pieces, the encoder reads the first.
+Task tags (`<t2i>`) are plain text to the tokenizer. `<p>` is one position: the frozen encoder reads
+the word "person" there, a natural context, and `identity_slot` tells the model which embedding to
+replace. Where the vocabulary spells that word in several pieces, the encoder reads the first.
 """
 
 import dataclasses
@@ -23,8 +23,12 @@ from univg_jax.pretrained import pretrained_folder
 STAND_IN = "person"
 CLIP_POSITIONS = 77  # of SD3's CLIP encoders
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-CLIP_SPECIALS = dict(bos_token=CLIP_START, eos_token=CLIP_END, unk_token=CLIP_END, pad_token=CLIP_END)
+CLIP_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+CLIP_SPECIALS = dict(
+    bos_token=CLIP_START, eos_token=CLIP_END, unk_token=CLIP_END, pad_token=CLIP_END
+)
 PADS = ("[PAD]", "<pad>", CLIP_END)  # of BERT, T5, CLIP, where a folder does not say
 
 
@@ -47,11 +51,12 @@ class Tokenizer(Protocol):
 
 
 class EncoderTokenizer:
-    """The tokenizer of one encoder: a row is closed by the end token even if truncated, then padded.
+    """The tokenizer of one encoder: a row is closed by the end token even if truncated, then
+    padded.
 
-    `tokenizer` has padding enabled, which names the pad token. A truncated prompt is logged once a process and
-    counted in `num_truncated`. Raises ValueError if truncation would cut off a `<p>`, or if not even the start and
-    end tokens fit.
+    `tokenizer` has padding enabled, which names the pad token. A truncated prompt is logged once a
+    process and counted in `num_truncated`. Raises ValueError if truncation would cut off a `<p>`,
+    or if not even the start and end tokens fit.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
@@ -60,7 +65,9 @@ class EncoderTokenizer:
         tokenizer.no_padding()
         stand_in = tokenizer.encode(STAND_IN, add_special_tokens=False).ids
         if not stand_in:
-            raise ValueError(f"the tokenizer has no token of the word {STAND_IN!r} to stand in for {PLACEHOLDER}")
+            raise ValueError(
+                f"the tokenizer has no token of the word {STAND_IN!r} to stand in for {PLACEHOLDER}"
+            )
         self._stand_in = stand_in[0]
         self._num_special = tokenizer.num_special_tokens_to_add(False)
         # An added token is split off before the text is lower-cased and cut into words. Its id lies
@@ -106,15 +113,16 @@ class EncoderTokenizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SD3Tokenizer:
-    """A prompt for Stable Diffusion 3's encoders as one row: CLIP's 77 positions, then T5's `num_tokens` - 77.
+    """A prompt for Stable Diffusion 3's encoders as one row: CLIP's 77 positions, then T5's
+    `num_tokens` - 77.
 
-    Position i of the row is position i of SD3's text embedding (arXiv 2403.03206, figure 2). Both its CLIPs read
-    the same ids, padded as CLIP-L's are; only where `text_mask` is False does bigG expect its own pad token, id 0.
-    One difference stays: bigG's own tokenizer takes a "!" in a prompt, its pad token, for padding, and here it is
-    read as CLIP-L reads it.
+    Position i of the row is position i of SD3's text embedding (arXiv 2403.03206, figure 2). Both
+    its CLIPs read the same ids, padded as CLIP-L's are; only where `text_mask` is False does bigG
+    expect its own pad token, id 0. One difference stays: bigG's own tokenizer takes a "!" in a
+    prompt, its pad token, for padding, and here it is read as CLIP-L reads it.
 
-    `num_truncated` is the sum over both parts. Raises ValueError for fewer than 77 tokens, for more without a `t5`,
-    and if either part would lose a `<p>`.
+    `num_truncated` is the sum over both parts. Raises ValueError for fewer than 77 tokens, for more
+    without a `t5`, and if either part would lose a `<p>`.
     """
 
     clip: EncoderTokenizer  # of CLIP-L
@@ -123,7 +131,11 @@ class SD3Tokenizer:
     def __call__(self, text: str, num_tokens: int) -> TokenizedText:
         rest = num_tokens - CLIP_POSITIONS
         if rest < 0 or (rest and self.t5 is None):
-            wanted = f"must be {CLIP_POSITIONS} without T5" if self.t5 is None else f"CLIP takes {CLIP_POSITIONS} of it"
+            wanted = (
+                f"must be {CLIP_POSITIONS} without T5"
+                if self.t5 is None
+                else f"CLIP takes {CLIP_POSITIONS} of it"
+            )
             raise ValueError(f"num_tokens={num_tokens}: {wanted}")
         parts = [self.clip(text, CLIP_POSITIONS), *([self.t5(text, rest)] if rest else [])]
         return TokenizedText(
@@ -135,8 +147,9 @@ class SD3Tokenizer:
 
 
 def load_tokenizer(name_or_folder: str = "minilm") -> Tokenizer:
-    """The tokenizer of a pretrained model's name or folder (tokenizer.json, or CLIP's vocab.json and merges.txt), or
-    of an SD3 pipeline's folder (its tokenizer, tokenizer_2 and, if it is there, tokenizer_3).
+    """The tokenizer of a pretrained model's name or folder (tokenizer.json, or CLIP's vocab.json
+    and merges.txt), or of an SD3 pipeline's folder (its tokenizer, tokenizer_2 and, if it is there,
+    tokenizer_3).
 
     Raises FileNotFoundError for a missing file, ValueError for one that is not a tokenizer.
     """
@@ -145,24 +158,40 @@ def load_tokenizer(name_or_folder: str = "minilm") -> Tokenizer:
         return EncoderTokenizer(_read(folder))
     clip, second = (EncoderTokenizer(_read(folder / name)) for name in ("tokenizer", "tokenizer_2"))
     if clip.vocabulary != second.vocabulary:
-        raise ValueError(f"{folder}: tokenizer and tokenizer_2 differ in their vocabularies; SD3's CLIPs share one")
-    t5 = EncoderTokenizer(_read(folder / "tokenizer_3")) if (folder / "tokenizer_3").is_dir() else None
+        raise ValueError(
+            f"{folder}: tokenizer and tokenizer_2 differ in their vocabularies; SD3's CLIPs share one"
+        )
+    t5 = (
+        EncoderTokenizer(_read(folder / "tokenizer_3"))
+        if (folder / "tokenizer_3").is_dir()
+        else None
+    )
     return SD3Tokenizer(clip=clip, t5=t5)
 
 
 def _read(folder: Path) -> tokenizers.Tokenizer:
     """A folder's tokenizer, with the special tokens that it names and its padding enabled."""
-    file = next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()), None)
+    file = next(
+        (folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()),
+        None,
+    )
     if file is None:
-        raise FileNotFoundError(f"{folder} has no tokenizer.json, nor CLIP's vocab.json and merges.txt")
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json, nor CLIP's vocab.json and merges.txt"
+        )
     if file.name == "vocab.json" and not (folder / "merges.txt").is_file():
         raise FileNotFoundError(f"{folder} has no merges.txt beside its vocab.json")
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file)) if file.name == "tokenizer.json" else _clip(folder)
+        tokenizer = (
+            tokenizers.Tokenizer.from_file(str(file))
+            if file.name == "tokenizer.json"
+            else _clip(folder)
+        )
         config = _json(folder / "tokenizer_config.json")
         if file.name == "vocab.json":
             config = CLIP_SPECIALS | config
-        if "added_tokens_decoder" not in config:  # the older of two ways to say which tokens are special, and how
+        # the older of two ways to say which tokens are special, and how
+        if "added_tokens_decoder" not in config:
             config |= _json(folder / "special_tokens_map.json")
         _add_special_tokens(tokenizer, config)
         usual = (pad for pad in PADS if tokenizer.token_to_id(pad) is not None)
@@ -176,8 +205,12 @@ def _read(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _clip(folder: Path) -> tokenizers.Tokenizer:
-    """CLIP's tokenizer: lower-cased words as bytes, merged pair by pair (arXiv 2103.00020, section 2.4)."""
-    vocab, merges = tokenizers.models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    """CLIP's tokenizer: lower-cased words as bytes, merged pair by pair (arXiv 2103.00020, section
+    2.4).
+    """
+    vocab, merges = tokenizers.models.BPE.read_file(
+        str(folder / "vocab.json"), str(folder / "merges.txt")
+    )
     if not {CLIP_START, CLIP_END} <= vocab.keys():
         raise ValueError(f"CLIP's vocabulary has {CLIP_START} and {CLIP_END}")
     tokenizer = tokenizers.Tokenizer(
@@ -191,7 +224,11 @@ def _clip(folder: Path) -> tokenizers.Tokenizer:
         )
     )
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+        [
+            normalizers.NFC(),
+            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            normalizers.Lowercase(),
+        ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -200,20 +237,31 @@ def _clip(folder: Path) -> tokenizers.Tokenizer:
         ]
     )
     ends = [(token, vocab[token]) for token in (CLIP_START, CLIP_END)]
-    tokenizer.post_processor = processors.TemplateProcessing(f"{CLIP_START} $A {CLIP_END}", special_tokens=ends)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        f"{CLIP_START} $A {CLIP_END}", special_tokens=ends
+    )
     return tokenizer
 
 
 def _add_special_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
     """Keeps the special tokens of `config` whole wherever a text spells them, as transformers does."""
-    named = [config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    named = [
+        config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    ]
     tokens = filter(None, [*named, *config.get("added_tokens_decoder", {}).values()])
-    wanted = {_content(token): token for token in tokens}  # of one token's several entries the last holds
+    # of one token's several entries the last holds
+    wanted = {_content(token): token for token in tokens}
     there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for content, token in wanted.items():
         if content not in there and tokenizer.token_to_id(content) is not None:
-            how = {key: value for key, value in token.items() if key != "__type"} if isinstance(token, dict) else {}
-            tokenizer.add_special_tokens([tokenizers.AddedToken(**how | dict(content=content, special=True))])
+            how = (
+                {key: value for key, value in token.items() if key != "__type"}
+                if isinstance(token, dict)
+                else {}
+            )
+            tokenizer.add_special_tokens(
+                [tokenizers.AddedToken(**how | dict(content=content, special=True))]
+            )
 
 
 def _content(token: Any) -> str:

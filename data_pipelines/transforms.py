@@ -1,4 +1,5 @@
-"""Image operations on records, in numpy: geometry moves image, masks, depth, boxes and joints together.
+"""Image operations on records, in numpy: geometry moves image, masks, depth, boxes and joints
+together.
 
 Boxes and joints are relative to width and height, so a resize leaves them alone and only a crop
 or a flip moves them. Lists that run in parallel (boxes, phrases, masks, expressions) keep their
@@ -18,8 +19,12 @@ _MIRRORED_JOINTS = [0, *(i + d for i in range(1, 17, 2) for d in (1, 0))]
 _PLANES = ("image", "source", "edit_mask", "depth")
 
 
-def resize_and_crop(record: Record, *, resolution: int, rng: np.random.Generator | None = None) -> Record:
-    """The largest square of the image, at a random place (`rng`) or the center (None), `resolution` pixels wide."""
+def resize_and_crop(
+    record: Record, *, resolution: int, rng: np.random.Generator | None = None
+) -> Record:
+    """The largest square of the image, at a random place (`rng`) or the center (None), `resolution`
+    pixels wide.
+    """
     height, width = record["image"].shape[:2]
     if height == width == resolution:
         return record
@@ -28,14 +33,27 @@ def resize_and_crop(record: Record, *, resolution: int, rng: np.random.Generator
         top, left = (height - side) // 2, (width - side) // 2
     else:
         top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
-    return resize(crop(record, top=top, left=left, height=side, width=side), height=resolution, width=resolution)
+    return resize(
+        crop(record, top=top, left=left, height=side, width=side),
+        height=resolution,
+        width=resolution,
+    )
 
 
 def crop(record: Record, *, top: int, left: int, height: int, width: int) -> Record:
     """The window of `height` x `width` pixels at (`top`, `left`); boxes are clipped to it."""
     full_height, full_width = record["image"].shape[:2]
-    if top < 0 or left < 0 or top + height > full_height or left + width > full_width or height < 1 or width < 1:
-        raise ValueError(f"crop of {height}x{width} at ({top}, {left}) leaves the image of {full_height}x{full_width}")
+    if (
+        top < 0
+        or left < 0
+        or top + height > full_height
+        or left + width > full_width
+        or height < 1
+        or width < 1
+    ):
+        raise ValueError(
+            f"crop of {height}x{width} at ({top}, {left}) leaves the image of {full_height}x{full_width}"
+        )
     scale = np.array([full_width / width, full_height / height], np.float32)
     shift = np.array([left / width, top / height], np.float32)
     rows, columns = slice(top, top + height), slice(left, left + width)
@@ -46,16 +64,22 @@ def crop(record: Record, *, top: int, left: int, height: int, width: int) -> Rec
     if "masks" in record:
         out["masks"] = record["masks"][:, rows, columns]
     if "boxes" in record:
-        out["boxes"] = np.clip(record["boxes"] * np.tile(scale, 2) - np.tile(shift, 2), 0, 1).astype(np.float32)
+        out["boxes"] = np.clip(
+            record["boxes"] * np.tile(scale, 2) - np.tile(shift, 2), 0, 1
+        ).astype(np.float32)
     if "joints" in record:
         xy = record["joints"][:, :2] * scale - shift
         inside = ((xy >= 0) & (xy <= 1)).all(axis=1)
-        out["joints"] = np.column_stack([np.clip(xy, 0, 1), record["joints"][:, 2] * inside]).astype(np.float32)
+        out["joints"] = np.column_stack(
+            [np.clip(xy, 0, 1), record["joints"][:, 2] * inside]
+        ).astype(np.float32)
     return out
 
 
 def resize(record: Record, *, height: int, width: int) -> Record:
-    """All planes at `height` x `width`: images antialiased, masks by majority, depth by nearest pixel."""
+    """All planes at `height` x `width`: images antialiased, masks by majority, depth by nearest
+    pixel.
+    """
     out = dict(record)
     for name in ("image", "source"):
         if name in record:
@@ -66,7 +90,9 @@ def resize(record: Record, *, height: int, width: int) -> Record:
         masks = [_resize_mask(mask, height, width) for mask in record["masks"]]
         out["masks"] = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
     if "depth" in record:
-        out["depth"] = cv2.resize(record["depth"], (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+        out["depth"] = cv2.resize(
+            record["depth"], (width, height), interpolation=cv2.INTER_NEAREST_EXACT
+        )
     return out
 
 
@@ -87,24 +113,35 @@ def flip(record: Record) -> Record:
     return out
 
 
-def resize_image(image: UInt8[np.ndarray, "h w 3"], *, height: int, width: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+def resize_image(
+    image: UInt8[np.ndarray, "h w 3"], *, height: int, width: int
+) -> UInt8[np.ndarray, "h2 w2 3"]:
     """`image` at another size: pixel-area averages where it shrinks, cubic where it grows."""
     if image.shape[:2] == (height, width):
         return image
     shrinks = height <= image.shape[0] and width <= image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    return cv2.resize(
+        image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    )
 
 
-def _resize_mask(mask: UInt8[np.ndarray, "h w"], height: int, width: int) -> UInt8[np.ndarray, "h2 w2"]:
+def _resize_mask(
+    mask: UInt8[np.ndarray, "h w"], height: int, width: int
+) -> UInt8[np.ndarray, "h2 w2"]:
     shrinks = height <= mask.shape[0] and width <= mask.shape[1]
     coverage = cv2.resize(
-        mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        mask.astype(np.float32),
+        (width, height),
+        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
     )
     return (coverage >= 0.5).astype(np.uint8)
 
 
-def sample_hole(rng: np.random.Generator, *, height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 1"]:
-    """A mask to fill in (1 = hole): rectangles or brush strokes inside, or everything round a kept window.
+def sample_hole(
+    rng: np.random.Generator, *, height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} 1"]:
+    """A mask to fill in (1 = hole): rectangles or brush strokes inside, or everything round a kept
+    window.
 
     Covers at least one pixel and never the whole image.
     """
@@ -124,7 +161,9 @@ def sample_hole(rng: np.random.Generator, *, height: int, width: int) -> UInt8[n
         (top, bottom), (left, right) = _span(rng, height, 0.4, 0.8), _span(rng, width, 0.4, 0.8)
         # Half of the time the window keeps two whole edges: the image grows to one side only.
         if rng.random() < 0.5:
-            top, bottom, left, right = [(0, height, left, right), (top, bottom, 0, width)][rng.integers(2)]
+            top, bottom, left, right = [(0, height, left, right), (top, bottom, 0, width)][
+                rng.integers(2)
+            ]
         hole[top:bottom, left:right] = 0
     if hole.all():  # strokes can cover a tiny image
         hole[: max(1, height // 4)] = 0

@@ -1,18 +1,30 @@
-"""The complete configuration with every default. Stages and runs start from it and change a few lines."""
+"""The complete configuration with every default. Stages and runs start from it and change a few
+lines.
+"""
 
 from ml_collections import ConfigDict
 
 
 def task(
-    weight: float, *sources: str, drop_text: float = 0.05, drop_image: float = 0.05, drop_both: float = 0.05
+    weight: float,
+    *sources: str,
+    drop_text: float = 0.05,
+    drop_image: float = 0.05,
+    drop_both: float = 0.05,
 ) -> ConfigDict:
     """A task's share of the stream and the dataset families it reads.
 
-    The three kinds of condition dropout are disjoint events (InstructPix2Pix, arXiv 2211.09800, 3.2.1);
-    they make guidance possible.
+    The three kinds of condition dropout are disjoint events (InstructPix2Pix, arXiv 2211.09800,
+    3.2.1); they make guidance possible.
     """
     return ConfigDict(
-        dict(weight=weight, sources=sources, drop_text=drop_text, drop_image=drop_image, drop_both=drop_both)
+        dict(
+            weight=weight,
+            sources=sources,
+            drop_text=drop_text,
+            drop_image=drop_image,
+            drop_both=drop_both,
+        )
     )
 
 
@@ -30,7 +42,8 @@ def get_config() -> ConfigDict:
         resolution=64,
         face_resolution=64,
         num_tokens=32,
-        text_cache="",  # a folder of prompts' embeddings (univg data cache): the run then holds no text encoder
+        # a folder of prompts' embeddings (univg data cache): the run then holds no text encoder
+        text_cache="",
         batch_size=512,  # global
         read_threads=2,
         prefetch=8,

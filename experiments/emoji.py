@@ -1,4 +1,5 @@
-"""The three stages on the embedded dataset, for a CPU: the quickstart, a longer run and a smoke test.
+"""The three stages on the embedded dataset, for a CPU: the quickstart, a longer run and a smoke
+test.
 
 Everything but sizes and step counts is what the paper's stages use: the same readers, tasks,
 mixture, model, losses and hand-off.
@@ -9,7 +10,8 @@ from ml_collections import ConfigDict
 from experiments import base, stage2_multitask
 from experiments.base import task
 
-# What a preset is: its data, latent channels, the model's difference from `tiny`, the steps of the three stages.
+# What a preset is: its data, latent channels, the model's difference from `tiny`, the steps of the
+# three stages.
 PRESETS = dict(
     smoke=dict(
         build=dict(resolution=32, num_scenes=64, nouns=4),
@@ -47,7 +49,8 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c.data.num_tokens = 36  # the longest layout prompt has 34
     c.data.batch_size = 16
     c.data.read_threads = 1  # of rows this small; two would wait for each other in Python
-    # Small latents and small patches: at this width a token of many channels would spend all it has on carrying noise.
+    # Small latents and small patches: at this width a token of many channels would spend all it has
+    # on carrying noise.
     c.conditioning.codec = dict(kind="linear", patch=4, channels=p["channels"], whiten=0.5)
     c.model = dict(size="tiny", overrides=p["model"])
     c.mesh = dict(data=-1, fsdp=1, tensor=1)
@@ -77,7 +80,9 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
 
 
 def tasks(scale: float = 1.0) -> dict[str, ConfigDict]:
-    """Stage II's tasks. In a few hundred steps the paper's 1% would hardly be seen: the shares are evened out."""
+    """Stage II's tasks. In a few hundred steps the paper's 1% would hardly be seen: the shares are
+    evened out.
+    """
     shares = dict(t2i=0.10, ie=0.22, ip=0.10, lg=0.10, depth=0.14, pose=0.18, seg=0.16)
     paper = stage2_multitask.multitask()
     for name, share in shares.items():

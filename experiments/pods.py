@@ -1,14 +1,17 @@
-"""How to spend the memory of a pod: remat and gradient accumulation for each model size and resolution.
+"""How to spend the memory of a pod: remat and gradient accumulation for each model size and
+resolution.
 
-At the paper's batch of 512 the batch never changes, only how a device gets through its rows. `minimal` writes less to
-HBM than `none`, which is the bound wherever the interconnect is not; there `none` computes less in the same time.
-BUILD.md has what `univg plan` says about each; `python tools/plans.py` makes that table.
+At the paper's batch of 512 the batch never changes, only how a device gets through its rows.
+`minimal` writes less to HBM than `none`, which is the bound wherever the interconnect is not; there
+`none` computes less in the same time. BUILD.md has what `univg plan` says about each; `python
+tools/plans.py` makes that table.
 """
 
 from ml_collections import ConfigDict
 
 RESOLUTIONS = (256, 512, 1024)
-# Accelerator types as Google Cloud names them (a v5p's number counts two cores a chip), and their shapes.
+# Accelerator types as Google Cloud names them (a v5p's number counts two cores a chip), and their
+# shapes.
 TOPOLOGIES = {
     "v5e-16": "v5e:4x4",
     "v5e-64": "v5e:8x8",
@@ -66,11 +69,17 @@ RECOMMENDED = {
 
 
 def fit(config: ConfigDict, pod: str) -> None:
-    """Sets what `pod` needs, in place. Raises ValueError for a pod, a size or a resolution that is not in the table."""
+    """Sets what `pod` needs, in place. Raises ValueError for a pod, a size or a resolution that is
+    not in the table.
+    """
     if pod not in RECOMMENDED:
         raise ValueError(f"pod={pod!r} is not one of {', '.join(RECOMMENDED)}")
     sizes, size, resolution = RECOMMENDED[pod], config.model.size, config.data.resolution
     if size not in sizes or resolution not in RESOLUTIONS:
         known = f"sizes {', '.join(sizes)} at {', '.join(map(str, RESOLUTIONS))} px"
-        raise ValueError(f"pod={pod}: size={size},res={resolution} has no recommendation, only {known}; plan your own")
-    config.model.overrides.remat, config.optim.accumulate = sizes[size][RESOLUTIONS.index(resolution)]
+        raise ValueError(
+            f"pod={pod}: size={size},res={resolution} has no recommendation, only {known}; plan your own"
+        )
+    config.model.overrides.remat, config.optim.accumulate = sizes[size][
+        RESOLUTIONS.index(resolution)
+    ]

@@ -8,12 +8,16 @@ from experiments import base, pods
 ENCODERS = ("embedded", "sd3")
 
 
-def get_config(*, size: str = "xl", res: int = 256, encoders: str = "embedded", pod: str = "") -> ConfigDict:
-    """size: a named size of the MM-DiT. res: pixels a side; above 256 times shift by the square root of the pixels.
+def get_config(
+    *, size: str = "xl", res: int = 256, encoders: str = "embedded", pod: str = ""
+) -> ConfigDict:
+    """size: a named size of the MM-DiT. res: pixels a side; above 256 times shift by the square
+    root of the pixels.
 
-    encoders: `embedded` (MiniLM and a linear codec: nothing to download), or `sd3` (Stable Diffusion 3's three text
-    encoders and VAE, from the pipeline's folder `conditioning.folder`). pod: a name of `pods.TOPOLOGIES`, whose memory
-    is then used as recommended; without one, what fits most.
+    encoders: `embedded` (MiniLM and a linear codec: nothing to download), or `sd3` (Stable
+    Diffusion 3's three text encoders and VAE, from the pipeline's folder `conditioning.folder`).
+    pod: a name of `pods.TOPOLOGIES`, whose memory is then used as recommended; without one, what
+    fits most.
     """
     if encoders not in ENCODERS:
         raise ValueError(f"encoders={encoders!r} is not one of {', '.join(ENCODERS)}")
@@ -27,7 +31,9 @@ def get_config(*, size: str = "xl", res: int = 256, encoders: str = "embedded", 
     c.conditioning.codec.patch = 8
     if encoders == "sd3":
         text = dict(kind="sd3", dtype="float32" if size == "tiny" else "bfloat16")
-        c.conditioning = dict(folder="pretrained/sd3", text=text, codec=dict(kind="vae"), identity=None)
+        c.conditioning = dict(
+            folder="pretrained/sd3", text=text, codec=dict(kind="vae"), identity=None
+        )
         c.data.num_tokens = 77 + 77  # CLIP's positions, then T5's
     if size != "tiny":
         c.model.overrides = dict(dtype="bfloat16", remat="full")

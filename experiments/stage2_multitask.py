@@ -7,7 +7,12 @@ from experiments.base import task
 
 
 def get_config(
-    *, size: str = "xl", res: int = 256, encoders: str = "embedded", pod: str = "", init_from: str = "runs/stage1"
+    *,
+    size: str = "xl",
+    res: int = 256,
+    encoders: str = "embedded",
+    pod: str = "",
+    init_from: str = "runs/stage1",
 ) -> ConfigDict:
     """As Stage I; init_from: Stage I's workdir."""
     c = stage1_t2i.get_config(size=size, res=res, encoders=encoders, pod=pod)
@@ -18,7 +23,8 @@ def get_config(
 
 
 def multitask(scale: float = 1.0) -> dict[str, ConfigDict]:
-    """The paper's shares. It publishes one for the three auxiliary tasks; their equal split is our choice.
+    """The paper's shares. It publishes one for the three auxiliary tasks; their equal split is our
+    choice.
 
     Depth, pose and segmentation are sampled without guidance, so they need no dropout.
     """

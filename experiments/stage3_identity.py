@@ -1,4 +1,6 @@
-"""Stage III: identity beside all of Stage II, one to one, for a tenth of the steps (UniVG, training stages)."""
+"""Stage III: identity beside all of Stage II, one to one, for a tenth of the steps (UniVG, training
+stages).
+"""
 
 from ml_collections import ConfigDict
 
@@ -7,10 +9,17 @@ from experiments.base import task
 
 
 def get_config(
-    *, size: str = "xl", res: int = 256, encoders: str = "embedded", pod: str = "", init_from: str = "runs/stage2"
+    *,
+    size: str = "xl",
+    res: int = 256,
+    encoders: str = "embedded",
+    pod: str = "",
+    init_from: str = "runs/stage2",
 ) -> ConfigDict:
     """As Stage II; init_from: Stage II's workdir."""
-    c = stage2_multitask.get_config(size=size, res=res, encoders=encoders, pod=pod, init_from=init_from)
+    c = stage2_multitask.get_config(
+        size=size, res=res, encoders=encoders, pod=pod, init_from=init_from
+    )
     c.name = "stage3_identity"
     c.train.steps = c.train.steps // 10
     c.tasks = dict(**stage2_multitask.multitask(0.5), id=task(0.5, "persons"))

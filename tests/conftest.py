@@ -7,13 +7,16 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    # Programs that many tests have are compiled once a session, for all of its workers and the processes that they
-    # start. The user's own cache is neither read nor filled.
+    # Programs that many tests have are compiled once a session, for all of its workers and the
+    # processes that they start. The user's own cache is neither read nor filled.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="univg_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"])
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # tests compile more than they compute
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+# tests compile more than they compute
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 from jaxtyping import install_import_hook
 
@@ -30,7 +33,9 @@ NO_MESH = jax.sharding.get_mesh()
 
 @pytest.fixture(autouse=True)
 def _no_mesh_outlives_a_test():
-    """`jax.set_mesh` is global: where one test's mesh stayed, the next test's arrays would live on it."""
+    """`jax.set_mesh` is global: where one test's mesh stayed, the next test's arrays would live on
+    it.
+    """
     jax.set_mesh(NO_MESH)
     yield
     jax.set_mesh(NO_MESH)

@@ -42,12 +42,16 @@ def tiny_conditioner() -> tuple[Conditioner, dict]:
         "text": {"encoder": text.init(jax.random.key(0), tokens, tokens == 0)["params"]},
         "codec": jax.tree.map(jnp.asarray, codec),
     }
-    return Conditioner(text=SentenceText(encoder=text), codec=PatchCodec(patch=4, channels=8)), frozen
+    return Conditioner(
+        text=SentenceText(encoder=text), codec=PatchCodec(patch=4, channels=8)
+    ), frozen
 
 
 def tiny_model(conditioner: Conditioner, **overrides) -> UniVG:
     fields = dict(hidden_dim=32, depth=2, num_heads=2, in_channels=17, out_channels=8) | overrides
-    backbone = make_mmdit("tiny", text_dim=conditioner.text_dim, pooled_dim=conditioner.pooled_dim, **fields)
+    backbone = make_mmdit(
+        "tiny", text_dim=conditioner.text_dim, pooled_dim=conditioner.pooled_dim, **fields
+    )
     return UniVG(backbone=backbone, face_dim=conditioner.face_dim)
 
 
@@ -80,12 +84,20 @@ class CountingStream:
 
 
 def record_parity(record_property, *, network: str, configuration: str, **errors: float) -> None:
-    """What `tools/parity.py` makes a row of docs/parity.md: errors relative to the std of the reference's output."""
-    row = dict(network=network, configuration=configuration, errors={k: float(v) for k, v in errors.items()})
+    """What `tools/parity.py` makes a row of docs/parity.md: errors relative to the std of the
+    reference's output.
+    """
+    row = dict(
+        network=network,
+        configuration=configuration,
+        errors={k: float(v) for k, v in errors.items()},
+    )
     record_property("parity", json.dumps(row))
 
 
-ENCODERS = dict(text="minilm", codec=dict(kind="linear", patch=4, channels=8, whiten=0.5), identity=None)
+ENCODERS = dict(
+    text="minilm", codec=dict(kind="linear", patch=4, channels=8, whiten=0.5), identity=None
+)
 ENCODERS_WITH_FACES = {**ENCODERS, "identity": dict(kind="lda", dim=4)}
 
 

@@ -1,4 +1,6 @@
-"""A Stable Diffusion 3 pipeline's folder, of tiny random networks: every file that the real one has, without torch."""
+"""A Stable Diffusion 3 pipeline's folder, of tiny random networks: every file that the real one
+has, without torch.
+"""
 
 import dataclasses
 import json
@@ -39,7 +41,9 @@ def random_params(module, *inputs, seed):
 
 
 def write_text_encoder(folder, *, width, heads, projection, activation, seed):
-    fields = dict(hidden_dim=width, depth=2, num_heads=heads, mlp_dim=2 * width, projection_dim=projection)
+    fields = dict(
+        hidden_dim=width, depth=2, num_heads=heads, mlp_dim=2 * width, projection_dim=projection
+    )
     module = CLIPText(vocab_size=len(CLIP), eos_token_id=CLIP[END], activation=activation, **fields)
     params = random_params(module, jnp.zeros((1, 2), jnp.int32), seed=seed)
     prefix = "text_model."
@@ -49,7 +53,8 @@ def write_text_encoder(folder, *, width, heads, projection, activation, seed):
         params=params,
         weights=map_weights(
             params,
-            outer={ours: prefix + theirs for ours, theirs in CLIP_TEXT.items()} | {"projection": "text_projection"},
+            outer={ours: prefix + theirs for ours, theirs in CLIP_TEXT.items()}
+            | {"projection": "text_projection"},
             block=CLIP_LAYER,
             block_name=prefix + "encoder.layers.{}.",
         ),
@@ -72,7 +77,9 @@ def write_text_encoder(folder, *, width, heads, projection, activation, seed):
 
 
 def write_t5_encoder(folder, *, width, vocab_size):
-    module = T5Encoder(vocab_size=vocab_size, hidden_dim=width, depth=2, num_heads=2, head_dim=5, mlp_dim=20)
+    module = T5Encoder(
+        vocab_size=vocab_size, hidden_dim=width, depth=2, num_heads=2, head_dim=5, mlp_dim=20
+    )
     params = random_params(module, jnp.zeros((1, 2), jnp.int32), seed=3)
     outer = T5 | {"word_embeddings": "shared.weight"}
     write_params(
@@ -98,13 +105,22 @@ def write_t5_encoder(folder, *, width, vocab_size):
 
 def write_image_encoder(folder):
     """CLIP's image tower, which SD3 lacks: what Stage III takes faces through."""
-    fields = dict(image_size=16, patch_size=4, hidden_dim=10, depth=2, num_heads=2, mlp_dim=20, projection_dim=6)
+    fields = dict(
+        image_size=16,
+        patch_size=4,
+        hidden_dim=10,
+        depth=2,
+        num_heads=2,
+        mlp_dim=20,
+        projection_dim=6,
+    )
     module = CLIPVision(activation="gelu", **fields)
     params = random_params(module, jnp.zeros((1, 16, 16, 3)), seed=6)
     prefix = "vision_model."
     weights = map_weights(
         params,
-        outer={ours: prefix + theirs for ours, theirs in CLIP_VISION.items()} | {"projection": "visual_projection"},
+        outer={ours: prefix + theirs for ours, theirs in CLIP_VISION.items()}
+        | {"projection": "visual_projection"},
         block=CLIP_LAYER,
         block_name=prefix + "encoder.layers.{}.",
     )
@@ -149,19 +165,29 @@ def write_vae(folder):
 
 
 def write_sd3(folder: Path) -> Path:
-    """Writes transformer, VAE, three text encoders, their tokenizers, scheduler and index; returns `folder`."""
+    """Writes transformer, VAE, three text encoders, their tokenizers, scheduler and index; returns
+    `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_clip(folder / "tokenizer")
     write_clip(folder / "tokenizer_2", pad="!")
     write_t5(folder / "tokenizer_3")
-    write_text_encoder(folder / "text_encoder", width=8, heads=2, projection=6, activation="quick_gelu", seed=1)
-    write_text_encoder(folder / "text_encoder_2", width=12, heads=3, projection=8, activation="gelu", seed=2)
+    write_text_encoder(
+        folder / "text_encoder", width=8, heads=2, projection=6, activation="quick_gelu", seed=1
+    )
+    write_text_encoder(
+        folder / "text_encoder_2", width=12, heads=3, projection=8, activation="gelu", seed=2
+    )
     write_t5_encoder(folder / "text_encoder_3", width=28, vocab_size=400)
     write_vae(folder / "vae")
     inputs = jnp.zeros((1, 2, 2, 4)), jnp.zeros((1, 1, 28)), jnp.zeros((1, 14)), jnp.zeros(1)
-    save_transformer(TRANSFORMER, random_params(TRANSFORMER, *inputs, seed=5), folder / "transformer")
+    save_transformer(
+        TRANSFORMER, random_params(TRANSFORMER, *inputs, seed=5), folder / "transformer"
+    )
     (folder / "scheduler").mkdir(exist_ok=True)
-    scheduler = dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=3.0)
+    scheduler = dict(
+        _class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=3.0
+    )
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     parts = {
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],

@@ -15,7 +15,9 @@ def test_a_fake_batch_has_the_spec():
     spec = batch_spec(**SPEC)
     fake = fake_batch(**SPEC)
     assert fake.size == 3
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), fake) == jax.tree.map(lambda x: (x.shape, x.dtype), spec)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), fake) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), spec
+    )
 
 
 def test_a_fake_batch_is_well_formed():
@@ -27,7 +29,9 @@ def test_a_fake_batch_is_well_formed():
 
 def test_a_tree_of_anything_may_take_the_arrays_place():
     spec = batch_spec(**SPEC)
-    names = jax.tree_util.tree_map_with_path(lambda path, x: jax.tree_util.keystr(path, simple=True), spec)
+    names = jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.tree_util.keystr(path, simple=True), spec
+    )
     assert names.target == "target"
     assert names.text is None  # no embeddings from a cache
     assert len(jax.tree.leaves(names)) == len(dataclasses.fields(Batch)) - 1

@@ -31,7 +31,9 @@ OPTIMIZER = optim.make_optimizer(dict(name="muon", mu_dtype="bfloat16", freeze=(
 def init(key):
     k = jax.random.split(key, 3)
     params = {
-        "blocks": {"q": {"kernel": jax.random.normal(k[0], (2, 16, 32)), "bias": jnp.zeros((2, 32))}},
+        "blocks": {
+            "q": {"kernel": jax.random.normal(k[0], (2, 16, 32)), "bias": jnp.zeros((2, 32))}
+        },
         "frozen": {"kernel": jax.random.normal(k[1], (8, 16))},
     }
     ema = jax.tree.map(lambda p: p + 1, params)
@@ -73,7 +75,9 @@ def assert_equal(a, b):
 def save(workdir, *steps, state=None, **options):
     with checkpoint.Checkpointer(workdir, **options) as checkpointer:
         for step in steps:
-            checkpointer.save(step, state or make_state(step), {"global_next_index": 10 * step}, {"seed": 1})
+            checkpointer.save(
+                step, state or make_state(step), {"global_next_index": 10 * step}, {"seed": 1}
+            )
 
 
 def restore(workdir, step=None, **mesh):
@@ -93,7 +97,9 @@ def flip_a_bit(file):
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("mesh", [dict(data=1), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "mesh", [dict(data=1), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)]
+)
 def test_saved_on_eight_devices_restores_bitwise_on_any_mesh(tmp_path, mesh):
     state = make_state(data=1, fsdp=8)
     assert len(state.params["frozen"]["kernel"].sharding.device_set) == 8
@@ -101,7 +107,9 @@ def test_saved_on_eight_devices_restores_bitwise_on_any_mesh(tmp_path, mesh):
     restored = restore(tmp_path, **mesh)
     assert_equal(restored.state, state)
     assert restored.data_state == {"global_next_index": 20}
-    placed = jax.tree.map(lambda x, want: x.sharding == want.sharding, restored.state, layout(**mesh))
+    placed = jax.tree.map(
+        lambda x, want: x.sharding == want.sharding, restored.state, layout(**mesh)
+    )
     assert all(jax.tree.leaves(placed))
     assert_equal(advance(restored.state).step, advance(state).step)
 
@@ -175,7 +183,9 @@ with checkpoint.Checkpointer(sys.argv[1]) as c:
 
 
 def test_killed_in_mid_save_leaves_the_step_before(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, check=False
+    )
     assert done.returncode == -9, done.stderr.decode()
     assert (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").exists()
     assert checkpoint.list_steps(tmp_path) == (1,)
@@ -217,9 +227,14 @@ def test_another_model_does_not_restore(tmp_path):
     abstract.params["blocks"]["q"]["kernel"] = jax.ShapeDtypeStruct((3, 16, 32), jnp.float32)
     abstract.params["new"] = jax.ShapeDtypeStruct((1,), jnp.float32)
     del abstract.params["frozen"]
-    with pytest.raises(ValueError, match="does not fit") as error, checkpoint.Checkpointer(tmp_path) as checkpointer:
+    with (
+        pytest.raises(ValueError, match="does not fit") as error,
+        checkpoint.Checkpointer(tmp_path) as checkpointer,
+    ):
         checkpointer.restore(abstract)
-    assert "params/blocks/q/kernel is float32[2,16,32], the model's float32[3,16,32]" in str(error.value)
+    assert "params/blocks/q/kernel is float32[2,16,32], the model's float32[3,16,32]" in str(
+        error.value
+    )
     assert "params/new float32[1] is missing" in str(error.value)
     assert "params/frozen/kernel float32[8,16] is extra" in str(error.value)
 
@@ -229,12 +244,17 @@ def test_parameters_alone(tmp_path, which):
     save(tmp_path, 2, 4)
     expected = getattr(make_state(4), which)
     assert_equal(checkpoint.load_params(tmp_path, which=which), expected)
-    assert_equal(checkpoint.load_params(tmp_path / "checkpoints" / "2", which=which), getattr(make_state(2), which))
+    assert_equal(
+        checkpoint.load_params(tmp_path / "checkpoints" / "2", which=which),
+        getattr(make_state(2), which),
+    )
     abstract = getattr(layout(data=1, fsdp=8), which)
     split = checkpoint.load_params(tmp_path, which=which, abstract=abstract)
     assert_equal(split, expected)
     assert split["frozen"]["kernel"].sharding == abstract["frozen"]["kernel"].sharding
-    whole = checkpoint.load_params(tmp_path, which=which, shardings=sharding.replicated(sharding.make_mesh()))
+    whole = checkpoint.load_params(
+        tmp_path, which=which, shardings=sharding.replicated(sharding.make_mesh())
+    )
     assert len(whole["frozen"]["kernel"].sharding.device_set) == 8
 
 
@@ -250,8 +270,15 @@ def test_load_says_what_is_not_there(tmp_path):
         checkpoint.load_config(tmp_path / "checkpoints" / "7")
     with pytest.raises(FileNotFoundError, match="no step 7"):
         restore(tmp_path, 7)
-    assert (checkpoint.latest_step(tmp_path / "nowhere"), checkpoint.latest_step(tmp_path)) == (None, 4)
-    for path, step in ((tmp_path, 4), (tmp_path / "checkpoints", 4), (tmp_path / "checkpoints" / "2", 2)):
+    assert (checkpoint.latest_step(tmp_path / "nowhere"), checkpoint.latest_step(tmp_path)) == (
+        None,
+        4,
+    )
+    for path, step in (
+        (tmp_path, 4),
+        (tmp_path / "checkpoints", 4),
+        (tmp_path / "checkpoints" / "2", 2),
+    ):
         assert checkpoint.workdir_of(path) == tmp_path
         assert checkpoint.step_of(path) == step
     with pytest.raises(ValueError, match="has no 'emma'; it has ema, opt_state, params, step"):
@@ -271,7 +298,9 @@ def stage(tmp_path):
 
 
 def test_hand_off_reads_all_but_the_declared(stage):
-    params = checkpoint.init_from(model(trunk=(2, 3), projector=(7,)), stage, new=("^projector",), dropped=("^head",))
+    params = checkpoint.init_from(
+        model(trunk=(2, 3), projector=(7,)), stage, new=("^projector",), dropped=("^head",)
+    )
     assert_equal(params, {"trunk": jnp.full((2, 3), 2.0), "projector": jnp.full(7, 5.0)})
     params = checkpoint.init_from(model(trunk=(2, 3), head=(4,)), stage, which="params")
     assert_equal(params, {"trunk": jnp.ones((2, 3)), "head": jnp.ones(4)})
@@ -286,11 +315,15 @@ def test_a_leaf_of_another_shape_is_replaced_only_if_dropped_and_new(stage):
     wider = model(trunk=(2, 3), head=(9,))
     with pytest.raises(ValueError, match=r"head is float32\[4\], the model's float32\[9\]"):
         checkpoint.init_from(wider, stage, new=("head",))
-    assert_equal(checkpoint.init_from(wider, stage, new=("head",), dropped=("head",))["head"], wider["head"])
+    assert_equal(
+        checkpoint.init_from(wider, stage, new=("head",), dropped=("head",))["head"], wider["head"]
+    )
 
 
 def test_hand_off_refuses_the_undeclared(stage):
-    with pytest.raises(ValueError, match=r"projector float32\[7\] is missing; head float32\[4\] is extra"):
+    with pytest.raises(
+        ValueError, match=r"projector float32\[7\] is missing; head float32\[4\] is extra"
+    ):
         checkpoint.init_from(model(trunk=(2, 3), projector=(7,)), stage)
 
 
@@ -302,7 +335,12 @@ def test_hand_off_onto_a_mesh(stage):
 
 def test_workdir_belongs_to_one_config(tmp_path):
     config = ConfigDict(
-        dict(seed=1, train=dict(steps=10), optim=dict(lr=0.1, freeze=()), tasks=dict(t2i=dict(sources=("a",))))
+        dict(
+            seed=1,
+            train=dict(steps=10),
+            optim=dict(lr=0.1, freeze=()),
+            tasks=dict(t2i=dict(sources=("a",))),
+        )
     )
     checkpoint.claim_workdir(tmp_path / "run", config)
     checkpoint.claim_workdir(tmp_path / "run", config)
@@ -312,7 +350,9 @@ def test_workdir_belongs_to_one_config(tmp_path):
     assert json.loads(before)["train"]["steps"] == 20
     config.optim.lr = 0.2
     del config.seed
-    with pytest.raises(ValueError, match=r"optim\.lr is 0\.2, there 0\.1; seed is 'absent', there 1$"):
+    with pytest.raises(
+        ValueError, match=r"optim\.lr is 0\.2, there 0\.1; seed is 'absent', there 1$"
+    ):
         checkpoint.claim_workdir(tmp_path / "run", config)
     assert (tmp_path / "run" / "config.json").read_text() == before
 
@@ -379,11 +419,15 @@ def test_two_processes_agree_on_what_is_damaged_and_one_reads_what_they_wrote(tm
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
     processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i), str(tmp_path)], stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(i), str(tmp_path)], stderr=subprocess.PIPE
+        )
         for i in range(2)
     ]
     errors = [process.communicate(timeout=120)[1].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     expected = jax.random.normal(jax.random.key(2), (1024, 512))
     # Eight shards of the random numbers were made by another program: equal up to its rounding.
-    np.testing.assert_allclose(checkpoint.load_params(tmp_path, which="params")["a"], expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        checkpoint.load_params(tmp_path, which="params")["a"], expected, rtol=1e-6, atol=1e-6
+    )

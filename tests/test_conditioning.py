@@ -35,7 +35,12 @@ def conditions(run, batch):
 
 def test_shapes_follow_the_properties(run, batch, conditions):
     _, c, frozen = run
-    assert conditions.cond_latents.shape == (4, 16 // c.downsampling, 16 // c.downsampling, c.latent_channels)
+    assert conditions.cond_latents.shape == (
+        4,
+        16 // c.downsampling,
+        16 // c.downsampling,
+        c.latent_channels,
+    )
     assert conditions.mask.shape == (4, 4, 4, 1)
     assert conditions.text_emb.shape == (4, 10, c.text_dim)
     assert conditions.pooled_emb.shape == (4, c.pooled_dim)

@@ -23,7 +23,9 @@ def run(tmp_path_factory):
 def test_a_second_start_and_a_load_fit_nothing(run):
     workdir, conditioner, frozen = run
     for again, params in (
-        prepare_encoders(ml_collections.ConfigDict(ENCODERS_WITH_FACES), workdir, images=unused, portraits=unused),
+        prepare_encoders(
+            ml_collections.ConfigDict(ENCODERS_WITH_FACES), workdir, images=unused, portraits=unused
+        ),
         encoders.load(str(workdir)),
     ):
         assert again == conditioner
@@ -33,7 +35,8 @@ def test_a_second_start_and_a_load_fit_nothing(run):
 def test_a_stage_takes_over_the_codec_and_fits_what_is_new(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     _, one = prepare_encoders(ENCODERS, first)
-    checkpoint = first / "checkpoints" / "100"  # a checkpoint inside the run says as much as the run's folder
+    # a checkpoint inside the run says as much as the run's folder
+    checkpoint = first / "checkpoints" / "100"
     checkpoint.mkdir(parents=True)
     _, two = prepare_encoders(ENCODERS_WITH_FACES, second, init_from=checkpoint, images=unused)
     jax.tree.map(np.testing.assert_array_equal, one["codec"], two["codec"])
@@ -42,7 +45,9 @@ def test_a_stage_takes_over_the_codec_and_fits_what_is_new(tmp_path):
     with pytest.raises(ValueError, match=r"another codec encoder .*: channels is 8, asked for 6"):
         prepare_encoders(other, tmp_path / "third", init_from=first)
     with pytest.raises(FileNotFoundError, match=r"no encoders/encoders\.json"):
-        prepare_encoders(ENCODERS, tmp_path / "fourth", init_from=tmp_path / "nowhere" / "at" / "all")
+        prepare_encoders(
+            ENCODERS, tmp_path / "fourth", init_from=tmp_path / "nowhere" / "at" / "all"
+        )
 
 
 def test_a_killed_fit_is_done_again(tmp_path):
@@ -51,7 +56,10 @@ def test_a_killed_fit_is_done_again(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         prepare_encoders(ENCODERS_WITH_FACES, tmp_path, portraits=killed)
-    assert set(json.loads((tmp_path / "encoders" / "encoders.json").read_text())) == {"text", "codec"}
+    assert set(json.loads((tmp_path / "encoders" / "encoders.json").read_text())) == {
+        "text",
+        "codec",
+    }
     _, frozen = prepare_encoders(ENCODERS_WITH_FACES, tmp_path, images=unused)
     assert "identity" in frozen
 
@@ -60,8 +68,14 @@ def test_a_killed_fit_is_done_again(tmp_path):
     ("change", "message"),
     [
         (dict(text="minlm"), r"unknown conditioning\.text\.kind 'minlm'; did you mean 'minilm'\?"),
-        (dict(codec=dict(kind="vea")), r"unknown conditioning\.codec\.kind 'vea'; did you mean 'vae'\?"),
-        (dict(codec=dict(kind="linear", ptach=4)), r"unknown conditioning\.codec option 'ptach'; did you mean 'patch'"),
+        (
+            dict(codec=dict(kind="vea")),
+            r"unknown conditioning\.codec\.kind 'vea'; did you mean 'vae'\?",
+        ),
+        (
+            dict(codec=dict(kind="linear", ptach=4)),
+            r"unknown conditioning\.codec option 'ptach'; did you mean 'patch'",
+        ),
         (dict(idenity=None), r"unknown conditioning part 'idenity'; did you mean 'identity'\?"),
         (dict(codec=None), r"conditioning\.codec is missing; expected one of: linear, vae"),
     ],
@@ -76,9 +90,13 @@ def test_unknown_names_suggest_the_nearest(tmp_path, change, message):
     ("kind", "length", "dims"), [("clip", 77, (8, 6)), ("t5", 10, (28, 28)), ("sd3", 87, (28, 14))]
 )
 def test_text_encoders_of_a_pipeline_alone_and_together(tmp_path, kind, length, dims):
-    config = dict(folder=str(write_sd3(tmp_path / "sd3")), text=dict(kind=kind), codec=dict(kind="vae"))
+    config = dict(
+        folder=str(write_sd3(tmp_path / "sd3")), text=dict(kind=kind), codec=dict(kind="vae")
+    )
     tokenizer = load_tokenizer(encoders.tokenizer_folder(config))
-    conditioner, frozen = prepare_encoders(config, tmp_path / "run", images=unused, portraits=unused)
+    conditioner, frozen = prepare_encoders(
+        config, tmp_path / "run", images=unused, portraits=unused
+    )
     assert (conditioner.text_dim, conditioner.pooled_dim) == dims
     one, two = (tokenizer(text, length) for text in ("a cat", "it"))
     tokens, mask = np.stack([one.tokens, two.tokens]), np.stack([one.text_mask, two.text_mask])
@@ -98,7 +116,9 @@ def test_sd3_without_t5_keeps_the_width_that_its_transformer_reads(tmp_path):
     for name in ("text_encoder_3", "tokenizer_3"):
         (folder / name).rename(tmp_path / name)
     config = dict(folder=str(folder), text=dict(kind="sd3"), codec=dict(kind="vae"))
-    conditioner, frozen = prepare_encoders(config, tmp_path / "run", images=unused, portraits=unused)
+    conditioner, frozen = prepare_encoders(
+        config, tmp_path / "run", images=unused, portraits=unused
+    )
     row = load_tokenizer(encoders.tokenizer_folder(config))("a cat", 77)
     text = conditioner.embed_text(frozen, row.tokens[None], row.text_mask[None])
     assert text.emb.shape == (1, 77, conditioner.text_dim) == (1, 77, 4096)
@@ -108,13 +128,17 @@ def test_sd3_without_t5_keeps_the_width_that_its_transformer_reads(tmp_path):
 
 def test_changed_weights_and_options_are_noticed(tmp_path):
     prepare_encoders(ENCODERS, tmp_path)
-    with pytest.raises(ValueError, match=r"another codec encoder .*: whiten is 0\.5, asked for 1\.0"):
+    with pytest.raises(
+        ValueError, match=r"another codec encoder .*: whiten is 0\.5, asked for 1\.0"
+    ):
         prepare_encoders({**ENCODERS, "codec": dict(ENCODERS["codec"], whiten=1.0)}, tmp_path)
     file = tmp_path / "encoders" / "codec.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="not the weights of the codec encoder that the run was trained with"):
+    with pytest.raises(
+        ValueError, match="not the weights of the codec encoder that the run was trained with"
+    ):
         encoders.load(tmp_path)
     record = tmp_path / "encoders" / "encoders.json"
     records = json.loads(record.read_text())
@@ -137,7 +161,11 @@ def test_abstract_encoders_are_those_that_a_run_prepares(run, tmp_path):
     planned, abstract = encoders.abstract(ENCODERS_WITH_FACES)
     assert planned == prepared
     assert shapes(abstract) == shapes(frozen)
-    sd3 = dict(folder=str(write_sd3(tmp_path / "sd3")), text=dict(kind="sd3", dtype="bfloat16"), codec="vae")
+    sd3 = dict(
+        folder=str(write_sd3(tmp_path / "sd3")),
+        text=dict(kind="sd3", dtype="bfloat16"),
+        codec="vae",
+    )
     prepared, frozen = prepare_encoders(sd3, tmp_path / "pipeline", images=unused, portraits=unused)
     planned, abstract = encoders.abstract(sd3)
     assert planned == prepared
@@ -148,8 +176,18 @@ def test_without_its_folder_a_pipeline_is_planned_as_published():
     planned, abstract = encoders.abstract(dict(text="sd3", codec="vae", identity="clip"))
     assert (planned.text_dim, planned.pooled_dim, planned.latent_channels) == (4096, 2048, 16)
     # CLIP L/14, CLIP bigG/14 and T5 XXL's encoder, as their model cards say: 123M, 695M, 4.76B.
-    sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in abstract["text"].items()}
-    assert {name: round(size / 1e6) for name, size in sizes.items()} == {"clip_l": 124, "clip_g": 695, "t5": 4762}
-    mesh = jax.sharding.AbstractMesh((1, 64, 1), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    for leaf in sharding.leaf_specs(abstract, sharding.tree_shardings(abstract, mesh), larger_than=2**22):
+    sizes = {
+        name: sum(x.size for x in jax.tree.leaves(part)) for name, part in abstract["text"].items()
+    }
+    assert {name: round(size / 1e6) for name, size in sizes.items()} == {
+        "clip_l": 124,
+        "clip_g": 695,
+        "t5": 4762,
+    }
+    mesh = jax.sharding.AbstractMesh(
+        (1, 64, 1), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
+    for leaf in sharding.leaf_specs(
+        abstract, sharding.tree_shardings(abstract, mesh), larger_than=2**22
+    ):
         assert any(leaf.spec), f"{leaf.path} {leaf.shape} is whole on every device"

@@ -1,4 +1,6 @@
-"""Golden renders: every experiment, under review. `UPDATE_GOLDEN=1 pytest tests/test_experiments.py` renews them."""
+"""Golden renders: every experiment, under review. `UPDATE_GOLDEN=1 pytest
+tests/test_experiments.py` renews them.
+"""
 
 import os
 import pathlib
@@ -44,7 +46,12 @@ def abstract_state(config: ConfigDict):
     conditioner = conditioner_of(config)
     model = assembly.make_model(config, conditioner)
     c = config.data
-    spec = dict(batch_size=1, resolution=c.resolution, num_tokens=c.num_tokens, face_resolution=c.face_resolution)
+    spec = dict(
+        batch_size=1,
+        resolution=c.resolution,
+        num_tokens=c.num_tokens,
+        face_resolution=c.face_resolution,
+    )
     side, channels = c.resolution // conditioner.downsampling, conditioner.latent_channels
 
     def conditions():
@@ -78,7 +85,9 @@ def render(spec: str) -> str:
     mesh = AbstractMesh((1, 16, 4), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
     count = sum(x.size for x in jax.tree.leaves(state.params))
     lines = [spec, "", f"parameters {count:,}", ""]
-    lines += [f"{key} = {value!r}" for key, value in sorted(checkpoint.flat(config.to_dict()).items())]
+    lines += [
+        f"{key} = {value!r}" for key, value in sorted(checkpoint.flat(config.to_dict()).items())
+    ]
     lines += ["", "parameters of 4 MiB or more on a mesh of data=1, fsdp=16, tensor=4:"]
     shardings = sharding.tree_shardings(state.params, mesh)
     lines += [
@@ -95,7 +104,9 @@ def test_experiment_is_as_reviewed(spec):
     if os.environ.get("UPDATE_GOLDEN"):
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
-    assert file.exists(), f"{file} is missing: UPDATE_GOLDEN=1 pytest tests/test_experiments.py, and read it"
+    assert file.exists(), (
+        f"{file} is missing: UPDATE_GOLDEN=1 pytest tests/test_experiments.py, and read it"
+    )
     assert text == file.read_text()
 
 
@@ -106,13 +117,19 @@ def test_every_rule_is_used_and_nothing_large_is_replicated(spec):
     mesh = AbstractMesh((1, 16, 4), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
     shardings = sharding.tree_shardings(state, mesh)
     for leaf in sharding.leaf_specs(state, shardings, larger_than=2**22):
-        assert any(axis is not None for axis in leaf.spec), f"{leaf.path} {leaf.shape} is replicated"
+        assert any(axis is not None for axis in leaf.spec), (
+            f"{leaf.path} {leaf.shape} is replicated"
+        )
 
 
 def test_stage_two_shows_only_what_differs_from_stage_one():
     one = checkpoint.flat(load_config("experiments/stage1_t2i.py").to_dict())
     two = checkpoint.flat(load_config("experiments/stage2_multitask.py").to_dict())
-    changed = {k for k in one.keys() | two.keys() if one.get(k) != two.get(k) and not k.startswith("tasks.")}
+    changed = {
+        k
+        for k in one.keys() | two.keys()
+        if one.get(k) != two.get(k) and not k.startswith("tasks.")
+    }
     assert changed == {"name", "init_from.path"}
 
 
@@ -123,5 +140,7 @@ def test_the_mixtures_are_the_papers():
     assert (shares["t2i"], shares["ie"], shares["ip"], shares["lg"]) == (0.28, 0.47, 0.20, 0.02)
     assert shares["depth"] + shares["pose"] + shares["seg"] == pytest.approx(0.03)
     three = load_config("experiments/stage3_identity.py")
-    assert three.tasks.id.weight == pytest.approx(sum(t.weight for n, t in three.tasks.items() if n != "id"))
+    assert three.tasks.id.weight == pytest.approx(
+        sum(t.weight for n, t in three.tasks.items() if n != "id")
+    )
     assert three.train.steps * 10 == load_config("experiments/stage2_multitask.py").train.steps

@@ -55,7 +55,9 @@ def test_shift_moves_towards_noise_at_higher_resolution():
 )
 def test_times_have_the_declared_distribution(times, mean_logit, std_logit):
     n = 20_000
-    t = np.asarray(flow.sample_times(jax.random.key(0), jnp.arange(n, dtype=jnp.uint32), times), np.float64)
+    t = np.asarray(
+        flow.sample_times(jax.random.key(0), jnp.arange(n, dtype=jnp.uint32), times), np.float64
+    )
     assert ((t > 0) & (t < 1)).all()
     logit = np.log(t) - np.log1p(-t)
     # Five standard errors of a mean and of a standard deviation over n draws (kurtosis below 4.2).
@@ -82,7 +84,9 @@ def test_loss_is_zero_for_the_true_velocity_and_its_mean_square_for_zero():
 
     key = jax.random.key(0)
     # Dividing by t amplifies float32 rounding; t > 0.02 for these four draws.
-    np.testing.assert_allclose(flow.loss(oracle, x0, key=key, sample_id=ids, times=times), 0, atol=1e-8)
+    np.testing.assert_allclose(
+        flow.loss(oracle, x0, key=key, sample_id=ids, times=times), 0, atol=1e-8
+    )
     _, noise_key = jax.random.split(key)
     noise = flow.sample_noise(noise_key, ids, x0.shape[1:])
     zero = flow.loss(lambda x_t, t: jnp.zeros_like(x_t), x0, key=key, sample_id=ids, times=times)
@@ -92,7 +96,11 @@ def test_loss_is_zero_for_the_true_velocity_and_its_mean_square_for_zero():
 def test_loss_is_float32_for_a_bfloat16_model():
     x0, ids = latents(0), jnp.arange(4, dtype=jnp.uint32)
     value = flow.loss(
-        lambda x_t, t: x_t.astype(jnp.bfloat16), x0, key=jax.random.key(0), sample_id=ids, times=flow.Times()
+        lambda x_t, t: x_t.astype(jnp.bfloat16),
+        x0,
+        key=jax.random.key(0),
+        sample_id=ids,
+        times=flow.Times(),
     )
     assert value.dtype == jnp.float32
 

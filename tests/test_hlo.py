@@ -1,4 +1,6 @@
-"""Counts against programs whose numbers are known: a CPU compiles them; TPU programs are in `tests/test_plan.py`."""
+"""Counts against programs whose numbers are known: a CPU compiles them; TPU programs are in
+`tests/test_plan.py`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +32,9 @@ def test_a_product_in_a_loop_counts_as_often_as_it_runs():
 
 
 def test_batched_products_and_convolutions():
-    assert count(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))).flops == (
-        2 * 3 * 4 * 5 * 6
-    )
+    assert count(
+        lambda a, b: jnp.einsum("bij,bjk->bik", a, b), jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))
+    ).flops == (2 * 3 * 4 * 5 * 6)
     # Without padding every output sees all 9 taps.
     image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 7))
     convolution = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
@@ -122,7 +124,8 @@ def test_memory_counts_the_slice_of_an_array_that_a_loop_reads():
         return x + w, None
 
     moved = count(lambda w: jax.lax.scan(body, jnp.zeros((256, 256)), w)[0], layers).memory_bytes
-    # At least each layer read, and the sum read and written; the whole stack each time would be 100 times more.
+    # At least each layer read, and the sum read and written; the whole stack each time would be 100
+    # times more.
     assert 3 * 100 * one <= moved <= 6 * 100 * one
 
 
@@ -131,14 +134,26 @@ def test_what_is_no_hlo_is_refused():
         hlo.count("HloModule empty")
 
 
-# The last differs from SD3's block in what it multiplies: one modulation for all, no text after the first block.
+# The last differs from SD3's block in what it multiplies: one modulation for all, no text after the
+# first block.
 @pytest.mark.parametrize(
-    "fields", [dict(), dict(shared_adaln=True), dict(depth=1), dict(position="rope", mlp_ratio=3, scan=False)]
+    "fields",
+    [
+        dict(),
+        dict(shared_adaln=True),
+        dict(depth=1),
+        dict(position="rope", mlp_ratio=3, scan=False),
+    ],
 )
 @pytest.mark.parametrize("train", [False, True])
 def test_analytic_flops_are_those_of_the_compiled_model(fields, train):
     """Exact: every product of the model, and no other, is in the formula."""
-    model = MMDiT(**(dict(hidden_dim=64, depth=3, num_heads=4, text_dim=48, pooled_dim=40, attention="xla") | fields))
+    model = MMDiT(
+        **(
+            dict(hidden_dim=64, depth=3, num_heads=4, text_dim=48, pooled_dim=40, attention="xla")
+            | fields
+        )
+    )
     shapes = [(2, 8, 12, 33), (2, 5, 48), (2, 40), (2,)]
     inputs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]

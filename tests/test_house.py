@@ -11,7 +11,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Each room and the rooms that it may import (docs/decisions.md). A room is a module or package of the first level.
+# Each room and the rooms that it may import (docs/decisions.md). A room is a module or package of
+# the first level.
 ALLOWED = {
     "univg_jax.batch": set(),
     "univg_jax.names": set(),
@@ -81,7 +82,9 @@ def imports(path: pathlib.Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(("module", "path"), list(files()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("module", "path"), list(files()), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_imports_go_one_way(module, path):
     here = room(module)
     assert here in ALLOWED, f"{module}: a new room needs a line in the table of allowed imports"
@@ -91,11 +94,15 @@ def test_imports_go_one_way(module, path):
             assert "*" in ALLOWED[here] or there in ALLOWED[here], f"{module} imports {name}"
 
 
-@pytest.mark.parametrize(("module", "path"), list(files()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("module", "path"), list(files()), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_only_models_import_flax_and_nothing_imports_torch_or_tensorflow(module, path):
     for name in imports(path):
         first = name.split(".")[0]
-        assert first not in ("torch", "tensorflow", "diffusers", "transformers"), f"{module} imports {name}"
+        assert first not in ("torch", "tensorflow", "diffusers", "transformers"), (
+            f"{module} imports {name}"
+        )
         assert first != "flax" or room(module) == "univg_jax.models", f"{module} imports {name}"
         if first == "ml_collections":
             rooms = ("experiments", "cli", "train", "optim", "plan")
@@ -110,7 +117,9 @@ def test_what_scripts_import_of_ours_exists(path):
     for name in imports(path):
         if name.split(".")[0] in ("univg_jax", "data_pipelines", "experiments"):
             module, _, last = name.rpartition(".")
-            assert hasattr(importlib.import_module(module), last) or importlib.util.find_spec(name), name
+            assert hasattr(importlib.import_module(module), last) or importlib.util.find_spec(
+                name
+            ), name
 
 
 @pytest.mark.xdist_group("house")
@@ -121,7 +130,9 @@ def test_groups_reach_the_scheduler(request):
 
 
 def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def test_experiments_load_without_jax():
@@ -134,7 +145,8 @@ def test_experiments_load_without_jax():
 
 def test_no_tensorflow_is_loaded_or_installed_by_the_lock():
     code = "import sys, univg_jax.train, univg_jax.evaluation.report, data_pipelines.mixture\n"
-    code += "print('tensorflow' in sys.modules)"  # tensorboardX loads torch where it is installed; the lock has none
+    # tensorboardX loads torch where it is installed; the lock has none
+    code += "print('tensorflow' in sys.modules)"
     assert run_python(code).strip() == "False"
     locked = {line.split("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}
     assert not locked & {"tensorflow", "tensorflow-cpu", "tf-nightly", "keras", "torch"}

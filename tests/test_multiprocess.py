@@ -1,4 +1,5 @@
-"""Two processes of four devices are one run: samples, numbers, checkpoints and files are those of one of eight, or one.
+"""Two processes of four devices are one run: samples, numbers, checkpoints and files are those of
+one of eight, or one.
 
 Real processes through the command line, over TCP as on a pod; only the devices are virtual.
 """
@@ -32,12 +33,14 @@ from univg_jax.writers import read_metrics
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("multiprocess")]
 
 TIMEOUT = 600  # seconds: on a busy machine a run of 20 s was seen to take 300
-TASKS = ("t2i", "ip", "id")  # one, no and another person's condition; all with two passes of guidance
+# one, no and another person's condition; all with two passes of guidance
+TASKS = ("t2i", "ip", "id")
 CONFIG = [
     "--config=experiments/emoji.py:preset=smoke,stage=3",
     *(f"--config.tasks.{name}.weight=0" for name in ("ie", "lg", "depth", "pose", "seg")),
     "--config.model.overrides.depth=1",
-    "--config.model.overrides.hidden_dim=128",  # narrower weights are too small to be split over fsdp
+    # narrower weights are too small to be split over fsdp
+    "--config.model.overrides.hidden_dim=128",
     "--config.train.steps=4",
     "--config.optim.warmup=1",
     "--config.train.log_every=1",
@@ -60,17 +63,28 @@ class Process:
 
 @contextlib.contextmanager
 def running(
-    devices: list[int], *command: str, program: tuple[str, ...] = ("-m", "univg_jax"), first: tuple[str, ...] = ()
+    devices: list[int],
+    *command: str,
+    program: tuple[str, ...] = ("-m", "univg_jax"),
+    first: tuple[str, ...] = (),
 ) -> Iterator[list[Process]]:
-    """A process for each number of devices, `first` added to the first one's command; none survives."""
+    """A process for each number of devices, `first` added to the first one's command; none
+    survives.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as logs, contextlib.ExitStack() as stack:
         processes = []
         for index, count in enumerate(devices):
-            joined = [f"--coordinator=localhost:{port}", f"--num_processes={len(devices)}", f"--process_id={index}"]
-            flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+            joined = [
+                f"--coordinator=localhost:{port}",
+                f"--num_processes={len(devices)}",
+                f"--process_id={index}",
+            ]
+            flags = (
+                f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+            )
             log = pathlib.Path(logs) / str(index)
             popen = subprocess.Popen(
                 [
@@ -90,7 +104,9 @@ def running(
         yield processes
 
 
-def run(devices: list[int], *command: str, program: tuple[str, ...] = ("-m", "univg_jax")) -> list[list[str]]:
+def run(
+    devices: list[int], *command: str, program: tuple[str, ...] = ("-m", "univg_jax")
+) -> list[list[str]]:
     """The lines of each process; all must end well."""
     with running(devices, *command, program=program) as processes:
         codes = [process.wait() for process in processes]
@@ -104,20 +120,29 @@ def wait_for(processes: list[Process], condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < deadline
-        assert all(p.popen.poll() is None for p in processes), [p.log.read_text() for p in processes]
+        assert all(p.popen.poll() is None for p in processes), [
+            p.log.read_text() for p in processes
+        ]
         time.sleep(0.02)
 
 
 def train(workdir, *more):
-    return "train", *CONFIG, f"--config.data.dir={workdir.parent / 'data'}", f"--workdir={workdir}", *more
+    return (
+        "train",
+        *CONFIG,
+        f"--config.data.dir={workdir.parent / 'data'}",
+        f"--workdir={workdir}",
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Workdirs of one run of 4 steps: `one` on one device, `eight` on eight, `two` on two processes of four.
+    """Workdirs of one run of 4 steps: `one` on one device, `eight` on eight, `two` on two processes
+    of four.
 
-    `two` was killed after its step 2 was saved, and resumed. `one_two` and `two_one` changed over at step 2; one of
-    the two processes of `one_two` got a SIGTERM on the way.
+    `two` was killed after its step 2 was saved, and resumed. `one_two` and `two_one` changed over
+    at step 2; one of the two processes of `one_two` got a SIGTERM on the way.
     """
     root = tmp_path_factory.mktemp("multiprocess")
     run([1], *train(root / "one"))
@@ -152,33 +177,43 @@ def measured(workdir):
     """The rows of a run that do not tell the time."""
     clocks = ("seconds/", "steps_per_second", "images_per_second", "time", "goodput")
     rows = [
-        {k: v for k, v in row.items() if not k.startswith(clocks)} for row in read_metrics(workdir / "metrics.jsonl")
+        {k: v for k, v in row.items() if not k.startswith(clocks)}
+        for row in read_metrics(workdir / "metrics.jsonl")
     ]
     return {row["step"]: row for row in rows}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_samples(root, name):
-    """As many of each task in every step, and the data stands at the same place: a sample id is a place."""
+    """As many of each task in every step, and the data stands at the same place: a sample id is a
+    place.
+    """
     expected, found = measured(root / "eight"), measured(root / name)
     assert set(found) == (set(expected) if "_" not in name else {3, 4})
     for step, row in found.items():
         counts = {k: v for k, v in row.items() if k.startswith(("count/", "share/"))}
-        assert counts == {k: v for k, v in expected[step].items() if k.startswith(("count/", "share/"))}
-    position = [json.loads((root / n / "checkpoints/4/data/metadata").read_text()) for n in ("eight", name)]
+        assert counts == {
+            k: v for k, v in expected[step].items() if k.startswith(("count/", "share/"))
+        }
+    position = [
+        json.loads((root / n / "checkpoints/4/data/metadata").read_text()) for n in ("eight", name)
+    ]
     assert position[0] == position[1]
     assert position[0]["next"] == 4 * 16
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_losses(root, name):
-    # Sums over rows and devices in another order: float32 rounds each at 6e-8, and 7e-7 was the largest difference.
+    # Sums over rows and devices in another order: float32 rounds each at 6e-8, and 7e-7 was the
+    # largest difference.
     expected, found = measured(root / "eight"), measured(root / name)
     for step, row in found.items():
         assert row.keys() == expected[step].keys()
         assert {f"loss/{t}" for t in TASKS if f"count/{t}" in row} <= row.keys()
         for key, value in row.items():
-            np.testing.assert_allclose(value, expected[step][key], rtol=5e-6, err_msg=f"step {step}, {key}")
+            np.testing.assert_allclose(
+                value, expected[step][key], rtol=5e-6, err_msg=f"step {step}, {key}"
+            )
     assert {f"val/loss/{t}" for t in TASKS} <= found[4].keys()
 
 
@@ -186,9 +221,11 @@ def test_the_same_losses(root, name):
 @pytest.mark.parametrize("which", ["params", "ema", "opt_state"])
 def test_the_same_state(root, name, which):
     """Whatever wrote them, a single process reads them."""
-    expected, found = (jax.device_get(checkpoint.load_params(root / n, which=which)) for n in ("eight", name))
-    # The same rounding, through the orthogonalization of Muon and the square root of Adam: updates of 5e-3 a step
-    # differed by 1.2e-6 at most (6e-6 from trained parameters).
+    expected, found = (
+        jax.device_get(checkpoint.load_params(root / n, which=which)) for n in ("eight", name)
+    )
+    # The same rounding, through the orthogonalization of Muon and the square root of Adam: updates
+    # of 5e-3 a step differed by 1.2e-6 at most (6e-6 from trained parameters).
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
 
 
@@ -216,13 +253,22 @@ def assert_same_picture(a, b):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_same_previews(root, task):
     for name in RUNS:
-        assert_same_picture(*(root / n / "samples" / "0000004" / f"{task}.png" for n in ("eight", name)))
+        assert_same_picture(
+            *(root / n / "samples" / "0000004" / f"{task}.png" for n in ("eight", name))
+        )
 
 
 def test_the_same_evaluation(root, tmp_path):
-    command = ["evaluate", f"--checkpoint={root / 'two'}", "--benchmark=emoji_scenes", "--tasks=ip,id"]
+    command = [
+        "evaluate",
+        f"--checkpoint={root / 'two'}",
+        "--benchmark=emoji_scenes",
+        "--tasks=ip,id",
+    ]
     command += ["--examples=6", "--batch_size=8"]  # the second process has rows that are padding
-    outputs = {n: run(d, *command, f"--out={tmp_path / n}") for n, d in (("one", [1]), ("two", [4, 4]))}
+    outputs = {
+        n: run(d, *command, f"--out={tmp_path / n}") for n, d in (("one", [1]), ("two", [4, 4]))
+    }
     header = next(line for line in outputs["one"][0] if line.startswith("task "))
     assert header in outputs["two"][0]
     assert header not in outputs["two"][1], "only process 0 prints"
@@ -235,8 +281,13 @@ def test_the_same_evaluation(root, tmp_path):
                 expected = one["tasks"][name]["systems"][system][metric]
                 assert found["count"] == expected["count"]
                 # One level of 255 in a few pixels.
-                np.testing.assert_allclose(found["value"], expected["value"], rtol=1e-4, err_msg=f"{name} {metric}")
-    files = [sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*.*")) for n in ("one", "two")]
+                np.testing.assert_allclose(
+                    found["value"], expected["value"], rtol=1e-4, err_msg=f"{name} {metric}"
+                )
+    files = [
+        sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*.*"))
+        for n in ("one", "two")
+    ]
     assert files[0] == files[1]
     for path in files[0]:
         if path.suffix == ".png":
@@ -245,10 +296,19 @@ def test_the_same_evaluation(root, tmp_path):
 
 def test_the_same_sample(root, tmp_path):
     face = next((root / "two" / "samples").rglob("id.png"))
-    command = ["sample", f"--checkpoint={root / 'two'}", "--task=id", "--prompt=a portrait of <p>", f"--face={face}"]
+    command = [
+        "sample",
+        f"--checkpoint={root / 'two'}",
+        "--task=id",
+        "--prompt=a portrait of <p>",
+        f"--face={face}",
+    ]
     for name, devices in (("one", [1]), ("two", [4, 4])):
         outputs = run(devices, *command, f"--out={tmp_path / name}.png")
-        told = [any(line.startswith(f"wrote {tmp_path / name}.png") for line in lines) for lines in outputs]
+        told = [
+            any(line.startswith(f"wrote {tmp_path / name}.png") for line in lines)
+            for lines in outputs
+        ]
         assert told == [True] + [False] * (len(devices) - 1), "only process 0 prints"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.png", "two.png"]
     assert_same_picture(tmp_path / "one.png", tmp_path / "two.png")
@@ -291,7 +351,9 @@ print(json.dumps(found))
 
 
 def test_rows_come_from_every_process_on_every_mesh(root):
-    """Also where the devices of one row belong to two processes, and where a mesh mixes the devices of processes."""
+    """Also where the devices of one row belong to two processes, and where a mesh mixes the devices
+    of processes.
+    """
     config = load_config("experiments/emoji.py:preset=smoke,stage=2", [f"data.dir={root / 'data'}"])
     stream = mixture.make_stream(config, tokenizer=assembly.tokenizer(config))
     whole = next(stream)
@@ -311,7 +373,9 @@ def test_rows_come_from_every_process_on_every_mesh(root):
 
 
 def test_a_process_that_fails_ends_the_others(root, tmp_path):
-    """It says why and is gone, without waiting for the others, who wait for it: that would be five minutes."""
+    """It says why and is gone, without waiting for the others, who wait for it: that would be five
+    minutes.
+    """
     command = train(root / "never")
     with running([1, 1], *command, first=("--config.optim.name=adam",)) as processes:
         codes = [process.popen.wait(timeout=200) for process in processes]

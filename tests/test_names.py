@@ -12,7 +12,11 @@ def test_a_known_name_is_returned():
 @pytest.mark.parametrize(
     ("name", "names", "message"),
     [
-        ("dept", ("t2i", "depth"), "unknown task 'dept'; did you mean 'depth'? (known: t2i, depth)"),
+        (
+            "dept",
+            ("t2i", "depth"),
+            "unknown task 'dept'; did you mean 'depth'? (known: t2i, depth)",
+        ),
         ("vae", {"linear": None}, "unknown task 'vae' (known: linear)"),
         (None, ["t2i"], "unknown task None (known: t2i)"),
         ("t2i", [], "unknown task 't2i' (known: none)"),

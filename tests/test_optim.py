@@ -20,7 +20,10 @@ def tree(key=0, layers=LAYERS, d=16, f=32):
     return {
         "blocks": {
             "image": {
-                "q": {"kernel": jax.random.normal(next(keys), (*stack, d, f)), "bias": jnp.ones((*stack, f))},
+                "q": {
+                    "kernel": jax.random.normal(next(keys), (*stack, d, f)),
+                    "bias": jnp.ones((*stack, f)),
+                },
                 "modulation": {"kernel": jax.random.normal(next(keys), (*stack, d, 6 * d))},
             }
         },
@@ -61,8 +64,13 @@ def test_stacked_layers_are_trained_as_if_separate(name):
     stacked, _ = run(config, params, grads)
     for i in range(LAYERS):
         alone, _ = run(config, layer(params, i), layer(grads, i))
-        # float32 sums in another order; Newton-Schulz multiplies small differences, updates are ~0.01
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), layer(stacked, i), alone)
+        # float32 sums in another order; Newton-Schulz multiplies small differences, updates are
+        # ~0.01
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            layer(stacked, i),
+            alone,
+        )
 
 
 def test_muon_orthogonalizes_each_layer_of_a_stack_and_leaves_the_rest_to_adamw():
@@ -93,21 +101,32 @@ def test_weight_decay_is_of_kernels_only(name):
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_frozen_parameters_stay_and_have_no_state(name):
     params = tree()
-    after, state = run(dict(name=name, lr=0.1, weight_decay=0.1, freeze=("^blocks/",)), params, tree(1))
+    after, state = run(
+        dict(name=name, lr=0.1, weight_decay=0.1, freeze=("^blocks/",)), params, tree(1)
+    )
     jax.tree.map(np.testing.assert_array_equal, after["blocks"], params["blocks"])
     assert not np.array_equal(after["patch_embed"]["kernel"], params["patch_embed"]["kernel"])
-    assert not [p for p, _ in jax.tree_util.tree_leaves_with_path(state) if "blocks" in sharding.path_name(p)]
+    assert not [
+        p
+        for p, _ in jax.tree_util.tree_leaves_with_path(state)
+        if "blocks" in sharding.path_name(p)
+    ]
 
 
 def test_frozen_gradients_do_not_count_in_the_clipped_norm():
     params, grads = tree(), tree(1)
     loud = {**grads, "blocks": jax.tree.map(lambda g: 1e6 * g, grads["blocks"])}
-    config = dict(name="adamw", lr=0.1, eps=1.0, clip=1.0, freeze=("^blocks/",))  # eps=1: scale of the gradient shows
-    jax.tree.map(np.testing.assert_array_equal, run(config, params, grads)[0], run(config, params, loud)[0])
+    # eps=1: scale of the gradient shows
+    config = dict(name="adamw", lr=0.1, eps=1.0, clip=1.0, freeze=("^blocks/",))
+    jax.tree.map(
+        np.testing.assert_array_equal, run(config, params, grads)[0], run(config, params, loud)[0]
+    )
 
 
 def test_freeze_that_matches_nothing_is_an_error():
-    with pytest.raises(ValueError, match=r"'backbone' matches no parameter; the first are \['blocks/image"):
+    with pytest.raises(
+        ValueError, match=r"'backbone' matches no parameter; the first are \['blocks/image"
+    ):
         optim.make_optimizer(dict(freeze=("backbone",))).init(tree())
 
 
@@ -115,7 +134,8 @@ def test_clip_bounds_the_gradient():
     params = {"a": jnp.zeros(4)}
     config = dict(name="adamw", lr=1.0, b1=0.0, b2=0.0, eps=1e6, clip=1.0)
     after, _ = run(config, params, {"a": jnp.full(4, 100.0)}, steps=1)
-    np.testing.assert_allclose(after["a"], -0.5e-6, rtol=1e-4)  # g / (|g| + 1e6) with |g| = 1/2: eps dominates
+    # g / (|g| + 1e6) with |g| = 1/2: eps dominates
+    np.testing.assert_allclose(after["a"], -0.5e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
@@ -163,7 +183,11 @@ def loss_fn(params, rows):
 def rows(b=16):
     k = jax.random.split(jax.random.key(0), 3)
     valid = (jnp.arange(b) % 5 != 0).astype(jnp.float32)  # uneven over the parts
-    return {"x": jax.random.normal(k[0], (b, 8)), "y": jax.random.normal(k[1], (b,)), "valid": valid}
+    return {
+        "x": jax.random.normal(k[0], (b, 8)),
+        "y": jax.random.normal(k[1], (b,)),
+        "valid": valid,
+    }
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
@@ -172,11 +196,16 @@ def test_accumulation_equals_the_large_batch(accumulate, fsdp):
     params = {"w": jax.random.normal(jax.random.key(2), (8,))}
     (loss, per_row), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows())
     mesh = sharding.make_mesh(data=1, fsdp=fsdp, devices=jax.devices()[:fsdp])
-    accumulated = optim.value_and_grad(loss_fn, accumulate=accumulate, weight=lambda r: r["valid"].sum())
-    (loss_a, per_row_a), grads_a = jax.jit(accumulated)(params, sharding.shard_batch(jax.device_get(rows()), mesh))
+    accumulated = optim.value_and_grad(
+        loss_fn, accumulate=accumulate, weight=lambda r: r["valid"].sum()
+    )
+    (loss_a, per_row_a), grads_a = jax.jit(accumulated)(
+        params, sharding.shard_batch(jax.device_get(rows()), mesh)
+    )
     np.testing.assert_allclose(loss_a, loss, rtol=1e-6)  # float32 sums in another order
     np.testing.assert_allclose(grads_a["w"], grads["w"], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(per_row_a["loss"], per_row["loss"], rtol=1e-5, atol=1e-7)  # rows in their order
+    # rows in their order
+    np.testing.assert_allclose(per_row_a["loss"], per_row["loss"], rtol=1e-5, atol=1e-7)
 
 
 def test_accumulation_averages_in_float32():

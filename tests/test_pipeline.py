@@ -1,4 +1,6 @@
-"""The main job through the command line, on real (tiny) data: three stages, samples, evaluation, report, bad input."""
+"""The main job through the command line, on real (tiny) data: three stages, samples, evaluation,
+report, bad input.
+"""
 
 import json
 import os
@@ -32,7 +34,9 @@ FAST += ["--config.sampling.steps=2", "--config.train.sample_examples=2"]
 def train(stage, root, *more, init_from=""):
     spec = f"{CONFIG}{stage}" + (f",init_from={init_from}" if init_from else "")
     data = f"--config.data.dir={root / 'data'}"
-    return main(["train", f"--config={spec}", f"--workdir={root / f'stage{stage}'}", data, *FAST, *more])
+    return main(
+        ["train", f"--config={spec}", f"--workdir={root / f'stage{stage}'}", data, *FAST, *more]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,9 @@ def root(tmp_path_factory):
 
 
 def test_the_stages_hand_on_their_weights_and_encoders(root):
-    codecs = [(root / f"stage{i}" / "encoders" / "codec.safetensors").read_bytes() for i in (1, 2, 3)]
+    codecs = [
+        (root / f"stage{i}" / "encoders" / "codec.safetensors").read_bytes() for i in (1, 2, 3)
+    ]
     assert codecs[0] == codecs[1] == codecs[2]
     params = checkpoint.load_params(root / "stage3")
     assert set(params) == {"backbone", "identity_projector"}
@@ -59,14 +65,23 @@ def test_a_run_on_cached_embeddings_is_the_same_without_a_text_encoder(root, tmp
     cached = [*arguments, f"--config.data.text_cache={tmp_path / 'cache'}"]
     assert main(["train", *cached, f"--workdir={tmp_path / 'run'}"]) == 0
     losses = [
-        [(row["step"], row.get("loss"), row.get("val/loss/t2i")) for row in read_metrics(folder / "metrics.jsonl")]
+        [
+            (row["step"], row.get("loss"), row.get("val/loss/t2i"))
+            for row in read_metrics(folder / "metrics.jsonl")
+        ]
         for folder in (root / "stage1", tmp_path / "run")
     ]
     # The encoder saw the prompts in other batches: the same to float32's rounding.
     np.testing.assert_allclose(np.array(losses[0], float), np.array(losses[1], float), rtol=1e-5)
     capsys.readouterr()
-    assert main(["train", *cached, f"--workdir={tmp_path / 'other'}", "--config.data.num_tokens=40"]) == 1
-    assert "embeddings of another text encoder: num_tokens is 36, this run's 40" in capsys.readouterr().err
+    assert (
+        main(["train", *cached, f"--workdir={tmp_path / 'other'}", "--config.data.num_tokens=40"])
+        == 1
+    )
+    assert (
+        "embeddings of another text encoder: num_tokens is 36, this run's 40"
+        in capsys.readouterr().err
+    )
     assert main(["data", "cache", *arguments, f"--out={tmp_path / 'cache'}"]) == 1
     assert "has a cache; choose another folder" in capsys.readouterr().err
 
@@ -112,10 +127,14 @@ SAMPLES = {
 
 def sample(root, pictures, task, arguments, out):
     files = [
-        a.replace("=image.png", f"={pictures}/image.png").replace("=mask.png", f"={pictures}/mask.png")
+        a.replace("=image.png", f"={pictures}/image.png").replace(
+            "=mask.png", f"={pictures}/mask.png"
+        )
         for a in arguments
     ]
-    return main(["sample", f"--checkpoint={root / 'stage3'}", f"--task={task}", f"--out={out}", *files])
+    return main(
+        ["sample", f"--checkpoint={root / 'stage3'}", f"--task={task}", f"--out={out}", *files]
+    )
 
 
 @pytest.mark.parametrize("task", list(SAMPLES))
@@ -161,7 +180,12 @@ def test_evaluation_and_report(root, capsys):
     for task in results["tasks"].values():
         assert {"model", "untrained", "trivial", "codec"} <= set(task["systems"])
     stages = ",".join(str(root / f"stage{i}") for i in (1, 2, 3))
-    assert main(["report", f"--stages={stages}", f"--evaluation={root / 'evaluation'}", f"--out={root}"]) == 0
+    assert (
+        main(
+            ["report", f"--stages={stages}", f"--evaluation={root / 'evaluation'}", f"--out={root}"]
+        )
+        == 0
+    )
     assert (root / "samples.png").stat().st_size > 0
     report = json.loads((root / "report.json").read_text())
     assert [stage["steps"] for stage in report["stages"].values()] == [2, 2, 2]
@@ -198,7 +222,12 @@ def test_bad_input_of_sample(root, pictures, tmp_path, capsys, arguments, messag
 
 
 def test_a_task_that_the_run_was_not_trained_on(root, pictures, tmp_path, capsys):
-    arguments = ["--task=id", "--prompt=<p>", f"--face={pictures}/image.png", f"--out={tmp_path}/o.png"]
+    arguments = [
+        "--task=id",
+        "--prompt=<p>",
+        f"--face={pictures}/image.png",
+        f"--out={tmp_path}/o.png",
+    ]
     assert main(["sample", f"--checkpoint={root / 'stage2'}", *arguments]) == 1
     assert "unknown task of" in error_line(capsys)
 
@@ -206,7 +235,13 @@ def test_a_task_that_the_run_was_not_trained_on(root, pictures, tmp_path, capsys
 def test_a_checkpoint_that_is_not_there(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for path, message in (("absent", "does not exist"), ("empty", "no steps")):
-        arguments = ["sample", f"--checkpoint={tmp_path / path}", "--task=t2i", "--prompt=x", f"--out={tmp_path}/o.png"]
+        arguments = [
+            "sample",
+            f"--checkpoint={tmp_path / path}",
+            "--task=t2i",
+            "--prompt=x",
+            f"--out={tmp_path}/o.png",
+        ]
         assert main(arguments) == 1
         assert message in error_line(capsys)
 
@@ -230,7 +265,14 @@ def test_bad_input_of_train_leaves_no_workdir(root, tmp_path, capsys, overrides,
     data = f"--config.data.dir={root / 'data'}"
     if "dataset" in overrides[0]:
         data = "--config.data.dir=/nowhere"
-    arguments = ["train", f"--config={CONFIG}1", f"--workdir={tmp_path / 'w'}", data, *FAST, *overrides]
+    arguments = [
+        "train",
+        f"--config={CONFIG}1",
+        f"--workdir={tmp_path / 'w'}",
+        data,
+        *FAST,
+        *overrides,
+    ]
     assert main(arguments) == 1
     assert message in error_line(capsys)
     assert not (tmp_path / "w").exists()
@@ -249,7 +291,10 @@ def test_checkpoint_commands(root, tmp_path, capsys):
     assert main(["checkpoint", "copy", str(root / "stage1"), f"--out={tmp_path / 'copy'}"]) == 0
     assert main(["checkpoint", "verify", str(tmp_path / "copy")]) == 0
     assert "step 2: sound" in capsys.readouterr().out
-    shard = max((tmp_path / "copy" / "checkpoints" / "2" / "state").rglob("d/*"), key=lambda p: p.stat().st_size)
+    shard = max(
+        (tmp_path / "copy" / "checkpoints" / "2" / "state").rglob("d/*"),
+        key=lambda p: p.stat().st_size,
+    )
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
@@ -260,13 +305,18 @@ def test_checkpoint_commands(root, tmp_path, capsys):
 def test_data_inspect_writes_a_page(root, tmp_path):
     out = tmp_path / "page.html"
     data = f"--config.data.dir={root / 'data'}"
-    assert main(["data", "inspect", f"--config={CONFIG}3", data, f"--out={out}", "--examples=2"]) == 0
+    assert (
+        main(["data", "inspect", f"--config={CONFIG}3", data, f"--out={out}", "--examples=2"]) == 0
+    )
     assert "a portrait of &lt;p&gt;" in out.read_text()
 
 
 def command(root, workdir, *more):
     data = f"--config.data.dir={root / 'data'}"
-    fast = [f for f in FAST if "train.steps" not in f] + ["--config.train.steps=8", "--config.train.eval_every=8"]
+    fast = [f for f in FAST if "train.steps" not in f] + [
+        "--config.train.steps=8",
+        "--config.train.eval_every=8",
+    ]
     return [
         sys.executable,
         "-m",
@@ -285,7 +335,9 @@ def test_killed_process_resumes_bitwise(root, tmp_path):
     """SIGKILL in the middle of a real run, then the same command again: as if nothing had happened."""
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     subprocess.run(command(root, tmp_path / "whole"), check=True, env=env, capture_output=True)
-    process = subprocess.Popen(command(root, tmp_path / "killed"), env=env, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(root, tmp_path / "killed"), env=env, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 300
     while not (tmp_path / "killed" / "checkpoints" / "2").exists():
         assert process.poll() is None, "the run ended before it could be killed"
@@ -296,7 +348,9 @@ def test_killed_process_resumes_bitwise(root, tmp_path):
     assert max(checkpoint.list_steps(tmp_path / "killed")) < 8
     subprocess.run(command(root, tmp_path / "killed"), check=True, env=env, capture_output=True)
     for which in ("params", "ema", "opt_state"):
-        whole, resumed = (checkpoint.load_params(tmp_path / name, which=which) for name in ("whole", "killed"))
+        whole, resumed = (
+            checkpoint.load_params(tmp_path / name, which=which) for name in ("whole", "killed")
+        )
         import jax
 
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), jax.device_get(resumed))

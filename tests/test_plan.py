@@ -1,4 +1,6 @@
-"""Real programs, compiled for TPUs that are not here. The recommended pods are nightly: half an hour of compiling."""
+"""Real programs, compiled for TPUs that are not here. The recommended pods are nightly: half an
+hour of compiling.
+"""
 
 import json
 import math
@@ -24,7 +26,9 @@ SMALL = ("model.overrides.depth=2", "model.overrides.dtype=bfloat16")
 
 
 def compiled(spec: str, topology: str, *overrides: str) -> plan.Plan:
-    return cli.compile_for(load_config(f"{STAGE1}:{spec}", overrides), plan.open_topology(topology), quick=True)
+    return cli.compile_for(
+        load_config(f"{STAGE1}:{spec}", overrides), plan.open_topology(topology), quick=True
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +52,8 @@ def test_the_train_step_of_fully_sharded_training(small):
     assert small.mesh == dict(data=1, fsdp=4, tensor=1)
     assert small.replicated == ()
     assert program.fits
-    # Parameters, their average and two moments, float32, in four shards; the batch, which is little.
+    # Parameters, their average and two moments, float32, in four shards; the batch, which is
+    # little.
     state = 4 * 4 * small.parameters / 4
     assert state <= program.arguments <= 1.5 * state
     assert program.peak >= program.arguments + program.temporaries
@@ -56,7 +61,8 @@ def test_the_train_step_of_fully_sharded_training(small):
     assert 1.0 <= program.flops / program.model_flops <= 1.3
     moved = {c.kind: c.wire_bytes for c in program.collectives}
     assert moved["all-gather"] + moved["reduce-scatter"] > 0.95 * program.wire_bytes
-    # Activations stay where they are, and gradients are reduced as shards, but for leaves too small to be split.
+    # Activations stay where they are, and gradients are reduced as shards, but for leaves too small
+    # to be split.
     assert moved.get("all-to-all", 0) + moved.get("all-reduce", 0) < 0.05 * program.wire_bytes
     assert program.wire_bytes <= 1.05 * program.ideal_wire_bytes
     assert program.roofline == max(program.seconds.values()) > 0
@@ -64,7 +70,13 @@ def test_the_train_step_of_fully_sharded_training(small):
 
 
 def test_over_the_memory_says_by_how_much_and_what_helps():
-    found = compiled("size=tiny,res=256", "v5e:2x2", *SMALL, "data.batch_size=65536", "model.overrides.remat=minimal")
+    found = compiled(
+        "size=tiny,res=256",
+        "v5e:2x2",
+        *SMALL,
+        "data.batch_size=65536",
+        "model.overrides.remat=minimal",
+    )
     (program,) = found.programs
     assert not program.fits
     assert not found.fits
@@ -89,7 +101,13 @@ def test_the_command_prints_and_writes_a_plan(small, tmp_path, capsys):
     assert written["chip"]["kind"] == "TPU v6 lite"
     assert written["fits"] is True
     assert written["programs"][0]["model_flops"] == small.programs[0].model_flops
-    assert written["programs"][0]["collectives"][0].keys() >= {"kind", "group", "count", "bytes", "wire_bytes"}
+    assert written["programs"][0]["collectives"][0].keys() >= {
+        "kind",
+        "group",
+        "count",
+        "bytes",
+        "wire_bytes",
+    }
     cli.print_plans([small, small])
     assert capsys.readouterr().out.count("v5e:2x2") == 2
 
@@ -99,14 +117,29 @@ def test_the_command_prints_and_writes_a_plan(small, tmp_path, capsys):
     [
         (["--topology=v5p"], "topology 'v5p' should read GENERATION:AxB"),
         (["--topology=v5f:4x4"], "unknown TPU generation 'v5f'; did you mean 'v5p'?"),
-        (["--topology=v5p:4x4"], "topology 'v5p:4x4': a slice of v5p is AxBxC; N slices are v5p:AxBxC*N"),
-        (["--topology=v5e:4x4", "--topology=v6e:16x16x2"], "a slice of v6e is AxB; N slices are v6e:AxB*N"),
+        (
+            ["--topology=v5p:4x4"],
+            "topology 'v5p:4x4': a slice of v5p is AxBxC; N slices are v5p:AxBxC*N",
+        ),
+        (
+            ["--topology=v5e:4x4", "--topology=v6e:16x16x2"],
+            "a slice of v6e is AxB; N slices are v6e:AxB*N",
+        ),
         (["--topology=v5e:3x5"], "libtpu knows no topology v5e:3x5"),
         (["--topology=v5e:2x2", "--include=encoder"], "did you mean 'encoders'?"),
         (["--topology=v5e:2x2", "--slices=0"], "--slices=0: expected at least 1"),
-        (["--topology=v5e:2x2", "--config.data.batch_size=6"], "data.batch_size=6 does not divide over data x fsdp"),
-        (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "the product must be the number of devices, 4"),
-        (["--topology=v5e:2x2*2", "--config.mesh.data=1", "--config.mesh.fsdp=8"], "multiple of the number of slices"),
+        (
+            ["--topology=v5e:2x2", "--config.data.batch_size=6"],
+            "data.batch_size=6 does not divide over data x fsdp",
+        ),
+        (
+            ["--topology=v5e:2x2", "--config.mesh.fsdp=3"],
+            "the product must be the number of devices, 4",
+        ),
+        (
+            ["--topology=v5e:2x2*2", "--config.mesh.data=1", "--config.mesh.fsdp=8"],
+            "multiple of the number of slices",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, capsys):
@@ -119,7 +152,13 @@ class LinearMemory:
     """Programs whose memory is a line in the rows of a device, and what was compiled of them."""
 
     def __init__(self, at_rest: float, a_row: float, *, hbm: float, batch: int) -> None:
-        self.at_rest, self.a_row, self.hbm, self.batch, self.compiled = at_rest, a_row, hbm, batch, []
+        self.at_rest, self.a_row, self.hbm, self.batch, self.compiled = (
+            at_rest,
+            a_row,
+            hbm,
+            batch,
+            [],
+        )
 
     def __call__(self, topology, *overrides):
         batch = int(overrides[0].removeprefix("data.batch_size=")) if overrides else self.batch
@@ -139,7 +178,9 @@ class LinearMemory:
 def test_max_batch_finds_the_largest_with_few_programs(largest, start, at_rest):
     topology = plan.open_topology("v5e:2x2")
     hbm = topology.chip.hbm
-    compile_ = LinearMemory(at_rest * hbm, (1 - at_rest) * hbm / (largest + 0.5), hbm=hbm, batch=4 * start)
+    compile_ = LinearMemory(
+        at_rest * hbm, (1 - at_rest) * hbm / (largest + 0.5), hbm=hbm, batch=4 * start
+    )
     config = load_config(f"{STAGE1}:size=tiny", [f"data.batch_size={4 * start}"])
     assert cli.max_batch(config, topology, compile_) == 4 * largest
     assert len(compile_.compiled) == len(set(compile_.compiled))
@@ -171,7 +212,14 @@ def test_sweep_ranks_what_fits_by_its_roofline():
     assert rooflines == sorted(rooflines)
     assert fitting[0].mesh == dict(data=4, fsdp=4)
     assert fitting[0].model["remat"] in ("minimal", "full")
-    assert {(fsdp, tensor) for fsdp, tensor, _ in tried} == {(16, 1), (8, 1), (4, 1), (8, 2), (4, 2), (2, 2)}
+    assert {(fsdp, tensor) for fsdp, tensor, _ in tried} == {
+        (16, 1),
+        (8, 1),
+        (4, 1),
+        (8, 2),
+        (4, 2),
+        (2, 2),
+    }
     # Offloading only where nothing else fits.
     assert {tensor for _, tensor, remat in tried if remat == "offload"} == {2}
 
@@ -183,10 +231,15 @@ def test_sweep_ranks_what_fits_by_its_roofline():
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "offload"])
 def test_remat_policies_compile(remat, small):
-    overrides = ("model.overrides.depth=4", "model.overrides.dtype=bfloat16", f"model.overrides.remat={remat}")
+    overrides = (
+        "model.overrides.depth=4",
+        "model.overrides.dtype=bfloat16",
+        f"model.overrides.remat={remat}",
+    )
     (program,) = compiled("size=tiny,res=256", "v5e:2x2", *overrides).programs
     assert program.fits
-    if remat == "full":  # every product of the three in four blocks once more, but for the embeddings'
+    # every product of the three in four blocks once more, but for the embeddings'
+    if remat == "full":
         without = small.programs[0].flops / small.programs[0].model_flops
         assert 1.15 * without < program.flops / program.model_flops < 1.5
 
@@ -201,7 +254,8 @@ def test_every_recommended_pod_fits_and_computes_little_twice(pod, size, res):
     assert program.fits, cli.advice(found, program)
     assert found.replicated == ()
     assert program.flops <= (1.05 if found.model["remat"] == "none" else 1.35) * program.model_flops
-    # The compiler pads shards to whole tiles, and on v6e makes all-reduces of the modulations' reduce-scatters.
+    # The compiler pads shards to whole tiles, and on v6e makes all-reduces of the modulations'
+    # reduce-scatters.
     assert program.wire_bytes <= 1.15 * program.ideal_wire_bytes
 
 

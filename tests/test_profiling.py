@@ -7,14 +7,20 @@ import pytest
 from univg_jax.profiling import Trace, parse_steps
 
 
-@pytest.mark.parametrize(("text", "steps"), [("0:1", range(1)), ("10:15", range(10, 15)), ("99:100", range(99, 100))])
+@pytest.mark.parametrize(
+    ("text", "steps"), [("0:1", range(1)), ("10:15", range(10, 15)), ("99:100", range(99, 100))]
+)
 def test_steps(text, steps):
     assert parse_steps(text, total=100) == steps
 
 
-@pytest.mark.parametrize("text", ["", "5", ":", "5:", ":5", "5:5", "6:5", "-1:5", "1.5:3", "1:2:3", "a:b", "99:101"])
+@pytest.mark.parametrize(
+    "text", ["", "5", ":", "5:", ":5", "5:5", "6:5", "-1:5", "1.5:3", "1:2:3", "a:b", "99:101"]
+)
 def test_nonsense(text):
-    with pytest.raises(ValueError, match=rf"--profile={text}: expected START:STOP with 0 <= START < STOP <= 100"):
+    with pytest.raises(
+        ValueError, match=rf"--profile={text}: expected START:STOP with 0 <= START < STOP <= 100"
+    ):
         parse_steps(text, total=100)
 
 

@@ -31,7 +31,9 @@ def test_solver_recovers_a_gaussian_at_its_order(solver, order, shift):
     mean, std = 1.5, 0.6
 
     def error(steps):
-        x = sampling.solve(gaussian_velocity(mean, std), noise, Sampler(solver=solver, steps=steps, shift=shift))
+        x = sampling.solve(
+            gaussian_velocity(mean, std), noise, Sampler(solver=solver, steps=steps, shift=shift)
+        )
         return float(jnp.abs(x - endpoint(noise, mean, std)).max())
 
     coarse, fine = error(32), error(64)
@@ -93,7 +95,9 @@ def test_rescaled_guidance_has_the_conditional_standard_deviation():
         return jnp.stack([base, 0.1 * base], axis=1).reshape(-1, *base.shape[1:])
 
     weights = jnp.array(sampling.guidance_weights(text=5.0))
-    guided = sampling.guided_velocity(predict, weights, Sampler(rescale=1.0))(jnp.zeros_like(base), jnp.float32(0.5))
+    guided = sampling.guided_velocity(predict, weights, Sampler(rescale=1.0))(
+        jnp.zeros_like(base), jnp.float32(0.5)
+    )
     np.testing.assert_allclose(guided.std((1, 2, 3)), base.std((1, 2, 3)), rtol=1e-5)
 
 

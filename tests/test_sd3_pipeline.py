@@ -1,5 +1,6 @@
-"""Stage I on a Stable Diffusion 3 pipeline's folder: training through the command line, bad folders, and the whole
-sampler against diffusers' pipeline (marker `parity`)."""
+"""Stage I on a Stable Diffusion 3 pipeline's folder: training through the command line, bad
+folders, and the whole sampler against diffusers' pipeline (marker `parity`).
+"""
 
 import dataclasses
 import json
@@ -34,7 +35,9 @@ FAST = dict(
     optim=dict(warmup=1),
     sampling=dict(steps=2),
     data=dict(batch_size=8, build=dict(num_scenes=16, nouns=4)),
-    model=dict(overrides=dict(hidden_dim=32, depth=2, num_heads=2, qk_norm=None, pos_embed_max_size=12)),
+    model=dict(
+        overrides=dict(hidden_dim=32, depth=2, num_heads=2, qk_norm=None, pos_embed_max_size=12)
+    ),
 )
 
 
@@ -60,17 +63,32 @@ def train(workdir, folder, *more, encoders="sd3"):
 
 @pytest.mark.slow
 def test_stage_one_trains_from_public_weights_and_samples(folder, tmp_path, capsys):
-    assert train(tmp_path / "run", folder, f"--config.init_from.path={folder}", "--config.optim.lr=0.0") == 0
+    assert (
+        train(
+            tmp_path / "run", folder, f"--config.init_from.path={folder}", "--config.optim.lr=0.0"
+        )
+        == 0
+    )
     # At a learning rate of zero, what was saved is what was loaded, and zero for what SD3 lacks.
-    params = jax.tree.map(np.asarray, checkpoint.load_params(tmp_path / "run", which="params")["backbone"])
+    params = jax.tree.map(
+        np.asarray, checkpoint.load_params(tmp_path / "run", which="params")["backbone"]
+    )
     theirs = jax.tree.map(np.asarray, load_transformer(folder / "transformer")[1])
     kernel = params["patch_embed"].pop("kernel").reshape(4, 9, -1)
-    np.testing.assert_array_equal(kernel[:, :4].reshape(16, -1), theirs["patch_embed"].pop("kernel"))
+    np.testing.assert_array_equal(
+        kernel[:, :4].reshape(16, -1), theirs["patch_embed"].pop("kernel")
+    )
     assert (kernel[:, 4:] == 0).all()
     jax.tree.map(np.testing.assert_array_equal, params, theirs)
 
     out = tmp_path / "image.png"
-    sample = ["sample", f"--checkpoint={tmp_path / 'run'}", "--task=t2i", "--prompt=a cat", f"--out={out}"]
+    sample = [
+        "sample",
+        f"--checkpoint={tmp_path / 'run'}",
+        "--task=t2i",
+        "--prompt=a cat",
+        f"--out={out}",
+    ]
     assert main(sample) == 0
     with Image.open(out) as image:
         assert image.size == (32, 32)
@@ -97,7 +115,11 @@ def truncated(folder):
 
 
 def wrong_dtype(folder):
-    spoil(folder, f"vae/{WEIGHTS}", lambda tensors: {n: x.astype(np.float64) for n, x in tensors.items()})
+    spoil(
+        folder,
+        f"vae/{WEIGHTS}",
+        lambda tensors: {n: x.astype(np.float64) for n, x in tensors.items()},
+    )
 
 
 def no_tokenizer_file(folder):
@@ -109,17 +131,25 @@ def no_part(folder):
 
 
 def no_tensor(folder):
-    spoil(folder, "text_encoder_2/model.safetensors", lambda tensors: dict(list(tensors.items())[1:]))
+    spoil(
+        folder, "text_encoder_2/model.safetensors", lambda tensors: dict(list(tensors.items())[1:])
+    )
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (another_family, "vae/config.json: expected _class_name 'AutoencoderKL', got 'AutoencoderDC'"),
+        (
+            another_family,
+            "vae/config.json: expected _class_name 'AutoencoderKL', got 'AutoencoderDC'",
+        ),
         (truncated, "text_encoder/model.safetensors is not a readable safetensors file"),
         (wrong_dtype, "expected tensors of F32, F16, BF16, got "),
         (no_tokenizer_file, "tokenizer_2 has no merges.txt beside its vocab.json"),
-        (no_part, "lacks model-00002-of-00011.safetensors, which model.safetensors.index.json names"),
+        (
+            no_part,
+            "lacks model-00002-of-00011.safetensors, which model.safetensors.index.json names",
+        ),
         (no_tensor, "text_encoder_2: tensors do not fit the network: missing: "),
     ],
 )
@@ -145,7 +175,10 @@ def test_a_folder_that_is_not_there_and_a_wrong_length(tmp_path, folder, capsys)
 def test_parameters_that_do_not_fit_are_listed(folder):
     model = make_mmdit("tiny", **fields(hidden_dim=32, depth=3, num_heads=2))
     params = jax.eval_shape(model.init, jax.random.key(0), *model_inputs(model))["params"]
-    with pytest.raises(ValueError, match=r"init_from .*: tensors do not fit the network: missing: blocks/image/k_norm"):
+    with pytest.raises(
+        ValueError,
+        match=r"init_from .*: tensors do not fit the network: missing: blocks/image/k_norm",
+    ):
         init_transformer(params, model, folder / "transformer")
 
 
@@ -169,13 +202,20 @@ def model_inputs(model):
 def generator(folder, tmp_path_factory):
     """Our sampler on the folder's networks: a UniVG model that begins as SD3."""
     conditioner, frozen = encoders.prepare(
-        dict(ENCODERS, folder=str(folder)), workdir=tmp_path_factory.mktemp("run"), images=unused, portraits=unused
+        dict(ENCODERS, folder=str(folder)),
+        workdir=tmp_path_factory.mktemp("run"),
+        images=unused,
+        portraits=unused,
     )
     backbone = make_mmdit("tiny", **fields(hidden_dim=32, depth=2, num_heads=2, qk_norm=None))
     params = backbone.init(jax.random.key(7), *model_inputs(backbone))["params"]
     params = {"backbone": init_transformer(params, backbone, folder / "transformer")}
     sampler = Sampler(solver="euler", steps=6, shift=3.0)
-    return Generator(model=UniVG(backbone=backbone), conditioner=conditioner, sampler=sampler), params, frozen
+    return (
+        Generator(model=UniVG(backbone=backbone), conditioner=conditioner, sampler=sampler),
+        params,
+        frozen,
+    )
 
 
 def prompts(folder, *texts) -> Batch:
@@ -183,9 +223,14 @@ def prompts(folder, *texts) -> Batch:
     tokenizer = load_tokenizer(str(folder))
     blank = Example(target=np.zeros((24, 24, 3), np.uint8), text="")
     rows = [Row(example=blank, task="t2i", sample_id=i) for i in range(len(texts))]
-    batch = collate(rows, tokenizer=tokenizer, resolution=24, num_tokens=NUM_TOKENS, face_resolution=16)
+    batch = collate(
+        rows, tokenizer=tokenizer, resolution=24, num_tokens=NUM_TOKENS, face_resolution=16
+    )
     encoded = [tokenizer(text, NUM_TOKENS) for text in texts]
-    tokens, text_mask = np.stack([e.tokens for e in encoded]), np.stack([e.text_mask for e in encoded])
+    tokens, text_mask = (
+        np.stack([e.tokens for e in encoded]),
+        np.stack([e.text_mask for e in encoded]),
+    )
     return dataclasses.replace(batch, tokens=tokens, text_mask=text_mask)
 
 
@@ -208,13 +253,21 @@ def test_the_whole_sampler_equals_diffusers_pipeline(folder, generator, record_p
             width=24,
             guidance_scale=scale,
             latents=torch.tensor(noise.transpose(0, 3, 1, 2)),
-            # The same times as ours, before the shift; their default grid ends a thousandth above zero.
+            # The same times as ours, before the shift; their default grid ends a thousandth above
+            # zero.
             sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist(),
             max_sequence_length=12,
             output_type="np",
         ).images
     error = np.abs((np.asarray(ours) + 1) / 2 - theirs).max()
-    configuration = f"3 text encoders, MM-DiT, VAE; {steps} Euler steps, shift 3, guidance {scale}, batch 2"
-    record_parity(record_property, network="StableDiffusion3Pipeline", configuration=configuration, image=error)
+    configuration = (
+        f"3 text encoders, MM-DiT, VAE; {steps} Euler steps, shift 3, guidance {scale}, batch 2"
+    )
+    record_parity(
+        record_property,
+        network="StableDiffusion3Pipeline",
+        configuration=configuration,
+        image=error,
+    )
     assert theirs.std() > 0.05
     assert error < 1e-3  # of a range of 1: float32 through 12 forward passes

@@ -46,7 +46,9 @@ def test_mesh_takes_all_devices(sizes, expected):
     assert mesh.axis_names == ("data", "fsdp", "tensor")
 
 
-@pytest.mark.parametrize("sizes", [dict(fsdp=3), dict(data=2), dict(data=-1, fsdp=-1), dict(data=0), dict(tensor=16)])
+@pytest.mark.parametrize(
+    "sizes", [dict(fsdp=3), dict(data=2), dict(data=-1, fsdp=-1), dict(data=0), dict(tensor=16)]
+)
 def test_impossible_mesh_is_one_line(sizes):
     with pytest.raises(ValueError, match=r"^mesh data=[^\n]*$"):
         sharding.make_mesh(**sizes)
@@ -56,10 +58,14 @@ def test_mesh_on_some_devices():
     assert sharding.make_mesh(devices=jax.devices()[:1]).size == 1
 
 
-@pytest.mark.parametrize("overrides", [dict(), dict(shared_adaln=True, sandwich_norm=True, position="rope")])
+@pytest.mark.parametrize(
+    "overrides", [dict(), dict(shared_adaln=True, sandwich_norm=True, position="rope")]
+)
 def test_every_rule_is_used_and_every_large_leaf_is_split(overrides):
     tree = shapes("xl", **overrides)
-    mesh = jax.sharding.AbstractMesh((1, 64, 1), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.sharding.AbstractMesh(
+        (1, 64, 1), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
     assert sharding.unused_rules(tree) == ()
     for leaf in sharding.leaf_specs(tree, sharding.tree_shardings(tree, mesh), larger_than=2**22):
         assert "fsdp" in leaf.spec, leaf
@@ -83,8 +89,12 @@ def test_tensor_parallel_pairs():
 
 
 def test_t5_is_split_like_the_backbone():
-    model = T5Encoder(vocab_size=1000, hidden_dim=256, depth=3, num_heads=4, head_dim=32, mlp_dim=512)
-    tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 4), jnp.int32))["params"]
+    model = T5Encoder(
+        vocab_size=1000, hidden_dim=256, depth=3, num_heads=4, head_dim=32, mlp_dim=512
+    )
+    tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 4), jnp.int32))[
+        "params"
+    ]
     found = specs(tree, sharding.make_mesh(data=1, fsdp=4, tensor=2))
     for name in ("q", "k", "v", "mlp/gate", "mlp/in"):
         assert found[f"blocks/{name}/kernel"] == P(None, "fsdp", "tensor")
@@ -119,18 +129,27 @@ def test_axis_that_does_not_divide_is_dropped_there_only():
     assert specs(tree, mesh) == {"block/q/kernel": P(None, "tensor")}
 
 
-@pytest.mark.parametrize("optimizer", [optax.adamw(1e-3), optax.adafactor(1e-3, min_dim_size_to_factor=64)])
+@pytest.mark.parametrize(
+    "optimizer", [optax.adamw(1e-3), optax.adafactor(1e-3, min_dim_size_to_factor=64)]
+)
 def test_optimizer_state_lies_where_its_parameter_does(optimizer):
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
     params = shapes("tiny")
     by_parameter = specs(params, mesh)
-    shape_of = {sharding.path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    shape_of = {
+        sharding.path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)
+    }
     state = jax.eval_shape(optimizer.init, params)
     placed = jax.tree.leaves(sharding.tree_shardings(state, mesh))
     same_shape = 0
     for (path, leaf), found in zip(jax.tree_util.tree_leaves_with_path(state), placed):
-        found.shard_shape(leaf.shape)  # raises if the spec does not fit: factored moments have fewer dimensions
-        owner = [n for n in shape_of if sharding.path_name(path).endswith("/" + n) and shape_of[n] == leaf.shape]
+        # raises if the spec does not fit: factored moments have fewer dimensions
+        found.shard_shape(leaf.shape)
+        owner = [
+            n
+            for n in shape_of
+            if sharding.path_name(path).endswith("/" + n) and shape_of[n] == leaf.shape
+        ]
         same_shape += len(owner)
         assert all(found.spec == by_parameter[name] for name in owner)
     assert same_shape > len(shape_of) // 2
@@ -142,9 +161,12 @@ def test_init_under_shardings_gives_the_same_parameters():
     def init(key):
         return {"block": {"q": {"kernel": jax.random.normal(key, (16, 32))}}}
 
-    out = jax.jit(init, out_shardings=sharding.tree_shardings(jax.eval_shape(init, jax.random.key(0)), mesh))
+    out = jax.jit(
+        init, out_shardings=sharding.tree_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
+    )
     np.testing.assert_array_equal(
-        out(jax.random.key(0))["block"]["q"]["kernel"], init(jax.random.key(0))["block"]["q"]["kernel"]
+        out(jax.random.key(0))["block"]["q"]["kernel"],
+        init(jax.random.key(0))["block"]["q"]["kernel"],
     )
     assert len(out(jax.random.key(0))["block"]["q"]["kernel"].sharding.device_set) == 8
 
@@ -158,7 +180,9 @@ def test_batch_rows_go_to_data_and_fsdp():
     assert placed.target.sharding == sharding.batch_sharding(mesh)
     assert {s.data.shape[0] for s in placed.target.addressable_shards} == {2}
     with pytest.raises(ValueError, match="6"):
-        sharding.shard_batch(fake_batch(batch_size=6, resolution=8, num_tokens=4, face_resolution=4), mesh)
+        sharding.shard_batch(
+            fake_batch(batch_size=6, resolution=8, num_tokens=4, face_resolution=4), mesh
+        )
 
 
 def product_and_gradients(x, w, name):
@@ -170,10 +194,15 @@ def product_and_gradients(x, w, name):
     return y, *gradients
 
 
-@pytest.mark.parametrize("axes", [dict(data=1, fsdp=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "axes", [dict(data=1, fsdp=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)]
+)
 @pytest.mark.parametrize("name", ["block/q/kernel", "block/mlp/out/kernel", "patch_embed/kernel"])
 def test_a_product_with_a_sharded_weight_is_the_product(axes, name):
-    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(64, 256), (256, 128)]))
+    x, w = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(64, 256), (256, 128)])
+    )
     x = x / 16  # so that the products are about 1, and the sine tells them well apart
     plain = product_and_gradients(x, w, name)  # no mesh: x @ w
     mesh = sharding.make_mesh(**axes)
@@ -182,8 +211,11 @@ def test_a_product_with_a_sharded_weight_is_the_product(axes, name):
     assert "fsdp" in str(spec)
     placed = jax.device_put(w, jax.sharding.NamedSharding(mesh, spec))
     rows = jax.device_put(x, sharding.batch_sharding(mesh))
-    out = (rows.sharding, rows.sharding, placed.sharding)  # as in training: a gradient ends where its weight is
-    y, dx, dw = jax.jit(product_and_gradients, static_argnums=2, out_shardings=out)(rows, placed, name)
+    # as in training: a gradient ends where its weight is
+    out = (rows.sharding, rows.sharding, placed.sharding)
+    y, dx, dw = jax.jit(product_and_gradients, static_argnums=2, out_shardings=out)(
+        rows, placed, name
+    )
     for ours, theirs in zip((y, dx, dw), plain):
         # float32 sums of up to 256 terms of about 1 in another order.
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
@@ -196,7 +228,9 @@ def test_a_sharded_product_gathers_the_weight_and_scatters_its_gradient_and_noth
         shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, P("fsdp"))
     )
     step = jax.jit(product_and_gradients, static_argnums=2)
-    counts = hlo.count(step.lower(place(64, 256), place(256, 128), "block/q/kernel").compile().as_text())
+    counts = hlo.count(
+        step.lower(place(64, 256), place(256, 128), "block/q/kernel").compile().as_text()
+    )
     moved = {}
     for c in counts.collectives:
         moved[c.kind] = moved.get(c.kind, 0) + c.wire_bytes
@@ -210,14 +244,21 @@ def test_a_sharded_product_gathers_the_weight_and_scatters_its_gradient_and_noth
 def test_where_fsdp_is_one_device_a_product_is_a_product():
     jax.set_mesh(sharding.make_mesh(data=8))
     text = (
-        jax.jit(lambda x, w: sharding.matmul(x, w, "q/kernel")).lower(jnp.ones((8, 64)), jnp.ones((64, 64))).as_text()
+        jax.jit(lambda x, w: sharding.matmul(x, w, "q/kernel"))
+        .lower(jnp.ones((8, 64)), jnp.ones((64, 64)))
+        .as_text()
     )
     assert "all_gather" not in text
 
 
 @pytest.mark.parametrize(
     ("devices", "slices", "width", "expected"),
-    [(256, 1, 1920, (2, 128, 1)), (64, 1, 1920, (1, 64, 1)), (512, 2, 1920, (4, 128, 1)), (8, 1, 384, (1, 8, 1))],
+    [
+        (256, 1, 1920, (2, 128, 1)),
+        (64, 1, 1920, (1, 64, 1)),
+        (512, 2, 1920, (4, 128, 1)),
+        (8, 1, 384, (1, 8, 1)),
+    ],
 )
 def test_with_the_models_width_fsdp_takes_what_divides_it(devices, slices, width, expected):
     class Device:
@@ -227,10 +268,14 @@ def test_with_the_models_width_fsdp_takes_what_divides_it(devices, slices, width
         def __init__(self, i):
             self.id, self.slice_index = i, i * slices // devices
 
-    mesh = sharding.make_mesh(data=-1, fsdp=-1, width=width, devices=[Device(i) for i in range(devices)])
+    mesh = sharding.make_mesh(
+        data=-1, fsdp=-1, width=width, devices=[Device(i) for i in range(devices)]
+    )
     assert tuple(mesh.shape.values()) == expected
     # Along data first come the slices: no other axis leaves one.
-    assert {len({d.slice_index for d in row.flat}) for row in mesh.devices.reshape(slices, -1)} == {1}
+    assert {len({d.slice_index for d in row.flat}) for row in mesh.devices.reshape(slices, -1)} == {
+        1
+    }
 
 
 def test_slices_lie_along_data():

@@ -28,7 +28,17 @@ def parts():
     return conditioner, frozen, helpers.tiny_model(conditioner)
 
 
-def run(parts, workdir, *, stream=None, config=None, mesh=None, preview=None, validation=None, profile=None):
+def run(
+    parts,
+    workdir,
+    *,
+    stream=None,
+    config=None,
+    mesh=None,
+    preview=None,
+    validation=None,
+    profile=None,
+):
     conditioner, frozen, model = parts
     return train.train(
         config or helpers.tiny_config(),
@@ -90,7 +100,9 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(parts, finished, tmp_pa
 
 
 class TerminatedStream(helpers.CountingStream):
-    """SIGTERM comes while a batch is read, or when the stream is set to where a resumed run goes on."""
+    """SIGTERM comes while a batch is read, or when the stream is set to where a resumed run goes
+    on.
+    """
 
     def __init__(self, batch: int | None = None) -> None:
         super().__init__()
@@ -154,16 +166,30 @@ def test_what_a_run_leaves_behind(finished):
     rows = writers.read_metrics(workdir / "metrics.jsonl")
     assert summary["first_loss"] == rows[0]["loss"]
     assert summary["last_loss"] == rows[-1]["loss"]
-    assert {"loss/t2i", "loss/ie", "share/ie", "lr", "grad_norm", "images_per_second", "seconds/data"} <= rows[0].keys()
+    assert {
+        "loss/t2i",
+        "loss/ie",
+        "share/ie",
+        "lr",
+        "grad_norm",
+        "images_per_second",
+        "seconds/data",
+    } <= rows[0].keys()
     assert [row["step"] for row in rows if "val/loss/ie" in row] == [3, 6]
     # A row's loss is the mean over its tasks' rows.
-    assert rows[0]["loss"] == pytest.approx((rows[0]["loss/t2i"] + rows[0]["loss/ie"]) / 2, rel=1e-5)
+    assert rows[0]["loss"] == pytest.approx(
+        (rows[0]["loss/t2i"] + rows[0]["loss/ie"]) / 2, rel=1e-5
+    )
     assert "backbone" in (workdir / "parameters.txt").read_text()
     assert list((workdir / "tensorboard").iterdir())
 
 
 def seconds(row):
-    return {name.removeprefix("seconds/"): value for name, value in row.items() if name.startswith("seconds/")}
+    return {
+        name.removeprefix("seconds/"): value
+        for name, value in row.items()
+        if name.startswith("seconds/")
+    }
 
 
 def test_where_the_time_went_adds_up_to_the_wall_time(finished):
@@ -171,13 +197,15 @@ def test_where_the_time_went_adds_up_to_the_wall_time(finished):
     total = dict.fromkeys(("start", "compile", "data", "step", "save", "eval", "log"), 0.0)
     before = 0.0
     for row in rows:
-        assert sum(seconds(row).values()) == pytest.approx(row["time"] - before, rel=1e-6)  # the clock has no gaps
+        # the clock has no gaps
+        assert sum(seconds(row).values()) == pytest.approx(row["time"] - before, rel=1e-6)
         before = row["time"]
         for name, value in seconds(row).items():
             total[name] += value  # KeyError: a kind of time that nothing of this run took
     assert all(total.values()), total
     assert {"start", "compile"} <= seconds(rows[0]).keys()
-    assert {"save", "eval"} <= seconds(rows[-1]).keys()  # those of the last step come after its row: it is amended
+    # those of the last step come after its row: it is amended
+    assert {"save", "eval"} <= seconds(rows[-1]).keys()
     assert rows[-1]["goodput"] == pytest.approx(total["step"] / rows[-1]["time"], rel=1e-6)
 
 
@@ -207,12 +235,17 @@ def test_goodput_counts_a_step_that_was_lost_and_made_again_once(tmp_path, monke
     metrics |= {name: jnp.ones(2) for name in ("loss_sum", "count")}
 
     def attempt(*, start, stop):
-        """3 s to start, then for every step 1 s of data, 4 s of step and 2 s of saving, which its row is before."""
+        """3 s to start, then for every step 1 s of data, 4 s of step and 2 s of saving, which its
+        row is before.
+        """
         nonlocal now
         history = train.History(epath.Path(tmp_path), helpers.TASKS)
         history.resume(start)
         writer = writers.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=start)
-        for name, duration in [("start", 3), *[("data", 1), ("step", 4), ("log", 0), ("save", 2)] * (stop - start)]:
+        for name, duration in [
+            ("start", 3),
+            *[("data", 1), ("step", 4), ("log", 0), ("save", 2)] * (stop - start),
+        ]:
             now += duration
             history.lap(name)
             if name == "step":
@@ -257,8 +290,17 @@ def test_every_shape_is_compiled_before_the_first_batch_and_never_again(parts, t
     monitoring.register_event_duration_secs_listener(note)
     try:
         stream = TwoShapes(compiled)
-        validation = {"t2i": [helpers.batch(1000), helpers.batch(1001)], "ie": [helpers.batch(1002, size=16)]}
-        run(parts, tmp_path, stream=stream, validation=validation, config=_with(helpers.tiny_config(), steps=4))
+        validation = {
+            "t2i": [helpers.batch(1000), helpers.batch(1001)],
+            "ie": [helpers.batch(1002, size=16)],
+        }
+        run(
+            parts,
+            tmp_path,
+            stream=stream,
+            validation=validation,
+            config=_with(helpers.tiny_config(), steps=4),
+        )
     finally:
         monitoring.unregister_event_duration_listener(note)
     for name, times in {"jit(init)": 1, "jit(update)": 2, "jit(validate)": 2}.items():
@@ -270,16 +312,27 @@ def test_a_trace_is_written_and_changes_nothing(parts, finished, tmp_path):
     assert_equal_bits(state, finished[2])
     (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
-    events = [e for plane in planes for line in plane.lines for e in line.events if e.name == "train"]
-    assert [dict(e.stats)["step_num"] for e in events] == [3, 4]  # the updates from step 2 to step 4
-    steps = [row["step"] for row in writers.read_metrics(tmp_path / "metrics.jsonl") if "seconds/profile" in row]
+    events = [
+        e for plane in planes for line in plane.lines for e in line.events if e.name == "train"
+    ]
+    # the updates from step 2 to step 4
+    assert [dict(e.stats)["step_num"] for e in events] == [3, 4]
+    steps = [
+        row["step"]
+        for row in writers.read_metrics(tmp_path / "metrics.jsonl")
+        if "seconds/profile" in row
+    ]
     assert steps == [2, 4]
 
 
-@pytest.mark.parametrize("axes", [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "axes", [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)]
+)
 def test_devices_do_not_change_the_loss(parts, axes):
     conditioner, frozen, model = parts
-    step = Step(config=helpers.tiny_config(), model=model, conditioner=conditioner, task_names=helpers.TASKS)
+    step = Step(
+        config=helpers.tiny_config(), model=model, conditioner=conditioner, task_names=helpers.TASKS
+    )
 
     def losses(mesh):
         jax.set_mesh(mesh)
@@ -294,7 +347,8 @@ def test_devices_do_not_change_the_loss(parts, axes):
         return values
 
     one = losses(sharding.make_mesh(data=1, devices=jax.devices()[:1]))
-    # Only the order of float32 sums differs; Adam's first steps magnify it by about 1 / sqrt(eps of the moments).
+    # Only the order of float32 sums differs; Adam's first steps magnify it by about 1 / sqrt(eps of
+    # the moments).
     np.testing.assert_allclose(losses(sharding.make_mesh(**axes)), one, rtol=2e-5)
 
 
@@ -309,14 +363,17 @@ def test_accumulation_equals_the_whole_batch(parts):
         return jax.jit(step.update)(state, frozen, helpers.batch())[1]
 
     whole, parts_ = first_update(1), first_update(4)
-    assert float(parts_["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-5)  # float32 sums in another order
+    # float32 sums in another order
+    assert float(parts_["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-5)
     assert float(parts_["grad_norm"]) == pytest.approx(float(whole["grad_norm"]), rel=1e-4)
     np.testing.assert_allclose(parts_["loss_sum"], whole["loss_sum"], rtol=1e-5)
 
 
 def test_rows_that_are_not_valid_count_nowhere(parts):
     conditioner, frozen, model = parts
-    step = Step(config=helpers.tiny_config(), model=model, conditioner=conditioner, task_names=helpers.TASKS)
+    step = Step(
+        config=helpers.tiny_config(), model=model, conditioner=conditioner, task_names=helpers.TASKS
+    )
     state = step.init(jax.random.key(0), frozen, helpers.batch())
     full = helpers.batch()
     valid, target = full.valid.copy(), full.target.copy()
@@ -342,8 +399,8 @@ def test_one_batch_overfits(parts):
     for _ in range(150):
         state, metrics = update(state, frozen, helpers.batch())
         losses.append(float(metrics["loss"]))
-    # Eight random images of noise are all but incompressible: half of the first loss, that of a zero
-    # velocity, needs their targets memorized.
+    # Eight random images of noise are all but incompressible: half of the first loss, that of a
+    # zero velocity, needs their targets memorized.
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
 
 
@@ -412,8 +469,12 @@ def test_validation_repeats_itself(finished, parts):
     """The same rows, times and noise: a run's last validation is reproduced from its checkpoint."""
     workdir, _, state = finished
     conditioner, frozen, model = parts
-    step = Step(config=helpers.tiny_config(), model=model, conditioner=conditioner, task_names=helpers.TASKS)
+    step = Step(
+        config=helpers.tiny_config(), model=model, conditioner=conditioner, task_names=helpers.TASKS
+    )
     mesh = sharding.make_mesh(data=-1)
-    again = train.evaluate(jax.jit(step.validate), state.ema, frozen, {"ie": [helpers.batch(1001)]}, mesh)
+    again = train.evaluate(
+        jax.jit(step.validate), state.ema, frozen, {"ie": [helpers.batch(1001)]}, mesh
+    )
     logged = writers.read_metrics(workdir / "metrics.jsonl")[-1]["val/loss/ie"]
     assert again["val/loss/ie"] == pytest.approx(logged, rel=1e-6)

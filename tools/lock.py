@@ -1,10 +1,11 @@
 """Prints an exact lock of setup.cfg's requirements, as this environment resolves them.
 
-    python tools/lock.py quickstart dev                       the core with these extras
-    python tools/lock.py parity --over=requirements.lock      what these extras need beside that lock
+    python tools/lock.py quickstart dev                       the core with these extras python
+    tools/lock.py parity --over=requirements.lock      what these extras need beside that lock
 
-Run by `make lock` in fresh environments. Packages of WITHOUT_DEPENDENCIES ask for what only code that we never run
-needs (PyTorch, torchvision): they are pinned without it, and locks are installed with `pip install --no-deps`.
+Run by `make lock` in fresh environments. Packages of WITHOUT_DEPENDENCIES ask for what only code
+that we never run needs (PyTorch, torchvision): they are pinned without it, and locks are installed
+with `pip install --no-deps`.
 """
 
 import argparse
@@ -23,7 +24,9 @@ def pip(*arguments: str) -> str:
 
 
 def freeze() -> list[str]:
-    """`name==version` of everything installed but pip; a build's own tag, as in 2.13.0+cpu, is nobody else's."""
+    """`name==version` of everything installed but pip; a build's own tag, as in 2.13.0+cpu, is
+    nobody else's.
+    """
     lines = pip("freeze", "--all", "--exclude", "pip").splitlines()
     return [re.sub(r"\+\w+$", "", line) for line in lines]
 
@@ -37,7 +40,9 @@ setup.read("setup.cfg")
 lists = [setup["options.extras_require"][extra] for extra in args.extras]
 if not args.over:
     lists.insert(0, setup["options"]["install_requires"])
-requirements = [line for text in lists for line in text.split("\n") if line and not line.startswith("#")]
+requirements = [
+    line for text in lists for line in text.split("\n") if line and not line.startswith("#")
+]
 alone = [r for r in requirements if r.startswith(WITHOUT_DEPENDENCIES)]
 
 if args.over:

@@ -1,4 +1,6 @@
-"""Runs the parity tests and writes what they measured to docs/parity.md. `make parity` has the environment."""
+"""Runs the parity tests and writes what they measured to docs/parity.md. `make parity` has the
+environment.
+"""
 
 import itertools
 import json
@@ -23,7 +25,12 @@ most 1e-4), of a whole pipeline's images in [0, 1] (at most 1e-3). Written by `m
 def rows(report: str) -> list[dict]:
     """The rows that the passed tests recorded."""
     cases = ElementTree.parse(report).iter("testcase")
-    return [json.loads(p.get("value")) for case in cases for p in case.iter("property") if p.get("name") == "parity"]
+    return [
+        json.loads(p.get("value"))
+        for case in cases
+        for p in case.iter("property")
+        if p.get("name") == "parity"
+    ]
 
 
 def main() -> None:
@@ -31,12 +38,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         report = f"{folder}/report.xml"
-        # In one process: PyTorch's threads beside those of several workers' virtual devices starve each other.
-        done = subprocess.run([sys.executable, "-m", "pytest", "-m", "parity", f"--junitxml={report}", "tests"])
+        # In one process: PyTorch's threads beside those of several workers' virtual devices starve
+        # each other.
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-m", "parity", f"--junitxml={report}", "tests"]
+        )
         if done.returncode:
             sys.exit(done.returncode)
         measured = rows(report)
-    table = HEAD.format(versions=", ".join(f"{name} {version(name).split('+')[0]}" for name in PACKAGES))
+    table = HEAD.format(
+        versions=", ".join(f"{name} {version(name).split('+')[0]}" for name in PACKAGES)
+    )
     for network, group in itertools.groupby(
         sorted(measured, key=lambda row: row["network"]), lambda row: row["network"]
     ):

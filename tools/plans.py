@@ -1,8 +1,11 @@
-"""Plans of every recommended pod, and of the same work on 64 to 4096 devices; writes their tables into BUILD.md.
+"""Plans of every recommended pod, and of the same work on 64 to 4096 devices; writes their tables
+into BUILD.md.
 
-    python tools/plans.py            both, about half an hour on 2 cores; what is in --cache is not compiled again
+    python tools/plans.py            both, about half an hour on 2 cores; what is in --cache is not
+    compiled again
 
-`tests/test_plan.py` holds (marker `nightly`) what the tables show: everything fits, and FLOPs stay in their bounds.
+`tests/test_plan.py` holds (marker `nightly`) what the tables show: everything fits, and FLOPs stay
+in their bounds.
 """
 
 import argparse
@@ -38,7 +41,11 @@ def weak_scaling() -> list[tuple[str, str, list[str]]]:
         devices = 1
         for side in topology.split(":")[1].split("x"):
             devices *= int(side)
-        overrides = [f"data.batch_size={ROWS * devices}", "mesh.fsdp=64", "model.overrides.remat=full"]
+        overrides = [
+            f"data.batch_size={ROWS * devices}",
+            "mesh.fsdp=64",
+            "model.overrides.remat=full",
+        ]
         cases.append(("experiments/stage1_t2i.py:size=xl,res=512", topology, overrides))
     return cases
 
@@ -59,18 +66,26 @@ def compile_case(case: tuple[str, str, list[str]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cache", default="runs/plans.json", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.cache.parent.mkdir(parents=True, exist_ok=True)
-    plans: dict[str, dict[str, Any]] = json.loads(args.cache.read_text()) if args.cache.exists() else {}
-    cases = {"|".join([case[0], case[1], *case[2]]): case for case in weak_scaling() + recommended()}
+    plans: dict[str, dict[str, Any]] = (
+        json.loads(args.cache.read_text()) if args.cache.exists() else {}
+    )
+    cases = {
+        "|".join([case[0], case[1], *case[2]]): case for case in weak_scaling() + recommended()
+    }
     missing = [name for name in cases if name not in plans]
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
         futures = {pool.submit(compile_case, cases[name]): name for name in missing}
-        for future in tqdm(concurrent.futures.as_completed(futures), total=len(missing), unit="plan"):
+        for future in tqdm(
+            concurrent.futures.as_completed(futures), total=len(missing), unit="plan"
+        ):
             plans[futures[future]] = future.result()
             args.cache.write_text(json.dumps(plans))
     tables = {"pods": pods_table(plans), "weak-scaling": weak_table(plans)}
@@ -94,13 +109,13 @@ def pods_table(plans: dict[str, dict[str, Any]]) -> str:
         (program,) = plan["programs"]
         from experiments import pods
 
-        remat, accumulate = pods.RECOMMENDED[values["pod"]][values["size"]][pods.RESOLUTIONS.index(int(values["res"]))]
+        remat, accumulate = pods.RECOMMENDED[values["pod"]][values["size"]][
+            pods.RESOLUTIONS.index(int(values["res"]))
+        ]
         memory = f"{program['peak'] / 2**30:.1f} of {plan['chip']['hbm'] / 2**30:.2f} GiB"
         if program["fits"]:
             flops = f"{program['flops'] / program['model_flops']:.3f}"
-            rest = (
-                f"{flops} | {program['roofline_seconds'] * 1e3:.0f} ms, {program['bound']} | {program['mfu_bound']:.0%}"
-            )
+            rest = f"{flops} | {program['roofline_seconds'] * 1e3:.0f} ms, {program['bound']} | {program['mfu_bound']:.0%}"
         else:
             memory, rest = f"OVER: {memory}", "- | - | -"
         case = f"| {values['pod']} | {values['size'].upper()} | {values['res']} | {plan['rows']:g}"

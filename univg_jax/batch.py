@@ -50,7 +50,9 @@ class Text:
 
 @pytree_dataclass
 class Batch:
-    """Examples of any tasks, one a row. Images are RGB in [0, 255]; `mask` is 1 = generate, 0 = keep."""
+    """Examples of any tasks, one a row. Images are RGB in [0, 255]; `mask` is 1 = generate, 0 =
+    keep.
+    """
 
     target: UInt8[Array, "b h w 3"]
     source: UInt8[Array, "b h w 3"]  # zeros where `has_source` is False
@@ -73,7 +75,9 @@ class Batch:
 
 @pytree_dataclass
 class Conditions:
-    """What the model is conditioned on, at latent resolution. `face_emb` is zero where there is no face."""
+    """What the model is conditioned on, at latent resolution. `face_emb` is zero where there is no
+    face.
+    """
 
     cond_latents: Float[Array, "b h w c"]  # zero latent where there is no source
     mask: Float[Array, "b h w 1"]
@@ -109,15 +113,17 @@ def batch_spec(*, batch_size: int, resolution: int, num_tokens: int, face_resolu
 
 
 def fake_batch(*, seed: int = 0, **spec: int) -> Batch:
-    """Random but well-formed rows of `batch_spec(**spec)`: half with a source, all with text, no face."""
+    """Random but well-formed rows of `batch_spec(**spec)`: half with a source, all with text, no
+    face.
+    """
     rng = np.random.default_rng(seed)
     shapes = batch_spec(**spec)
     b, m = spec["batch_size"], spec["num_tokens"]
     lengths = rng.integers(2, m + 1, size=b)
     has_source = np.arange(b) % 2 == 1
-    source = rng.integers(0, 256, shapes.source.shape, dtype=np.uint8) * has_source[:, None, None, None].astype(
-        np.uint8
-    )
+    source = rng.integers(0, 256, shapes.source.shape, dtype=np.uint8) * has_source[
+        :, None, None, None
+    ].astype(np.uint8)
     return Batch(
         target=rng.integers(0, 256, shapes.target.shape, dtype=np.uint8),
         source=source,

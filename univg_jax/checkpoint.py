@@ -1,8 +1,9 @@
 """Save, restore onto any mesh, verify, hand over from stage to stage.
 
-A checkpoint is `workdir/checkpoints/STEP`: `state` (arrays under their path names), `data` (where the
-stream stands), `config`, and `checksums.json` of all their files, which is committed together with
-them. A step is believed only if its checksums hold: orbax alone restores a flipped bit silently.
+A checkpoint is `workdir/checkpoints/STEP`: `state` (arrays under their path names), `data` (where
+the stream stands), `config`, and `checksums.json` of all their files, which is committed together
+with them. A step is believed only if its checksums hold: orbax alone restores a flipped bit
+silently.
 
 In a run of several processes every process calls every function here. Paths may be `gs://`.
 """
@@ -29,9 +30,11 @@ from jax.sharding import SingleDeviceSharding
 from univg_jax.sharding import path_name, with_shardings
 
 CHECKPOINTS, CHECKSUMS, CONFIG = "checkpoints", "checksums.json", "config.json"
-UNSUMMED = ("_CHECKPOINT_METADATA", "commit_success.txt", CHECKSUMS)  # written while or after summing; no data
+# written while or after summing; no data
+UNSUMMED = ("_CHECKPOINT_METADATA", "commit_success.txt", CHECKSUMS)
 
-# Dotted config keys that a resumed run may change: how long, how often, where; never what is learnt.
+# Dotted config keys that a resumed run may change: how long, how often, where; never what is
+# learnt.
 MAY_CHANGE = (
     r"train\..*",
     r"sampling\..*",
@@ -60,12 +63,17 @@ class StepReport:
 class Checkpointer:
     """Writes and reads the checkpoints of one workdir.
 
-    Saves are asynchronous: an error of one is raised by the next `save`, `check`, `wait` or `close`.
-    The latest `keep` steps stay, and every multiple of `keep_every`.
+    Saves are asynchronous: an error of one is raised by the next `save`, `check`, `wait` or
+    `close`. The latest `keep` steps stay, and every multiple of `keep_every`.
     """
 
     def __init__(
-        self, workdir: epath.PathLike, *, save_every: int = 1000, keep: int = 3, keep_every: int | None = None
+        self,
+        workdir: epath.PathLike,
+        *,
+        save_every: int = 1000,
+        keep: int = 3,
+        keep_every: int | None = None,
     ):
         self.directory = _absolute(workdir) / CHECKPOINTS
         self._save_every = save_every
@@ -84,14 +92,17 @@ class Checkpointer:
         return step > 0 and step % self._save_every == 0
 
     def save(self, step: int, state: Any, data_state: Mapping[str, Any], config: Any) -> None:
-        """Starts to save `state`, which may be donated as soon as this returns; a saved step is left as it is.
+        """Starts to save `state`, which may be donated as soon as this returns; a saved step is
+        left as it is.
 
         Raises `ValueError` naming the leaves that are not finite, and saves nothing then.
         """
         self.wait()  # also: the callback of the save before must see its own step
         if step in self._manager.all_steps():
             return
-        flags = jax.device_get(_finite({name: x for name, x in _leaves(state).items() if _is_float(x)}))
+        flags = jax.device_get(
+            _finite({name: x for name, x in _leaves(state).items() if _is_float(x)})
+        )
         if bad := [name for name, finite in flags.items() if not finite]:
             raise ValueError(f"step {step} is not finite, nothing saved: {_some(bad)}")
         self._saving = step
@@ -112,8 +123,9 @@ class Checkpointer:
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
         """The state laid out as the shapes' shardings say, from `step` or the newest sound step.
 
-        Newer damaged steps are set aside as `STEP.damaged`, with a warning. Raises `FileNotFoundError` if there
-        is nothing to restore, `ValueError` if nothing is sound or the state has other leaves or shapes.
+        Newer damaged steps are set aside as `STEP.damaged`, with a warning. Raises
+        `FileNotFoundError` if there is nothing to restore, `ValueError` if nothing is sound or the
+        state has other leaves or shapes.
         """
         self.wait()
         root, sound = _locate(self.directory if step is None else self.directory / str(step))
@@ -143,9 +155,11 @@ class Checkpointer:
         self.close()
 
     def _write_checksums(self) -> None:
-        # Orbax calls this on process 0 when all processes have written, just before the step is committed.
+        # Orbax calls this on process 0 when all processes have written, just before the step is
+        # committed.
         unfinished = self.directory / f"{self._saving}.orbax-checkpoint-tmp"
-        step_dir = unfinished if unfinished.exists() else self.directory / str(self._saving)  # buckets do not rename
+        # buckets do not rename
+        step_dir = unfinished if unfinished.exists() else self.directory / str(self._saving)
         files = [name for name in _files(step_dir) if name not in UNSUMMED]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             sums = dict(zip(files, pool.map(lambda name: _sum(step_dir / name), files)))
@@ -176,7 +190,9 @@ def latest_step(workdir: epath.PathLike) -> int | None:
 
 
 def workdir_of(path: epath.PathLike) -> epath.Path:
-    """The workdir that a path (itself, its folder of checkpoints, or a step) belongs to; raises `FileNotFoundError`."""
+    """The workdir that a path (itself, its folder of checkpoints, or a step) belongs to; raises
+    `FileNotFoundError`.
+    """
     return _parse(path)[0].parent
 
 
@@ -186,7 +202,9 @@ def step_of(path: epath.PathLike) -> int:
 
 
 def verify(path: epath.PathLike) -> tuple[StepReport, ...]:
-    """Recomputes the checksums of every step of a workdir (or of one step); raises `FileNotFoundError` if none."""
+    """Recomputes the checksums of every step of a workdir (or of one step); raises
+    `FileNotFoundError` if none.
+    """
     root, step = _parse(path)
     steps = _steps(root) if step is None else (step,)
     return tuple(StepReport(step=s, problems=_problems(root / str(s))) for s in steps)
@@ -216,12 +234,16 @@ def copy(workdir: epath.PathLike, step: int | None, out: epath.PathLike) -> int:
     return step
 
 
-def load_params(path: epath.PathLike, *, which: str = "ema", abstract: Any = None, shardings: Any = None) -> Any:
-    """The parameters alone (`which`: 'ema' or 'params') of a workdir's newest sound step, or of one step.
+def load_params(
+    path: epath.PathLike, *, which: str = "ema", abstract: Any = None, shardings: Any = None
+) -> Any:
+    """The parameters alone (`which`: 'ema' or 'params') of a workdir's newest sound step, or of one
+    step.
 
-    `path` is a workdir or `workdir/checkpoints/STEP`. With `abstract`, they must be exactly its leaves and
-    shapes; without, nested dicts of whatever was saved. `shardings`: a tree of them or one for all;
-    default: those of `abstract`, else the first device. Raises `FileNotFoundError` or `ValueError`.
+    `path` is a workdir or `workdir/checkpoints/STEP`. With `abstract`, they must be exactly its
+    leaves and shapes; without, nested dicts of whatever was saved. `shardings`: a tree of them or
+    one for all; default: those of `abstract`, else the first device. Raises `FileNotFoundError` or
+    `ValueError`.
     """
     root, step = _locate(path)
     if abstract is None:
@@ -232,20 +254,28 @@ def load_params(path: epath.PathLike, *, which: str = "ema", abstract: Any = Non
 
 
 def load_config(path: epath.PathLike) -> dict[str, Any]:
-    """The config that wrote the checkpoint at `path` (a workdir or a step), as plain dicts and lists."""
+    """The config that wrote the checkpoint at `path` (a workdir or a step), as plain dicts and
+    lists.
+    """
     root, step = _locate(path, under="config/")
     return _read_json(root / str(step), "config")
 
 
 def init_from(
-    params: Any, path: epath.PathLike, *, which: str = "ema", new: Sequence[str] = (), dropped: Sequence[str] = ()
+    params: Any,
+    path: epath.PathLike,
+    *,
+    which: str = "ema",
+    new: Sequence[str] = (),
+    dropped: Sequence[str] = (),
 ) -> Any:
-    """The parameters a stage starts from: those of the checkpoint at `path`, but for the declared leaves.
+    """The parameters a stage starts from: those of the checkpoint at `path`, but for the declared
+    leaves.
 
     `params`: this stage's own initial parameters, which give every leaf its shape and sharding.
-    `new`, `dropped`: regexes searched in parameter paths. Leaves that match `dropped` are not read; leaves
-    that the checkpoint then lacks keep their initial value if `new` matches. Any other difference in
-    leaves, shapes or types raises `ValueError` with all of them.
+    `new`, `dropped`: regexes searched in parameter paths. Leaves that match `dropped` are not read;
+    leaves that the checkpoint then lacks keep their initial value if `new` matches. Any other
+    difference in leaves, shapes or types raises `ValueError` with all of them.
     """
     root, step = _locate(path)
     saved = {k: v for k, v in _saved(root / str(step), which).items() if not _matches(dropped, k)}
@@ -253,14 +283,25 @@ def init_from(
     kept = sorted(name for name in values if name not in saved and _matches(new, name))
     read = {name: x for name, x in values.items() if name not in kept}
     if problems := _differences(read, saved):
-        raise ValueError(f"{path} does not fit the model (declare leaves as new or dropped): {_some(problems)}")
+        raise ValueError(
+            f"{path} does not fit the model (declare leaves as new or dropped): {_some(problems)}"
+        )
     values |= _leaves(_read_arrays(root / str(step), {which: _nested(read)})[which])
-    logging.info("parameters from %s, step %d: %d leaves read, new: %s", path, step, len(read), kept or "none")
+    logging.info(
+        "parameters from %s, step %d: %d leaves read, new: %s",
+        path,
+        step,
+        len(read),
+        kept or "none",
+    )
     return jax.tree.unflatten(jax.tree.structure(params), values.values())
 
 
-def claim_workdir(workdir: epath.PathLike, config: Any, *, may_change: Sequence[str] = MAY_CHANGE) -> None:
-    """Makes `workdir` this config's: creates it, or finds the same config in it but for keys that may change.
+def claim_workdir(
+    workdir: epath.PathLike, config: Any, *, may_change: Sequence[str] = MAY_CHANGE
+) -> None:
+    """Makes `workdir` this config's: creates it, or finds the same config in it but for keys that
+    may change.
 
     `may_change`: regexes of whole dotted keys. Raises `ValueError` naming the first keys that
     differ, with both values, and writes nothing then.
@@ -310,7 +351,9 @@ def _steps(root: epath.Path) -> tuple[int, ...]:
 
 
 def _parse(path: epath.PathLike) -> tuple[epath.Path, int | None]:
-    """(folder of steps, step or None) of a workdir, its folder of steps, or a step; it exists and is not empty."""
+    """(folder of steps, step or None) of a workdir, its folder of steps, or a step; it exists and
+    is not empty.
+    """
     path = _absolute(path)
     is_step = path.parent.name == CHECKPOINTS and path.name.isdigit()
     if not path.exists() and not (is_step and path.parent.exists()):
@@ -320,7 +363,9 @@ def _parse(path: epath.PathLike) -> tuple[epath.Path, int | None]:
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {root.parent}: it has no steps")
     if is_step and int(path.name) not in steps:
-        raise FileNotFoundError(f"no step {path.name} in {root}: steps are {', '.join(map(str, steps))}")
+        raise FileNotFoundError(
+            f"no step {path.name} in {root}: steps are {', '.join(map(str, steps))}"
+        )
     return root, int(path.name) if is_step else None
 
 
@@ -332,7 +377,9 @@ def _locate(path: epath.PathLike, *, under: str = "") -> tuple[epath.Path, int]:
         if not problems:
             return root, candidate
         logging.error("CHECKPOINT %s IS DAMAGED: %s", root / str(candidate), _some(problems))
-    raise ValueError(f"no sound checkpoint in {path}; step {candidate} is damaged: {_some(problems)}")
+    raise ValueError(
+        f"no sound checkpoint in {path}; step {candidate} is damaged: {_some(problems)}"
+    )
 
 
 # --- checksums ---
@@ -355,7 +402,9 @@ def _sum(file: epath.Path) -> str:
 
 
 def _problems(step_dir: epath.Path, *, under: str = "") -> tuple[str, ...]:
-    """What is wrong with a step's files. Processes share the reading and agree on whether it is sound."""
+    """What is wrong with a step's files. Processes share the reading and agree on whether it is
+    sound.
+    """
     try:
         sums = json.loads((step_dir / CHECKSUMS).read_text())
         files = sorted(name for name in sums if name.startswith(under))
@@ -368,13 +417,16 @@ def _problems(step_dir: epath.Path, *, under: str = "") -> tuple[str, ...]:
         return None if _sum(step_dir / name) == sums[name] else f"{name} is not what was written"
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        found = tuple(filter(None, pool.map(problem, files[jax.process_index() :: jax.process_count()])))
+        found = tuple(
+            filter(None, pool.map(problem, files[jax.process_index() :: jax.process_count()]))
+        )
     if jax.process_count() > 1 and np.any(multihost_utils.process_allgather(np.array(bool(found)))):
         return found or ("another process found damage",)
     return found
 
 
-# --- trees: stored as nested dicts by path name, so optax's structures are never orbax's business ---
+# --- trees: stored as nested dicts by path name, so optax's structures are never orbax's business
+# ---
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
@@ -427,10 +479,15 @@ def _read_state(step_dir: epath.Path, abstract: Any, *, prefix: str = "") -> Any
 def _read_arrays(step_dir: epath.Path, nested: Any) -> Any:
     default = SingleDeviceSharding(jax.local_devices()[0])
     nested = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or default), nested
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or default
+        ),
+        nested,
     )
     args = ocp.args.PyTreeRestore(
-        item=nested, restore_args=ocp.checkpoint_utils.construct_restore_args(nested), partial_restore=True
+        item=nested,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
+        partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(step_dir / "state", args=args)
@@ -466,7 +523,9 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, under dotted keys."""
     if not isinstance(config, dict) or not config:
         return {prefix.rstrip("."): config}
-    return {k: v for key, value in config.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+    return {
+        k: v for key, value in config.items() for k, v in flat(value, f"{prefix}{key}.").items()
+    }
 
 
 def _barrier(name: str) -> None:

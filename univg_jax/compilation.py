@@ -11,11 +11,14 @@ from jax import monitoring
 
 FOLDER = "~/.cache/univg_jax/xla"
 
-# Programs that compile faster are not kept: reading one back is not free, least of all from a bucket, and a run has
-# hundreds of tiny ones.
+# Programs that compile faster are not kept: reading one back is not free, least of all from a
+# bucket, and a run has hundreds of tiny ones.
 MIN_SECONDS = 0.3
 
-_EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
+_EVENTS = {
+    "/jax/compilation_cache/cache_hits": "hits",
+    "/jax/compilation_cache/cache_misses": "misses",
+}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -36,12 +39,14 @@ _use: CacheUse | None = None
 
 
 def turn_cache_on() -> CacheUse:
-    """Turns the persistent cache on; what this process gets from it is counted, and logged when the process ends.
+    """Turns the persistent cache on; what this process gets from it is counted, and logged when the
+    process ends.
 
-    The folder is JAX's own `JAX_COMPILATION_CACHE_DIR` (a local path or `gs://`; empty: no cache), else `FOLDER`.
-    An entry's key holds the program, the versions and options of the compiler, and the kind of the devices, of a
-    CPU its instruction sets too: an entry of another kind of machine is a miss, never a wrong program. Of several
-    processes JAX lets only the first write, so a cache that serves all hosts lies where all can read it.
+    The folder is JAX's own `JAX_COMPILATION_CACHE_DIR` (a local path or `gs://`; empty: no cache),
+    else `FOLDER`. An entry's key holds the program, the versions and options of the compiler, and
+    the kind of the devices, of a CPU its instruction sets too: an entry of another kind of machine
+    is a miss, never a wrong program. Of several processes JAX lets only the first write, so a cache
+    that serves all hosts lies where all can read it.
     """
     global _use
     if jax.config.jax_compilation_cache_dir is None:
@@ -49,7 +54,9 @@ def turn_cache_on() -> CacheUse:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:  # a home that cannot be written is no reason not to run
-            logging.warning("no compilation cache: %s; JAX_COMPILATION_CACHE_DIR names another folder", error)
+            logging.warning(
+                "no compilation cache: %s; JAX_COMPILATION_CACHE_DIR names another folder", error
+            )
             folder = ""
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

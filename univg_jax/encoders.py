@@ -1,7 +1,8 @@
-"""The frozen encoders of a run: which ones its config asks for, where they come from, what is recorded of them.
+"""The frozen encoders of a run: which ones its config asks for, where they come from, what is
+recorded of them.
 
-`check` looks at what a config asks for, `prepare` obtains it before training, `load` afterwards, `abstract` has the
-shapes alone. A new kind of encoder is one entry of `KINDS`.
+`check` looks at what a config asks for, `prepare` obtains it before training, `load` afterwards,
+`abstract` has the shapes alone. A new kind of encoder is one entry of `KINDS`.
 """
 
 import dataclasses
@@ -47,13 +48,18 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """An encoder made of networks whose weights lie elsewhere; a run records only their fingerprint."""
+    """An encoder made of networks whose weights lie elsewhere; a run records only their
+    fingerprint.
+    """
 
     defaults: Mapping[str, Any]
-    open: Callable[..., dict[str, StoredModel]]  # folder, options -> networks by their field in the module
+    # folder, options -> networks by their field in the module
+    open: Callable[..., dict[str, StoredModel]]
     module: Callable[..., Any]  # networks -> module
-    published: Callable[..., dict[str, Any]]  # options -> networks as published, to plan with where the folder is not
-    tokenizer: Callable[[Path], Path | str] | None = None  # folder -> that of a text encoder's tokenizer
+    # options -> networks as published, to plan with where the folder is not
+    published: Callable[..., dict[str, Any]]
+    # folder -> that of a text encoder's tokenizer
+    tokenizer: Callable[[Path], Path | str] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,9 @@ class Fitted:
 
 
 _RECORD = "encoders.json"
-CLIP_BIG_G = dict(hidden_dim=1280, depth=32, num_heads=20, mlp_dim=5120, projection_dim=1280, activation="gelu")
+CLIP_BIG_G = dict(
+    hidden_dim=1280, depth=32, num_heads=20, mlp_dim=5120, projection_dim=1280, activation="gelu"
+)
 SD3_TEXT_DIM = 4096  # what its transformer reads, of T5 XXL's width, also where T5 is left out
 
 
@@ -77,14 +85,18 @@ def _open_sd3(folder: Path, dtype: str) -> dict[str, StoredModel]:
     }
     for name, stored in networks.items():
         if stored.module.projection_dim is None:
-            raise ValueError(f"{stored.tensors.folder}: {name} has no text_projection, which SD3's pooled text needs")
+            raise ValueError(
+                f"{stored.tensors.folder}: {name} has no text_projection, which SD3's pooled text needs"
+            )
     if (folder / "text_encoder_3").is_dir():  # SD3 may go without T5
         networks["t5"] = open_t5(folder / "text_encoder_3", dtype=jnp.dtype(dtype))
     return networks
 
 
 def _sd3_text(clip_l: Any, clip_g: Any, t5: Any = None) -> SD3Text:
-    return SD3Text(clip_l=clip_l, clip_g=clip_g, t5=t5, text_dim=SD3_TEXT_DIM if t5 is None else t5.hidden_dim)
+    return SD3Text(
+        clip_l=clip_l, clip_g=clip_g, t5=t5, text_dim=SD3_TEXT_DIM if t5 is None else t5.hidden_dim
+    )
 
 
 def _t5_suffix(folder: Path) -> str:
@@ -93,16 +105,20 @@ def _t5_suffix(folder: Path) -> str:
         file = folder / f"text_encoder{suffix}" / "config.json"
         if file.is_file() and json.loads(file.read_text()).get("model_type") == "t5":
             return suffix
-    raise FileNotFoundError(f"{folder} has no text_encoder, text_encoder_2 or text_encoder_3 that is a T5")
+    raise FileNotFoundError(
+        f"{folder} has no text_encoder, text_encoder_2 or text_encoder_3 that is a T5"
+    )
 
 
-# part -> kind -> how its encoder is obtained. `defaults` names the options that a config may set. Pretrained kinds but
-# MiniLM are read from `conditioning.folder`, that of a diffusers pipeline.
+# part -> kind -> how its encoder is obtained. `defaults` names the options that a config may set.
+# Pretrained kinds but MiniLM are read from `conditioning.folder`, that of a diffusers pipeline.
 KINDS: dict[str, dict[str, Pretrained | Fitted]] = {
     "text": {
         "minilm": Pretrained(
             defaults=dict(dtype="float32"),
-            open=lambda folder, dtype: {"encoder": open_minilm(pretrained_folder("minilm"), dtype=jnp.dtype(dtype))},
+            open=lambda folder, dtype: {
+                "encoder": open_minilm(pretrained_folder("minilm"), dtype=jnp.dtype(dtype))
+            },
             module=SentenceText,
             published=lambda dtype: {"encoder": MiniLM(dtype=jnp.dtype(dtype))},
             tokenizer=lambda folder: "minilm",
@@ -120,7 +136,9 @@ KINDS: dict[str, dict[str, Pretrained | Fitted]] = {
         ),
         "clip": Pretrained(
             defaults=dict(dtype="float32"),
-            open=lambda folder, dtype: {"encoder": open_clip_text(folder / "text_encoder", dtype=jnp.dtype(dtype))},
+            open=lambda folder, dtype: {
+                "encoder": open_clip_text(folder / "text_encoder", dtype=jnp.dtype(dtype))
+            },
             module=ClipText,
             published=lambda dtype: {"encoder": CLIPText(dtype=jnp.dtype(dtype))},
             tokenizer=lambda folder: folder / "tokenizer",
@@ -128,7 +146,9 @@ KINDS: dict[str, dict[str, Pretrained | Fitted]] = {
         "t5": Pretrained(
             defaults=dict(dtype="float32"),
             open=lambda folder, dtype: {
-                "encoder": open_t5(folder / f"text_encoder{_t5_suffix(folder)}", dtype=jnp.dtype(dtype))
+                "encoder": open_t5(
+                    folder / f"text_encoder{_t5_suffix(folder)}", dtype=jnp.dtype(dtype)
+                )
             },
             module=SentenceText,
             published=lambda dtype: {"encoder": T5Encoder(dtype=jnp.dtype(dtype))},
@@ -156,7 +176,9 @@ KINDS: dict[str, dict[str, Pretrained | Fitted]] = {
         ),
         "clip": Pretrained(
             defaults=dict(dtype="float32"),
-            open=lambda folder, dtype: {"clip": open_clip_vision(folder / "image_encoder", dtype=jnp.dtype(dtype))},
+            open=lambda folder, dtype: {
+                "clip": open_clip_vision(folder / "image_encoder", dtype=jnp.dtype(dtype))
+            },
             module=ClipIdentity,
             published=lambda dtype: {"clip": CLIPVision(dtype=jnp.dtype(dtype))},
         ),
@@ -165,14 +187,17 @@ KINDS: dict[str, dict[str, Pretrained | Fitted]] = {
 
 
 def check(config: Any) -> None:
-    """Raises what `prepare` would about a config or its pretrained folders, before anything is fitted or written."""
+    """Raises what `prepare` would about a config or its pretrained folders, before anything is
+    fitted or written.
+    """
     for part, options in _complete(dict(config)).items():
         if options is not None and isinstance(_kind(part, options), Pretrained):
             _open(part, options, config.get("folder", ""))
 
 
 def abstract(config: Any) -> tuple[Conditioner, dict[str, Any]]:
-    """The encoders that `config` asks for, and the shapes of their parameters: nothing is read or fitted.
+    """The encoders that `config` asks for, and the shapes of their parameters: nothing is read or
+    fitted.
 
     A pretrained encoder is that of `conditioning.folder` if it is there, else as it was published.
     """
@@ -184,18 +209,25 @@ def abstract(config: Any) -> tuple[Conditioner, dict[str, Any]]:
         if isinstance(kind, Fitted):
             modules[part] = kind.module(**_options(options))
         elif options["kind"] != "minilm" and folder and Path(folder).is_dir():
-            modules[part] = kind.module(**{n: s.module for n, s in _open(part, options, folder).items()})
+            modules[part] = kind.module(
+                **{n: s.module for n, s in _open(part, options, folder).items()}
+            )
         else:
             modules[part] = kind.module(**kind.published(**_options(options)))
-        stored = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(options.get("dtype", "float32")))
-        frozen[part] = jax.tree.map(lambda x, stored=stored: stored(x.shape), _parameter_shapes(part, modules[part]))
+        stored = functools.partial(
+            jax.ShapeDtypeStruct, dtype=jnp.dtype(options.get("dtype", "float32"))
+        )
+        frozen[part] = jax.tree.map(
+            lambda x, stored=stored: stored(x.shape), _parameter_shapes(part, modules[part])
+        )
     return Conditioner(**modules), frozen
 
 
 def _parameter_shapes(part: str, module: Any) -> Any:
     key = jax.random.key(0)
     if part == "text":
-        tokens = jnp.zeros((1, 78), jnp.int32)  # one more than CLIP's positions, after which SD3's row is T5's
+        # one more than CLIP's positions, after which SD3's row is T5's
+        tokens = jnp.zeros((1, 78), jnp.int32)
         if isinstance(module, ClipText):
             tokens = tokens[:, :77]
         inputs, method = (tokens, tokens == 0), None
@@ -203,17 +235,23 @@ def _parameter_shapes(part: str, module: Any) -> Any:
         side = 64 if part == "codec" else 224
         inputs = (jnp.zeros((1, side, side, 3)),)
         method = (lambda codec, x: codec.decode(codec.encode(x))) if part == "codec" else None
-    return jax.eval_shape(lambda: module.init(key, *inputs, **({"method": method} if method else {})))["params"]
+    return jax.eval_shape(
+        lambda: module.init(key, *inputs, **({"method": method} if method else {}))
+    )["params"]
 
 
 def tokenizer_folder(config: Any) -> str:
-    """Where the tokenizer of the config's text encoder is: a folder, or a name of `univg_jax.pretrained`."""
+    """Where the tokenizer of the config's text encoder is: a folder, or a name of
+    `univg_jax.pretrained`.
+    """
     options = _complete(dict(config))["text"]
     return str(KINDS["text"][options["kind"]].tokenizer(Path(config.get("folder", ""))))
 
 
 def text_identity(config: Any, *, num_tokens: int) -> dict[str, Any]:
-    """What an embedding of a prompt depends on beside the prompt: the encoder, its weights, the number of tokens."""
+    """What an embedding of a prompt depends on beside the prompt: the encoder, its weights, the
+    number of tokens.
+    """
     options = _complete(dict(config))["text"]
     networks = _open("text", options, config.get("folder", ""))
     return {**options, "sha256": _fingerprint(networks), "num_tokens": num_tokens}
@@ -223,7 +261,9 @@ def load_text(config: Any, *, mesh: Mesh | None = None) -> tuple[Any, dict[str, 
     """The text encoder alone, as (module, parameters)."""
     options = _complete(dict(config))["text"]
     networks = _open("text", options, config.get("folder", ""))
-    module = KINDS["text"][options["kind"]].module(**{name: stored.module for name, stored in networks.items()})
+    module = KINDS["text"][options["kind"]].module(
+        **{name: stored.module for name, stored in networks.items()}
+    )
     dtype = jnp.dtype(options["dtype"])
     return module, {name: stored.read(mesh=mesh, dtype=dtype) for name, stored in networks.items()}
 
@@ -238,18 +278,26 @@ def prepare(
     mesh: Mesh | None = None,
     without: Sequence[str] = (),
 ) -> tuple[Conditioner, dict[str, Any]]:
-    """The encoders that `config` (mapping of text, codec, identity: a kind or a dict of kind and options) asks for.
+    """The encoders that `config` (mapping of text, codec, identity: a kind or a dict of kind and
+    options) asks for.
 
-    Its `folder` is where pretrained ones lie. A fitted encoder is taken from `workdir/encoders`, else from the run that
-    `init_from` lies in (later stages keep the first one's latent space), else fitted on `images()` or
-    `portraits()` -> (portraits, persons), and saved. `workdir/encoders/encoders.json` records options and
-    hashes of all. On several processes the first one prepares, the others wait and read. Raises ValueError for an
-    unknown kind or option and if what is on disk was made otherwise; FileNotFoundError for an absent folder, and if
+    Its `folder` is where pretrained ones lie. A fitted encoder is taken from `workdir/encoders`,
+    else from the run that `init_from` lies in (later stages keep the first one's latent space),
+    else fitted on `images()` or `portraits()` -> (portraits, persons), and saved.
+    `workdir/encoders/encoders.json` records options and hashes of all. On several processes the
+    first one prepares, the others wait and read. Raises ValueError for an unknown kind or option
+    and if what is on disk was made otherwise; FileNotFoundError for an absent folder, and if
     `init_from` has no encoders.
     """
     options, folder = _complete(dict(config)), config.get("folder", "")
     if jax.process_index() == 0:
-        _prepare_files(options, folder, epath.Path(workdir), init_from, Data(images=images, portraits=portraits))
+        _prepare_files(
+            options,
+            folder,
+            epath.Path(workdir),
+            init_from,
+            Data(images=images, portraits=portraits),
+        )
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -258,18 +306,25 @@ def prepare(
 
 
 def load(
-    workdir: epath.PathLike, *, folder: str = "", mesh: Mesh | None = None, without: Sequence[str] = ()
+    workdir: epath.PathLike,
+    *,
+    folder: str = "",
+    mesh: Mesh | None = None,
+    without: Sequence[str] = (),
 ) -> tuple[Conditioner, dict[str, Any]]:
-    """The encoders of a run, from what `workdir/encoders` records and the pretrained weights in `folder`.
+    """The encoders of a run, from what `workdir/encoders` records and the pretrained weights in
+    `folder`.
 
-    Parameters lie on `mesh` as `univg_jax.sharding` places them, else on the first device; those of the parts
-    `without` are not read. Raises FileNotFoundError if
-    the run has none, ValueError if weights are not those that the run was trained with.
+    Parameters lie on `mesh` as `univg_jax.sharding` places them, else on the first device; those of
+    the parts `without` are not read. Raises FileNotFoundError if the run has none, ValueError if
+    weights are not those that the run was trained with.
     """
     encoders = epath.Path(workdir) / "encoders"
     records = _read_records(encoders)
     if records is None:
-        raise FileNotFoundError(f"{encoders / _RECORD} does not exist: {workdir} is not the folder of a run")
+        raise FileNotFoundError(
+            f"{encoders / _RECORD} does not exist: {workdir} is not the folder of a run"
+        )
     modules, frozen = {}, {}
     for part, record in records.items():
         if record is None:
@@ -278,13 +333,20 @@ def load(
         if isinstance(kind, Pretrained):
             networks = _open(part, record, folder)
             _check_hash(_fingerprint(networks), _places(networks), part, record)
-            modules[part] = kind.module(**{name: stored.module for name, stored in networks.items()})
+            modules[part] = kind.module(
+                **{name: stored.module for name, stored in networks.items()}
+            )
             if part not in without:
                 dtype = jnp.dtype(options["dtype"])
-                frozen[part] = {name: stored.read(mesh=mesh, dtype=dtype) for name, stored in networks.items()}
+                frozen[part] = {
+                    name: stored.read(mesh=mesh, dtype=dtype) for name, stored in networks.items()
+                }
         else:
             file = encoders / f"{part}.safetensors"
-            modules[part], params = kind.module(**options), safetensors.numpy.load(_read_fitted(file, part, record))
+            modules[part], params = (
+                kind.module(**options),
+                safetensors.numpy.load(_read_fitted(file, part, record)),
+            )
             places = None if mesh is None else sharding.tree_shardings(params, mesh)
             frozen[part] = jax.device_put(params, places)
     return Conditioner(**modules), frozen
@@ -310,9 +372,15 @@ def _fingerprint(networks: Mapping[str, StoredModel]) -> str:
 
 
 def _prepare_files(
-    options: dict, pretrained: str, workdir: epath.Path, init_from: epath.PathLike | None, data: Data
+    options: dict,
+    pretrained: str,
+    workdir: epath.Path,
+    init_from: epath.PathLike | None,
+    data: Data,
 ) -> None:
-    """Brings `workdir/encoders` to what `options` ask for; a part is recorded only after its file is whole."""
+    """Brings `workdir/encoders` to what `options` ask for; a part is recorded only after its file
+    is whole.
+    """
     folder = workdir / "encoders"
     folder.mkdir(parents=True, exist_ok=True)
     records = _read_records(folder) or {}
@@ -352,7 +420,9 @@ def _complete(config: Mapping[str, Any]) -> dict[str, dict | None]:
             result[part] = None
             continue
         if given is None:
-            raise ValueError(f"conditioning.{part} is missing; expected one of: {', '.join(KINDS[part])}")
+            raise ValueError(
+                f"conditioning.{part} is missing; expected one of: {', '.join(KINDS[part])}"
+            )
         given = {"kind": given} if isinstance(given, str) else dict(given)
         defaults = _kind(part, given).defaults
         for option in given:
@@ -369,11 +439,22 @@ def _options(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in record.items() if k not in ("kind", "sha256")}
 
 
-def _check_options(folder: epath.Path, part: str, recorded: dict | None, wanted: dict | None) -> None:
-    old, new = ({k: v for k, v in (r or {"kind": None}).items() if k != "sha256"} for r in (recorded, wanted))
-    different = [f"{k} is {old.get(k)!r}, asked for {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
+def _check_options(
+    folder: epath.Path, part: str, recorded: dict | None, wanted: dict | None
+) -> None:
+    old, new = (
+        {k: v for k, v in (r or {"kind": None}).items() if k != "sha256"}
+        for r in (recorded, wanted)
+    )
+    different = [
+        f"{k} is {old.get(k)!r}, asked for {new.get(k)!r}"
+        for k in {**old, **new}
+        if old.get(k) != new.get(k)
+    ]
     if different:
-        raise ValueError(f"{folder} has another {part} encoder than conditioning.{part}: " + "; ".join(different))
+        raise ValueError(
+            f"{folder} has another {part} encoder than conditioning.{part}: " + "; ".join(different)
+        )
 
 
 def _check_hash(found: str, where: Any, part: str, record: Mapping[str, Any]) -> None:
@@ -397,7 +478,9 @@ def _encoders_of(init_from: epath.Path) -> epath.Path:
     for folder in (init_from, *list(init_from.parents)[:2]):
         if (folder / "encoders" / _RECORD).exists():
             return folder / "encoders"
-    raise FileNotFoundError(f"init_from={init_from}: no encoders/{_RECORD} there; expected the folder of a run")
+    raise FileNotFoundError(
+        f"init_from={init_from}: no encoders/{_RECORD} there; expected the folder of a run"
+    )
 
 
 def _read_records(folder: epath.Path) -> dict[str, dict | None] | None:

@@ -43,7 +43,9 @@ class Times:
     def __post_init__(self) -> None:
         known(self.distribution, DISTRIBUTIONS, what="flow.distribution")
         if self.shift <= 0 or self.std <= 0:
-            raise ValueError(f"flow.shift and flow.std must be positive, got {self.shift} and {self.std}")
+            raise ValueError(
+                f"flow.shift and flow.std must be positive, got {self.shift} and {self.std}"
+            )
 
 
 def resolution_shift(*, pixels: int, base_pixels: int) -> float:
@@ -64,7 +66,9 @@ def interpolate(
     return (1 - t) * x0 + t * noise
 
 
-def velocity(x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+def velocity(
+    x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"]
+) -> Float[Array, "b h w c"]:
     """d x_t / d t = noise - x0, the same at every t."""
     return noise - x0
 
@@ -76,7 +80,9 @@ def sample_noise(
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(sample_id)
 
 
-def sample_times(key: PRNGKeyArray, sample_id: UInt32[Array, " b"], times: Times) -> Float[Array, " b"]:
+def sample_times(
+    key: PRNGKeyArray, sample_id: UInt32[Array, " b"], times: Times
+) -> Float[Array, " b"]:
     """A time in (0, 1) for each row, a function of (key, sample id)."""
 
     def draw(i: UInt32[Array, ""]) -> Float[Array, ""]:
@@ -88,15 +94,20 @@ def sample_times(key: PRNGKeyArray, sample_id: UInt32[Array, " b"], times: Times
     return shift_times(jax.vmap(draw)(sample_id), times.shift)
 
 
-def change_weights(x0: Float[Array, "b h w c"], source: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
-    """Weights that make small edits count: 1 where the latents agree, 1 / ||x - x'||^2 where they differ.
+def change_weights(
+    x0: Float[Array, "b h w c"], source: Float[Array, "b h w c"]
+) -> Float[Array, "b h w 1"]:
+    """Weights that make small edits count: 1 where the latents agree, 1 / ||x - x'||^2 where they
+    differ.
 
     OmniGen (arXiv 2409.11340, section 2.3). The norm is the mean square over the whole latent, so a
-    change of everything (mean square 1 or more for unit-variance latents) is never weighted below 1.
+    change of everything (mean square 1 or more for unit-variance latents) is never weighted below
+    1.
     """
     squares = jnp.square(x0 - source)
     mean_square = jnp.mean(squares, axis=(1, 2, 3), keepdims=True)
-    changed = jnp.max(squares, axis=-1, keepdims=True) > 1e-6  # above the float32 noise of encoding twice
+    # above the float32 noise of encoding twice
+    changed = jnp.max(squares, axis=-1, keepdims=True) > 1e-6
     return jnp.where(changed, jnp.maximum(1 / jnp.maximum(mean_square, 1e-3), 1.0), 1.0)
 
 
@@ -123,7 +134,9 @@ def loss(
     times: Times,
     weight: Float[Array, "b h w 1"] | None = None,
 ) -> Float[Array, " b"]:
-    """The training loss of each row: draw t and noise, interpolate, predict once, compare with the velocity."""
+    """The training loss of each row: draw t and noise, interpolate, predict once, compare with the
+    velocity.
+    """
     time_key, noise_key = jax.random.split(key)
     t = sample_times(time_key, sample_id, times)
     noise = sample_noise(noise_key, sample_id, x0.shape[1:])

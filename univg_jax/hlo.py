@@ -1,7 +1,9 @@
-"""What a compiled program does, counted from its HLO text: FLOPs, bytes of memory, bytes of collectives.
+"""What a compiled program does, counted from its HLO text: FLOPs, bytes of memory, bytes of
+collectives.
 
-XLA's own `cost_analysis` counts the body of a loop once and knows nothing of Pallas kernels. Here a computation counts
-as often as it runs: a `while` multiplies its body by the trip count of its condition. All counts are of one device.
+XLA's own `cost_analysis` counts the body of a loop once and knows nothing of Pallas kernels. Here a
+computation counts as often as it runs: a `while` multiplies its body by the trip count of its
+condition. All counts are of one device.
 """
 
 import collections
@@ -14,7 +16,17 @@ import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BETWEEN_SLICES = 2**31  # the span of what goes over the data center network
-BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s4": 4, "u4": 4, "token": 0, "opaque": 0}
+BITS = {
+    "pred": 8,
+    "bf16": 16,
+    "f16": 16,
+    "f32": 32,
+    "f64": 64,
+    "s4": 4,
+    "u4": 4,
+    "token": 0,
+    "opaque": 0,
+}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^ +(ROOT )?%(\S+) = ")
@@ -24,14 +36,17 @@ _NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "while", "conditional", "call", "send", "recv",
 }  # fmt: skip
-_COPIES = {"copy-done", "slice-done", "dynamic-slice-done"}  # from HBM into the chip's memory, or within HBM
+# from HBM into the chip's memory, or within HBM
+_COPIES = {"copy-done", "slice-done", "dynamic-slice-done"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """All collectives of one kind over groups of one size and stride: how many run, and their bytes.
+    """All collectives of one kind over groups of one size and stride: how many run, and their
+    bytes.
 
-    `bytes` is the whole array's: what an all-gather makes, what an all-reduce or a reduce-scatter takes.
+    `bytes` is the whole array's: what an all-gather makes, what an all-reduce or a reduce-scatter
+    takes.
     """
 
     kind: str
@@ -68,7 +83,8 @@ class _Shape:
 
     @property
     def bytes(self) -> float:
-        bits = BITS[self.dtype] if self.dtype in BITS else int(re.search(r"\d+", self.dtype)[0])  # f8e4m3 is 8
+        # f8e4m3 is 8
+        bits = BITS[self.dtype] if self.dtype in BITS else int(re.search(r"\d+", self.dtype)[0])
         return math.prod(self.dims) * bits / 8
 
     @property
@@ -91,7 +107,9 @@ class _Instruction:
 
 
 def count(text: str) -> Counts:
-    """Counts of what `compiled.as_text()` prints. Raises ValueError for a loop whose trip count is not constant."""
+    """Counts of what `compiled.as_text()` prints. Raises ValueError for a loop whose trip count is
+    not constant.
+    """
     return _Counter(text).counts()
 
 
@@ -123,7 +141,9 @@ def _parse(line: str) -> _Instruction | None:
         return None
     close = _closing(rest, opcode.end() - 1)
     operands = tuple(re.findall(r"%([^\s,)]+)", rest[opcode.end() : close - 1]))
-    return _Instruction(head[2], opcode[1], _shapes(rest[:end]), operands, rest[close:], bool(head[1]))
+    return _Instruction(
+        head[2], opcode[1], _shapes(rest[:end]), operands, rest[close:], bool(head[1])
+    )
 
 
 class _Counter:
@@ -138,14 +158,18 @@ class _Counter:
                     self.entry = header[2]
             elif instruction := _parse(line):
                 current[instruction.name] = instruction
-                if instruction.opcode == "constant" and (value := re.search(r"constant\((-?\d+)\)", line)):
+                if instruction.opcode == "constant" and (
+                    value := re.search(r"constant\((-?\d+)\)", line)
+                ):
                     self.constants[instruction.name] = int(value[1])
         if not hasattr(self, "entry"):
             raise ValueError("no HLO module: no ENTRY computation")
 
     def counts(self) -> Counts:
         flops = memory = 0.0
-        collectives: dict[tuple[str, int, int], list[float]] = collections.defaultdict(lambda: [0, 0.0])
+        collectives: dict[tuple[str, int, int], list[float]] = collections.defaultdict(
+            lambda: [0, 0.0]
+        )
         for computation, times, fused in self._walk(self.entry, 1, fused=False):
             for instruction in self.computations[computation].values():
                 flops += times * self._flops(instruction, computation)
@@ -159,7 +183,9 @@ class _Counter:
             memory_bytes=memory,
             collectives=tuple(
                 Collective(kind=kind, group=group, span=span, count=int(n), bytes=size)
-                for (kind, group, span), (n, size) in sorted(collectives.items(), key=lambda item: -item[1][1])
+                for (kind, group, span), (n, size) in sorted(
+                    collectives.items(), key=lambda item: -item[1][1]
+                )
             ),
         )
 
@@ -179,14 +205,26 @@ class _Counter:
                         yield from self._walk(branch, times, fused=fused)
 
     def _trips(self, loop: _Instruction, computation: str) -> int:
-        """How often a counter in steps of 1 goes from its first value to the constant that it is compared with."""
+        """How often a counter in steps of 1 goes from its first value to the constant that it is
+        compared with.
+        """
         condition = self.computations[loop.calls("condition")]
         for instruction in condition.values():
-            inner = self.computations[instruction.calls("calls")] if instruction.opcode == "fusion" else {}
-            is_less = any(
-                "direction=LT" in i.attributes for i in (instruction, *inner.values()) if i.opcode == "compare"
+            inner = (
+                self.computations[instruction.calls("calls")]
+                if instruction.opcode == "fusion"
+                else {}
             )
-            bounds = [self.constants[name] for name in (*instruction.operands, *inner) if name in self.constants]
+            is_less = any(
+                "direction=LT" in i.attributes
+                for i in (instruction, *inner.values())
+                if i.opcode == "compare"
+            )
+            bounds = [
+                self.constants[name]
+                for name in (*instruction.operands, *inner)
+                if name in self.constants
+            ]
             if is_less and len(bounds) == 1:
                 counter = next(o for o in instruction.operands if o not in self.constants)
                 return bounds[0] - self._initial(condition.get(counter), loop, computation)
@@ -200,11 +238,17 @@ class _Counter:
         if index is None or state is None or state.opcode != "tuple":
             return 0
         name = state.operands[int(index[1])]
-        while name not in self.constants and name in known and known[name].opcode in ("copy", "bitcast"):
+        while (
+            name not in self.constants
+            and name in known
+            and known[name].opcode in ("copy", "bitcast")
+        ):
             name = known[name].operands[0]
         return self.constants.get(name, 0)
 
-    def _operand_shapes(self, instruction: _Instruction, computation: str) -> list[tuple[_Shape, ...]]:
+    def _operand_shapes(
+        self, instruction: _Instruction, computation: str
+    ) -> list[tuple[_Shape, ...]]:
         known = self.computations[computation]
         return [known[name].shapes for name in instruction.operands if name in known]
 
@@ -222,9 +266,15 @@ class _Counter:
         return 0.0
 
     def _kernel_flops(self, instruction: _Instruction, computation: str) -> float:
-        """Splash attention: two products of queries x keys x head forwards, five backwards (scores are made again)."""
+        """Splash attention: two products of queries x keys x head forwards, five backwards (scores
+        are made again).
+        """
         found = re.match(r"splash_mha_(fwd|dkv|dq)", instruction.name)
-        arrays = [s[0] for s in self._operand_shapes(instruction, computation) if s and s[0].dtype in ("bf16", "f32")]
+        arrays = [
+            s[0]
+            for s in self._operand_shapes(instruction, computation)
+            if s and s[0].dtype in ("bf16", "f32")
+        ]
         if found is None or len(arrays) < 2:
             return 0.0
         q, k = arrays[:2]
@@ -232,9 +282,13 @@ class _Counter:
         return 2.0 * products * math.prod(q.dims) * k.dims[-2]
 
     def _memory(self, instruction: _Instruction, computation: str) -> float:
-        """Bytes that an instruction outside fusions reads and writes; a slice of an array counts as the slice."""
+        """Bytes that an instruction outside fusions reads and writes; a slice of an array counts as
+        the slice.
+        """
         if instruction.opcode in _COPIES:
-            return sum((shape.bytes * (2 if shape.in_hbm else 1) for shape in instruction.shapes), 0.0)
+            return sum(
+                (shape.bytes * (2 if shape.in_hbm else 1) for shape in instruction.shapes), 0.0
+            )
         if instruction.opcode in _NO_TRAFFIC or instruction.opcode.endswith(("-start", "-done")):
             return 0.0
         written = sum((shape.bytes for shape in instruction.shapes if shape.in_hbm), 0.0)
@@ -255,7 +309,9 @@ class _Counter:
                 users[name].append(instruction)
         total = 0.0
         for parameter in inner.values():
-            if parameter.opcode != "parameter" or not all(shape.in_hbm for shape in parameter.shapes):
+            if parameter.opcode != "parameter" or not all(
+                shape.in_hbm for shape in parameter.shapes
+            ):
                 continue
             reads = users[parameter.name]
             if reads and all(self._is_part(reader, parameter.name) for reader in reads):
@@ -263,7 +319,11 @@ class _Counter:
             else:
                 total += sum(shape.bytes for shape in parameter.shapes)
         root = next(i for i in inner.values() if i.is_root)
-        parts = [inner[name] for name in root.operands if name in inner] if root.opcode == "tuple" else [root]
+        parts = (
+            [inner[name] for name in root.operands if name in inner]
+            if root.opcode == "tuple"
+            else [root]
+        )
         for part, shape in zip(parts, fusion.shapes):
             if not shape.in_hbm:
                 continue
@@ -279,16 +339,21 @@ class _Counter:
             "dynamic-slice", "slice", "gather", "dynamic-update-slice",
         )  # fmt: skip
 
-    def _collectives(self, instruction: _Instruction, computation: str) -> Iterator[tuple[str, int, int, float]]:
-        """(kind, size of a group, its span, bytes) of what an instruction outside fusions communicates.
+    def _collectives(
+        self, instruction: _Instruction, computation: str
+    ) -> Iterator[tuple[str, int, int, float]]:
+        """(kind, size of a group, its span, bytes) of what an instruction outside fusions
+        communicates.
 
-        TPU programs wrap collectives into fusions: a reduce-scatter as an all-reduce with its slice; an asynchronous
-        one as a start, steps that share time with other work, and a done, of which the start counts. Between slices
-        the host sends.
+        TPU programs wrap collectives into fusions: a reduce-scatter as an all-reduce with its
+        slice; an asynchronous one as a start, steps that share time with other work, and a done, of
+        which the start counts. Between slices the host sends.
         """
         if instruction.opcode == "fusion":
             called = instruction.calls("calls")
-            if called.startswith("async_collective_fusion") or instruction.name.startswith("async-collective-done"):
+            if called.startswith("async_collective_fusion") or instruction.name.startswith(
+                "async-collective-done"
+            ):
                 return
             for inner in self.computations[called].values():
                 for kind, *rest in self._collectives(inner, called):
@@ -298,13 +363,19 @@ class _Counter:
         if instruction.opcode == "send" and (
             slices := re.search(r'megascale_target="\{([\d,]+)\}', instruction.attributes)
         ):
-            kind = re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes)[1].lower().replace("_", "-")
+            kind = (
+                re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes)[1]
+                .lower()
+                .replace("_", "-")
+            )
             yield kind, len(slices[1].split(",")), BETWEEN_SLICES, instruction.shapes[0].bytes
             return
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             return
-        operands = sum(s.bytes for shapes in self._operand_shapes(instruction, computation) for s in shapes)
+        operands = sum(
+            s.bytes for shapes in self._operand_shapes(instruction, computation) for s in shapes
+        )
         group = _group(instruction.attributes)
         yield (
             kind,
@@ -320,10 +391,14 @@ def _group(attributes: str) -> list[int]:
         return [int(n) for n in listed[1].split(",")]
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        grid = np.arange(math.prod(int(n) for n in sizes.values())).reshape([int(n) for n in sizes.values()])
+        grid = np.arange(math.prod(int(n) for n in sizes.values())).reshape(
+            [int(n) for n in sizes.values()]
+        )
         chosen = re.findall(r"'(\w+)'", mesh[2])
         return grid[tuple(slice(None) if axis in chosen else 0 for axis in sizes)].ravel().tolist()
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+    if iota := re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
         dims = [int(n) for n in iota[3].split(",")]
         grid = np.arange(math.prod(dims)).reshape(dims)
         if iota[4]:
@@ -333,7 +408,9 @@ def _group(attributes: str) -> list[int]:
 
 
 def _convolution_flops(instruction: _Instruction, left: _Shape, right: _Shape) -> float:
-    """2 x (pairs of input and output that a tap joins). Batched products of matrices are convolutions on a TPU."""
+    """2 x (pairs of input and output that a tap joins). Batched products of matrices are
+    convolutions on a TPU.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
@@ -346,13 +423,28 @@ def _convolution_flops(instruction: _Instruction, left: _Shape, right: _Shape) -
 
     joined = 1
     for i, (stride, pad, lhs_dilate, rhs_dilate) in enumerate(
-        zip(numbers("stride", "1"), numbers("pad", "0_0"), numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1"))
+        zip(
+            numbers("stride", "1"),
+            numbers("pad", "0_0"),
+            numbers("lhs_dilate", "1"),
+            numbers("rhs_dilate", "1"),
+        )
     ):
         digit = str(i)
         length, taps = left.dims[labels[1].index(digit)], right.dims[labels[2].index(digit)]
         outputs = out.dims[labels[3].index(digit)]
-        at = np.arange(outputs)[:, None] * stride[0] - pad[0] + np.arange(taps)[None] * rhs_dilate[0]
-        joined *= int(((at % lhs_dilate[0] == 0) & (at >= 0) & (at < (length - 1) * lhs_dilate[0] + 1)).sum())
+        at = (
+            np.arange(outputs)[:, None] * stride[0] - pad[0] + np.arange(taps)[None] * rhs_dilate[0]
+        )
+        joined *= int(
+            ((at % lhs_dilate[0] == 0) & (at >= 0) & (at < (length - 1) * lhs_dilate[0] + 1)).sum()
+        )
     features = out.dims[labels[3].index("b")] * out.dims[labels[3].index("f")]
     groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
-    return 2.0 * joined * features * right.dims[labels[2].index("i")] / (int(groups[1]) if groups else 1)
+    return (
+        2.0
+        * joined
+        * features
+        * right.dims[labels[2].index("i")]
+        / (int(groups[1]) if groups else 1)
+    )

@@ -1,4 +1,6 @@
-"""Unknown names: one line with the nearest known one; standard library only, so that any room may ask."""
+"""Unknown names: one line with the nearest known one; standard library only, so that any room may
+ask.
+"""
 
 import difflib
 from collections.abc import Collection

@@ -1,7 +1,7 @@
 """From gradients to parameters: schedule, optimizer, clipping, freezing, accumulation, EMA.
 
-A step is: gradients -> mean over micro-batches -> clip by global norm -> moments -> decay of weights ->
-learning rate -> parameters -> EMA. Frozen parameters have no optimizer state.
+A step is: gradients -> mean over micro-batches -> clip by global norm -> moments -> decay of
+weights -> learning rate -> parameters -> EMA. Frozen parameters have no optimizer state.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from univg_jax.names import known
 
 DECAYED = r"(^|/)kernel$"  # norms' scales, biases and tables have other names
-MUON = r"block.*/(q|k|v|attn_out|mlp/in|mlp/out)/kernel$"  # hidden matrices; a modulation is six in one
+# hidden matrices; a modulation is six in one
+MUON = r"block.*/(q|k|v|attn_out|mlp/in|mlp/out)/kernel$"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,8 @@ class OptimConfig:
 def make_schedule(config: Mapping[str, Any]) -> optax.Schedule:
     """Learning rate of step t = 0, 1, ...: `lr * min(1, (t+1)/warmup) * shape(t)`.
 
-    shape is 1 (constant) or `(1 + cos(pi * (t-warmup)/(total_steps-warmup))) / 2` after the warm-up (cosine),
-    zero from `total_steps` on.
+    shape is 1 (constant) or `(1 + cos(pi * (t-warmup)/(total_steps-warmup))) / 2` after the warm-up
+    (cosine), zero from `total_steps` on.
     """
     c = OptimConfig.of(config)
 
@@ -71,9 +72,11 @@ def make_schedule(config: Mapping[str, Any]) -> optax.Schedule:
 
 
 def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
-    """The optimizer of `config.optim`, for gradients that are already the mean over the step's rows.
+    """The optimizer of `config.optim`, for gradients that are already the mean over the step's
+    rows.
 
-    Raises `ValueError` for unknown keys and names, and at `init` for a freeze pattern that freezes nothing.
+    Raises `ValueError` for unknown keys and names, and at `init` for a freeze pattern that freezes
+    nothing.
     """
     c = OptimConfig.of(config)
     optimizer = optax.chain(
@@ -87,24 +90,34 @@ def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
         names = jax.tree.leaves(_by_name(params, str))
         for pattern in c.freeze:
             if not any(re.search(pattern, name) for name in names):
-                raise ValueError(f"optim.freeze: {pattern!r} matches no parameter; the first are {names[:3]}")
-        return _by_name(params, lambda name: "frozen" if any(re.search(p, name) for p in c.freeze) else "trained")
+                raise ValueError(
+                    f"optim.freeze: {pattern!r} matches no parameter; the first are {names[:3]}"
+                )
+        return _by_name(
+            params,
+            lambda name: "frozen" if any(re.search(p, name) for p in c.freeze) else "trained",
+        )
 
     return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
 def value_and_grad(
-    loss_fn: Callable[[Any, Any], tuple[Any, Any]], *, accumulate: int = 1, weight: Callable[[Any], Any] | None = None
+    loss_fn: Callable[[Any, Any], tuple[Any, Any]],
+    *,
+    accumulate: int = 1,
+    weight: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any, Any], tuple[tuple[Any, Any], Any]]:
-    """`(params, rows) -> ((loss, per_row), gradients)`, computed in `accumulate` passes over parts of the rows.
+    """`(params, rows) -> ((loss, per_row), gradients)`, computed in `accumulate` passes over parts
+    of the rows.
 
-    `loss_fn(params, rows) -> (loss, per_row)` gives a mean over the rows and any tree of arrays with one
-    entry a row. Loss and gradient are sum_j w_j g_j / sum_j w_j in float32 over the parts j, with
-    `weight(rows)` the number of rows that the loss averages over (default: all), so they equal those of
-    the whole batch. Part j is rows j, j+accumulate, ...: every device cuts its own rows, none moves.
+    `loss_fn(params, rows) -> (loss, per_row)` gives a mean over the rows and any tree of arrays
+    with one entry a row. Loss and gradient are sum_j w_j g_j / sum_j w_j in float32 over the parts
+    j, with `weight(rows)` the number of rows that the loss averages over (default: all), so they
+    equal those of the whole batch. Part j is rows j, j+accumulate, ...: every device cuts its own
+    rows, none moves.
 
-    One compiled step a batch, rather than `optax.MultiSteps`: schedule, EMA, logs and checkpoints count
-    batches, no accumulator is stored, and the optimizer runs once.
+    One compiled step a batch, rather than `optax.MultiSteps`: schedule, EMA, logs and checkpoints
+    count batches, no accumulator is stored, and the optimizer runs once.
     """
     one_pass = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
@@ -114,7 +127,9 @@ def value_and_grad(
         size = len(jax.tree.leaves(rows)[0])
         if size % accumulate:
             raise ValueError(f"optim.accumulate={accumulate} does not divide the batch of {size}")
-        parts = jax.tree.map(lambda x: x.reshape(size // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), rows)
+        parts = jax.tree.map(
+            lambda x: x.reshape(size // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), rows
+        )
 
         def add(total: Any, part: Any) -> tuple[Any, Any]:
             (loss, per_row), grads = one_pass(params, part)
@@ -123,15 +138,23 @@ def value_and_grad(
             return jax.tree.map(jnp.add, total, (w, *term)), per_row
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        (total, loss, grads), per_row = jax.lax.scan(add, (jnp.float32(0), jnp.float32(0), zeros), parts)
+        (total, loss, grads), per_row = jax.lax.scan(
+            add, (jnp.float32(0), jnp.float32(0), zeros), parts
+        )
         mean = jax.tree.map(lambda x: x / jnp.maximum(total, 1e-9), (loss, grads))
-        return (mean[0], jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(size, *x.shape[2:]), per_row)), mean[1]
+        return (
+            mean[0],
+            jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(size, *x.shape[2:]), per_row),
+        ), mean[1]
 
     return accumulated
 
 
-def update_ema(ema: Any, params: Any, *, decay: float, step: Int[jax.Array, ""] | int, warmup: float = 10.0) -> Any:
-    """`ema + (1 - decay_t) (params - ema)` in float32, with `decay_t = min(decay, (1+t)/(warmup+t))`.
+def update_ema(
+    ema: Any, params: Any, *, decay: float, step: Int[jax.Array, ""] | int, warmup: float = 10.0
+) -> Any:
+    """`ema + (1 - decay_t) (params - ema)` in float32, with `decay_t = min(decay,
+    (1+t)/(warmup+t))`.
 
     The warm-up forgets the random initialization: at t = 0 nine tenths are new. `warmup=1` is none.
     """
@@ -142,12 +165,19 @@ def update_ema(ema: Any, params: Any, *, decay: float, step: Int[jax.Array, ""] 
 
 def _adamw(c: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     return optax.adamw(
-        schedule, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=_kernels, mu_dtype=c.mu_dtype
+        schedule,
+        b1=c.b1,
+        b2=c.b2,
+        eps=c.eps,
+        weight_decay=c.weight_decay,
+        mask=_kernels,
+        mu_dtype=c.mu_dtype,
     )
 
 
 def _adafactor(c: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Factored second moment with AdamW's learning rate: no scaling by the parameter, no clipping of its own.
+    """Factored second moment with AdamW's learning rate: no scaling by the parameter, no clipping
+    of its own.
 
     Both would mix the layers of a stacked kernel, which the factored moments keep apart.
     """
@@ -162,12 +192,14 @@ def _adafactor(c: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
 def _muon(c: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for the kernels of the blocks, AdamW for the rest.
 
-    Each layer of a stacked (layers, in, out) kernel is orthogonalized by itself; updates have an RMS of
-    0.2, about AdamW's, so that both share one learning rate (Liu et al. 2025, section 2.2).
+    Each layer of a stacked (layers, in, out) kernel is orthogonalized by itself; updates have an
+    RMS of 0.2, about AdamW's, so that both share one learning rate (Liu et al. 2025, section 2.2).
     """
 
     def matrices(params: Any) -> Any:
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params)
+        return jax.tree.map(
+            lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params
+        )
 
     muon = optax.contrib.muon(
         schedule,
@@ -198,5 +230,7 @@ def _kernels(params: Any) -> Any:
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}
 SCHEDULES = {
     "constant": lambda t, c: 1.0,
-    "cosine": lambda t, c: 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((t - c.warmup) / (c.total_steps - c.warmup), 0, 1))),
+    "cosine": lambda t, c: (
+        0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((t - c.warmup) / (c.total_steps - c.warmup), 0, 1)))
+    ),
 }

@@ -1,12 +1,15 @@
-"""What a config would cost on a TPU that is not here: its real programs, compiled for it ahead of time.
+"""What a config would cost on a TPU that is not here: its real programs, compiled for it ahead of
+time.
 
-libtpu compiles for any topology it knows on any Linux machine. From each program come its memory, FLOPs, and
-collectives (`univg_jax.hlo`); with the chip's published peaks (`univg_jax.tpu`) they bound a step's time from below:
+libtpu compiles for any topology it knows on any Linux machine. From each program come its memory,
+FLOPs, and collectives (`univg_jax.hlo`); with the chip's published peaks (`univg_jax.tpu`) they
+bound a step's time from below:
 
-    roofline = max(FLOPs / peak, HBM bytes / HBM bandwidth, ICI bytes / ICI bandwidth, DCN bytes / DCN bandwidth)
-    MFU <= model FLOPs / (peak x roofline)
+    roofline = max(FLOPs / peak, HBM bytes / HBM bandwidth, ICI bytes / ICI bandwidth, DCN bytes /
+    DCN bandwidth) MFU <= model FLOPs / (peak x roofline)
 
-Model FLOPs are `MMDiT.matmul_flops`: without recomputation, padding or encoders. All figures are of one device.
+Model FLOPs are `MMDiT.matmul_flops`: without recomputation, padding or encoders. All figures are of
+one device.
 """
 
 import dataclasses
@@ -36,7 +39,9 @@ LARGE = 4 * 2**20  # bytes; a larger leaf that lies whole on every device is rep
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Devices to compile for: `v5p:4x4x4`, or `v6e:16x16*2` for two slices that a data center network joins."""
+    """Devices to compile for: `v5p:4x4x4`, or `v6e:16x16*2` for two slices that a data center
+    network joins.
+    """
 
     name: str
     chip: tpu.Chip
@@ -46,7 +51,9 @@ class Topology:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """One compiled program, per device and run. Memory in bytes; `over` is by how much it does not fit, else 0."""
+    """One compiled program, per device and run. Memory in bytes; `over` is by how much it does not
+    fit, else 0.
+    """
 
     name: str
     arguments: int = 0
@@ -58,7 +65,8 @@ class Program:
     memory_bytes: float = 0.0
     collectives: tuple[hlo.Collective, ...] = ()
     ideal_wire_bytes: float = 0.0
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # lower bounds, by what bounds
+    # lower bounds, by what bounds
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     compile_seconds: float = 0.0
 
     @property
@@ -113,25 +121,37 @@ class Plan:
 
     def mfu_bound(self, program: Program) -> float:
         """The share of the peak that model FLOPs can reach."""
-        return program.model_flops / (self.chip.flops * program.roofline) if program.roofline else 0.0
+        return (
+            program.model_flops / (self.chip.flops * program.roofline) if program.roofline else 0.0
+        )
 
 
 def open_topology(name: str) -> Topology:
-    """The devices of `GENERATION:AxBxC`, or of N slices of them, `GENERATION:AxBxC*N`. Raises ValueError for others."""
+    """The devices of `GENERATION:AxBxC`, or of N slices of them, `GENERATION:AxBxC*N`. Raises
+    ValueError for others.
+    """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", name)
     if found is None:
-        raise ValueError(f"topology {name!r} should read GENERATION:AxB or AxBxC, as v5p:4x4x4, with *N for N slices")
+        raise ValueError(
+            f"topology {name!r} should read GENERATION:AxB or AxBxC, as v5p:4x4x4, with *N for N slices"
+        )
     generation, shape, slices = found[1], found[2], int(found[3] or 1)
     chip = tpu.CHIPS[known(generation, tpu.CHIPS, what="TPU generation")]
     if len(shape.split("x")) != chip.sides:
         sides = "AxBxC"[: 2 * chip.sides - 1]
-        raise ValueError(f"topology {name!r}: a slice of {generation} is {sides}; N slices are {generation}:{sides}*N")
+        raise ValueError(
+            f"topology {name!r}: a slice of {generation} is {sides}; N slices are {generation}:{sides}*N"
+        )
     tpu.quiet_where_absent()
     try:
-        described = topologies.get_topology_desc(f"{generation}:{shape}", platform="tpu", num_slices=slices)
+        described = topologies.get_topology_desc(
+            f"{generation}:{shape}", platform="tpu", num_slices=slices
+        )
     except Exception as error:
         if "libtpu" in str(error) and "not" in str(error).lower() and "found" in str(error).lower():
-            raise ValueError("planning needs libtpu, the compiler: pip install 'univg_jax[tpu]' (Linux)") from None
+            raise ValueError(
+                "planning needs libtpu, the compiler: pip install 'univg_jax[tpu]' (Linux)"
+            ) from None
         raise ValueError(f"libtpu knows no topology {name}: {str(error).splitlines()[0]}") from None
     return Topology(name=name, chip=chip, slices=slices, devices=described.devices)
 
@@ -151,14 +171,16 @@ def compile_plan(
 ) -> Plan:
     """Compiles `programs` of `config` for `topology`.
 
-    `frozen` are the shapes of the encoders' parameters (`encoders.abstract`); `encoders` says whether they are in
-    the train step, else it begins from latents and embeddings. `passes` is how many guided passes sampling takes.
-    `quick` asks the compiler for less effort: in a third of the time, the same products and collectives, with memory
-    and its traffic some percent off.
-    Raises ValueError for a mesh or a batch that does not fit the devices.
+    `frozen` are the shapes of the encoders' parameters (`encoders.abstract`); `encoders` says
+    whether they are in the train step, else it begins from latents and embeddings. `passes` is how
+    many guided passes sampling takes. `quick` asks the compiler for less effort: in a third of the
+    time, the same products and collectives, with memory and its traffic some percent off. Raises
+    ValueError for a mesh or a batch that does not fit the devices.
     """
     model = generator.model
-    mesh = sharding.make_mesh(**config.mesh, width=model.backbone.hidden_dim, devices=topology.devices)
+    mesh = sharding.make_mesh(
+        **config.mesh, width=model.backbone.hidden_dim, devices=topology.devices
+    )
     if config.data.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(
             f"data.batch_size={config.data.batch_size} does not divide over data x fsdp = "
@@ -171,7 +193,9 @@ def compile_plan(
             config=config,
             topology=topology,
             mesh=mesh,
-            step=Step(config=config, model=model, conditioner=conditioner, task_names=tuple(task_names)),
+            step=Step(
+                config=config, model=model, conditioner=conditioner, task_names=tuple(task_names)
+            ),
             frozen=frozen,
             generator=generator,
             passes=passes,
@@ -204,7 +228,11 @@ class _Compiler:
             chip=self.topology.chip,
             devices=self.mesh.size,
             mesh=dict(self.mesh.shape),
-            model=dict(remat=backbone.remat, attention=str(backbone.attention), dtype=str(jnp.dtype(backbone.dtype))),
+            model=dict(
+                remat=backbone.remat,
+                attention=str(backbone.attention),
+                dtype=str(jnp.dtype(backbone.dtype)),
+            ),
             optimizer=dict(name=self.config.optim.name, mu_dtype=self.config.optim.mu_dtype),
             parameters=sum(x.size for x in jax.tree.leaves(state.params)),
             batch=self.config.data.batch_size,
@@ -212,16 +240,24 @@ class _Compiler:
             replicated=tuple(
                 leaf.path
                 for tree in (state, self.placed_frozen)
-                for leaf in sharding.leaf_specs(tree, jax.tree.map(lambda x: x.sharding, tree), larger_than=LARGE)
+                for leaf in sharding.leaf_specs(
+                    tree, jax.tree.map(lambda x: x.sharding, tree), larger_than=LARGE
+                )
                 if not any(leaf.spec) and self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
             ),
-            programs=tuple(getattr(self, known(name, PROGRAMS, what="program"))() for name in programs),
+            programs=tuple(
+                getattr(self, known(name, PROGRAMS, what="program"))() for name in programs
+            ),
         )
 
     def batch(self, size: int) -> Batch:
         c = self.config.data
-        shape = dict(resolution=c.resolution, num_tokens=c.num_tokens, face_resolution=c.face_resolution)
-        return sharding.with_shardings(batch_spec(batch_size=size, **shape), sharding.batch_sharding(self.mesh))
+        shape = dict(
+            resolution=c.resolution, num_tokens=c.num_tokens, face_resolution=c.face_resolution
+        )
+        return sharding.with_shardings(
+            batch_spec(batch_size=size, **shape), sharding.batch_sharding(self.mesh)
+        )
 
     @functools.cached_property
     def train_batch(self) -> Batch:
@@ -240,7 +276,9 @@ class _Compiler:
     def state(self) -> Any:
         # The key is made inside: on this mesh nothing can be computed.
         shapes = jax.eval_shape(
-            lambda *inputs: self.step.init(jax.random.key(0), *inputs), self.frozen, self.train_batch
+            lambda *inputs: self.step.init(jax.random.key(0), *inputs),
+            self.frozen,
+            self.train_batch,
         )
         return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, self.mesh))
 
@@ -272,7 +310,9 @@ class _Compiler:
         """The whole of sampling one row a device: encoders, all steps of the solver, the decoder."""
         rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         whole = sharding.replicated(self.mesh)
-        evaluations = self.generator.sampler.steps * (2 if self.generator.sampler.solver == "heun" else 1)
+        evaluations = self.generator.sampler.steps * (
+            2 if self.generator.sampler.solver == "heun" else 1
+        )
         weights = jax.ShapeDtypeStruct((self.passes,), jnp.float32, sharding=whole)
         key = jax.eval_shape(lambda: jax.random.key(0))
         return self._compile(
@@ -285,7 +325,11 @@ class _Compiler:
                 weights,
                 jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
             ),
-            model_flops=rows / self.mesh.size * self.passes * evaluations * self._model_flops(train=False),
+            model_flops=rows
+            / self.mesh.size
+            * self.passes
+            * evaluations
+            * self._model_flops(train=False),
             ideal=evaluations * self._ideal_wire_bytes(train=False),
         )
 
@@ -299,27 +343,36 @@ class _Compiler:
     def _ideal_wire_bytes(self, *, train: bool) -> float:
         """What fully sharded training has to move, in the dtype of the computation.
 
-        For each part of the batch all weights gathered forwards and backwards and all gradients scattered; then shards
-        summed over `data`. Without training, all weights gathered once.
+        For each part of the batch all weights gathered forwards and backwards and all gradients
+        scattered; then shards summed over `data`. Without training, all weights gathered once.
         """
         data, fsdp = self.mesh.shape["data"], self.mesh.shape["fsdp"]
         itemsize = jnp.dtype(self.step.model.backbone.dtype).itemsize
-        size = sum(x.size for x in jax.tree.leaves(self.state.params)) * itemsize / self.mesh.shape["tensor"]
+        size = (
+            sum(x.size for x in jax.tree.leaves(self.state.params))
+            * itemsize
+            / self.mesh.shape["tensor"]
+        )
         moves = 3 * self.config.optim.accumulate if train else 1
         over_data = 2 * (data - 1) / data * size / fsdp if train else 0.0
         return moves * (fsdp - 1) / fsdp * size + over_data
 
-    def _compile(self, name: str, function: Any, inputs: tuple, *, model_flops: float, ideal: float) -> Program:
+    def _compile(
+        self, name: str, function: Any, inputs: tuple, *, model_flops: float, ideal: float
+    ) -> Program:
         begin = time.monotonic()
         chip = self.topology.chip
         lowered = function.trace(*inputs).lower(lowering_platforms=("tpu",))
         try:
-            compiled = lowered.compile({"exec_time_optimization_effort": -1.0} if self.quick else None)
+            compiled = lowered.compile(
+                {"exec_time_optimization_effort": -1.0} if self.quick else None
+            )
         except jax.errors.JaxRuntimeError as error:
             if (temporaries := _exhausted(str(error))) is None:
                 raise
             arguments = sum(
-                math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(inputs)
+                math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+                for x in jax.tree.leaves(inputs)
             )
             used = arguments + temporaries
             return Program(
@@ -360,6 +413,12 @@ class _Compiler:
 
 
 def _exhausted(message: str) -> int | None:
-    """The bytes of temporaries of a program that does not fit, from the compiler's message; None of another message."""
-    found = re.search(r"RESOURCE_EXHAUSTED.*?(?:[Uu]sed |\()([\d.]+)([KMGT])(?: of|\) exceeds)", message, re.DOTALL)
+    """The bytes of temporaries of a program that does not fit, from the compiler's message; None of
+    another message.
+    """
+    found = re.search(
+        r"RESOURCE_EXHAUSTED.*?(?:[Uu]sed |\()([\d.]+)([KMGT])(?: of|\) exceeds)",
+        message,
+        re.DOTALL,
+    )
     return found and int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])

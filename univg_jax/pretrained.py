@@ -1,4 +1,6 @@
-"""Where pretrained weights and tokenizers lie; standard library only, so that the data room may ask too."""
+"""Where pretrained weights and tokenizers lie; standard library only, so that the data room may ask
+too.
+"""
 
 import importlib.util
 from pathlib import Path

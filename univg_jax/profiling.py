@@ -8,18 +8,24 @@ from etils import epath
 
 
 def parse_steps(text: str, *, total: int) -> range:
-    """'10:15', the updates that lead from step 10 to step 15, of a run of `total` steps; raises `ValueError`."""
+    """'10:15', the updates that lead from step 10 to step 15, of a run of `total` steps; raises
+    `ValueError`.
+    """
     start, _, stop = text.partition(":")
     if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop) <= total):
-        raise ValueError(f"--profile={text}: expected START:STOP with 0 <= START < STOP <= {total}, the run's steps")
+        raise ValueError(
+            f"--profile={text}: expected START:STOP with 0 <= START < STOP <= {total}, the run's steps"
+        )
     return range(int(start), int(stop))
 
 
 class Trace:
-    """What host and devices do in the updates that lead from step `steps.start` to step `steps.stop`.
+    """What host and devices do in the updates that lead from step `steps.start` to step
+    `steps.stop`.
 
-    Every process writes its own `folder/plugins/profile/TIME/HOST.xplane.pb`, as the viewers expect it. Used as a
-    context, so that a run that fails inside the steps leaves its trace. Without steps it does nothing.
+    Every process writes its own `folder/plugins/profile/TIME/HOST.xplane.pb`, as the viewers expect
+    it. Used as a context, so that a run that fails inside the steps leaves its trace. Without steps
+    it does nothing.
     """
 
     def __init__(self, folder: epath.PathLike, *, steps: range | None) -> None:
@@ -31,7 +37,9 @@ class Trace:
         return step in self._steps if self._local is None else step >= self._steps.stop
 
     def turn(self) -> None:
-        """Begins the trace, or ends and writes it. What belongs to a step before should be waited for first."""
+        """Begins the trace, or ends and writes it. What belongs to a step before should be waited
+        for first.
+        """
         if self._local is None:
             self._local = tempfile.TemporaryDirectory(prefix="univg_trace_")
             jax.profiler.start_trace(self._local.name)
@@ -44,7 +52,9 @@ class Trace:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.copy(target, overwrite=True)
         self._local = None
-        logging.info("trace of steps %d:%d in %s", self._steps.start, self._steps.stop, self._folder)
+        logging.info(
+            "trace of steps %d:%d in %s", self._steps.start, self._steps.stop, self._folder
+        )
 
     def __enter__(self) -> "Trace":
         return self

@@ -1,4 +1,5 @@
-"""From noise to image: guidance as a weighted sum of velocities, and an ODE solver as one `lax.scan`.
+"""From noise to image: guidance as a weighted sum of velocities, and an ODE solver as one
+`lax.scan`.
 
 With F the model's velocity and P conditions c_1..c_P evaluated in one batched pass,
 
@@ -41,8 +42,9 @@ class Sampler:
     """How the flow is solved.
 
     `shift` spaces the times as in training (SD3). `rescale` in [0, 1] pulls the guided velocity's
-    standard deviation back to the conditional one's (arXiv 2305.08891, section 3.4). Guidance acts for
-    `interval[0] <= t <= interval[1]` only (arXiv 2404.07724); outside, the full condition alone.
+    standard deviation back to the conditional one's (arXiv 2305.08891, section 3.4). Guidance acts
+    for `interval[0] <= t <= interval[1]` only (arXiv 2404.07724); outside, the full condition
+    alone.
     """
 
     solver: str = "euler"
@@ -58,7 +60,9 @@ class Sampler:
 
 
 def guidance_weights(*, text: float | None = None, image: float | None = None) -> tuple[float, ...]:
-    """The weights w_i of the table above: one, two or three passes. Raises ValueError for image without text."""
+    """The weights w_i of the table above: one, two or three passes. Raises ValueError for image
+    without text.
+    """
     if text is None and image is None:
         return (1.0,)
     if text is None:
@@ -68,10 +72,13 @@ def guidance_weights(*, text: float | None = None, image: float | None = None) -
     return (text, image - text, 1.0 - image)
 
 
-def guided_velocity(predict: PredictPasses, weights: Float[Array, " p"], sampler: Sampler) -> Velocity:
+def guided_velocity(
+    predict: PredictPasses, weights: Float[Array, " p"], sampler: Sampler
+) -> Velocity:
     """v(x, t) of the table above, all passes in one call of `predict`.
 
-    The passes of a row are side by side in the batch, so that devices which share the rows exchange nothing.
+    The passes of a row are side by side in the batch, so that devices which share the rows exchange
+    nothing.
     """
     passes = weights.shape[0]
     only_full = jnp.zeros_like(weights).at[0].set(1.0)
@@ -86,7 +93,9 @@ def guided_velocity(predict: PredictPasses, weights: Float[Array, " p"], sampler
         if sampler.rescale:
             axes = (1, 2, 3)
             std = jnp.std(guided, axes, keepdims=True)
-            matched = guided * jnp.std(velocities[:, 0], axes, keepdims=True) / jnp.maximum(std, 1e-6)
+            matched = (
+                guided * jnp.std(velocities[:, 0], axes, keepdims=True) / jnp.maximum(std, 1e-6)
+            )
             guided = sampler.rescale * matched + (1 - sampler.rescale) * guided
         return guided
 
@@ -94,7 +103,11 @@ def guided_velocity(predict: PredictPasses, weights: Float[Array, " p"], sampler
 
 
 def solve(
-    v: Velocity, noise: Float[Array, "b h w c"], sampler: Sampler, *, on_step: Callable[[], None] | None = None
+    v: Velocity,
+    noise: Float[Array, "b h w c"],
+    sampler: Sampler,
+    *,
+    on_step: Callable[[], None] | None = None,
 ) -> Float[Array, "b h w c"]:
     """Integrates dx/dt = v(x, t) from t = 1 to t = 0 in `sampler.steps` steps; returns x at t = 0.
 
@@ -102,14 +115,17 @@ def solve(
     """
     times = shift_times(jnp.linspace(1.0, 0.0, sampler.steps + 1), sampler.shift)
 
-    def step(x: Float[Array, "b h w c"], interval: Float[Array, "2"]) -> tuple[Float[Array, "b h w c"], None]:
+    def step(
+        x: Float[Array, "b h w c"], interval: Float[Array, "2"]
+    ) -> tuple[Float[Array, "b h w c"], None]:
         t, t_next = interval
         slope = v(x, t)
         if sampler.solver == "heun":
             slope = (slope + v(x + (t_next - t) * slope, t_next)) / 2
         x = x + (t_next - t) * slope
         if on_step is not None:
-            jax.debug.callback(lambda _: on_step(), x[0, 0, 0, 0])  # depends on x: not before the step is done
+            # depends on x: not before the step is done
+            jax.debug.callback(lambda _: on_step(), x[0, 0, 0, 0])
         return x, None
 
     x, _ = jax.lax.scan(step, noise, jnp.stack([times[:-1], times[1:]], axis=-1))
@@ -126,9 +142,16 @@ class Generator:
     on_step: Callable[[], None] | None = None
 
     def __call__(
-        self, params: PyTree, frozen: PyTree, passes: Sequence[Batch], *, weights: Sequence[float], seed: int = 0
+        self,
+        params: PyTree,
+        frozen: PyTree,
+        passes: Sequence[Batch],
+        *,
+        weights: Sequence[float],
+        seed: int = 0,
     ) -> Float[Array, "b h w 3"]:
-        """Images in [-1, 1] for the rows of `passes[0]`; `passes` are the conditions of the guidance table.
+        """Images in [-1, 1] for the rows of `passes[0]`; `passes` are the conditions of the
+        guidance table.
 
         The noise of a row is a function of (seed, sample id), whatever the batch and the devices.
         """
@@ -139,15 +162,29 @@ class Generator:
 
     @functools.partial(jax.jit, static_argnums=0)
     def generate(
-        self, params: PyTree, frozen: PyTree, passes: tuple[Batch, ...], weights: Float[Array, " p"], key: Array
+        self,
+        params: PyTree,
+        frozen: PyTree,
+        passes: tuple[Batch, ...],
+        weights: Float[Array, " p"],
+        key: Array,
     ) -> Float[Array, "b h w 3"]:
         """`__call__` as one program, of arrays only."""
         each = split_rows([self.conditioner.conditions(frozen, batch) for batch in passes])
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(len(xs) * len(xs[0]), *xs[0].shape[1:]), *each)
+        stacked = jax.tree.map(
+            lambda *xs: jnp.stack(xs, axis=1).reshape(len(xs) * len(xs[0]), *xs[0].shape[1:]), *each
+        )
         noise = sample_noise(key, passes[0].sample_id, each[0].cond_latents.shape[1:])
 
-        def predict(x: Float[Array, "bp h w c"], t: Float[Array, " bp"]) -> Float[Array, "bp h w c"]:
+        def predict(
+            x: Float[Array, "bp h w c"], t: Float[Array, " bp"]
+        ) -> Float[Array, "bp h w c"]:
             return self.model.apply({"params": params}, *split_rows((x, t)), stacked)
 
-        x0 = solve(guided_velocity(predict, weights, self.sampler), noise, self.sampler, on_step=self.on_step)
+        x0 = solve(
+            guided_velocity(predict, weights, self.sampler),
+            noise,
+            self.sampler,
+            on_step=self.on_step,
+        )
         return jnp.clip(self.conditioner.decode(frozen, x0), -1.0, 1.0)

@@ -1,9 +1,10 @@
 """The generations of Cloud TPU: what a device can do, and what the compiler is told about it.
 
-Peaks are those that Google publishes for a chip (cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e and tpu7x; bf16
-without sparsity; the interconnect's bidirectional figure halved, since a device sends and receives at once). HBM is
-what the compiler itself lets a program use, which is less than the published capacity. Network cards are published for
-hosts of v5e (2 x 100 Gbit/s) and v6e (4 x 200); the others' shares are our assumption.
+Peaks are those that Google publishes for a chip (cloud.google.com/tpu/docs, the pages v4, v5e, v5p,
+v6e and tpu7x; bf16 without sparsity; the interconnect's bidirectional figure halved, since a device
+sends and receives at once). HBM is what the compiler itself lets a program use, which is less than
+the published capacity. Network cards are published for hosts of v5e (2 x 100 Gbit/s) and v6e (4 x
+200); the others' shares are our assumption.
 """
 
 import dataclasses
@@ -18,7 +19,9 @@ SOURCE = "cloud.google.com/tpu/docs, of bf16 without sparsity"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """Of one device, as libtpu counts them: a chip of v4 or tpu7x is two, and has twice of all this."""
+    """Of one device, as libtpu counts them: a chip of v4 or tpu7x is two, and has twice of all
+    this.
+    """
 
     name: str
     kind: str  # `device_kind` of its devices
@@ -86,14 +89,17 @@ CHIPS: dict[str, Chip] = {
     )
 }
 
-# Options of the compiler for a training step, per platform, each with its reason. They go with the program
-# (`jax.jit(compiler_options=...)`), so that no environment variable has to be right on every host.
+# Options of the compiler for a training step, per platform, each with its reason. They go with the
+# program (`jax.jit(compiler_options=...)`), so that no environment variable has to be right on
+# every host.
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "tpu": {
-        # Without these six a gather of weights becomes an all-reduce of zeros: twice its traffic, nothing beside it.
+        # Without these six a gather of weights becomes an all-reduce of zeros: twice its traffic,
+        # nothing beside it.
         "xla_tpu_prefer_async_allgather_to_allreduce": True,
         "xla_enable_async_all_gather": "true",
-        # Collectives run beside the products that do not need them, over as many of those as it takes.
+        # Collectives run beside the products that do not need them, over as many of those as it
+        # takes.
         "xla_tpu_enable_async_collective_fusion": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
@@ -107,15 +113,23 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def quiet_where_absent() -> None:
-    """On a machine without TPUs, tells libtpu what it would look for there in vain, and raise an alarm about."""
-    if any(path.read_text().strip() == _GOOGLE for path in pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")):
+    """On a machine without TPUs, tells libtpu what it would look for there in vain, and raise an
+    alarm about.
+    """
+    if any(
+        path.read_text().strip() == _GOOGLE
+        for path in pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
+    ):
         return
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two compilations at once need no device to themselves
+    # two compilations at once need no device to themselves
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def compiler_options(device: Any) -> dict[str, Any]:
     """What a training step on such devices is compiled with."""
-    return COMPILER_OPTIONS.get("gpu" if device.platform in ("cuda", "rocm") else device.platform, {})
+    return COMPILER_OPTIONS.get(
+        "gpu" if device.platform in ("cuda", "rocm") else device.platform, {}
+    )

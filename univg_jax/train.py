@@ -2,7 +2,8 @@
 
 The trainer gets an iterator of batches and never sees a dataset. All its randomness comes from
 (seed, step, sample id), its whole state is (`TrainState`, the iterator's position), and both are in
-every checkpoint: a run that was killed, or moved to other devices, goes on as if nothing had happened.
+every checkpoint: a run that was killed, or moved to other devices, goes on as if nothing had
+happened.
 """
 
 import contextlib
@@ -33,7 +34,8 @@ from univg_jax.preemption import Notice, Preempted
 from univg_jax.profiling import Trace
 
 VALIDATION_TIMES = (np.arange(8) + 0.5) / 8
-BESIDE = ("start", "compile", "eval", "sample", "save", "profile")  # time that is not the loop's steady course
+# time that is not the loop's steady course
+BESIDE = ("start", "compile", "eval", "sample", "save", "profile")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -71,14 +73,20 @@ class Step:
         return optim.make_optimizer(optim_config(self.config))
 
     def init(self, key: PRNGKeyArray, frozen: PyTree, batch: Batch) -> TrainState:
-        """Parameters drawn from `key`, an optimizer at rest, an average that starts at the parameters."""
+        """Parameters drawn from `key`, an optimizer at rest, an average that starts at the
+        parameters.
+        """
         x0 = self.conditioner.target_latents(frozen, batch)
         t = jnp.zeros(batch.size)
         params = self.model.init(key, x0, t, self.conditioner.conditions(frozen, batch))["params"]
         ema = jax.tree.map(jnp.copy, params)
-        return TrainState(step=jnp.int32(0), params=params, opt_state=self.optimizer.init(params), ema=ema)
+        return TrainState(
+            step=jnp.int32(0), params=params, opt_state=self.optimizer.init(params), ema=ema
+        )
 
-    def row_weights(self, x0: Float[Array, "b h w c"], source: Float[Array, "b h w c"], batch: Batch) -> Any:
+    def row_weights(
+        self, x0: Float[Array, "b h w c"], source: Float[Array, "b h w c"], batch: Batch
+    ) -> Any:
         """Loss weights of changed regions for the tasks that ask for them; None where none does."""
         tasks = [self.task_names.index(name) for name in self.config.flow.weight_changes]
         if not tasks:
@@ -86,13 +94,19 @@ class Step:
         chosen = jnp.isin(batch.task, jnp.array(tasks)) & batch.has_source
         return jnp.where(chosen[:, None, None, None], flow.change_weights(x0, source), 1.0)
 
-    def update(self, state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def update(
+        self, state: TrainState, frozen: PyTree, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
         """One step of gradient descent on the flow's loss, and what it measured."""
         x0, conditions = sharding.split_rows(self.encode(frozen, batch))
         return self.update_encoded(state, x0, conditions, batch)
 
-    def compiled_update(self, shardings: PyTree, *, encoded: bool = False) -> Callable[..., tuple[TrainState, dict]]:
-        """`update` (or `update_encoded`) as a program that replaces a state that lies as `shardings` say."""
+    def compiled_update(
+        self, shardings: PyTree, *, encoded: bool = False
+    ) -> Callable[..., tuple[TrainState, dict]]:
+        """`update` (or `update_encoded`) as a program that replaces a state that lies as
+        `shardings` say.
+        """
         mesh = jax.tree.leaves(shardings)[0].mesh
         return jax.jit(
             self.update_encoded if encoded else self.update,
@@ -103,7 +117,9 @@ class Step:
 
     def encode(self, frozen: PyTree, batch: Batch) -> tuple[Float[Array, "b h w c"], Conditions]:
         """What the frozen encoders make of a batch: the target latents and the model's conditions."""
-        return self.conditioner.target_latents(frozen, batch), self.conditioner.conditions(frozen, batch)
+        return self.conditioner.target_latents(frozen, batch), self.conditioner.conditions(
+            frozen, batch
+        )
 
     def update_encoded(
         self, state: TrainState, x0: Float[Array, "b h w c"], conditions: Conditions, batch: Batch
@@ -114,7 +130,9 @@ class Step:
         def objective(params: PyTree, rows: tuple) -> tuple[Float[Array, ""], Float[Array, " b"]]:
             x0, conditions, batch = sharding.split_rows(rows)
             losses = flow.loss(
-                lambda x_t, t: self.model.apply({"params": params}, *sharding.split_rows((x_t, t)), conditions),
+                lambda x_t, t: self.model.apply(
+                    {"params": params}, *sharding.split_rows((x_t, t)), conditions
+                ),
                 x0,
                 key=key,
                 sample_id=batch.sample_id,
@@ -125,7 +143,9 @@ class Step:
             return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.valid), 1), losses
 
         gradient = optim.value_and_grad(
-            objective, accumulate=self.config.optim.accumulate, weight=lambda rows: jnp.sum(rows[2].valid)
+            objective,
+            accumulate=self.config.optim.accumulate,
+            weight=lambda rows: jnp.sum(rows[2].valid),
         )
         (loss, losses), grads = gradient(state.params, (x0, conditions, batch))
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -193,7 +213,8 @@ def train(
 
     `validation` has batches of each task; `preview(params, frozen, folder)` draws samples of every
     task and returns grids; `profile` are the updates to trace, `workdir/profile` is where. Raises
-    `NonFiniteLossError` when the loss or the gradient is not finite, `Preempted` after SIGTERM, once its step is saved.
+    `NonFiniteLossError` when the loss or the gradient is not finite, `Preempted` after SIGTERM,
+    once its step is saved.
     """
     workdir = epath.Path(workdir)
     c = config.train
@@ -204,16 +225,21 @@ def train(
     # The mesh, and where every leaf of the state lives on it.
     mesh = mesh or sharding.make_mesh(**config.mesh, width=model.backbone.hidden_dim)
     jax.set_mesh(mesh)
-    step_functions = Step(config=config, model=model, conditioner=conditioner, task_names=tuple(task_names))
+    step_functions = Step(
+        config=config, model=model, conditioner=conditioner, task_names=tuple(task_names)
+    )
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     example = sharding.shard_batch(next(iter(validation.values()))[0], mesh)
     init_key = jax.random.fold_in(jax.random.key(config.seed), 2**31)  # no step's key
     abstract = jax.eval_shape(step_functions.init, init_key, frozen, example)
     shardings = sharding.tree_shardings(abstract, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
 
-    # The programs, all compiled before the first batch is taken: one for each shape of batch, which those of
-    # `validation` have too. Calling a jitted function later finds what was compiled for its shapes here.
+    # The programs, all compiled before the first batch is taken: one for each shape of batch, which
+    # those of `validation` have too. Calling a jitted function later finds what was compiled for
+    # its shapes here.
     init = jax.jit(step_functions.init, out_shardings=shardings)
     update = step_functions.compiled_update(shardings)
     validate = jax.jit(step_functions.validate, out_shardings=sharding.replicated(mesh))
@@ -240,29 +266,40 @@ def train(
         if config.init_from.path:
             source = config.init_from
             if folder := transformer_folder(source.path):  # public weights of the backbone
-                backbone = init_transformer(state.params["backbone"], model.backbone, folder, mesh=mesh)
+                backbone = init_transformer(
+                    state.params["backbone"], model.backbone, folder, mesh=mesh
+                )
                 params = {**state.params, "backbone": backbone}
             else:
                 params = init_from(
-                    state.params, source.path, which=source.which, new=source.new, dropped=source.dropped
+                    state.params,
+                    source.path,
+                    which=source.which,
+                    new=source.new,
+                    dropped=source.dropped,
                 )
             state = dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
     num_parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
     if is_main:
-        overview = parameter_overview.get_parameter_overview(abstract.params, include_stats="sharding")
+        overview = parameter_overview.get_parameter_overview(
+            abstract.params, include_stats="sharding"
+        )
         (workdir / "parameters.txt").write_text(overview)
     writer = writers.create_writer(workdir, resume_step=start, active=is_main)
     schedule = optim.make_schedule(optim_config(config))
     trace = Trace(workdir / "profile", steps=profile)
     if profile and start >= profile.stop:
-        logging.info("no trace: the run goes on at step %d, behind %d:%d", start, profile.start, profile.stop)
+        logging.info(
+            "no trace: the run goes on at step %d, behind %d:%d", start, profile.start, profile.stop
+        )
     history.resume(start)
 
-    # The loop. The order is fixed: evaluate, save, next batch, step. So what is saved at step n is the
-    # state after n updates together with the position after n batches, and a resumed run, which starts
-    # at the top, sees exactly what the uninterrupted one saw. A row is written before its step is saved.
-    pending: tuple[int, dict[str, Array]] | None = None  # metrics that the device may still be computing
+    # The loop. The order is fixed: evaluate, save, next batch, step. So what is saved at step n is
+    # the state after n updates together with the position after n batches, and a resumed run, which
+    # starts at the top, sees exactly what the uninterrupted one saw. A row is written before its
+    # step is saved. metrics that the device may still be computing
+    pending: tuple[int, dict[str, Array]] | None = None
 
     def settle() -> None:
         nonlocal pending
@@ -277,8 +314,16 @@ def train(
     def due(step: int, every: int) -> bool:
         return step > start and (step == c.steps or step % every == 0)
 
-    bar = tqdm(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main, mininterval=0.5)
-    with notice, checkpointer, contextlib.closing(writer), bar, trace:  # whatever happens, what was begun is written
+    bar = tqdm(
+        total=c.steps,
+        initial=start,
+        desc=config.name,
+        unit="step",
+        disable=not is_main,
+        mininterval=0.5,
+    )
+    # whatever happens, what was begun is written
+    with notice, checkpointer, contextlib.closing(writer), bar, trace:
         history.lap("start")
         for step in range(start, c.steps + 1):
             leaves = notice.reached()
@@ -293,7 +338,9 @@ def train(
                 history.lap("eval")
             if preview is not None and due(step, c.sample_every):
                 settle()
-                writer.write_images(step, preview(state.ema, frozen, workdir / "samples" / f"{step:07d}"))
+                writer.write_images(
+                    step, preview(state.ema, frozen, workdir / "samples" / f"{step:07d}")
+                )
                 history.lap("sample")
             if saves or due(step, c.log_every):
                 settle()
@@ -327,7 +374,9 @@ def train(
 
     if is_main:
         weights = {name: float(t.weight) for name, t in config.tasks.items()}
-        summary = summarize(workdir, config, task_names, weights=weights, num_parameters=num_parameters)
+        summary = summarize(
+            workdir, config, task_names, weights=weights, num_parameters=num_parameters
+        )
         (workdir / "summary.json").write_text(json.dumps(summary, indent=1))
     return state
 
@@ -338,23 +387,26 @@ def distinct_shapes(validation: Mapping[str, Sequence[Batch]]) -> list[Batch]:
     def shape(batch: Batch) -> tuple:
         return jax.tree.structure(batch), *((x.shape, x.dtype) for x in jax.tree.leaves(batch))
 
-    return list({shape(batch): batch for batches in validation.values() for batch in batches}.values())
+    return list(
+        {shape(batch): batch for batches in validation.values() for batch in batches}.values()
+    )
 
 
 class History:
-    """What happened since the last written row: mean losses, shares of the tasks, and where the time went.
+    """What happened since the last written row: mean losses, shares of the tasks, and where the
+    time went.
 
-    `lap(name)` says what the time since the lap before it was for, so the `seconds/*` of a row add up to the
-    wall time since the row before:
-        data: taking the next batch and starting its transfer, where the device was done before that was
-        step: dispatching steps and waiting for the device; and taking batches meanwhile
-        eval, sample, save, log, profile: what they say
-        start, compile: everything before the first step, and the compilation of it and of validation
+    `lap(name)` says what the time since the lap before it was for, so the `seconds/*` of a row add
+    up to the wall time since the row before:
+        data: taking the next batch and starting its transfer, where the device was done before that
+        was step: dispatching steps and waiting for the device; and taking batches meanwhile eval,
+        sample, save, log, profile: what they say start, compile: everything before the first step,
+        and the compilation of it and of validation
     A process that was killed after its last row leaves no trace of the time since.
 
-    `time` is the run's wall time in seconds, all attempts together, and `goodput` is the share of it that went to
-    steps that count: the sum of `seconds/step` over the rows that the run has kept. A step that was lost with a crash
-    and made again counts once, though `time` has both.
+    `time` is the run's wall time in seconds, all attempts together, and `goodput` is the share of
+    it that went to steps that count: the sum of `seconds/step` over the rows that the run has kept.
+    A step that was lost with a crash and made again counts once, though `time` has both.
     """
 
     def __init__(self, workdir: epath.Path, task_names: Sequence[str]) -> None:
@@ -370,7 +422,9 @@ class History:
         self.spent = {"data": 0.0, "step": 0.0}
 
     def resume(self, step: int) -> None:
-        """Counts the steps up to `step` that earlier attempts made; those that they made after it are lost."""
+        """Counts the steps up to `step` that earlier attempts made; those that they made after it
+        are lost.
+        """
         self.stepped = sum(row.get("seconds/step", 0.0) for row in self.rows if row["step"] <= step)
 
     def lap(self, name: str) -> None:
@@ -380,23 +434,35 @@ class History:
         self.mark = now
 
     def add(self, step: int, metrics: Mapping[str, Array]) -> None:
-        """Fetches one step's metrics; raises `NonFiniteLossError` for a loss or gradient that is not finite."""
+        """Fetches one step's metrics; raises `NonFiniteLossError` for a loss or gradient that is
+        not finite.
+        """
         values = jax.device_get(dict(metrics))
         for name in ("loss", "grad_norm"):
             if not np.isfinite(values[name]):
-                bad = [t for t, x in zip(self.task_names, values["loss_sum"], strict=True) if not np.isfinite(x)]
+                bad = [
+                    t
+                    for t, x in zip(self.task_names, values["loss_sum"], strict=True)
+                    if not np.isfinite(x)
+                ]
                 where = f" (tasks {', '.join(bad)})" if bad else ""
-                raise NonFiniteLossError(f"{name} is {values[name]} at step {step}{where}; that state was not saved")
+                raise NonFiniteLossError(
+                    f"{name} is {values[name]} at step {step}{where}; that state was not saved"
+                )
         self.steps.append(values)
 
     def scalars(self, step: int) -> dict[str, float]:
         """The row of the steps added since the last call."""
         if not self.steps:
             raise ValueError(f"no metrics since the last row, at step {step}")
-        total = {k: np.sum([m[k] for m in self.steps], axis=0, dtype=np.float64) for k in self.steps[0]}
+        total = {
+            k: np.sum([m[k] for m in self.steps], axis=0, dtype=np.float64) for k in self.steps[0]
+        }
         n = len(self.steps)
         row = {k: float(total[k] / n) for k in ("loss", "grad_norm", "param_norm")}
-        for name, loss, count in zip(self.task_names, total["loss_sum"], total["count"], strict=True):
+        for name, loss, count in zip(
+            self.task_names, total["loss_sum"], total["count"], strict=True
+        ):
             if count:
                 row[f"loss/{name}"] = float(loss / count)
                 row[f"count/{name}"] = float(count)
@@ -432,7 +498,9 @@ def evaluate(
     """Validation loss of each task: the same rows, times and noise every time."""
     scalars = {}
     for name, batches in validation.items():
-        sums = [jax.device_get(validate(params, frozen, sharding.shard_batch(b, mesh))) for b in batches]
+        sums = [
+            jax.device_get(validate(params, frozen, sharding.shard_batch(b, mesh))) for b in batches
+        ]
         scalars[f"val/loss/{name}"] = float(
             sum(s["loss_sum"].sum() for s in sums) / sum(s["count"].sum() for s in sums)
         )

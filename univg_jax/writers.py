@@ -1,4 +1,5 @@
-"""Where metrics go: TensorBoard and `metrics.jsonl`, through clu's writer interface and without TensorFlow.
+"""Where metrics go: TensorBoard and `metrics.jsonl`, through clu's writer interface and without
+TensorFlow.
 
 clu imports TensorFlow for its TensorBoard writer alone. Importing this module first puts a
 tensorboardX one in its place; nothing else in the project imports `clu.metric_writers`.
@@ -27,7 +28,9 @@ class _ScalarsAndImages(metric_writers.MetricWriter):
     def _unsupported(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(f"{type(self).__name__} writes scalars, images and texts only")
 
-    write_summaries = write_videos = write_audios = write_histograms = write_pointcloud = write_hparams = _unsupported
+    write_summaries = write_videos = write_audios = write_histograms = write_pointcloud = (
+        write_hparams
+    ) = _unsupported
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         pass
@@ -43,7 +46,9 @@ class _ScalarsAndImages(metric_writers.MetricWriter):
 
 
 class TensorBoardWriter(_ScalarsAndImages):
-    """TensorBoard events; `purge_step` hides what an interrupted run wrote after its last checkpoint."""
+    """TensorBoard events; `purge_step` hides what an interrupted run wrote after its last
+    checkpoint.
+    """
 
     def __init__(self, logdir: str, *, purge_step: int | None = None) -> None:
         self._writer = tensorboardX.SummaryWriter(logdir, purge_step=purge_step)
@@ -97,8 +102,12 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, float | int]]:
 _stand_in.SummaryWriter = TensorBoardWriter
 
 
-def create_writer(workdir: epath.PathLike, *, resume_step: int, active: bool) -> metric_writers.MetricWriter:
-    """Writes `workdir/tensorboard` and `workdir/metrics.jsonl`; nothing where not `active` (other processes)."""
+def create_writer(
+    workdir: epath.PathLike, *, resume_step: int, active: bool
+) -> metric_writers.MetricWriter:
+    """Writes `workdir/tensorboard` and `workdir/metrics.jsonl`; nothing where not `active` (other
+    processes).
+    """
     if not active:
         return metric_writers.MultiWriter([])
     workdir = epath.Path(workdir)

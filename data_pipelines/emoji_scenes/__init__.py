@@ -1,7 +1,8 @@
-"""The embedded data set: scenes composed from real artwork that arrives by pip, with exact labels for every task.
+"""The embedded data set: scenes composed from real artwork that arrives by pip, with exact labels
+for every task.
 
-`build` writes it; `family_dir` says where a family lies, for `tfds.builder_from_directory`. Importing this package
-imports neither JAX nor TFDS, so that the processes which draw start quickly.
+`build` writes it; `family_dir` says where a family lies, for `tfds.builder_from_directory`.
+Importing this package imports neither JAX nor TFDS, so that the processes which draw start quickly.
 """
 
 import os

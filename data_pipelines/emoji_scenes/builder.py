@@ -1,4 +1,6 @@
-"""Writes the data set as TFDS ArrayRecord directories, drawn by all cores, the same bytes for any number of them."""
+"""Writes the data set as TFDS ArrayRecord directories, drawn by all cores, the same bytes for any
+number of them.
+"""
 
 import concurrent.futures
 import contextlib
@@ -24,7 +26,9 @@ _CHUNK = 64  # records that one task of a process draws
 
 
 class EmojiScenes(tfds.core.GeneratorBasedBuilder):
-    """Scenes, edits, puppets and persons composed from Twemoji and DiceBear artwork; one builder config a family."""
+    """Scenes, edits, puppets and persons composed from Twemoji and DiceBear artwork; one builder
+    config a family.
+    """
 
     VERSION = tfds.core.Version(VERSION)
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=family) for family in FAMILIES]  # noqa: RUF012 (TFDS's own form)
@@ -37,7 +41,9 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
         advance: Callable[[int], Any] = lambda count: None,
         **kwargs: Any,
     ):
-        """`draw` is what to generate, by `ordered_map` (a pool's, for example); `advance` hears of records done."""
+        """`draw` is what to generate, by `ordered_map` (a pool's, for example); `advance` hears of
+        records done.
+        """
         self._draw, self._ordered_map, self._advance = draw, ordered_map, advance
         super().__init__(file_format="array_record", **kwargs)
 
@@ -55,7 +61,9 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if self._draw is None:
-            raise ValueError("EmojiScenes has nothing to draw; build it with data_pipelines.emoji_scenes.build()")
+            raise ValueError(
+                "EmojiScenes has nothing to draw; build it with data_pipelines.emoji_scenes.build()"
+            )
         family = self.builder_config.name
         count = self._draw.count(family, split)
         chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
@@ -82,14 +90,19 @@ def build(
 ) -> None:
     """Build the families that are not complete yet, each into `family_dir(data_dir, family)`.
 
-    `resolution` is the pictures' side in pixels; training gets `num_scenes` scenes, half as many edits, a fifth as
-    many puppets and a twentieth as many persons of 4 pictures; `nouns` takes only the first of the whitelist (None:
-    all); `processes` None is one a core. The records do not depend on `processes`.
+    `resolution` is the pictures' side in pixels; training gets `num_scenes` scenes, half as many
+    edits, a fifth as many puppets and a twentieth as many persons of 4 pictures; `nouns` takes only
+    the first of the whitelist (None: all); `processes` None is one a core. The records do not
+    depend on `processes`.
 
-    Raises ValueError for arguments out of range, or if `data_dir` holds a build by other arguments (`build.json`).
+    Raises ValueError for arguments out of range, or if `data_dir` holds a build by other arguments
+    (`build.json`).
     """
     arguments = Build(
-        resolution=resolution, num_scenes=num_scenes, seed=seed, nouns=len(WHITELIST) if nouns is None else nouns
+        resolution=resolution,
+        num_scenes=num_scenes,
+        seed=seed,
+        nouns=len(WHITELIST) if nouns is None else nouns,
     )
     data_dir = epath.Path(data_dir)
     _claim(data_dir, arguments)
@@ -98,17 +111,24 @@ def build(
         return
     totals = {family: sum(arguments.count(family, split) for split in SPLITS) for family in missing}
     processes = min(processes or _cores(), -(-sum(totals.values()) // (4 * _CHUNK)))
-    tfds.disable_progress_bar()  # TFDS's bars count shards; ours count records and know how many there will be
+    # TFDS's bars count shards; ours count records and know how many there will be
+    tfds.disable_progress_bar()
     with contextlib.ExitStack() as stack:
         ordered_map: Callable[..., Any] = map
         if processes > 1:  # spawned, because the caller may hold JAX's threads
             spawn = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn))
+            pool = stack.enter_context(
+                concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn)
+            )
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             ordered_map = pool.map
         for family in missing:
-            with tqdm(total=totals[family], desc=f"draw {family}", unit="", disable=not progress) as bar:
-                _write(data_dir, family, draw=arguments, ordered_map=ordered_map, advance=bar.update)
+            with tqdm(
+                total=totals[family], desc=f"draw {family}", unit="", disable=not progress
+            ) as bar:
+                _write(
+                    data_dir, family, draw=arguments, ordered_map=ordered_map, advance=bar.update
+                )
 
 
 def is_complete(data_dir: str | os.PathLike, family: str) -> bool:
@@ -126,14 +146,17 @@ def _write(data_dir: epath.Path, family: str, **how: Any) -> None:
         if leftover.exists():
             leftover.rmtree()
     writer = EmojiScenes(config=family, data_dir=staging, **how)
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells that it downloads, which it does not
+    # TFDS tells that it downloads, which it does not
+    with contextlib.redirect_stdout(io.StringIO()):
         writer.download_and_prepare(download_dir=staging / "downloads")
     epath.Path(writer.data_dir).rename(final)
     staging.rmtree()
 
 
 def _claim(data_dir: epath.Path, arguments: Build) -> None:
-    """Write the arguments into an unclaimed `data_dir`, or compare them with those it was claimed by."""
+    """Write the arguments into an unclaimed `data_dir`, or compare them with those it was claimed
+    by.
+    """
     wanted = {**dataclasses.asdict(arguments), "version": VERSION}
     path = data_dir / "build.json"
     if not path.exists():
@@ -145,7 +168,9 @@ def _claim(data_dir: epath.Path, arguments: Build) -> None:
     try:
         found = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); remove {data_dir} and build again") from None
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); remove {data_dir} and build again"
+        ) from None
     for field, value in wanted.items():
         if found.get(field) != value:
             raise ValueError(

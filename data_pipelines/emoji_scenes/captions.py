@@ -1,4 +1,6 @@
-"""What is said of a scene: captions, the phrase of each box, referring expressions, edit instructions."""
+"""What is said of a scene: captions, the phrase of each box, referring expressions, edit
+instructions.
+"""
 
 from collections.abc import Sequence
 
@@ -11,7 +13,9 @@ _COUNTS = {2: "two", 3: "three"}
 
 
 def with_article(phrase: str) -> str:
-    """`phrase` with "a" or "an" before it, by its first sound (no noun of the whitelist deviates from its spelling)."""
+    """`phrase` with "a" or "an" before it, by its first sound (no noun of the whitelist deviates
+    from its spelling).
+    """
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
@@ -21,7 +25,9 @@ def name(thing: Thing) -> str:
 
 
 def phrases(scene: Scene) -> list[str]:
-    """The noun phrase of each thing, as the caption has it: "a red apple", or "two pigs" for both of them."""
+    """The noun phrase of each thing, as the caption has it: "a red apple", or "two pigs" for both
+    of them.
+    """
     result = []
     for thing in scene.things:
         count = sum(name(other) == name(thing) for other in scene.things)
@@ -38,7 +44,9 @@ def setting(ground: str, sky: str) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """ "a red apple and a pig on grass under a blue sky": things from left to right, each kind once."""
+    """ "a red apple and a pig on grass under a blue sky": things from left to right, each kind
+    once.
+    """
     by_x = np.argsort([thing.x for thing in scene.things], kind="stable")
     said = phrases(scene)
     kinds = list(dict.fromkeys(said[k] for k in by_x))
@@ -55,9 +63,11 @@ def side(x: float) -> str:
 
 
 def expressions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """For each thing, an expression that is true of it alone, drawn among all such; "" if there is none.
+    """For each thing, an expression that is true of it alone, drawn among all such; "" if there is
+    none.
 
-    By noun ("the pig"), by color ("the red apple"), or by place among its like ("the pig on the left").
+    By noun ("the pig"), by color ("the red apple"), or by place among its like ("the pig on the
+    left").
     """
     result = []
     for thing in scene.things:

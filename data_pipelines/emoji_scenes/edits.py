@@ -18,7 +18,9 @@ class Edit:
     instruction: str
 
 
-def _choose(rng: np.random.Generator, items: list[str], *, but: set[str | None] = frozenset()) -> str:
+def _choose(
+    rng: np.random.Generator, items: list[str], *, but: set[str | None] = frozenset()
+) -> str:
     return str(rng.choice([item for item in items if item not in but]))
 
 
@@ -29,7 +31,9 @@ def _with_things(scene: Scene, *things) -> Scene:
 def _remove(rng: np.random.Generator, nouns: list[str]) -> Edit:
     scene = draw_scene(rng, nouns, count=2, distinct=True)
     gone, kept = rng.permutation(2)
-    return Edit(scene, _with_things(scene, scene.things[kept]), f"remove the {scene.things[gone].noun}")
+    return Edit(
+        scene, _with_things(scene, scene.things[kept]), f"remove the {scene.things[gone].noun}"
+    )
 
 
 def _add(rng: np.random.Generator, nouns: list[str]) -> Edit:
@@ -37,7 +41,9 @@ def _add(rng: np.random.Generator, nouns: list[str]) -> Edit:
     new, kept = rng.permutation(2)
     thing = scene.things[new]
     phrase = captions.with_article(captions.name(thing))
-    return Edit(_with_things(scene, scene.things[kept]), scene, f"add {phrase} {captions.side(thing.x)}")
+    return Edit(
+        _with_things(scene, scene.things[kept]), scene, f"add {phrase} {captions.side(thing.x)}"
+    )
 
 
 def _replace(rng: np.random.Generator, nouns: list[str]) -> Edit:
@@ -65,14 +71,18 @@ def _background(rng: np.random.Generator, nouns: list[str]) -> Edit:
     scene = draw_scene(rng, nouns, count=int(rng.integers(1, 3)), distinct=True)
     if rng.random() < 0.5:
         ground = _choose(rng, list(GROUNDS), but={scene.ground})
-        return Edit(scene, dataclasses.replace(scene, ground=ground), f"change the background to {ground}")
+        return Edit(
+            scene, dataclasses.replace(scene, ground=ground), f"change the background to {ground}"
+        )
     sky = _choose(rng, list(SKIES), but={scene.sky})
     return Edit(scene, dataclasses.replace(scene, sky=sky), f"change the background to a {sky} sky")
 
 
 def _recolor(rng: np.random.Generator, nouns: list[str]) -> Edit:
     paintable = [noun for noun in nouns if NOUNS[noun].color]
-    scene = draw_scene(rng, nouns, count=int(rng.integers(1, 3)), distinct=True, including=_choose(rng, paintable))
+    scene = draw_scene(
+        rng, nouns, count=int(rng.integers(1, 3)), distinct=True, including=_choose(rng, paintable)
+    )
     k = int(rng.choice([k for k, thing in enumerate(scene.things) if thing.color]))
     old = scene.things[k]
     color = _choose(rng, list(COLORS), but={old.color})
@@ -84,11 +94,18 @@ def _move(rng: np.random.Generator, nouns: list[str]) -> Edit:
     scene = draw_scene(rng, nouns, count=1, distinct=True)
     thing = dataclasses.replace(scene.things[0], drop=float(rng.uniform(0.36, 0.44)))
     reach = 0.5 - thing.width / 2
-    left, right = (dataclasses.replace(thing, x=0.5 + sign * reach * float(rng.uniform(0.8, 1))) for sign in (-1, 1))
+    left, right = (
+        dataclasses.replace(thing, x=0.5 + sign * reach * float(rng.uniform(0.8, 1)))
+        for sign in (-1, 1)
+    )
     start, end, place = (right, left, "left") if rng.random() < 0.5 else (left, right, "right")
     if rng.random() < 0.3:
         start = dataclasses.replace(thing, x=0.5)
-    return Edit(_with_things(scene, start), _with_things(scene, end), f"move the {thing.noun} to the {place}")
+    return Edit(
+        _with_things(scene, start),
+        _with_things(scene, end),
+        f"move the {thing.noun} to the {place}",
+    )
 
 
 KINDS: dict[str, Callable[[np.random.Generator, list[str]], Edit]] = {

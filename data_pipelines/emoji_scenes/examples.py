@@ -1,4 +1,6 @@
-"""The data set as a pure function: (build, family, split, index) -> record, in any process and any order."""
+"""The data set as a pure function: (build, family, split, index) -> record, in any process and any
+order.
+"""
 
 import dataclasses
 import functools
@@ -55,7 +57,9 @@ class Build:
         return tuple(noun.name for noun in WHITELIST[: self.nouns])
 
     def count(self, family: str, split: str) -> int:
-        """Records of a family's split: train N, N/2, N/5, N/20 persons of 4 pictures; the others at most 256."""
+        """Records of a family's split: train N, N/2, N/5, N/20 persons of 4 pictures; the others at
+        most 256.
+        """
         if split != "train":
             return min(256, max(16, self.num_scenes // 8 // 4 * 4))
         if family == "persons":
@@ -65,7 +69,9 @@ class Build:
 
 def example(build: Build, family: str, split: str, index: int) -> dict[str, Any]:
     """The record, in stored form (`data_pipelines.records`)."""
-    return {"scenes": _scene, "edits": _edit, "puppets": _puppet, "persons": _person}[family](build, split, index)
+    return {"scenes": _scene, "edits": _edit, "puppets": _puppet, "persons": _person}[family](
+        build, split, index
+    )
 
 
 def _rng(build: Build, family: str, split: str, index: int) -> np.random.Generator:
@@ -82,7 +88,9 @@ def draw_scene(build: Build, split: str, index: int) -> tuple[Scene, np.random.G
 
 
 def draw_edit(build: Build, split: str, index: int):
-    """The edit of record `index`: kinds take turns, unless the split's combinations allow none of the kind."""
+    """The edit of record `index`: kinds take turns, unless the split's combinations allow none of
+    the kind.
+    """
     rng = _rng(build, "edits", split, index)
     nouns, kinds = build.noun_names, list(KINDS)
     attempt = 0
@@ -135,7 +143,10 @@ def _puppet(build: Build, split: str, index: int) -> dict[str, Any]:
 def _person(build: Build, split: str, index: int) -> dict[str, Any]:
     person, picture = divmod(index, portraits.PICTURES)
     rng = _rng(build, "persons", split, person)
-    before = sum(build.count("persons", earlier) for earlier in SPLITS[: SPLITS.index(split)]) // portraits.PICTURES
+    before = (
+        sum(build.count("persons", earlier) for earlier in SPLITS[: SPLITS.index(split)])
+        // portraits.PICTURES
+    )
     pictures = portraits.draw_portraits(rng, before + person)
     # Each picture is the face of one other: the persons' faces are seen equally often.
     other = (picture + 1 + person % (portraits.PICTURES - 1)) % portraits.PICTURES
@@ -147,7 +158,8 @@ def _person(build: Build, split: str, index: int) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=2 * portraits.PICTURES)  # each picture is an image once and a face once
+# each picture is an image once and a face once
+@functools.lru_cache(maxsize=2 * portraits.PICTURES)
 def _portrait_png(portrait: portraits.Portrait, seed: int, resolution: int) -> bytes:
     return png(portraits.render_portrait(portrait, seed=seed, resolution=resolution))
 
@@ -163,5 +175,6 @@ def extent(mask: UInt8[np.ndarray, "h w"]) -> Float32[np.ndarray, " 4"]:
     height, width = mask.shape
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return np.array(
-        [columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height], np.float32
+        [columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height],
+        np.float32,
     )

@@ -1,7 +1,7 @@
 """Random scenes, and which combinations of things each split may show.
 
-The held-out combinations depend on the names alone, not on the seed: two data sets over the same nouns never
-show in training what the other validates on.
+The held-out combinations depend on the names alone, not on the seed: two data sets over the same
+nouns never show in training what the other validates on.
 """
 
 import functools
@@ -13,7 +13,8 @@ import numpy as np
 from data_pipelines.emoji_scenes.scene import GROUNDS, SKIES, Scene, Thing
 from data_pipelines.emoji_scenes.sprites import COLORS, NOUNS
 
-_DROPS = {1: (0.42, 0.50), 2: (0.34, 0.43), 3: (0.25, 0.29)}  # image heights, by the number of things
+# image heights, by the number of things
+_DROPS = {1: (0.42, 0.50), 2: (0.34, 0.43), 3: (0.25, 0.29)}
 
 
 def paint(rng: np.random.Generator, noun: str) -> str | None:
@@ -56,7 +57,9 @@ def draw_scene(
 
 
 def combinations(scene: Scene) -> set[tuple[str, str]]:
-    """What may be novel in a scene: its pairs of different nouns, or (noun, ground) if it has but one noun."""
+    """What may be novel in a scene: its pairs of different nouns, or (noun, ground) if it has but
+    one noun.
+    """
     nouns = sorted({thing.noun for thing in scene.things})
     if len(nouns) == 1:
         return {(nouns[0], scene.ground)}
@@ -65,7 +68,9 @@ def combinations(scene: Scene) -> set[tuple[str, str]]:
 
 @functools.cache
 def held_out(nouns: tuple[str, ...]) -> dict[str, frozenset[tuple[str, str]]]:
-    """The combinations that only validation, and only test, may show: a tenth of each kind, at least one."""
+    """The combinations that only validation, and only test, may show: a tenth of each kind, at
+    least one.
+    """
     pairs = [tuple(pair) for pair in itertools.combinations(sorted(nouns), 2)]
     places = list(itertools.product(sorted(nouns), GROUNDS))
     result: dict[str, set] = {"validation": set(), "test": set()}
@@ -78,7 +83,13 @@ def held_out(nouns: tuple[str, ...]) -> dict[str, frozenset[tuple[str, str]]]:
 
 
 def belongs(scene: Scene, split: str, nouns: tuple[str, ...]) -> bool:
-    """Whether the split may show the scene: training nothing held out, the others something held out for them alone."""
+    """Whether the split may show the scene: training nothing held out, the others something held
+    out for them alone.
+    """
     shown = combinations(scene)
     in_split = {name: bool(shown & combos) for name, combos in held_out(nouns).items()}
-    return not any(in_split.values()) if split == "train" else in_split.pop(split) and not any(in_split.values())
+    return (
+        not any(in_split.values())
+        if split == "train"
+        else in_split.pop(split) and not any(in_split.values())
+    )

@@ -1,7 +1,9 @@
-"""Portraits of invented persons: DiceBear's "Personas", an identity with other expressions, clothes and walls.
+"""Portraits of invented persons: DiceBear's "Personas", an identity with other expressions, clothes
+and walls.
 
-An identity is one cell of (hair, hair color, skin, facial hair, nose); a seed shuffles the cells once, so that two
-person numbers are never the same face, and splits that take disjoint numbers are disjoint in faces.
+An identity is one cell of (hair, hair color, skin, facial hair, nose); a seed shuffles the cells
+once, so that two person numbers are never the same face, and splits that take disjoint numbers are
+disjoint in faces.
 """
 
 import dataclasses
@@ -23,7 +25,17 @@ from data_pipelines.emoji_scenes.sprites import COLORS
 PICTURES = 4  # of each person
 
 _HAIR = (
-    *("bobBangs", "bobCut", "bunUndercut", "buzzcut", "curly", "curlyBun", "curlyHighTop", "extraLong", "fade"),
+    *(
+        "bobBangs",
+        "bobCut",
+        "bunUndercut",
+        "buzzcut",
+        "curly",
+        "curlyBun",
+        "curlyHighTop",
+        "extraLong",
+        "fade",
+    ),
     *("long", "mohawk", "pigtails", "shortCombover", "sideShave", "straightBun"),
 )
 _HAIR_COLOR = ("#2a2230", "#6c3f2c", "#e0a84c", "#c8502f", "#dee1f5", "#e16381")
@@ -88,14 +100,22 @@ def draw_portraits(rng: np.random.Generator, person: int) -> list[Portrait]:
 
 @functools.cache
 def _style() -> Style:
-    return Style(json.loads(importlib.resources.files("dicebear_styles").joinpath("personas.json").read_text("utf-8")))
+    return Style(
+        json.loads(
+            importlib.resources.files("dicebear_styles")
+            .joinpath("personas.json")
+            .read_text("utf-8")
+        )
+    )
 
 
 def _hex(color: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color)
 
 
-def render_portrait(portrait: Portrait, *, seed: int, resolution: int) -> UInt8[np.ndarray, "h w 3"]:
+def render_portrait(
+    portrait: Portrait, *, seed: int, resolution: int
+) -> UInt8[np.ndarray, "h w 3"]:
     """Rasterise the portrait with the head filling most of the picture."""
     hair, hair_color, skin, facial_hair, nose = identities(seed)[portrait.person]
     expression = EXPRESSIONS[portrait.expression]
@@ -118,7 +138,12 @@ def render_portrait(portrait: Portrait, *, seed: int, resolution: int) -> UInt8[
             "scale": 1.18,
         },
     ).to_string()
-    # The artwork lightens the face by an overlay that its own mask turns into plain white, away from the ears' color.
+    # The artwork lightens the face by an overlay that its own mask turns into plain white, away
+    # from the ears' color.
     svg = svg.replace('opacity=".36"', 'opacity=".12"')
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=resolution, height=resolution, skip_system_fonts=True))
+    png = bytes(
+        resvg_py.svg_to_bytes(
+            svg_string=svg, width=resolution, height=resolution, skip_system_fonts=True
+        )
+    )
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))

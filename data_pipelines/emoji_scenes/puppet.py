@@ -1,8 +1,8 @@
 """An articulated figure facing the camera, with exact COCO-17 joints.
 
-The figure is a tree of bones given by angles; its joints are computed first, in units of its own height, then
-placed in the picture, and everything that is drawn is drawn from the joints. Left and right are the figure's own:
-its left arm is on the viewer's right.
+The figure is a tree of bones given by angles; its joints are computed first, in units of its own
+height, then placed in the picture, and everything that is drawn is drawn from the joints. Left and
+right are the figure's own: its left arm is on the viewer's right.
 """
 
 import dataclasses
@@ -16,15 +16,34 @@ from data_pipelines.emoji_scenes.scene import GROUNDS, SKIES, background, cast_s
 from data_pipelines.emoji_scenes.sprites import COLORS
 
 JOINTS = (
-    *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow"),
-    *("right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee"),
+    *(
+        "nose",
+        "left_eye",
+        "right_eye",
+        "left_ear",
+        "right_ear",
+        "left_shoulder",
+        "right_shoulder",
+        "left_elbow",
+    ),
+    *(
+        "right_elbow",
+        "left_wrist",
+        "right_wrist",
+        "left_hip",
+        "right_hip",
+        "left_knee",
+        "right_knee",
+    ),
     *("left_ankle", "right_ankle"),
 )
 SKINS = ((240, 188, 150), (214, 152, 110), (164, 106, 72), (112, 72, 50))
-_CLASHES = {"grass": "green", "sand": "yellow", "blue": "blue", "pink": "pink"}  # clothes lost against a background
+# clothes lost against a background
+_CLASHES = {"grass": "green", "sand": "yellow", "blue": "blue", "pink": "pink"}
 HAIRS = ((40, 30, 28), (120, 74, 42), (226, 180, 92), (178, 70, 34))
 
-# Degrees from straight down, outwards: (upper arm, forearm) as ranges, of the left and the right arm.
+# Degrees from straight down, outwards: (upper arm, forearm) as ranges, of the left and the right
+# arm.
 _DOWN = ((8, 28), (0, 25))
 _OUT = ((75, 100), (75, 105))
 _UP = ((140, 168), (155, 185))
@@ -41,7 +60,9 @@ POSES: dict[str, tuple] = {
 
 @dataclasses.dataclass(frozen=True)
 class Puppet:
-    """`joints` in [0, 1] of the picture, in the order of `JOINTS`; `scale` is the figure's height there."""
+    """`joints` in [0, 1] of the picture, in the order of `JOINTS`; `scale` is the figure's height
+    there.
+    """
 
     joints: Float[np.ndarray, "17 2"]
     scale: float
@@ -73,7 +94,8 @@ def draw_puppet(rng: np.random.Generator) -> Puppet:
     arms = POSES[pose] if rng.random() < 0.5 else POSES[pose][::-1]
     joint: dict[str, np.ndarray] = {}
     lean = np.deg2rad(rng.uniform(-7, 7))
-    joint["neck"] = np.array([np.sin(lean) * 0.3, -np.cos(lean) * 0.3])  # from the middle of the hips
+    # from the middle of the hips
+    joint["neck"] = np.array([np.sin(lean) * 0.3, -np.cos(lean) * 0.3])
     joint["head"] = joint["neck"] + 0.15 * np.array([np.sin(lean), -np.cos(lean)])
     across = np.array([np.cos(lean), np.sin(lean)])
     gaze = float(rng.uniform(-0.02, 0.02))
@@ -85,15 +107,25 @@ def draw_puppet(rng: np.random.Generator) -> Puppet:
         joint[f"{own}_shoulder"] = joint["neck"] + across * sign * 0.105 + [0, 0.02]
         joint[f"{own}_hip"] = np.array([sign * 0.062, 0.0])
         upper, fore = (np.deg2rad(rng.uniform(*bounds)) for bounds in arms[k])
-        joint[f"{own}_elbow"] = joint[f"{own}_shoulder"] + 0.16 * np.array([sign * np.sin(upper), np.cos(upper)])
-        joint[f"{own}_wrist"] = joint[f"{own}_elbow"] + 0.15 * np.array([sign * np.sin(fore), np.cos(fore)])
+        joint[f"{own}_elbow"] = joint[f"{own}_shoulder"] + 0.16 * np.array(
+            [sign * np.sin(upper), np.cos(upper)]
+        )
+        joint[f"{own}_wrist"] = joint[f"{own}_elbow"] + 0.15 * np.array(
+            [sign * np.sin(fore), np.cos(fore)]
+        )
         thigh = shin = np.deg2rad(stance[k])
-        if (lift < 0.15 and own == "left") or (lift > 0.85 and own == "right"):  # one knee raised sidewards
+        # one knee raised sidewards
+        if (lift < 0.15 and own == "left") or (lift > 0.85 and own == "right"):
             thigh, shin = np.deg2rad(rng.uniform(40, 65)), np.deg2rad(rng.uniform(-30, 0))
-        joint[f"{own}_knee"] = joint[f"{own}_hip"] + 0.22 * np.array([sign * np.sin(thigh), np.cos(thigh)])
-        joint[f"{own}_ankle"] = joint[f"{own}_knee"] + 0.21 * np.array([sign * np.sin(shin), np.cos(shin)])
+        joint[f"{own}_knee"] = joint[f"{own}_hip"] + 0.22 * np.array(
+            [sign * np.sin(thigh), np.cos(thigh)]
+        )
+        joint[f"{own}_ankle"] = joint[f"{own}_knee"] + 0.21 * np.array(
+            [sign * np.sin(shin), np.cos(shin)]
+        )
     points = np.stack([joint[name] for name in JOINTS])
-    points = np.concatenate([points, joint["head"][None] - [0, 0.11]])  # the crown, so that it stays inside too
+    # the crown, so that it stays inside too
+    points = np.concatenate([points, joint["head"][None] - [0, 0.11]])
     low, high = points.min(0) - 0.05, points.max(0) + 0.05
     size = high - low
     scale = float(rng.uniform(0.78, 0.97) / size[1])
@@ -149,8 +181,15 @@ def render_puppet(puppet: Puppet, resolution: int) -> RenderedPuppet:
     if puppet.long_hair:
         limb(middle, between(middle, neck, 0.75), 0.105, puppet.hair)
     for own in ("left", "right"):
-        limb(at[f"{own}_hip"], at[f"{own}_knee"], 0.052, shade(pants, 1.0 if own == "left" else 0.88))
-        limb(at[f"{own}_knee"], at[f"{own}_ankle"], 0.044, shade(pants, 1.0 if own == "left" else 0.88))
+        limb(
+            at[f"{own}_hip"], at[f"{own}_knee"], 0.052, shade(pants, 1.0 if own == "left" else 0.88)
+        )
+        limb(
+            at[f"{own}_knee"],
+            at[f"{own}_ankle"],
+            0.044,
+            shade(pants, 1.0 if own == "left" else 0.88),
+        )
         sign = 1 if own == "left" else -1
         foot = (at[f"{own}_ankle"][0] + sign * 0.03 * unit, at[f"{own}_ankle"][1] + 0.015 * unit)
         limb(at[f"{own}_ankle"], foot, 0.032, shoe)
@@ -182,12 +221,18 @@ def render_puppet(puppet: Puppet, resolution: int) -> RenderedPuppet:
     pixels = np.asarray(canvas, np.float32) / 255
     pixels[..., :3] *= pixels[..., 3:]
     pixels = pixels.reshape(resolution, 4, resolution, 4, 4).mean((1, 3))
-    image: Float32[np.ndarray, "h w 3"] = background(puppet.ground, puppet.sky, puppet.horizon, resolution)
+    image: Float32[np.ndarray, "h w 3"] = background(
+        puppet.ground, puppet.sky, puppet.horizon, resolution
+    )
     feet = puppet.joints[-2:]
     cast_shadow(
-        image, x=float(feet[:, 0].mean()), y=float(feet[:, 1].max() + 0.04 * puppet.scale), width=0.35 * puppet.scale
+        image,
+        x=float(feet[:, 0].mean()),
+        y=float(feet[:, 1].max() + 0.04 * puppet.scale),
+        width=0.35 * puppet.scale,
     )
     image = pixels[..., :3] * 255 + image * (1 - pixels[..., 3:])
     return RenderedPuppet(
-        image=np.clip(np.rint(image), 0, 255).astype(np.uint8), mask=(pixels[..., 3] > 0.5).astype(np.uint8)
+        image=np.clip(np.rint(image), 0, 255).astype(np.uint8),
+        mask=(pixels[..., 3] > 0.5).astype(np.uint8),
     )

@@ -1,8 +1,10 @@
-"""A scene as a value, and its rendering: the picture together with its exact instance masks and metric depth.
+"""A scene as a value, and its rendering: the picture together with its exact instance masks and
+metric depth.
 
-A camera at height 1 m looks level over a ground plane. With image heights as the unit of length in the
-picture and a focal length of 1, a ground point `d` below the horizon lies at depth `z = 1 / d` metres, and a
-thing of `s` metres standing there is `s / z = s * d` image heights tall. Everything follows from that.
+A camera at height 1 m looks level over a ground plane. With image heights as the unit of length in
+the picture and a focal length of 1, a ground point `d` below the horizon lies at depth `z = 1 / d`
+metres, and a thing of `s` metres standing there is `s / z = s * d` image heights tall. Everything
+follows from that.
 """
 
 import dataclasses
@@ -32,7 +34,9 @@ SKIES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One object: what it is, and where its foot stands (`x` of the width, `drop` image heights below the horizon)."""
+    """One object: what it is, and where its foot stands (`x` of the width, `drop` image heights
+    below the horizon).
+    """
 
     noun: str
     color: str | None  # None for a noun that cannot be painted
@@ -42,7 +46,12 @@ class Thing:
     @property
     def height(self) -> float:
         """Image heights."""
-        return THING_HEIGHT * sprites.NOUNS[self.noun].size * self.drop / max(1.0, sprites.aspect(self.noun))
+        return (
+            THING_HEIGHT
+            * sprites.NOUNS[self.noun].size
+            * self.drop
+            / max(1.0, sprites.aspect(self.noun))
+        )
 
     @property
     def width(self) -> float:
@@ -56,7 +65,9 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Things on a named ground under a named sky; `horizon` is its row, in image heights from the top."""
+    """Things on a named ground under a named sky; `horizon` is its row, in image heights from the
+    top.
+    """
 
     things: tuple[Thing, ...]
     ground: str
@@ -98,10 +109,16 @@ def render(scene: Scene, resolution: int) -> Rendered:
     masks = coverage > 0.5
     for thing, mask in zip(scene.things, masks):
         depth[mask] = thing.depth
-    return Rendered(image=np.clip(np.rint(image), 0, 255).astype(np.uint8), masks=masks.astype(np.uint8), depth=depth)
+    return Rendered(
+        image=np.clip(np.rint(image), 0, 255).astype(np.uint8),
+        masks=masks.astype(np.uint8),
+        depth=depth,
+    )
 
 
-def background(ground: str, sky: str, horizon: float, resolution: int) -> Float32[np.ndarray, "h w 3"]:
+def background(
+    ground: str, sky: str, horizon: float, resolution: int
+) -> Float32[np.ndarray, "h w 3"]:
     """Sky gradient over ground gradient, the horizon antialiased; values in [0, 255]."""
     rows = (np.arange(resolution) + 0.5) / resolution
     high, low = np.asarray(SKIES[sky], np.float32)
@@ -117,9 +134,19 @@ def cast_shadow(image: Float32[np.ndarray, "h w 3"], *, x: float, y: float, widt
     """Darken the ground, in place, in a soft ellipse under a foot at (x, y) in image heights."""
     resolution = image.shape[0]
     radius_x, radius_y = max(0.5 * width, 0.03), max(0.08 * width, 0.015)
-    y0, y1 = (int(np.clip(v * resolution, 0, resolution)) for v in (y - 1.2 * radius_y, y + 1.2 * radius_y + 1))
-    x0, x1 = (int(np.clip(v * resolution, 0, resolution)) for v in (x - 1.2 * radius_x, x + 1.2 * radius_x + 1))
-    rows: Float[np.ndarray, "h 1"] = ((np.arange(y0, y1) + 0.5) / resolution - y)[:, None] / radius_y
-    columns: Float[np.ndarray, "1 w"] = ((np.arange(x0, x1) + 0.5) / resolution - x)[None] / radius_x
+    y0, y1 = (
+        int(np.clip(v * resolution, 0, resolution))
+        for v in (y - 1.2 * radius_y, y + 1.2 * radius_y + 1)
+    )
+    x0, x1 = (
+        int(np.clip(v * resolution, 0, resolution))
+        for v in (x - 1.2 * radius_x, x + 1.2 * radius_x + 1)
+    )
+    rows: Float[np.ndarray, "h 1"] = ((np.arange(y0, y1) + 0.5) / resolution - y)[
+        :, None
+    ] / radius_y
+    columns: Float[np.ndarray, "1 w"] = ((np.arange(x0, x1) + 0.5) / resolution - x)[
+        None
+    ] / radius_x
     strength = 0.45 * np.clip(1.2 - rows**2 - columns**2, 0, 1)
     image[y0:y1, x0:x1] *= (1 - strength[..., None]).astype(np.float32)

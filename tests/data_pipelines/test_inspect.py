@@ -15,14 +15,27 @@ from data_pipelines.sources import MemorySource
 
 def tokenize(text: str, num_tokens: int) -> types.SimpleNamespace:
     filled = np.arange(num_tokens) < len(text.split())
-    return types.SimpleNamespace(tokens=filled.astype(np.int32), text_mask=filled, identity_slot=np.zeros_like(filled))
+    return types.SimpleNamespace(
+        tokens=filled.astype(np.int32), text_mask=filled, identity_slot=np.zeros_like(filled)
+    )
 
 
 def make_config() -> ConfigDict:
     c = ConfigDict(dict(seed=0, name="toy & co"))
-    c.tasks = {name: dict(weight=weight, sources=("toy",)) for name, weight in dict(t2i=3.0, lg=1.0, pose=1.0).items()}
+    c.tasks = {
+        name: dict(weight=weight, sources=("toy",))
+        for name, weight in dict(t2i=3.0, lg=1.0, pose=1.0).items()
+    }
     c.tasks.lg.drop_text = 0.5
-    c.data = dict(dir="", resolution=16, num_tokens=8, face_resolution=4, batch_size=4, read_threads=0, prefetch=0)
+    c.data = dict(
+        dir="",
+        resolution=16,
+        num_tokens=8,
+        face_resolution=4,
+        batch_size=4,
+        read_threads=0,
+        prefetch=0,
+    )
     return c
 
 
@@ -43,7 +56,9 @@ def make_record(k: int) -> dict:
 def page(tmp_path_factory):
     out = tmp_path_factory.mktemp("inspect") / "new" / "page.html"
     toy = MemorySource("toy", [make_record(k) for k in range(5)])
-    inspect.write_inspection(make_config(), out, tokenizer=tokenize, num_examples=4, sources=dict(toy=toy))
+    inspect.write_inspection(
+        make_config(), out, tokenizer=tokenize, num_examples=4, sources=dict(toy=toy)
+    )
     return out.read_text()
 
 
@@ -61,7 +76,9 @@ def test_prompts_are_escaped_and_withheld_conditions_named(page):
     assert "toy &amp; co" in page
     prompts = [html.unescape(p) for p in re.findall(r'<p class="prompt">([^<]*)</p>', page)]
     assert prompts[:4] == ["<t2i> a <b>pig</b> on grass"] * 4
-    for prompt, facts in zip(prompts[4:8], re.findall(r'<p class="facts">(.*)</p>', page)[4:8], strict=True):
+    for prompt, facts in zip(
+        prompts[4:8], re.findall(r'<p class="facts">(.*)</p>', page)[4:8], strict=True
+    ):
         assert (prompt == "<lg>") == ("without text" in facts)
         assert re.match(r"#\d+ · toy\[\d\] · \d tokens", facts)
 

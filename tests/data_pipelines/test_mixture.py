@@ -60,18 +60,32 @@ PERSONS = [
 
 
 def sources(**changes) -> dict:
-    return dict(scenes=MemorySource("scenes", SCENES), persons=MemorySource("persons", PERSONS)) | changes
+    return (
+        dict(scenes=MemorySource("scenes", SCENES), persons=MemorySource("persons", PERSONS))
+        | changes
+    )
 
 
 def make_config(batch_size: int = 8, seed: int = 0, **weights: float) -> ConfigDict:
     weights = weights or dict(t2i=0.28, ie=0.47, ip=0.2, seg=0.05)
     c = ConfigDict(dict(seed=seed))
     c.tasks = {
-        name: dict(weight=weight, sources=("persons" if name == "id" else "scenes",), drop_text=0.0, drop_image=0.0)
+        name: dict(
+            weight=weight,
+            sources=("persons" if name == "id" else "scenes",),
+            drop_text=0.0,
+            drop_image=0.0,
+        )
         for name, weight in weights.items()
     }
     c.data = dict(
-        dir="", resolution=SIZE, num_tokens=40, face_resolution=4, batch_size=batch_size, read_threads=0, prefetch=0
+        dir="",
+        resolution=SIZE,
+        num_tokens=40,
+        face_resolution=4,
+        batch_size=batch_size,
+        read_threads=0,
+        prefetch=0,
     )
     return c
 
@@ -116,7 +130,9 @@ def test_a_visit_counts_the_earlier_ones(weights, seed, start):
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 @pytest.mark.parametrize("batch_size", [8, 64, 144, 512])
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.28, 0.47, 0.2, 0.01, 0.01, 0.01, 0.02), (1.0,) * 4])
+@pytest.mark.parametrize(
+    "weights", [(1.0, 1.0), (0.28, 0.47, 0.2, 0.01, 0.01, 0.01, 0.02), (1.0,) * 4]
+)
 def test_every_host_gets_each_share(hosts, batch_size, weights):
     rotation = mixture.Rotation(weights, seed=3)
     steps = 8192 // batch_size
@@ -128,8 +144,9 @@ def test_every_host_gets_each_share(hosts, batch_size, weights):
     assert np.abs(whole - expected).max() < 0.0033
     for host in range(hosts):
         realised = np.bincount(parts[:, host].ravel(), minlength=len(weights)) / parts[:, host].size
-        # A host's slice of 144 (a Fibonacci number) barely moves between steps, so that each of its windows
-        # errs the same way; a window of n errs by less than 2/n, and drifting averages most of it away.
+        # A host's slice of 144 (a Fibonacci number) barely moves between steps, so that each of its
+        # windows errs the same way; a window of n errs by less than 2/n, and drifting averages most
+        # of it away.
         bound = 0.0033 * hosts + (2 * hosts / batch_size if batch_size == 144 else 0)
         assert np.abs(realised - expected).max() < bound
 
@@ -178,7 +195,11 @@ def test_an_epoch_visits_every_record_once_and_shuffles_anew():
     for epoch in epochs:
         assert sorted(epoch) == list(range(NUM_RECORDS))
     assert epochs[0] != epochs[1] != epochs[2]
-    other = next(stream(make_config(batch_size=NUM_RECORDS, seed=1, t2i=1.0))).target[:, 0, 0, 0].tolist()
+    other = (
+        next(stream(make_config(batch_size=NUM_RECORDS, seed=1, t2i=1.0)))
+        .target[:, 0, 0, 0]
+        .tolist()
+    )
     assert other != epochs[0]
 
 
@@ -228,12 +249,18 @@ def test_sources_share_a_task_by_size_or_by_weight():
 
 def test_conditions_drop_at_their_rates():
     config = make_config(batch_size=600, ie=1.0)
-    config.tasks.ie = dict(weight=1.0, sources=("scenes",), drop_text=0.1, drop_image=0.2, drop_both=0.05)
+    config.tasks.ie = dict(
+        weight=1.0, sources=("scenes",), drop_text=0.1, drop_image=0.2, drop_both=0.05
+    )
     batch = next(stream(config))
     no_text = batch.text_mask.sum(axis=1) == len("<ie>")
     no_image = ~batch.has_source
     assert not batch.source[no_image].any()
-    for rate, dropped in ((0.1, no_text & ~no_image), (0.2, no_image & ~no_text), (0.05, no_text & no_image)):
+    for rate, dropped in (
+        (0.1, no_text & ~no_image),
+        (0.2, no_image & ~no_text),
+        (0.05, no_text & no_image),
+    ):
         # four standard deviations of a binomial
         assert abs(dropped.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / 600)
 
@@ -286,9 +313,20 @@ def test_too_many_corrupt_records_end_the_run():
     scenes = [make_scene(k % 250) for k in range(500)]
     config = make_config(batch_size=500, t2i=1.0)
     with pytest.raises(ValueError, match=r"of \d+ records read are unusable \(more than 1%\)"):
-        next(stream(config, sources=dict(scenes=BrokenSource("scenes", scenes, set(range(0, 500, 20))))))
-    with pytest.raises(ValueError, match="23 records in succession of scenes cannot serve task 't2i'"):
-        next(stream(make_config(t2i=1.0), sources=dict(scenes=BrokenSource("scenes", SCENES, set(range(23))))))
+        next(
+            stream(
+                config, sources=dict(scenes=BrokenSource("scenes", scenes, set(range(0, 500, 20))))
+            )
+        )
+    with pytest.raises(
+        ValueError, match="23 records in succession of scenes cannot serve task 't2i'"
+    ):
+        next(
+            stream(
+                make_config(t2i=1.0),
+                sources=dict(scenes=BrokenSource("scenes", SCENES, set(range(23)))),
+            )
+        )
 
 
 def test_a_record_that_breaks_the_schema_fails_before_the_first_batch():
@@ -343,7 +381,12 @@ def test_dropout_must_be_a_probability():
 def test_records_on_disk_serve_every_task(tmp_path):
     emoji_scenes.build(tmp_path, resolution=16, num_scenes=16, nouns=4, progress=False, processes=1)
     config = make_config(batch_size=16, **dict.fromkeys(TASKS, 1.0))
-    config.data.dir, config.data.resolution, config.data.read_threads, config.data.prefetch = str(tmp_path), 16, 2, 2
+    config.data.dir, config.data.resolution, config.data.read_threads, config.data.prefetch = (
+        str(tmp_path),
+        16,
+        2,
+        2,
+    )
     for name, task in config.tasks.items():
         task.sources = (dict(ie="edits", pose="puppets", id="persons").get(name, "scenes"),)
     batch = next(stream(config, sources=None))
@@ -381,7 +424,9 @@ def test_evaluation_covers_each_record_once_on_any_hosts(hosts):
 
 
 def test_evaluation_stops_at_the_number_asked_for():
-    records = mixture.eval_records(make_config(), "t2i", split="validation", num=5, sources=sources())
+    records = mixture.eval_records(
+        make_config(), "t2i", split="validation", num=5, sources=sources()
+    )
     assert [record["caption"] for record in records] == [f"pig {k}" for k in range(5)]
 
 
@@ -415,6 +460,12 @@ def test_null_conditions_differ_in_nothing_else():
 def test_a_batch_of_no_records_is_an_error():
     with pytest.raises(ValueError, match="no record of task 't2i'"):
         mixture.example_batch(
-            [], task="t2i", tokenizer=tokenize, resolution=8, num_tokens=8, face_resolution=4, drop="none"
+            [],
+            task="t2i",
+            tokenizer=tokenize,
+            resolution=8,
+            num_tokens=8,
+            face_resolution=4,
+            drop="none",
         )
     assert tasks.prompt("t2i", "") == "<t2i>"

@@ -62,7 +62,8 @@ def test_an_exact_skeleton_decodes_to_its_joints(resolution):
 def test_a_blurred_and_noisy_skeleton_decodes(resolution):
     errors = decode_errors(resolution=resolution, noise=15, blur=0.7)
     assert np.median(errors) < 0.8  # a quarter of a line's thickness at 48 px
-    assert (errors < 0.05 * resolution).mean() > 0.96  # one joint in twenty-five, where limbs of a small figure overlap
+    # one joint in twenty-five, where limbs of a small figure overlap
+    assert (errors < 0.05 * resolution).mean() > 0.96
 
 
 def test_limbs_are_drawn_only_between_visible_joints():
@@ -81,7 +82,10 @@ def test_an_empty_picture_has_no_joints():
 
 def test_anything_decodes_without_error():
     rng = np.random.default_rng(0)
-    for image in (rng.integers(0, 256, (48, 48, 3)).astype(np.uint8), np.full((48, 64, 3), 255, np.uint8)):
+    for image in (
+        rng.integers(0, 256, (48, 48, 3)).astype(np.uint8),
+        np.full((48, 64, 3), 255, np.uint8),
+    ):
         decoded = renderings.decode_pose(image)
         assert np.isfinite(decoded).all()
 
@@ -98,7 +102,10 @@ def test_depth_survives_its_rendering(depth):
     image = renderings.render_depth(depth)
     # half a gray level of 255 over log(160): a factor of exp(0.5 / 255 * 5.08) = 1.01
     np.testing.assert_allclose(renderings.decode_depth(image), depth, rtol=0.0102)
-    near, far = np.unravel_index(depth.argmin(), depth.shape), np.unravel_index(depth.argmax(), depth.shape)
+    near, far = (
+        np.unravel_index(depth.argmin(), depth.shape),
+        np.unravel_index(depth.argmax(), depth.shape),
+    )
     assert image[near][0] >= image[far][0]
 
 

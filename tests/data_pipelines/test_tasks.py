@@ -23,7 +23,9 @@ def make_record(**changes) -> dict:
         instruction="remove the pig",
         edit_mask=masks[0],
         depth=np.linspace(1, 20, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE),
-        boxes=np.array([[2 / 16, 4 / 16, 6 / 16, 12 / 16], [8 / 16, 4 / 16, 1, 8 / 16]], np.float32),
+        boxes=np.array(
+            [[2 / 16, 4 / 16, 6 / 16, 12 / 16], [8 / 16, 4 / 16, 1, 8 / 16]], np.float32
+        ),
         phrases=["a pig", "an apple"],
         masks=masks,
         expressions=["", "the apple"],
@@ -35,7 +37,9 @@ def make_record(**changes) -> dict:
 
 
 def example(task: str, *, seed: int = 0, **changes) -> tasks.Example:
-    return TASKS[task].example(make_record(**changes), np.random.default_rng(seed), SIZE, where="toy/train[7]")
+    return TASKS[task].example(
+        make_record(**changes), np.random.default_rng(seed), SIZE, where="toy/train[7]"
+    )
 
 
 def test_the_order_is_that_of_the_batch_field():
@@ -89,8 +93,16 @@ def test_lg_names_the_block_of_each_object():
     [
         ("two pigs on sand", ["two pigs", "two pigs"], "two pigs ({0} and {1} blocks) on sand"),
         ("a pig and a pig", ["a pig", "a pig"], "a pig ({0} block) and a pig ({1} block)"),
-        ("A dog in a dog house", ["a dog", "a dog house"], "A dog ({0} block) in a dog house ({1} block)"),
-        ("a catfish near a cat", ["a cat", "a catfish"], "a catfish ({1} block) near a cat ({0} block)"),
+        (
+            "A dog in a dog house",
+            ["a dog", "a dog house"],
+            "A dog ({0} block) in a dog house ({1} block)",
+        ),
+        (
+            "a catfish near a cat",
+            ["a cat", "a catfish"],
+            "a catfish ({1} block) near a cat ({0} block)",
+        ),
         ("a pig by a tree", ["a pig", "a rock"], "a pig ({0} block) by a tree"),
     ],
 )
@@ -103,7 +115,10 @@ def test_lg_finds_each_phrase_in_the_caption(caption, phrases, expected):
 
 def test_lg_leaves_out_what_a_crop_cut_away():
     record = make_record()
-    wide = dict(image=np.zeros((16, 64, 3), np.uint8), boxes=np.array([[0.4, 0, 0.6, 1], [0, 0, 0.1, 1]], np.float32))
+    wide = dict(
+        image=np.zeros((16, 64, 3), np.uint8),
+        boxes=np.array([[0.4, 0, 0.6, 1], [0, 0, 0.1, 1]], np.float32),
+    )
     e = TASKS["lg"].example(record | wide, np.random.default_rng(0), SIZE, center=True)
     assert "a pig (" in e.text
     assert "an apple on grass" in e.text
@@ -120,13 +135,19 @@ def test_depth_pose_and_seg_are_read_off_the_image():
         assert e.face is None
     assert depth.text == pose.text == ""
     np.testing.assert_array_equal(depth.target, renderings.render_depth(record["depth"]))
-    np.testing.assert_array_equal(pose.target, renderings.render_pose(record["joints"], resolution=SIZE))
+    np.testing.assert_array_equal(
+        pose.target, renderings.render_pose(record["joints"], resolution=SIZE)
+    )
     assert seg.text == "the apple"  # the only expression that is not empty
-    np.testing.assert_array_equal(seg.target, np.where(record["masks"][1][..., None], 255, 0) * np.ones(3, int))
+    np.testing.assert_array_equal(
+        seg.target, np.where(record["masks"][1][..., None], 255, 0) * np.ones(3, int)
+    )
 
 
 def test_seg_picks_among_all_expressions():
-    texts = {example("seg", seed=seed, expressions=["the pig", "the apple"]).text for seed in range(20)}
+    texts = {
+        example("seg", seed=seed, expressions=["the pig", "the apple"]).text for seed in range(20)
+    }
     assert texts == {"the pig", "the apple"}
 
 
@@ -136,7 +157,9 @@ def test_id_needs_the_placeholder():
     np.testing.assert_array_equal(e.target, record["image"])
     np.testing.assert_array_equal(e.face, record["face"])
     assert (e.source, e.mask, e.text) == (None, None, "a drawing of <p>")
-    with pytest.raises(ValueError, match=r"^toy/train\[7\]: field 'caption' has no <p>: 'a pig") as error:
+    with pytest.raises(
+        ValueError, match=r"^toy/train\[7\]: field 'caption' has no <p>: 'a pig"
+    ) as error:
         example("id")
     assert not isinstance(error.value, tasks.UnsuitableRecord)
 
@@ -169,13 +192,33 @@ BOX = np.array([[0.1, 0.1, 0.5, 0.5]], np.float32)
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
-        ("ie", dict(source=np.zeros((8, 16, 3), np.uint8)), "field 'source' is 8x16 pixels but the image 16x16"),
-        ("depth", dict(depth=np.ones((16, 8), np.float32)), "field 'depth' is 16x8 pixels but the image 16x16"),
-        ("seg", dict(masks=np.ones((2, 8, 8), np.uint8)), "field 'masks' are 8x8 pixels but the image 16x16"),
+        (
+            "ie",
+            dict(source=np.zeros((8, 16, 3), np.uint8)),
+            "field 'source' is 8x16 pixels but the image 16x16",
+        ),
+        (
+            "depth",
+            dict(depth=np.ones((16, 8), np.float32)),
+            "field 'depth' is 16x8 pixels but the image 16x16",
+        ),
+        (
+            "seg",
+            dict(masks=np.ones((2, 8, 8), np.uint8)),
+            "field 'masks' are 8x8 pixels but the image 16x16",
+        ),
         ("t2i", dict(caption="  "), "field 'caption' is empty"),
         ("ie", dict(instruction=""), "field 'instruction' is empty"),
-        ("lg", dict(boxes=BOX + 0.6, phrases=["a pig"]), "field 'boxes' has box 0 outside the image: 0.7 0.7 1.1 1.1"),
-        ("lg", dict(boxes=BOX[:, [2, 1, 0, 3]], phrases=["a pig"]), "box 0 inverted or empty: 0.5 0.1 0.1 0.5"),
+        (
+            "lg",
+            dict(boxes=BOX + 0.6, phrases=["a pig"]),
+            "field 'boxes' has box 0 outside the image: 0.7 0.7 1.1 1.1",
+        ),
+        (
+            "lg",
+            dict(boxes=BOX[:, [2, 1, 0, 3]], phrases=["a pig"]),
+            "box 0 inverted or empty: 0.5 0.1 0.1 0.5",
+        ),
         ("lg", dict(phrases=["a pig"]), "field 'phrases' has 1 entries for 2 boxes"),
         ("seg", dict(expressions=["the pig"]), "field 'expressions' has 1 entries for 2 masks"),
         ("lg", dict(boxes=BOX * np.nan, phrases=["a pig"]), "outside the image"),

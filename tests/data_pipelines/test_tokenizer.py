@@ -1,6 +1,7 @@
 """Prompts become ids of a fixed length; `<p>` is one known position that is never lost.
 
-CLIP's and T5's tokenizers have small vocabularies here; live (marker `parity`) their ids are transformers'.
+CLIP's and T5's tokenizers have small vocabularies here; live (marker `parity`) their ids are
+transformers'.
 """
 
 import json
@@ -20,21 +21,28 @@ CLS, SEP, PERSON = 101, 102, 2711  # ids of bert-base-uncased's vocabulary
 
 def test_known_ids():
     text = TOKENIZER("<t2i> A red car", 12)
-    np.testing.assert_array_equal(text.tokens, [CLS, 1026, 1056, 2475, 2072, 1028, 1037, 2417, 2482, SEP, 0, 0])
+    np.testing.assert_array_equal(
+        text.tokens, [CLS, 1026, 1056, 2475, 2072, 1028, 1037, 2417, 2482, SEP, 0, 0]
+    )
     np.testing.assert_array_equal(text.text_mask, [True] * 10 + [False] * 2)
     assert not text.identity_slot.any()
     assert text.num_truncated == 0
 
 
 def test_placeholder_is_one_position_read_as_person():
-    text, spelled = TOKENIZER("<id> a photo of <p> outdoors", 16), TOKENIZER("<id> a photo of person outdoors", 16)
+    text, spelled = (
+        TOKENIZER("<id> a photo of <p> outdoors", 16),
+        TOKENIZER("<id> a photo of person outdoors", 16),
+    )
     np.testing.assert_array_equal(text.tokens, spelled.tokens)
     np.testing.assert_array_equal(text.identity_slot, text.tokens == PERSON)
     assert text.identity_slot.sum() == 1
     assert not spelled.identity_slot.any()
 
 
-@pytest.mark.parametrize(("text", "slots"), [("<p>", 1), ("<p>,<p>", 2), ("x<p>y", 1), ("<P> < p > p", 0), ("", 0)])
+@pytest.mark.parametrize(
+    ("text", "slots"), [("<p>", 1), ("<p>,<p>", 2), ("x<p>y", 1), ("<P> < p > p", 0), ("", 0)]
+)
 def test_placeholder_is_found_wherever_it_stands(text, slots):
     assert TOKENIZER(text, 16).identity_slot.sum() == slots
 
@@ -49,7 +57,9 @@ def test_truncation_keeps_the_end_token_and_is_counted():
 def test_truncation_never_drops_the_placeholder():
     prompt = "one two three <p>"
     assert TOKENIZER(prompt, 6).identity_slot[4]
-    with pytest.raises(ValueError, match=r"'one two three <p>' has 6 tokens: cut to num_tokens=5 it would lose <p>"):
+    with pytest.raises(
+        ValueError, match=r"'one two three <p>' has 6 tokens: cut to num_tokens=5 it would lose <p>"
+    ):
         TOKENIZER(prompt, 5)
 
 
@@ -70,7 +80,9 @@ def test_errors(tmp_path):
 def test_any_text_gives_a_closed_prompt_in_the_vocabulary(text, num_tokens):
     result = TOKENIZER(text.replace("<p>", ""), num_tokens)
     n = result.text_mask.sum()
-    assert result.tokens.shape == result.text_mask.shape == result.identity_slot.shape == (num_tokens,)
+    assert (
+        result.tokens.shape == result.text_mask.shape == result.identity_slot.shape == (num_tokens,)
+    )
     assert result.tokens[0] == CLS
     assert result.tokens[n - 1] == SEP
     assert (result.tokens[n:] == 0).all()
@@ -89,7 +101,9 @@ def special(content, *, normalized):
 
 
 def clip_vocabulary():
-    """Every byte's letter as CLIP orders them ("!" is 0), inside a word and at its end, the merges, the two ends."""
+    """Every byte's letter as CLIP orders them ("!" is 0), inside a word and at its end, the merges,
+    the two ends.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     merged = [merge.replace(" ", "") for merge in MERGES]
@@ -108,28 +122,49 @@ def write_clip(folder, *, pad=END, specials="decoder"):
     named = dict(bos_token=START, eos_token=END, unk_token=END, pad_token=pad)
     if specials == "decoder":
         # As in SD3: the ends are matched in the normalized text, bigG's pad in the raw one.
-        decoder = {CLIP[token]: special(token, normalized=token != "!") for token in {START, END, pad}}
-        config = dict(added_tokens_decoder=decoder, tokenizer_class="CLIPTokenizer", model_max_length=77, **named)
+        decoder = {
+            CLIP[token]: special(token, normalized=token != "!") for token in {START, END, pad}
+        }
+        config = dict(
+            added_tokens_decoder=decoder,
+            tokenizer_class="CLIPTokenizer",
+            model_max_length=77,
+            **named,
+        )
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     elif specials == "map":
-        (folder / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="CLIPTokenizer", pad_token=END)))
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(dict(tokenizer_class="CLIPTokenizer", pad_token=END))
+        )
         tokens = {key: special(token, normalized=True) for key, token in named.items()}
         (folder / "special_tokens_map.json").write_text(json.dumps(tokens | dict(pad_token=pad)))
     return folder
 
 
-T5_PIECES = ["<pad>", "</s>", "<unk>", *"▁abcdefghijklmnopqrstuvwxyz0123456789.,'>", "▁a", "▁cat", "▁it", "▁person"]
+T5_PIECES = [
+    "<pad>",
+    "</s>",
+    "<unk>",
+    *"▁abcdefghijklmnopqrstuvwxyz0123456789.,'>",
+    "▁a",
+    "▁cat",
+    "▁it",
+    "▁person",
+]
 
 
 def write_t5(folder):
     """A tokenizer.json as T5's is; like T5's the vocabulary has no "<"."""
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = [(piece, -1.0 if len(piece) > 1 else -10.0) for piece in T5_PIECES]  # words before letters
+    # words before letters
+    pieces = [(piece, -1.0 if len(piece) > 1 else -10.0) for piece in T5_PIECES]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace()]
     )
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)]
+    )
     tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
@@ -158,8 +193,21 @@ def t5_ids(*pieces):
 
 def test_clip_ids(sd3):
     text = load(sd3 / "tokenizer")("A  CAT's <t2i> 12 \u00c9 e\u0301", 24)
-    e_acute = ["Ã", "©</w>"]  # the bytes of é, as the vocabulary writes them: composed and lower-cased, both of them
-    words = ["a</w>", "cat</w>", "'", "s</w>", "<</w>", "t</w>", "2</w>", "i</w>", "></w>", "1</w>", "2</w>"]
+    # the bytes of é, as the vocabulary writes them: composed and lower-cased, both of them
+    e_acute = ["Ã", "©</w>"]
+    words = [
+        "a</w>",
+        "cat</w>",
+        "'",
+        "s</w>",
+        "<</w>",
+        "t</w>",
+        "2</w>",
+        "i</w>",
+        "></w>",
+        "1</w>",
+        "2</w>",
+    ]
     want = clip_ids(START, *words, *e_acute, *e_acute, END)
     np.testing.assert_array_equal(text.tokens, want + clip_ids(END) * (24 - len(want)))
     assert text.text_mask.sum() == len(want)
@@ -179,13 +227,17 @@ def test_t5_ids(sd3):
     np.testing.assert_array_equal(load(sd3 / "tokenizer_3")("a cat", 1).tokens, t5_ids("</s>"))
 
 
-@pytest.mark.parametrize(("name", "person"), [("tokenizer", "person</w>"), ("tokenizer_3", "▁person")])
+@pytest.mark.parametrize(
+    ("name", "person"), [("tokenizer", "person</w>"), ("tokenizer_3", "▁person")]
+)
 @pytest.mark.parametrize("prompt", ["a <p> it", "<p>", "<p>,<p>", "it <p>"])
 def test_placeholder_is_the_whole_word_to_every_encoder(sd3, name, person, prompt):
     tokenizer = load(sd3 / name)
     text, spelled = tokenizer(prompt, 16), tokenizer(prompt.replace("<p>", " person "), 16)
     assert text.identity_slot.sum() == prompt.count("<p>")
-    stand_in = (CLIP if name == "tokenizer" else {piece: i for i, piece in enumerate(T5_PIECES)})[person]
+    stand_in = (CLIP if name == "tokenizer" else {piece: i for i, piece in enumerate(T5_PIECES)})[
+        person
+    ]
     np.testing.assert_array_equal(text.identity_slot, text.tokens == stand_in)
     np.testing.assert_array_equal(text.tokens, spelled.tokens)
     assert not spelled.identity_slot.any()
@@ -206,11 +258,15 @@ def test_sd3_is_one_row_of_clip_then_t5(sd3):
     text = tokenizer("<id> a <p>", 90)
     parts = load(sd3 / "tokenizer")("<id> a <p>", 77), load(sd3 / "tokenizer_3")("<id> a <p>", 13)
     for field in ("tokens", "text_mask", "identity_slot"):
-        np.testing.assert_array_equal(getattr(text, field), np.concatenate([getattr(part, field) for part in parts]))
+        np.testing.assert_array_equal(
+            getattr(text, field), np.concatenate([getattr(part, field) for part in parts])
+        )
     np.testing.assert_array_equal(
         np.flatnonzero(text.identity_slot), [6, 77 + 6]
     )  # (start) < i d > a, and ▁ < i d > ▁a
-    np.testing.assert_array_equal(tokenizer("a cat", 77).tokens, load(sd3 / "tokenizer")("a cat", 77).tokens)
+    np.testing.assert_array_equal(
+        tokenizer("a cat", 77).tokens, load(sd3 / "tokenizer")("a cat", 77).tokens
+    )
 
 
 def test_sd3_truncates_each_part(sd3):
@@ -247,7 +303,11 @@ def test_damaged_clip_folders(tmp_path):
         with pytest.raises(error, match=message):
             load(where)
 
-    refuses(r"tokenizer_2 has no tokenizer\.json, nor CLIP's vocab\.json and merges\.txt", FileNotFoundError, tmp_path)
+    refuses(
+        r"tokenizer_2 has no tokenizer\.json, nor CLIP's vocab\.json and merges\.txt",
+        FileNotFoundError,
+        tmp_path,
+    )
     write_clip(tmp_path / "tokenizer_2", pad="!")
     (tmp_path / "tokenizer_3").mkdir()
     refuses(r"tokenizer_3 has no tokenizer\.json", FileNotFoundError, tmp_path)
@@ -263,11 +323,13 @@ def test_damaged_clip_folders(tmp_path):
     (folder / "merges.txt").unlink()
     refuses(r"tokenizer has no merges\.txt beside its vocab\.json", FileNotFoundError)
     (folder / "merges.txt").write_text("")
-    (folder / "vocab.json").write_text(json.dumps({"a": 0, END: 1}))  # GPT-2's files have these names too
+    # GPT-2's files have these names too
+    (folder / "vocab.json").write_text(json.dumps({"a": 0, END: 1}))
     refuses(r"CLIP's vocabulary has <\|startoftext\|> and <\|endoftext\|>")
 
 
-# What tells tokenizers apart: case, accents whole and composed, ligatures, emoji, spaces, digits, special tokens.
+# What tells tokenizers apart: case, accents whole and composed, ligatures, emoji, spaces, digits,
+# special tokens.
 PARTS = (
     *(
         "A cat",
@@ -304,9 +366,9 @@ PARTS = (
         "\0",
     ),
 )
-TEXTS = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PARTS), max_size=8).map("".join)).map(
-    lambda text: text.replace("<p>", "")
-)
+TEXTS = st.one_of(
+    st.text(max_size=40), st.lists(st.sampled_from(PARTS), max_size=8).map("".join)
+).map(lambda text: text.replace("<p>", ""))
 
 
 def assert_ids_of(reference, tokenizer):
@@ -340,7 +402,9 @@ def test_t5_ids_are_those_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     sentencepiece = pytest.importorskip("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a person and a cat, it's 2 of them >", "der Bär, l'été; 12 persons"] * 50),
+        sentence_iterator=iter(
+            ["a person and a cat, it's 2 of them >", "der Bär, l'été; 12 persons"] * 50
+        ),
         model_prefix=str(tmp_path / "spiece"),
         vocab_size=60,
         hard_vocab_limit=False,
@@ -360,4 +424,6 @@ def test_t5_ids_are_those_of_transformers(tmp_path):
 @pytest.mark.parity
 def test_minilm_ids_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
-    assert_ids_of(transformers.BertTokenizerFast.from_pretrained(pretrained_folder("minilm")), TOKENIZER)
+    assert_ids_of(
+        transformers.BertTokenizerFast.from_pretrained(pretrained_folder("minilm")), TOKENIZER
+    )

@@ -8,7 +8,9 @@ from data_pipelines import transforms
 
 
 def make_record(height: int, width: int, box: tuple[int, int, int, int]) -> dict:
-    """One object: the same rectangle as image, source, masks, depth, box, and joints at its corners."""
+    """One object: the same rectangle as image, source, masks, depth, box, and joints at its
+    corners.
+    """
     x0, y0, x1, y1 = box
     mask = np.zeros((height, width), np.uint8)
     mask[y0:y1, x0:x1] = 1
@@ -59,7 +61,9 @@ def assert_consistent(record: dict) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(record=records(), resolution=st.integers(16, 64), seed=st.integers(0, 99), center=st.booleans())
+@given(
+    record=records(), resolution=st.integers(16, 64), seed=st.integers(0, 99), center=st.booleans()
+)
 def test_a_box_moves_with_its_mask(record, resolution, seed, center):
     rng = None if center else np.random.default_rng(seed)
     out = transforms.resize_and_crop(record, resolution=resolution, rng=rng)
@@ -119,13 +123,19 @@ def test_a_hole_is_neither_nothing_nor_everything(seed, height, width):
     hole = transforms.sample_hole(np.random.default_rng(seed), height=height, width=width)
     assert hole.shape == (height, width, 1)
     assert set(np.unique(hole)) == {0, 1}
-    np.testing.assert_array_equal(hole, transforms.sample_hole(np.random.default_rng(seed), height=height, width=width))
+    np.testing.assert_array_equal(
+        hole, transforms.sample_hole(np.random.default_rng(seed), height=height, width=width)
+    )
 
 
 def test_holes_come_inside_and_at_the_border():
-    holes = [transforms.sample_hole(np.random.default_rng(seed), height=48, width=48)[..., 0] for seed in range(300)]
+    holes = [
+        transforms.sample_hole(np.random.default_rng(seed), height=48, width=48)[..., 0]
+        for seed in range(300)
+    ]
     border = np.array([hole[[0, -1]].all() or hole[:, [0, -1]].all() for hole in holes])
-    # 30% are outpainting; five standard deviations of a binomial of 300 are 0.13, and some strokes touch borders
+    # 30% are outpainting; five standard deviations of a binomial of 300 are 0.13, and some strokes
+    # touch borders
     assert 0.17 < border.mean() < 0.5
     areas = np.array([hole.mean() for hole in holes])
     assert 0.2 < areas.mean() < 0.7

@@ -1,4 +1,6 @@
-"""Small scenes of colored squares, as records, and a stand-in for the batch that generators receive."""
+"""Small scenes of colored squares, as records, and a stand-in for the batch that generators
+receive.
+"""
 
 from types import SimpleNamespace
 
@@ -9,7 +11,9 @@ SKIES = {"blue": (150, 200, 250), "pink": (250, 200, 210)}
 
 
 def scene(seed: int, size: int = 48) -> dict:
-    """One colored square on a plain ground, with all labels that the tasks on scenes and edits need."""
+    """One colored square on a plain ground, with all labels that the tasks on scenes and edits
+    need.
+    """
     rng = np.random.default_rng(seed)
     noun, sky = str(rng.choice(list(COLORS))), str(rng.choice(list(SKIES)))
     side = size // 3
@@ -46,7 +50,12 @@ def stack(rows) -> SimpleNamespace:
 def noise(batch) -> np.ndarray:
     """Images that depend on nothing but the sample id."""
     shape = batch.target.shape[1:]
-    return np.stack([np.random.default_rng(int(i)).integers(0, 256, shape, dtype=np.uint8) for i in batch.sample_id])
+    return np.stack(
+        [
+            np.random.default_rng(int(i)).integers(0, 256, shape, dtype=np.uint8)
+            for i in batch.sample_id
+        ]
+    )
 
 
 def blurred(batch) -> np.ndarray:
@@ -55,4 +64,7 @@ def blurred(batch) -> np.ndarray:
 
 
 def without_samples(results: dict) -> dict:
-    return {name: {k: v for k, v in task.items() if k != "samples"} for name, task in results["tasks"].items()}
+    return {
+        name: {k: v for k, v in task.items() if k != "samples"}
+        for name, task in results["tasks"].items()
+    }

@@ -1,4 +1,6 @@
-"""Every benchmark knows a perfect answer from a trivial one, and its trivial answers are what they are called."""
+"""Every benchmark knows a perfect answer from a trivial one, and its trivial answers are what they
+are called.
+"""
 
 import numpy as np
 import pytest
@@ -24,11 +26,16 @@ def test_every_task_has_a_benchmark():
 
 @pytest.mark.parametrize("task", PIXEL_TASKS)
 def test_the_true_answer_is_near_perfect_and_beats_every_trivial_one(task):
-    cases, train = draw_cases(task, RECORDS[:6], resolution=48), draw_cases(task, RECORDS[6:], resolution=48)
+    cases, train = (
+        draw_cases(task, RECORDS[:6], resolution=48),
+        draw_cases(task, RECORDS[6:], resolution=48),
+    )
     metric = BENCHMARKS[task].metrics[BENCHMARKS[task].primary]
     truth = score(task, lambda case: case.example.target, cases)
     # Depth is rendered in 8 bits of log depth: half a level is 1% of a meter; the others are exact.
-    assert truth == pytest.approx(1.0 if metric.better == "higher" else 0.0, abs=0.02 if task == "depth" else 1e-12)
+    assert truth == pytest.approx(
+        1.0 if metric.better == "higher" else 0.0, abs=0.02 if task == "depth" else 1e-12
+    )
     for name, answer in BENCHMARKS[task].trivial(train).items():
         assert metric.improves(truth, score(task, answer, cases)), name
 
@@ -55,7 +62,10 @@ def test_candidates_hold_the_truth_once_and_share_its_setting():
     from univg_jax.evaluation import benchmarks
 
     nouns = [f"noun{i}" for i in range(30)]
-    records = [data.scene(0) | {"caption": f"a {n} on {'grass' if i % 2 else 'sand'}"} for i, n in enumerate(nouns)]
+    records = [
+        data.scene(0) | {"caption": f"a {n} on {'grass' if i % 2 else 'sand'}"}
+        for i, n in enumerate(nouns)
+    ]
     cases = draw_cases("t2i", records, resolution=48)
     rows = benchmarks._candidates(cases)
     for case, plain, objects in zip(cases, rows["retrieval_r1"], rows["retrieval_objects_r1"]):

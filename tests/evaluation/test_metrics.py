@@ -11,7 +11,9 @@ from univg_jax.evaluation.metrics import Ratio
 # float64 arithmetic of a few thousand terms; anything larger is a wrong formula.
 EXACT = 1e-12
 
-masks = st.integers(0, 2**32 - 1).map(lambda s: np.random.default_rng(s).random((2, 9, 7)) < [[[0.3]], [[0.6]]])
+masks = st.integers(0, 2**32 - 1).map(
+    lambda s: np.random.default_rng(s).random((2, 9, 7)) < [[[0.3]], [[0.6]]]
+)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -68,11 +70,15 @@ def test_box_iou_by_hand():
 
 def test_depth_by_hand():
     target = np.array([[1.0, 2.0], [4.0, 0.0]])  # the last pixel is invalid
-    prediction = np.array([[1.5, 1.5], [1.5, 9.0]])  # constant on the valid ones: aligns to the mean, 7/3
+    # constant on the valid ones: aligns to the mean, 7/3
+    prediction = np.array([[1.5, 1.5], [1.5, 9.0]])
     errors = metrics.depth_errors(prediction, target)
     mean = 7 / 3
-    assert errors["abs_rel"].value == pytest.approx(((mean - 1) + (mean - 2) / 2 + (4 - mean) / 4) / 3, abs=EXACT)
-    assert errors["delta1"].value == pytest.approx(1 / 3, abs=EXACT)  # only 2 against 7/3 is within 1.25
+    assert errors["abs_rel"].value == pytest.approx(
+        ((mean - 1) + (mean - 2) / 2 + (4 - mean) / 4) / 3, abs=EXACT
+    )
+    # only 2 against 7/3 is within 1.25
+    assert errors["delta1"].value == pytest.approx(1 / 3, abs=EXACT)
 
 
 @settings(max_examples=30, deadline=None)
@@ -106,8 +112,11 @@ def test_pck_averages_over_joints_that_were_seen():
 def test_recall_and_cosine():
     assert metrics.recall_at_1(np.array([0.3, 0.2, 0.1])).value == 1
     assert metrics.recall_at_1(np.array([0.3, 0.4, 0.1])).value == 0
-    assert metrics.recall_at_1(np.full(16, 0.5)).value == 1 / 16  # a constant scorer is at chance, not at 100%
-    assert metrics.cosine(np.array([1.0, 0]), np.array([1.0, 1])).value == pytest.approx(2**-0.5, abs=EXACT)
+    # a constant scorer is at chance, not at 100%
+    assert metrics.recall_at_1(np.full(16, 0.5)).value == 1 / 16
+    assert metrics.cosine(np.array([1.0, 0]), np.array([1.0, 1])).value == pytest.approx(
+        2**-0.5, abs=EXACT
+    )
     assert metrics.cosine(np.zeros(2), np.ones(2)).value == 0
 
 
@@ -115,7 +124,10 @@ def test_recall_and_cosine():
 @given(seeds, st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
 def test_merge_of_shards_is_the_whole(seed, rows, shards, entries):
     rng = np.random.default_rng(seed)
-    ratios = [Ratio.of(rng.random(entries), rng.integers(0, 3, entries).astype(float)) for _ in range(rows)]
+    ratios = [
+        Ratio.of(rng.random(entries), rng.integers(0, 3, entries).astype(float))
+        for _ in range(rows)
+    ]
     whole = metrics.merge(ratios)
     shuffled = metrics.merge([ratios[i] for i in rng.permutation(rows)])
     np.testing.assert_array_equal(whole.total, shuffled.total)

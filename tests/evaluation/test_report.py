@@ -19,7 +19,13 @@ def finished(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         rows = [
-            {"step": s, "loss": 2 / s, "steps_per_second": 2.0, "images_per_second": 32.0, "time": s / 2}
+            {
+                "step": s,
+                "loss": 2 / s,
+                "steps_per_second": 2.0,
+                "images_per_second": 32.0,
+                "time": s / 2,
+            }
             | {f"loss/{t}": 2 / s for t in tasks}
             for s in range(1, 9)
         ]
@@ -65,7 +71,9 @@ def test_page_is_self_contained_and_escaped(finished):
 
 def test_json_has_what_was_promised(finished):
     _, report = write(finished)
-    assert report["stages"]["stage2"]["mixture"] == pytest.approx({"t2i": 1 / 3, "ie": 1 / 3, "seg": 1 / 3})
+    assert report["stages"]["stage2"]["mixture"] == pytest.approx(
+        {"t2i": 1 / 3, "ie": 1 / 3, "seg": 1 / 3}
+    )
     assert {"steps", "seconds", "first_loss", "last_loss"} <= set(report["stages"]["stage1"])
     for task in report["tasks"].values():
         assert {"metric", "value", "untrained", "trivial", "ceiling", "beats_both"} <= set(task)
@@ -78,7 +86,8 @@ def test_a_failed_task_is_named_with_its_numbers(finished):
     results["tasks"]["seg"]["beats"]["trivial"] = False
     path.write_text(json.dumps(results))
     page, report = write(finished)
-    assert "1 of 3 tasks beat" in page  # the stand-in model loses in depth, too: noise costs more than the mean
+    # the stand-in model loses in depth, too: noise costs more than the mean
+    assert "1 of 3 tasks beat" in page
     assert "1.0\u00a0% does not beat" in page
     assert not report["tasks"]["seg"]["beats_both"]
 
@@ -98,7 +107,10 @@ def test_the_codec_is_blamed_only_when_it_fails_too():
     task = {
         "metric": "m",
         "metrics": {"m": {"label": "M", "better": "higher", "percent": False}},
-        "systems": {"model": {"m": {"value": 0.1, "stderr": 0.001}}, "trivial": {"m": {"value": 0.5}}},
+        "systems": {
+            "model": {"m": {"value": 0.1, "stderr": 0.001}},
+            "trivial": {"m": {"value": 0.5}},
+        },
         "trivial": {"chosen": "guess"},
         "beats": {"untrained": True, "trivial": False},
         "examples": 8,

@@ -1,4 +1,6 @@
-"""The runner: the same numbers however the cases are batched or sharded, files where promised, nothing done twice."""
+"""The runner: the same numbers however the cases are batched or sharded, files where promised,
+nothing done twice.
+"""
 
 import json
 import os
@@ -24,7 +26,12 @@ def run(out, *, batch_size=4, count=7, settings=None, model=data.blurred, **syst
     return evaluate(
         {t: draw_cases(t, records[:count], resolution=48) for t in TASKS},
         train={t: draw_cases(t, records[10:], resolution=48) for t in TASKS},
-        systems={"model": model, "untrained": data.noise, "real": lambda batch: batch.target, **systems},
+        systems={
+            "model": model,
+            "untrained": data.noise,
+            "real": lambda batch: batch.target,
+            **systems,
+        },
         collate=data.stack,
         scorers=Scorers(),
         settings=settings or {"checkpoint_step": 3, "seed": 0},
@@ -51,7 +58,9 @@ def test_results_and_files(tmp_path):
         "target": "ie/001_target.png",
         "output": "ie/001.png",
     }
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "ie/001_target.png")), data.scene(1)["image"])
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "ie/001_target.png")), data.scene(1)["image"]
+    )
 
 
 def test_a_model_that_copies_the_source_does_not_beat_it(tmp_path):
@@ -86,7 +95,14 @@ def test_results_of_the_same_settings_are_kept(tmp_path):
 def test_bad_calls_are_named(tmp_path):
     with pytest.raises(ValueError, match="'model'"):
         evaluate(
-            {}, train={}, systems={}, collate=data.stack, scorers=Scorers(), settings={}, out=tmp_path, batch_size=1
+            {},
+            train={},
+            systems={},
+            collate=data.stack,
+            scorers=Scorers(),
+            settings={},
+            out=tmp_path,
+            batch_size=1,
         )
 
 
@@ -107,13 +123,22 @@ def test_two_processes_agree_with_one_bitwise(tmp_path):
         port = free.getsockname()[1]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd(), "XLA_FLAGS": ""}
     workers = [
-        subprocess.Popen([sys.executable, "-c", program, str(rank), str(port), str(tmp_path / "two")], env=environment)
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(rank), str(port), str(tmp_path / "two")],
+            env=environment,
+        )
         for rank in range(2)
     ]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     run(tmp_path / "one")
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")
+    )
     assert one == two
     images = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.png"))
-    assert images == sorted(p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*.png"))
-    assert all((tmp_path / "one" / p).read_bytes() == (tmp_path / "two" / p).read_bytes() for p in images)
+    assert images == sorted(
+        p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*.png")
+    )
+    assert all(
+        (tmp_path / "one" / p).read_bytes() == (tmp_path / "two" / p).read_bytes() for p in images
+    )

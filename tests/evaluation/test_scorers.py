@@ -1,4 +1,6 @@
-"""The scene scorer recognizes what it was fitted on, in pictures it has not seen, and is the same when fitted again."""
+"""The scene scorer recognizes what it was fitted on, in pictures it has not seen, and is the same
+when fitted again.
+"""
 
 import numpy as np
 import pytest
@@ -23,7 +25,13 @@ def noun_of(phrase: str) -> str:
 
 def fit(**kwargs) -> SceneScorer:
     return scene_scorer(
-        SOURCE, noun_of=noun_of, embed_text=embed_text, steps=60, batch_size=16, progress=False, **kwargs
+        SOURCE,
+        noun_of=noun_of,
+        embed_text=embed_text,
+        steps=60,
+        batch_size=16,
+        progress=False,
+        **kwargs,
     )
 
 
@@ -53,7 +61,9 @@ def test_embedding_is_nearest_to_its_own_caption(scorer):
 def test_other_sizes_are_judged_alike(scorer):
     record = data.scene(1000)
     large = np.kron(record["image"], np.ones((2, 2, 1), np.uint8))  # exact under area averaging
-    np.testing.assert_array_equal(scorer.segment(large[None]), scorer.segment(record["image"][None]))
+    np.testing.assert_array_equal(
+        scorer.segment(large[None]), scorer.segment(record["image"][None])
+    )
 
 
 def test_cache_is_the_same_scorer_and_keyed_by_the_data(tmp_path, scorer):

@@ -1,4 +1,6 @@
-"""MM-DiT against diffusers: live where torch is there (marker `parity`), by a stored reference elsewhere."""
+"""MM-DiT against diffusers: live where torch is there (marker `parity`), by a stored reference
+elsewhere.
+"""
 
 import dataclasses
 import json
@@ -27,7 +29,8 @@ TINY = MMDiT(
     pos_embed_base_size=4,
 )
 
-# num_layers, heads, head width, patch, channels in and out, qk_norm, (height, width) of latents, text tokens, batch
+# num_layers, heads, head width, patch, channels in and out, qk_norm, (height, width) of latents,
+# text tokens, batch
 CONFIGS = {
     "qk-norm": (3, 4, 8, 2, 33, 16, "rms_norm", (8, 12), 7, 3),
     "no-qk-norm": (2, 3, 12, 2, 5, 4, None, (6, 10), 5, 2),
@@ -50,7 +53,9 @@ def inputs(model, *, height=6, width=10, tokens=5, batch=2, seed=0):
 
 def random_params(model, seed=1, scale=0.3):
     """Parameters with nothing at zero or one, so that every path is active."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), **inputs(model, height=6, width=6))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), **inputs(model, height=6, width=6))[
+        "params"
+    ]
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda s: jnp.asarray(scale * rng.normal(size=s.shape), s.dtype), shapes)
 
@@ -99,9 +104,14 @@ def test_sharded_files_hold_the_same(tmp_path):
 def test_half_precision_files_load_as_float32(tmp_path):
     params = random_params(TINY)
     save_transformer(TINY, params, tmp_path)
-    edit(tmp_path, lambda tensors: {name: value.astype(jnp.bfloat16) for name, value in tensors.items()})
+    edit(
+        tmp_path,
+        lambda tensors: {name: value.astype(jnp.bfloat16) for name, value in tensors.items()},
+    )
     _, loaded = load_transformer(tmp_path)
-    assert_same_tree(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
+    assert_same_tree(
+        loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+    )
 
 
 def test_wrong_tensors_are_listed(tmp_path):
@@ -114,7 +124,8 @@ def test_wrong_tensors_are_listed(tmp_path):
 
     edit(tmp_path, spoil)
     with pytest.raises(
-        ValueError, match=r"missing: proj_out.weight; extra: surplus; misshaped: transformer_blocks.1"
+        ValueError,
+        match=r"missing: proj_out.weight; extra: surplus; misshaped: transformer_blocks.1",
     ) as e:
         load_transformer(tmp_path)
     assert "(expected [16, 16], got [3, 4])" in str(e.value)
@@ -147,7 +158,12 @@ def test_other_spoiled_folders(tmp_path):
 
 
 def test_what_diffusers_lacks_is_not_written(tmp_path):
-    for option in (dict(position="rope"), dict(sandwich_norm=True), dict(shared_adaln=True), dict(mlp_ratio=2)):
+    for option in (
+        dict(position="rope"),
+        dict(sandwich_norm=True),
+        dict(shared_adaln=True),
+        dict(mlp_ratio=2),
+    ):
         model = dataclasses.replace(TINY, **option)
         with pytest.raises(ValueError, match=f"diffusers has no .* with {next(iter(option))}"):
             save_transformer(model, {}, tmp_path)
@@ -157,7 +173,9 @@ def test_what_diffusers_lacks_is_not_written(tmp_path):
 
 
 def test_equals_the_stored_diffusers_activation():
-    """`mmdit_reference.npz` is diffusers' output for these parameters: see `test_the_stored_activation_is_current`."""
+    """`mmdit_reference.npz` is diffusers' output for these parameters: see
+    `test_the_stored_activation_is_current`.
+    """
     want = np.load(REFERENCE)["output"]
     got = apply(TINY, random_params(TINY), **inputs(TINY))
     np.testing.assert_allclose(got, want, atol=2e-5 * want.std())  # float32 through three blocks
@@ -191,7 +209,8 @@ def test_the_stored_activation_is_current(tmp_path):
     output = their_output(theirs(TINY, tmp_path), inputs(TINY)).detach().numpy()
     if not REFERENCE.exists():
         np.savez(REFERENCE, output=output)
-    np.testing.assert_allclose(np.load(REFERENCE)["output"], output, atol=1e-5 * output.std())  # other torch kernels
+    # other torch kernels
+    np.testing.assert_allclose(np.load(REFERENCE)["output"], output, atol=1e-5 * output.std())
 
 
 @pytest.mark.parity
@@ -233,7 +252,8 @@ def test_forward_and_gradients_equal_diffusers(tmp_path, name, record_property):
 
     grads, out = quick_jit(jax.grad(loss, has_aux=True))(params)
     forward_error = np.abs(out - want).max() / want.std()
-    assert forward_error <= 2e-5  # float32 roundings, and PyTorch's exp is an ulp off in a time frequency
+    # float32 roundings, and PyTorch's exp is an ulp off in a time frequency
+    assert forward_error <= 2e-5
 
     # Their gradients become our tree on the way that weights take.
     with torch.no_grad():
@@ -253,8 +273,17 @@ def test_forward_and_gradients_equal_diffusers(tmp_path, name, record_property):
         f"latents {h}x{w}, {tokens} text tokens, batch {batch}"
     )
     errors = dict(forward=forward_error, gradient=gradient_error)
-    record_parity(record_property, network="MM-DiT (SD3Transformer2DModel)", configuration=configuration, **errors)
+    record_parity(
+        record_property,
+        network="MM-DiT (SD3Transformer2DModel)",
+        configuration=configuration,
+        **errors,
+    )
 
     # and back: what we write, they open as the same function
-    save_transformer(model, load_transformer(tmp_path / "theirs")[1], tmp_path / "ours", max_file_bytes=50_000)
-    np.testing.assert_allclose(their_output(theirs(model, tmp_path / "ours"), x).detach(), want, atol=1e-6 * want.std())
+    save_transformer(
+        model, load_transformer(tmp_path / "theirs")[1], tmp_path / "ours", max_file_bytes=50_000
+    )
+    np.testing.assert_allclose(
+        their_output(theirs(model, tmp_path / "ours"), x).detach(), want, atol=1e-6 * want.std()
+    )

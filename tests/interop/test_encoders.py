@@ -1,5 +1,6 @@
-"""CLIP's towers and DINO against transformers: live where torch is there (marker `parity`), by stored references
-elsewhere; and every way in which their folders can be wrong."""
+"""CLIP's towers and DINO against transformers: live where torch is there (marker `parity`), by
+stored references elsewhere; and every way in which their folders can be wrong.
+"""
 
 import dataclasses
 import json
@@ -36,7 +37,14 @@ CONFIGS = {
     "vision": dict(model_type="clip_vision_model", projection_dim=5, hidden_act="gelu", **IMAGE),
     "dino": dict(model_type="vit", **IMAGE),
 }
-CLIP_LAYER = ("layer_norm1", "layer_norm2", "self_attn.{}_proj", ("q", "k", "v", "out"), "mlp.fc1", "mlp.fc2")
+CLIP_LAYER = (
+    "layer_norm1",
+    "layer_norm2",
+    "self_attn.{}_proj",
+    ("q", "k", "v", "out"),
+    "mlp.fc1",
+    "mlp.fc2",
+)
 VIT_LAYER = (
     "layernorm_before",
     "layernorm_after",
@@ -58,7 +66,11 @@ def layers(block, names):
 
 
 def shapes_of(kind):
-    norms = {"text": ["final_layer_norm"], "vision": ["pre_layrnorm", "post_layernorm"], "dino": ["layernorm"]}[kind]
+    norms = {
+        "text": ["final_layer_norm"],
+        "vision": ["pre_layrnorm", "post_layernorm"],
+        "dino": ["layernorm"],
+    }[kind]
     shapes = {f"{norm}.{part}": (D,) for norm in norms for part in ("weight", "bias")}
     if kind == "dino":
         return {
@@ -86,7 +98,9 @@ def shapes_of(kind):
 def tensors_of(kind):
     """Nothing at zero or one, so that every path is active."""
     rng = np.random.default_rng(0)
-    return {n: (0.3 * rng.normal(size=s)).astype(np.float32) for n, s in sorted(shapes_of(kind).items())}
+    return {
+        n: (0.3 * rng.normal(size=s)).astype(np.float32) for n, s in sorted(shapes_of(kind).items())
+    }
 
 
 def write(folder, config, tensors):
@@ -101,7 +115,11 @@ def folder(tmp_path):
     """Writes the folder of a kind, with changes."""
 
     def write_kind(kind, config=None, tensors=None):
-        return write(tmp_path, CONFIGS[kind] | (config or {}), tensors_of(kind) if tensors is None else tensors)
+        return write(
+            tmp_path,
+            CONFIGS[kind] | (config or {}),
+            tensors_of(kind) if tensors is None else tensors,
+        )
 
     return write_kind
 
@@ -115,7 +133,11 @@ def whole_clip(folder, config=None, tensors=None):
         "text_model.embeddings.position_ids": np.arange(9)[None],
         "vision_model.embeddings.position_ids": np.arange(10)[None],
     }
-    return write(folder, config, tensors_of("text") | tensors_of("vision") | more if tensors is None else tensors)
+    return write(
+        folder,
+        config,
+        tensors_of("text") | tensors_of("vision") | more if tensors is None else tensors,
+    )
 
 
 def inputs_of(kind, *, batch=2, size=(12, 12), tokens=8, vocab=30):
@@ -141,7 +163,9 @@ def assert_same_tree(a, b):
 
 @pytest.mark.parametrize("kind", LOAD)
 def test_equals_the_stored_activation_of_transformers(folder, kind):
-    """`encoders_reference.npz` is their output for these tensors: see `test_the_stored_activations_are_current`."""
+    """`encoders_reference.npz` is their output for these tensors: see
+    `test_the_stored_activations_are_current`.
+    """
     stored = np.load(REFERENCE)
     inputs = inputs_of(kind)
     out = run(*LOAD[kind](folder(kind)), *inputs)
@@ -156,7 +180,10 @@ def test_a_tower_of_the_whole_model_is_the_tower(tmp_path):
     whole_clip(tmp_path / "whole")
     for kind in ("text", "vision"):
         own = write(tmp_path / kind, CONFIGS[kind], tensors_of(kind))
-        (module, params), (module_of_whole, params_of_whole) = LOAD[kind](own), LOAD[kind](tmp_path / "whole")
+        (module, params), (module_of_whole, params_of_whole) = (
+            LOAD[kind](own),
+            LOAD[kind](tmp_path / "whole"),
+        )
         assert module == module_of_whole
         assert_same_tree(params, params_of_whole)
 
@@ -164,7 +191,9 @@ def test_a_tower_of_the_whole_model_is_the_tower(tmp_path):
 def test_older_config_of_a_tower_goes_first(tmp_path):
     """As in the published folders of OpenAI's models, where the end token differs between the two."""
     config = {k: v for k, v in CONFIGS["text"].items() if k != "eos_token_id"}
-    whole = whole_clip(tmp_path, dict(text_config=CONFIGS["text"] | dict(eos_token_id=2), text_config_dict=config))
+    whole = whole_clip(
+        tmp_path, dict(text_config=CONFIGS["text"] | dict(eos_token_id=2), text_config_dict=config)
+    )
     assert load_clip_text(whole)[0].eos_token_id == 49407
 
 
@@ -172,18 +201,32 @@ def test_older_config_of_a_tower_goes_first(tmp_path):
 def test_without_projection_and_prefix(folder, kind):
     """What `CLIPTextModel` and `CLIPVisionModel` write."""
     full_params = LOAD[kind](folder(kind))[1]
-    bare = {name.split("model.")[1]: value for name, value in tensors_of(kind).items() if "projection" not in name}
+    bare = {
+        name.split("model.")[1]: value
+        for name, value in tensors_of(kind).items()
+        if "projection" not in name
+    }
     module, params = LOAD[kind](folder(kind, dict(projection_dim=None), bare))
     assert module.projection_dim is None
-    assert_same_tree(params, {name: value for name, value in full_params.items() if name != "projection"})
+    assert_same_tree(
+        params, {name: value for name, value in full_params.items() if name != "projection"}
+    )
     assert run(module, params, *inputs_of(kind)).projected is None
 
 
 def test_dino_of_a_classifier_and_with_parts_that_are_not_read(folder):
     _, params = load_dino(folder("dino"))
-    head = {"classifier.weight": np.zeros((2, D), np.float32), "classifier.bias": np.zeros(2, np.float32)}
-    _, of_classifier = load_dino(folder("dino", tensors={f"vit.{k}": v for k, v in tensors_of("dino").items()} | head))
-    pooler = {"pooler.dense.weight": np.zeros((D, D), np.float32), "pooler.dense.bias": np.zeros(D, np.float32)}
+    head = {
+        "classifier.weight": np.zeros((2, D), np.float32),
+        "classifier.bias": np.zeros(2, np.float32),
+    }
+    _, of_classifier = load_dino(
+        folder("dino", tensors={f"vit.{k}": v for k, v in tensors_of("dino").items()} | head)
+    )
+    pooler = {
+        "pooler.dense.weight": np.zeros((D, D), np.float32),
+        "pooler.dense.bias": np.zeros(D, np.float32),
+    }
     mask_token = {"embeddings.mask_token": np.zeros((1, 1, D), np.float32)}
     _, with_more = load_dino(folder("dino", tensors=tensors_of("dino") | pooler | mask_token))
     assert_same_tree(params, of_classifier)
@@ -191,7 +234,11 @@ def test_dino_of_a_classifier_and_with_parts_that_are_not_read(folder):
 
 
 def test_dino_without_biases_of_queries_keys_and_values(folder):
-    tensors = {k: v for k, v in tensors_of("dino").items() if not k.endswith(("query.bias", "key.bias", "value.bias"))}
+    tensors = {
+        k: v
+        for k, v in tensors_of("dino").items()
+        if not k.endswith(("query.bias", "key.bias", "value.bias"))
+    }
     _, params = load_dino(folder("dino", dict(qkv_bias=False), tensors))
     assert params["blocks"]["q"].keys() == {"kernel"}
 
@@ -201,7 +248,8 @@ def test_onto_a_mesh_as_bfloat16(folder, kind):
     mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
     _, params = LOAD[kind](folder(kind))
     _, sharded = LOAD[kind](folder(kind), mesh=mesh, param_dtype=jnp.bfloat16)
-    assert sharded["blocks"]["q"]["kernel"].sharding.spec == P(None, None, "tensor")  # too small for fsdp
+    # too small for fsdp
+    assert sharded["blocks"]["q"]["kernel"].sharding.spec == P(None, None, "tensor")
     assert sharded["blocks"]["mlp"]["out"]["kernel"].sharding.spec == P(None, "tensor")
     assert_same_tree(sharded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
@@ -212,19 +260,47 @@ def test_onto_a_mesh_as_bfloat16(folder, kind):
 @pytest.mark.parametrize(
     ("kind", "config", "message"),
     [
-        ("text", dict(model_type="siglip"), "expected model_type 'clip_text_model' or 'clip', got 'siglip'"),
-        ("vision", dict(model_type="clip_text_model"), "expected model_type 'clip_vision_model' or 'clip'"),
+        (
+            "text",
+            dict(model_type="siglip"),
+            "expected model_type 'clip_text_model' or 'clip', got 'siglip'",
+        ),
+        (
+            "vision",
+            dict(model_type="clip_text_model"),
+            "expected model_type 'clip_vision_model' or 'clip'",
+        ),
         ("dino", dict(model_type="dinov2"), "expected model_type 'vit', got 'dinov2'"),
-        ("text", dict(hidden_act="relu"), "hidden_act is 'relu'; only 'gelu' or 'quick_gelu' is supported"),
-        ("text", dict(eos_token_id=[2, 29]), r"eos_token_id is \[2, 29\]; only a single int is supported"),
+        (
+            "text",
+            dict(hidden_act="relu"),
+            "hidden_act is 'relu'; only 'gelu' or 'quick_gelu' is supported",
+        ),
+        (
+            "text",
+            dict(eos_token_id=[2, 29]),
+            r"eos_token_id is \[2, 29\]; only a single int is supported",
+        ),
         ("vision", dict(image_size=[12, 16]), r"image_size is \[12, 16\]; only a single int"),
         ("vision", dict(num_channels=4), "num_channels is 4; only 3"),
         ("dino", dict(patch_size=[4, 4]), "patch_size"),
         ("dino", dict(num_attention_heads=5), "hidden_dim 12 is not a multiple of num_heads 5"),
         ("text", dict(num_hidden_layers=2), r"extra: text_model\.encoder\.layers\.2\."),
-        ("text", dict(projection_dim=6), r"misshaped: text_projection.weight \(expected \[6, 12\], got \[5, 12\]\)"),
-        ("vision", dict(patch_size=2), r"patch_embedding.weight \(expected \[12, 3, 2, 2\], got \[12, 3, 4, 4\]\)"),
-        ("dino", dict(image_size=16), r"position_embeddings \(expected \[1, 17, 12\], got \[1, 10, 12\]\)"),
+        (
+            "text",
+            dict(projection_dim=6),
+            r"misshaped: text_projection.weight \(expected \[6, 12\], got \[5, 12\]\)",
+        ),
+        (
+            "vision",
+            dict(patch_size=2),
+            r"patch_embedding.weight \(expected \[12, 3, 2, 2\], got \[12, 3, 4, 4\]\)",
+        ),
+        (
+            "dino",
+            dict(image_size=16),
+            r"position_embeddings \(expected \[1, 17, 12\], got \[1, 10, 12\]\)",
+        ),
     ],
 )
 def test_another_family_or_variant_is_refused(folder, kind, config, message):
@@ -234,7 +310,9 @@ def test_another_family_or_variant_is_refused(folder, kind, config, message):
 
 def test_the_whole_model_needs_its_projections(tmp_path):
     whole_clip(tmp_path)
-    tensors = {k: v for k, v in load_file(tmp_path / WEIGHTS).items() if k != "text_projection.weight"}
+    tensors = {
+        k: v for k, v in load_file(tmp_path / WEIGHTS).items() if k != "text_projection.weight"
+    }
     whole_clip(tmp_path, tensors=tensors)
     with pytest.raises(ValueError, match=r"missing: text_projection\.weight"):
         load_clip_text(tmp_path)
@@ -280,7 +358,10 @@ def their_image(reference, pixels):
     with torch.no_grad():
         out = tower(torch.tensor(pixels.transpose(0, 3, 1, 2)), interpolate_pos_encoding=True)
         if not clip:
-            return dict(last_hidden=out.last_hidden_state.numpy(), pooled=out.last_hidden_state[:, 0].numpy())
+            return dict(
+                last_hidden=out.last_hidden_state.numpy(),
+                pooled=out.last_hidden_state[:, 0].numpy(),
+            )
         head = getattr(reference, "visual_projection", None)
         return dict(
             last_hidden=out.last_hidden_state.numpy(),
@@ -317,7 +398,11 @@ def test_the_stored_activations_are_current(tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     outputs = {}
-    classes = {"text": "CLIPTextModelWithProjection", "vision": "CLIPVisionModelWithProjection", "dino": "ViTModel"}
+    classes = {
+        "text": "CLIPTextModelWithProjection",
+        "vision": "CLIPVisionModelWithProjection",
+        "dino": "ViTModel",
+    }
     for kind, name in classes.items():
         write(tmp_path / kind, CONFIGS[kind], tensors_of(kind))
         options = dict(add_pooling_layer=False) if kind == "dino" else {}
@@ -328,10 +413,12 @@ def test_the_stored_activations_are_current(tmp_path):
         np.savez(REFERENCE, **outputs)
     stored = np.load(REFERENCE)
     for name, value in outputs.items():
-        np.testing.assert_allclose(stored[name], value, atol=1e-5 * value.std(), err_msg=name)  # other torch kernels
+        # other torch kernels
+        np.testing.assert_allclose(stored[name], value, atol=1e-5 * value.std(), err_msg=name)
 
 
-# class, heads, width, depth, mlp, activation, eps, end token, tokens, batch, whether padding is masked
+# class, heads, width, depth, mlp, activation, eps, end token, tokens, batch, whether padding is
+# masked
 TEXTS = {
     "one-head": ("CLIPTextModel", 1, 10, 1, 13, "quick_gelu", 1e-5, 2, 7, 1, False),
     "l14": ("CLIPTextModelWithProjection", 12, 48, 4, 192, "quick_gelu", 1e-5, 2, 16, 3, False),
@@ -342,10 +429,34 @@ TEXTS = {
 # class, heads, width, depth, mlp, activation, qkv bias, image size, patch, (height, width), batch
 IMAGES = {
     "clip-one-head": ("CLIPVisionModel", 1, 14, 1, 15, "quick_gelu", True, 15, 5, (15, 15), 1),
-    "clip-l14": ("CLIPVisionModelWithProjection", 8, 64, 4, 256, "quick_gelu", True, 28, 7, (28, 28), 3),
+    "clip-l14": (
+        "CLIPVisionModelWithProjection",
+        8,
+        64,
+        4,
+        256,
+        "quick_gelu",
+        True,
+        28,
+        7,
+        (28, 28),
+        3,
+    ),
     "clip-bigg": ("CLIPVisionModelWithProjection", 5, 35, 3, 70, "gelu", True, 20, 4, (20, 20), 2),
     "clip-whole": ("CLIPModel", 3, 27, 2, 31, "gelu", True, 18, 3, (18, 18), 4),
-    "clip-resized": ("CLIPVisionModelWithProjection", 2, 22, 2, 30, "quick_gelu", True, 20, 4, (12, 36), 2),
+    "clip-resized": (
+        "CLIPVisionModelWithProjection",
+        2,
+        22,
+        2,
+        30,
+        "quick_gelu",
+        True,
+        20,
+        4,
+        (12, 36),
+        2,
+    ),
     "vit-one-head": ("ViTModel", 1, 11, 1, 17, "gelu", True, 12, 3, (12, 12), 1),
     "vit-s16": ("ViTModel", 6, 48, 5, 192, "gelu", True, 32, 8, (32, 32), 3),
     "vit-larger": ("ViTModel", 7, 35, 3, 50, "gelu", True, 20, 4, (44, 28), 2),
@@ -418,7 +529,9 @@ def test_images_equal_transformers(tmp_path, name, record_property):
     reference.save_pretrained(tmp_path)
     module, params = (load_dino if cls.startswith("ViT") else load_clip_vision)(tmp_path)
     (pixels,) = inputs_of("image", batch=batch, size=size)
-    error = worst_error(run(module, params, pixels), their_image(getattr(reference, "vit", reference), pixels))
+    error = worst_error(
+        run(module, params, pixels), their_image(getattr(reference, "vit", reference), pixels)
+    )
     configuration = (
         f"{cls}: {heads} heads, width {width}, MLP {mlp}, {depth} layers, {activation}, "
         f"{'' if qkv_bias else 'no qkv bias, '}trained at {image} px, patch {patch}, run at {size}, batch {batch}"

@@ -1,4 +1,6 @@
-"""Hugging Face folders: read onto any mesh, written back, and what is refused; on the networks of an SD3 pipeline."""
+"""Hugging Face folders: read onto any mesh, written back, and what is refused; on the networks of
+an SD3 pipeline.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +46,13 @@ def test_written_back_is_the_same_and_again_in_several_files(pipeline, tmp_path,
     assert first.dtype == np.float32
 
 
-@pytest.mark.parametrize("axes", [dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=8)])
+@pytest.mark.parametrize(
+    "axes", [dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=8)]
+)
 @pytest.mark.parametrize("name", OPEN)
 def test_every_mesh_holds_the_same_where_the_rules_say(pipeline, name, axes, monkeypatch):
-    monkeypatch.setattr("univg_jax.sharding.SMALL", 0)  # these are tiny: nothing may be too small to split
+    # these are tiny: nothing may be too small to split
+    monkeypatch.setattr("univg_jax.sharding.SMALL", 0)
     mesh, stored = make_mesh(**axes), OPEN[name](pipeline / name)
     placed = stored.read(mesh=mesh)
     assert_same_tree(jax.device_get(placed), jax.device_get(stored.read()))
@@ -86,5 +91,7 @@ def test_pickles_are_named_and_never_read(pipeline, tmp_path):
     open_vae(pipeline / "vae").write(folder, open_vae(pipeline / "vae").read())
     weights = next(folder.glob("*.safetensors"))
     weights.rename(folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"diffusion_pytorch_model.bin is a pickle, .* never read"):
+    with pytest.raises(
+        FileNotFoundError, match=r"diffusion_pytorch_model.bin is a pickle, .* never read"
+    ):
         open_vae(folder)

@@ -1,4 +1,6 @@
-"""T5 folders -> `T5Encoder`: against transformers live (marker `parity`), by a stored reference elsewhere."""
+"""T5 folders -> `T5Encoder`: against transformers live (marker `parity`), by a stored reference
+elsewhere.
+"""
 
 import json
 from pathlib import Path
@@ -39,7 +41,9 @@ CONFIGS = {
 
 
 def tensors(config=CONFIG, seed=0) -> dict[str, np.ndarray]:
-    """A folder's tensors by their names in transformers: attention and MLP active, logits of about unit variance."""
+    """A folder's tensors by their names in transformers: attention and MLP active, logits of about
+    unit variance.
+    """
     d, f, inner = config["d_model"], config["d_ff"], config["num_heads"] * config["d_kv"]
     shapes = {
         "shared.weight": (config["vocab_size"], d),
@@ -59,7 +63,10 @@ def tensors(config=CONFIG, seed=0) -> dict[str, np.ndarray]:
             f"{block}1.DenseReluDense.wo.weight": (d, f),
         }
     rng = np.random.default_rng(seed)
-    return {name: (rng.normal(size=shape) / shape[-1] ** 0.5).astype(np.float32) for name, shape in shapes.items()}
+    return {
+        name: (rng.normal(size=shape) / shape[-1] ** 0.5).astype(np.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def inputs(*, vocab_size=50, tokens=11, batch=3):
@@ -89,11 +96,14 @@ def apply(module, params, ids, mask):
 
 
 def test_equals_the_stored_activation(folder):
-    """`t5_reference.npz` is the PyTorch encoder's output: see `test_the_stored_activation_is_current`."""
+    """`t5_reference.npz` is the PyTorch encoder's output: see
+    `test_the_stored_activation_is_current`.
+    """
     want = np.load(REFERENCE)["output"]
     ids, mask = inputs()
     got = apply(*load_t5(folder()), ids, mask)
-    np.testing.assert_allclose(got[mask], want[mask], atol=2e-5 * want[mask].std())  # float32 sums in another order
+    # float32 sums in another order
+    np.testing.assert_allclose(got[mask], want[mask], atol=2e-5 * want[mask].std())
 
 
 def test_a_whole_model_gives_the_same_encoder(folder):
@@ -121,26 +131,36 @@ def test_parts_load_onto_a_mesh(folder, tmp_path):
     _, params = load_t5(folder(config, weights))
     (tmp_path / WEIGHTS).unlink()
     names = sorted(weights)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for part, held in parts.items():
         save_file({name: weights[name] for name in held}, tmp_path / part)
     index = {"weight_map": {name: part for part, held in parts.items() for name in held}}
     (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-    module, sharded = load_t5(tmp_path, param_dtype=jnp.bfloat16, mesh=make_mesh(data=1, fsdp=4, tensor=2))
+    module, sharded = load_t5(
+        tmp_path, param_dtype=jnp.bfloat16, mesh=make_mesh(data=1, fsdp=4, tensor=2)
+    )
     assert_same_tree(sharded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
     shard = lambda leaf: leaf.addressable_shards[0].data.shape  # noqa: E731
     assert shard(sharded["blocks"]["mlp"]["gate"]["kernel"]) == (2, 128, 260)
     assert shard(sharded["blocks"]["attn_out"]["kernel"]) == (2, 128, 128)
     ids, mask = inputs()
     got, want = apply(module, sharded, ids, mask), apply(module, jax.device_get(sharded), ids, mask)
-    np.testing.assert_allclose(got[mask], want[mask], atol=1e-5)  # outputs of about 0.04; sums over devices
+    # outputs of about 0.04; sums over devices
+    np.testing.assert_allclose(got[mask], want[mask], atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(model_type="umt5"), "expected model_type 't5', got 'umt5'"),  # it has positions in every layer
-        (dict(feed_forward_proj="relu"), "feed_forward_proj is 'relu'; only 'gated-gelu' is supported"),
+        # it has positions in every layer
+        (dict(model_type="umt5"), "expected model_type 't5', got 'umt5'"),
+        (
+            dict(feed_forward_proj="relu"),
+            "feed_forward_proj is 'relu'; only 'gated-gelu' is supported",
+        ),
         (dict(feed_forward_proj="gated-silu"), "feed_forward_proj is 'gated-silu'"),
         (dict(num_layers=3), "missing: encoder.block.2.layer.0.SelfAttention.k.weight"),
         (dict(num_layers=1), "extra: encoder.block.1.layer.0.SelfAttention.k.weight"),
@@ -155,7 +175,9 @@ def test_another_family_or_size_is_refused(folder, config, message):
 
 def test_the_original_t5_is_refused_though_its_config_need_not_say_so(folder):
     file = folder() / "config.json"
-    file.write_text(json.dumps({key: value for key, value in CONFIG.items() if key != "feed_forward_proj"}))
+    file.write_text(
+        json.dumps({key: value for key, value in CONFIG.items() if key != "feed_forward_proj"})
+    )
     with pytest.raises(ValueError, match="feed_forward_proj is 'relu'"):
         load_t5(file.parent)
 
@@ -179,7 +201,9 @@ def their_output(reference, ids, mask):
     torch = pytest.importorskip("torch")
     attention = None if mask is None else torch.tensor(mask).long()
     with torch.no_grad():
-        return reference(torch.tensor(ids).long(), attention_mask=attention).last_hidden_state.numpy()
+        return reference(
+            torch.tensor(ids).long(), attention_mask=attention
+        ).last_hidden_state.numpy()
 
 
 @pytest.mark.parity
@@ -191,7 +215,9 @@ def test_the_stored_activation_is_current(folder):
     output = their_output(transformers.T5EncoderModel.from_pretrained(folder()).eval(), ids, mask)
     if not REFERENCE.exists():
         np.savez(REFERENCE, output=output)
-    np.testing.assert_allclose(np.load(REFERENCE)["output"][mask], output[mask], atol=1e-5 * output[mask].std())
+    np.testing.assert_allclose(
+        np.load(REFERENCE)["output"][mask], output[mask], atol=1e-5 * output[mask].std()
+    )
 
 
 @pytest.mark.parity
@@ -213,7 +239,9 @@ def test_parity_with_transformers(tmp_path, name, record_property):
     )
     torch.manual_seed(0)
     whole = name == "odd"  # this one with its decoder and head
-    reference = (transformers.T5ForConditionalGeneration if whole else transformers.T5EncoderModel)(config).eval()
+    reference = (transformers.T5ForConditionalGeneration if whole else transformers.T5EncoderModel)(
+        config
+    ).eval()
     with torch.no_grad():
         for p in reference.parameters():
             p += 0.1 * torch.randn_like(p)  # norms and positions other than their first values

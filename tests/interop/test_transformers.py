@@ -1,4 +1,6 @@
-"""Folders of `transformers` -> our modules: names, layouts, and every way in which a folder can be wrong."""
+"""Folders of `transformers` -> our modules: names, layouts, and every way in which a folder can be
+wrong.
+"""
 
 import json
 
@@ -56,7 +58,9 @@ def tensors() -> dict[str, np.ndarray]:
 def folder(tmp_path):
     def write(config=None, weights=None):
         (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
-        safetensors.numpy.save_file(tensors() if weights is None else weights, tmp_path / "model.safetensors")
+        safetensors.numpy.save_file(
+            tensors() if weights is None else weights, tmp_path / "model.safetensors"
+        )
         return tmp_path
 
     return write
@@ -118,7 +122,8 @@ def test_unknown_names_suggest_the_nearest():
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-    ("heads", "width", "depth", "mlp", "tokens"), [(1, 24, 1, 31, 7), (5, 35, 3, 64, 9), (12, 96, 2, 200, 16)]
+    ("heads", "width", "depth", "mlp", "tokens"),
+    [(1, 24, 1, 31, 7), (5, 35, 3, 64, 9), (12, 96, 2, 200, 16)],
 )
 def test_parity_with_transformers(tmp_path, heads, width, depth, mlp, tokens, record_property):
     torch = pytest.importorskip("torch")
@@ -140,11 +145,17 @@ def test_parity_with_transformers(tmp_path, heads, width, depth, mlp, tokens, re
     ids = rng.integers(0, 101, (3, tokens)).astype(np.int32)
     mask = np.arange(tokens)[None] < np.array([[tokens], [3], [1]])
     with torch.no_grad():
-        theirs = reference(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long())[0].numpy()
+        theirs = reference(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long())[
+            0
+        ].numpy()
     ours = np.asarray(module.apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask)))
     # 2e-5 of the output's std covers float32 sums in another order.
     error = np.abs(ours - theirs)[mask].max() / theirs[mask].std()
-    configuration = f"{heads} heads, width {width}, MLP {mlp}, {depth} layers, {tokens} tokens, batch 3, masked"
-    record_parity(record_property, network="MiniLM (BERT)", configuration=configuration, forward=error)
+    configuration = (
+        f"{heads} heads, width {width}, MLP {mlp}, {depth} layers, {tokens} tokens, batch 3, masked"
+    )
+    record_parity(
+        record_property, network="MiniLM (BERT)", configuration=configuration, forward=error
+    )
     assert error <= 2e-5
     assert np.isfinite(pool(jnp.asarray(ours), jnp.asarray(mask))).all()

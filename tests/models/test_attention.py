@@ -1,5 +1,6 @@
-"""The kernels against the plain formula. On a CPU the TPU's kernel is interpreted; what a TPU makes of it,
-`tests/test_plan.py` compiles."""
+"""The kernels against the plain formula. On a CPU the TPU's kernel is interpreted; what a TPU makes
+of it, `tests/test_plan.py` compiles.
+"""
 
 import functools
 
@@ -27,7 +28,9 @@ def inputs(b=2, n=40, s=40, k=2, c=64, dtype=jnp.float32, seed=0):
 
 
 def value_and_gradients(function, q, k, v, mask):
-    """The output, and the gradient of a loss that reads rows that count: those whose own key is not masked."""
+    """The output, and the gradient of a loss that reads rows that count: those whose own key is not
+    masked.
+    """
     weight = jax.random.normal(jax.random.key(9), q.shape) * (
         mask[:, : q.shape[1], None, None] if mask is not None else 1
     )
@@ -40,7 +43,8 @@ def value_and_gradients(function, q, k, v, mask):
     return out * (weight != 0), gradients
 
 
-# 40 and 130 are no multiples of a block; in the last block of the model queries are fewer than keys.
+# 40 and 130 are no multiples of a block; in the last block of the model queries are fewer than
+# keys.
 @pytest.mark.parametrize(("n", "s"), [(40, 40), (130, 130), (128, 160)])
 @pytest.mark.parametrize("masked", [True, False])
 def test_splash_is_attention(n, s, masked):
@@ -60,7 +64,8 @@ def test_splash_in_bfloat16_is_as_near_to_float32_as_the_formula_is():
     error = lambda out: float(jnp.abs(out.astype(jnp.float32) - exact)[1].max())  # noqa: E731
     out = interpreted(q, k, v, mask)
     assert out.dtype == jnp.bfloat16
-    # Both round the output to 8 bits; the formula also rounds its weights, which the kernel does not.
+    # Both round the output to 8 bits; the formula also rounds its weights, which the kernel does
+    # not.
     assert error(out) <= 1.5 * error(xla_attention(q, k, v, mask))
 
 
@@ -96,12 +101,18 @@ def test_blocks_are_lanes_wide_and_pad_little(length, largest):
     ("NVIDIA H100", "gpu", jnp.float32, "xla_attention"),
     ("cpu", "cpu", jnp.bfloat16, "cpu_attention"),
 ])  # fmt: skip
-def test_auto_follows_the_platform_that_it_is_compiled_for(monkeypatch, kind, platform, dtype, expected):
+def test_auto_follows_the_platform_that_it_is_compiled_for(
+    monkeypatch, kind, platform, dtype, expected
+):
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
-    mesh = AbstractMesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
+    mesh = AbstractMesh(
+        (1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device
+    )
     called = []
     for name in ("splash", "cudnn_attention", "cpu_attention", "xla_attention"):
-        monkeypatch.setattr(attention, name, lambda q, k, v, mask, name=name: called.append(name) or q)
+        monkeypatch.setattr(
+            attention, name, lambda q, k, v, mask, name=name: called.append(name) or q
+        )
     with jax.sharding.use_abstract_mesh(mesh):
         attention.auto(*inputs(dtype=dtype))
     assert called == [expected]
@@ -109,18 +120,24 @@ def test_auto_follows_the_platform_that_it_is_compiled_for(monkeypatch, kind, pl
 
 def output_and_gradients(attention, mask, dtype):
     rng = np.random.default_rng(0)
-    q, k, v, g = (jnp.asarray(rng.normal(size=(3, n, 2, 8)), dtype) for n in (5, 7, 7, 5))  # more keys than queries
+    # more keys than queries
+    q, k, v, g = (jnp.asarray(rng.normal(size=(3, n, 2, 8)), dtype) for n in (5, 7, 7, 5))
     out, backward = jax.vjp(lambda q, k, v: attention(q, k, v, mask), q, k, v)
     return out, *backward(g)
 
 
-# Unit normal inputs: float32 sums of tens of terms in another order; bfloat16 rounds to 2^-9, some times in a row.
+# Unit normal inputs: float32 sums of tens of terms in another order; bfloat16 rounds to 2^-9, some
+# times in a row.
 @pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 2e-6), (jnp.bfloat16, 4e-2)])
 @pytest.mark.parametrize("lengths", [None, (7, 3, 1), (7, 3, 0)], ids=str)
 def test_the_cpus_attention_is_attention(lengths, dtype, atol):
     mask = None if lengths is None else jnp.asarray(np.arange(7) < np.array(lengths)[:, None])
-    got, want = (output_and_gradients(attention, mask, dtype) for attention in (cpu_attention, xla_attention))
+    got, want = (
+        output_and_gradients(attention, mask, dtype) for attention in (cpu_attention, xla_attention)
+    )
     for name, x, y in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         assert x.dtype == y.dtype == dtype
-        np.testing.assert_allclose(x.astype(jnp.float32), y.astype(jnp.float32), atol=atol, err_msg=name)
+        np.testing.assert_allclose(
+            x.astype(jnp.float32), y.astype(jnp.float32), atol=atol, err_msg=name
+        )
         assert jnp.abs(y).max() > 0.1, name

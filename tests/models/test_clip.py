@@ -34,7 +34,10 @@ def run(module, params, *inputs):
 
 
 def num_params(module, x):
-    return sum(math.prod(s.shape) for s in jax.tree.leaves(jax.eval_shape(module.init, jax.random.key(0), x)["params"]))
+    return sum(
+        math.prod(s.shape)
+        for s in jax.tree.leaves(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
+    )
 
 
 def test_defaults_are_the_published_network():
@@ -58,17 +61,23 @@ def test_masked_tokens_have_no_influence(text_params):
     assert np.abs(a.last_hidden - run(TEXT, text_params, TOKENS).last_hidden)[mask].max() > 0.1
 
 
-@pytest.mark.parametrize(("eos_token_id", "ends"), [(49, [3, 1]), (2, [3, 1]), (0, [4, 0]), (8, [0, 5])])
+@pytest.mark.parametrize(
+    ("eos_token_id", "ends"), [(49, [3, 1]), (2, [3, 1]), (0, [4, 0]), (8, [0, 5])]
+)
 def test_the_end_token(text_params, eos_token_id, ends):
     """The first of its id; the first of the largest id for 2; the first token where there is none."""
     out = run(TEXT.clone(eos_token_id=eos_token_id), text_params, TOKENS)
     np.testing.assert_array_equal(out.pooled, out.last_hidden[jnp.arange(2), jnp.array(ends)])
-    np.testing.assert_allclose(out.projected, out.pooled @ text_params["projection"]["kernel"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        out.projected, out.pooled @ text_params["projection"]["kernel"], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_remat_changes_nothing_but_memory(text_params):
     def gradients(module):
-        return jax.jit(jax.grad(lambda p: jnp.sum(module.apply({"params": p}, TOKENS).projected ** 2)))(text_params)
+        return jax.jit(
+            jax.grad(lambda p: jnp.sum(module.apply({"params": p}, TOKENS).projected ** 2))
+        )(text_params)
 
     plain, remat = gradients(TEXT), gradients(TEXT.clone(remat=True))
     # Gradients of the keys' biases are rounding errors alone, so all are measured by the largest.
@@ -77,7 +86,11 @@ def test_remat_changes_nothing_but_memory(text_params):
 
 
 @pytest.mark.parametrize(
-    ("module", "x"), [(TEXT, TOKENS), (VISION, np.random.default_rng(2).normal(size=(2, 8, 8, 3)).astype(np.float32))]
+    ("module", "x"),
+    [
+        (TEXT, TOKENS),
+        (VISION, np.random.default_rng(2).normal(size=(2, 8, 8, 3)).astype(np.float32)),
+    ],
 )
 def test_compute_dtype_is_a_field(module, x):
     params = init(module, x)
@@ -96,8 +109,16 @@ def test_impossible_inputs_and_fields():
 
     refuses(TEXT, np.zeros((1, 9), np.int32), "9 text tokens, but CLIP has 8 positions")
     refuses(TEXT.clone(num_heads=3), TOKENS, "hidden_dim 16 is not a multiple of num_heads 3")
-    refuses(TEXT.clone(activation="quick"), TOKENS, "unknown activation 'quick'; did you mean 'quick_gelu'")
-    refuses(VISION, np.zeros((1, 8, 10, 3), np.float32), "image of 8 x 10 px: both sides must be a multiple")
+    refuses(
+        TEXT.clone(activation="quick"),
+        TOKENS,
+        "unknown activation 'quick'; did you mean 'quick_gelu'",
+    )
+    refuses(
+        VISION,
+        np.zeros((1, 8, 10, 3), np.float32),
+        "image of 8 x 10 px: both sides must be a multiple",
+    )
 
 
 @pytest.mark.parametrize("shape", [(50, 37), (37, 50), (20, 20), (24, 90)])
@@ -109,5 +130,8 @@ def test_preprocess_is_pillows_bicubic_and_a_central_crop(shape):
     resized = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
     top, left = (h - size) // 2, (w - size) // 2
     want = resized[top : top + size, left : left + size]
-    got = preprocess(image[None], size=size)[0] * np.float32(STD)[None, None] + np.float32(MEAN)[None, None]
+    got = (
+        preprocess(image[None], size=size)[0] * np.float32(STD)[None, None]
+        + np.float32(MEAN)[None, None]
+    )
     assert np.abs(255 * got - want).max() < 1.01  # one level: Pillow's weights are integers

@@ -10,7 +10,9 @@ from univg_jax.models.codec import PatchCodec, fit_patch_codec
 
 
 def natural_images(n: int, size: int, seed: int) -> np.ndarray:
-    """Pictures with the amplitude spectrum of natural images, 1/frequency, colors strongly correlated."""
+    """Pictures with the amplitude spectrum of natural images, 1/frequency, colors strongly
+    correlated.
+    """
     rng = np.random.default_rng(seed)
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None])
     f[0, 0] = 1 / size
@@ -64,12 +66,14 @@ def test_whiten_sets_the_proportions_and_the_mean_variance_is_one(whiten):
 def test_decoding_then_encoding_gives_the_latents_back(patch, whiten, seed):
     encode, decode = codec(patch=patch, channels=6, whiten=whiten)
     latents = jnp.asarray(np.random.default_rng(seed).normal(size=(2, 3, 5, 6)), jnp.float32)
-    np.testing.assert_allclose(encode(decode(latents)), latents, atol=1e-3)  # small scales divide float32 errors
+    # small scales divide float32 errors
+    np.testing.assert_allclose(encode(decode(latents)), latents, atol=1e-3)
 
 
 def test_all_components_lose_nothing():
     encode, decode = codec(channels=48)
-    np.testing.assert_allclose(decode(encode(HELD_OUT)), HELD_OUT, atol=1e-5)  # float32 on values of order 1
+    # float32 on values of order 1
+    np.testing.assert_allclose(decode(encode(HELD_OUT)), HELD_OUT, atol=1e-5)
 
 
 def test_the_fit_is_deterministic_and_its_signs_are_fixed():
@@ -77,7 +81,8 @@ def test_the_fit_is_deterministic_and_its_signs_are_fixed():
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
     basis = first["basis"]
-    np.testing.assert_allclose(basis.T @ basis, np.eye(16), atol=1e-6)  # float32 rounding of unit vectors
+    # float32 rounding of unit vectors
+    np.testing.assert_allclose(basis.T @ basis, np.eye(16), atol=1e-6)
     assert (basis[np.abs(basis).argmax(0), np.arange(16)] > 0).all()
 
 
@@ -88,7 +93,9 @@ def test_flat_images_stay_finite(whiten):
     module = PatchCodec()
     latents = module.apply(params, to_float(flat), method="encode")
     np.testing.assert_allclose(latents, 0, atol=1)
-    np.testing.assert_allclose(module.apply(params, latents, method="decode"), to_float(flat), atol=1e-5)
+    np.testing.assert_allclose(
+        module.apply(params, latents, method="decode"), to_float(flat), atol=1e-5
+    )
 
 
 def test_errors():

@@ -25,14 +25,18 @@ def test_pooled_is_the_class_token_at_any_size():
     out = jax.jit(TINY.apply)({"params": params}, x)
     assert out.last_hidden.shape == (2, 1 + 3 * 5, 12)
     np.testing.assert_array_equal(out.pooled, out.last_hidden[:, 0])
-    with pytest.raises(ValueError, match="image of 12 x 10 px: both sides must be a multiple of the patch of 4 px"):
+    with pytest.raises(
+        ValueError, match="image of 12 x 10 px: both sides must be a multiple of the patch of 4 px"
+    ):
         TINY.apply({"params": params}, x[:, :, :10])
 
 
 def test_positions_are_interpolated():
     table = np.random.default_rng(0).normal(size=(5, 5, 3)).astype(np.float32)
     assert resize_positions(table, height=5, width=5) is table
-    np.testing.assert_allclose(resize_positions(np.ones_like(table), height=9, width=3), 1, atol=1e-6)
+    np.testing.assert_allclose(
+        resize_positions(np.ones_like(table), height=9, width=3), 1, atol=1e-6
+    )
     # A cubic kernel keeps a ramp straight where the border does not reach: two cells.
     ramp = np.broadcast_to(np.arange(8, dtype=np.float32)[:, None, None], (8, 8, 1))
     row = np.arange(6, 26)
@@ -45,7 +49,9 @@ def test_preprocess_normalizes_and_crops():
     image[:, 8:24, 24:40] = 255
     pixels = preprocess(image, size=28)  # resized to 32 x 64, so not at all; then cropped
     np.testing.assert_allclose(
-        pixels, ((image[:, 2:30, 18:46] / 255 - np.array([[[MEAN]]])) / np.array([[[STD]]])), atol=1e-5
+        pixels,
+        ((image[:, 2:30, 18:46] / 255 - np.array([[[MEAN]]])) / np.array([[[STD]]])),
+        atol=1e-5,
     )
     with pytest.raises(ValueError, match="a crop of 28 px does not fit into images of 20 px"):
         preprocess(image, size=28, shorter=20)

@@ -45,7 +45,8 @@ def test_held_out_persons_are_told_apart(params, held_out):
     similarity = e @ e.T
     pairs = np.triu(np.ones_like(similarity, bool), 1)
     same = (persons[:, None] == persons[None]) & pairs
-    # Measured 0.9995 with 40 persons to learn from; expressions, clothes and walls differ within a person.
+    # Measured 0.9995 with 40 persons to learn from; expressions, clothes and walls differ within a
+    # person.
     assert auc(similarity[same], similarity[pairs & ~same]) > 0.99
     assert similarity[same].mean() > 0.9
     assert abs(similarity[pairs & ~same].mean()) < 0.1
@@ -55,7 +56,10 @@ def test_survives_what_generation_does_to_a_picture(params, held_out):
     images, persons = held_out
     rng = np.random.default_rng(0)
     moved = np.roll(images, (1, 1), axis=(1, 2))
-    blurred = [Image.fromarray(i).resize((20, 20), Image.BOX).resize((48, 48), Image.BICUBIC) for i in moved]
+    blurred = [
+        Image.fromarray(i).resize((20, 20), Image.BOX).resize((48, 48), Image.BICUBIC)
+        for i in moved
+    ]
     noisy = np.clip(np.stack(blurred) + rng.normal(0, 15, images.shape), 0, 255).astype(np.uint8)
     similarity = embed(params, noisy) @ embed(params, images).T
     same = persons[:, None] == persons[None]
@@ -85,5 +89,7 @@ def test_the_fit_is_deterministic():
 
 @pytest.mark.parametrize("persons", [[0, 0, 0], [0, 1, 2]])
 def test_too_little_to_learn_from(persons):
-    with pytest.raises(ValueError, match=r"at least 2 persons with several portraits each; got 3 portraits"):
+    with pytest.raises(
+        ValueError, match=r"at least 2 persons with several portraits each; got 3 portraits"
+    ):
         fit_identity_encoder(np.zeros((3, 16, 16, 3), np.uint8), np.array(persons), dim=4)

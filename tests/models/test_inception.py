@@ -1,4 +1,6 @@
-"""FID's Inception-v3 against torch-fidelity's: live where torch is there (marker `parity`), stored elsewhere."""
+"""FID's Inception-v3 against torch-fidelity's: live where torch is there (marker `parity`), stored
+elsewhere.
+"""
 
 import importlib
 import importlib.util
@@ -22,7 +24,8 @@ from univg_jax.sharding import make_mesh
 REFERENCE = Path(__file__).parents[1] / "data" / "inception_reference.npz"
 EVERY = 16  # of the features and logits is stored
 
-# (batch, height, width) of the network's input; None: of uint8 images that go through `preprocess` to 299x299
+# (batch, height, width) of the network's input; None: of uint8 images that go through `preprocess`
+# to 299x299
 CONFIGS = {
     "smallest": (3, 75, 75, False),
     "odd": (2, 107, 90, False),
@@ -41,7 +44,9 @@ def to_float(x):
 
 
 def random_tensors(shapes, seed=1):
-    """A file's tensors, by their names in order: maps that keep the size of activations, moments near (0, 1)."""
+    """A file's tensors, by their names in order: maps that keep the size of activations, moments
+    near (0, 1).
+    """
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in sorted(shapes.items()):
@@ -49,7 +54,9 @@ def random_tensors(shapes, seed=1):
         if len(shape) > 1:
             value *= np.float32(np.sqrt(2 / np.prod(shape[1:])))
         else:
-            value = np.float32(name.endswith(("bn.weight", "running_var"))) + np.float32(0.1) * value
+            value = (
+                np.float32(name.endswith(("bn.weight", "running_var"))) + np.float32(0.1) * value
+            )
         tensors[name] = value
     return tensors
 
@@ -73,10 +80,14 @@ def forward(model, params, x):
 
 
 def test_equals_the_stored_torch_features(file):
-    """`inception_reference.npz` is torch-fidelity's output: see `test_the_stored_features_are_current`."""
+    """`inception_reference.npz` is torch-fidelity's output: see
+    `test_the_stored_features_are_current`.
+    """
     model, params = load_inception(file)
     want = np.load(REFERENCE)
-    for got, name in zip(forward(model, params, to_float(images(2, 75, 107))), ("features", "logits")):
+    for got, name in zip(
+        forward(model, params, to_float(images(2, 75, 107))), ("features", "logits")
+    ):
         error = np.abs(got[:, ::EVERY] - want[name]).max()
         assert error <= 2e-5 * want[name].std(), name  # float32 through 94 convolutions
 
@@ -96,7 +107,8 @@ def test_preprocess(height, width):
     top = padded[y][:, x0] * (1 - fx) + padded[y][:, x0 + 1] * fx
     bottom = padded[y + 1][:, x0] * (1 - fx) + padded[y + 1][:, x0 + 1] * fx
     want = (top * (1 - fy) + bottom * fy - 128) / 128
-    # A place of up to 640 pixels is a float32: it is off by 3e-5, times a step of up to 2 between pixels, twice.
+    # A place of up to 640 pixels is a float32: it is off by 3e-5, times a step of up to 2 between
+    # pixels, twice.
     np.testing.assert_allclose(got[0], want, atol=1.3e-4)
 
 
@@ -109,22 +121,33 @@ def test_parameters_go_where_they_are_asked(file):
         assert leaf.sharding.mesh == mesh
     kernel = params["Mixed_7c"]["branch3x3dbl_2"]["conv"]["kernel"]
     assert not kernel.sharding.is_fully_replicated
-    want = load_file(file)["Mixed_7c.branch3x3dbl_2.conv.weight"].transpose(2, 3, 1, 0).astype(jnp.bfloat16)
+    want = (
+        load_file(file)["Mixed_7c.branch3x3dbl_2.conv.weight"]
+        .transpose(2, 3, 1, 0)
+        .astype(jnp.bfloat16)
+    )
     np.testing.assert_array_equal(kernel, want)
 
 
 def test_a_folder_is_searched(file, tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"weights.pth is a pickle, which can run code and is never read; convert it"):
+    with pytest.raises(
+        ValueError,
+        match=r"weights.pth is a pickle, which can run code and is never read; convert it",
+    ):
         load_inception(tmp_path)
     with pytest.raises(ValueError, match="is a pickle"):
         load_inception(tmp_path / "weights.pth")
     (tmp_path / "a.safetensors").symlink_to(file)
     assert isinstance(load_inception(tmp_path)[0], InceptionV3)
     (tmp_path / "b.safetensors").symlink_to(file)
-    with pytest.raises(ValueError, match=r"several safetensors files \(a.safetensors, b.safetensors\): name one"):
+    with pytest.raises(
+        ValueError, match=r"several safetensors files \(a.safetensors, b.safetensors\): name one"
+    ):
         load_inception(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"nowhere: expected a .safetensors file, or a folder with one"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere: expected a .safetensors file, or a folder with one"
+    ):
         load_inception(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"neither c.safetensors"):
         load_inception(tmp_path / "c.safetensors")
@@ -149,12 +172,15 @@ def test_images_that_are_too_small():
 
 @pytest.fixture
 def theirs(monkeypatch):
-    """torch-fidelity's network with `random_tensors`, its names and shapes; `resize=False` skips its resizing."""
+    """torch-fidelity's network with `random_tensors`, its names and shapes; `resize=False` skips
+    its resizing.
+    """
     torch = pytest.importorskip("torch")
     spec = importlib.util.find_spec("torch_fidelity")
     if spec is None:
         pytest.skip("torch_fidelity is not installed")
-    # The package imports torchvision, which its Inception-v3 does not need: a bare package has the same modules.
+    # The package imports torchvision, which its Inception-v3 does not need: a bare package has the
+    # same modules.
     for name in [name for name in sys.modules if name.split(".")[0] == "torch_fidelity"]:
         monkeypatch.delitem(sys.modules, name)
     package = types.ModuleType("torch_fidelity")
@@ -164,7 +190,9 @@ def theirs(monkeypatch):
     network_class, shapes = module.FeatureExtractorInceptionV3, {}
 
     def load(self, _):
-        shapes.update((name, list(value.shape)) for name, value in self.state_dict().items() if value.ndim)
+        shapes.update(
+            (name, list(value.shape)) for name, value in self.state_dict().items() if value.ndim
+        )
         tensors = {name: torch.tensor(value) for name, value in random_tensors(shapes).items()}
         torch.nn.Module.load_state_dict(self, tensors)
 
@@ -175,7 +203,9 @@ def theirs(monkeypatch):
 
     def features(x, *, resized):
         monkeypatch.setattr(
-            module, "interpolate_bilinear_2d_like_tensorflow1x", resize if resized else lambda x, **_: x
+            module,
+            "interpolate_bilinear_2d_like_tensorflow1x",
+            resize if resized else lambda x, **_: x,
         )
         return [y.numpy() for y in network(torch.tensor(x.transpose(0, 3, 1, 2)))]
 
@@ -187,11 +217,14 @@ def test_the_stored_features_are_current(theirs):
     """Fails where the reference is out of date; delete the file to write it anew."""
     features, logits = (y[:, ::EVERY] for y in theirs.features(images(2, 75, 107), resized=False))
     if not REFERENCE.exists():
-        np.savez_compressed(REFERENCE, shapes=json.dumps(theirs.shapes), features=features, logits=logits)
+        np.savez_compressed(
+            REFERENCE, shapes=json.dumps(theirs.shapes), features=features, logits=logits
+        )
     stored = np.load(REFERENCE)
     assert json.loads(str(stored["shapes"])) == theirs.shapes
     for name, want in (("features", features), ("logits", logits)):
-        np.testing.assert_allclose(stored[name], want, atol=1e-5 * want.std())  # other torch kernels
+        # other torch kernels
+        np.testing.assert_allclose(stored[name], want, atol=1e-5 * want.std())
 
 
 @pytest.mark.parity
@@ -205,5 +238,7 @@ def test_equals_torch_fidelity(file, theirs, name, record_property):
     error = max(np.abs(a - b).max() / b.std() for a, b in zip(got, wanted))
     batch, height, width = size
     configuration = f"{height}x{width} px{' resized to 299' if resized else ''}, batch {batch}; features and logits"
-    record_parity(record_property, network="Inception-v3 (FID)", configuration=configuration, forward=error)
+    record_parity(
+        record_property, network="Inception-v3 (FID)", configuration=configuration, forward=error
+    )
     assert error <= 2e-5  # float32 roundings

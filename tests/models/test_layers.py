@@ -1,4 +1,6 @@
-"""Layers whose gradients are written by hand, against their equations and the gradients that JAX derives of them."""
+"""Layers whose gradients are written by hand, against their equations and the gradients that JAX
+derives of them.
+"""
 
 import math
 
@@ -42,18 +44,23 @@ def test_value_and_gradients_are_the_equations(layer, plain, shapes):
         return out, *backward(direction)
 
     for got, want in zip(output_and_gradients(layer), output_and_gradients(plain), strict=True):
-        # float32 sums of tens of terms in another order; the norms' gradients are differences of such sums
+        # float32 sums of tens of terms in another order; the norms' gradients are differences of
+        # such sums
         np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
 def test_gelu_is_finite_with_its_gradient_far_from_zero():
     x = jnp.array([-1e4, -30.0, 0.0, 30.0, 1e4])
     np.testing.assert_array_equal(gelu_tanh(x), jnp.array([0.0, 0.0, 0.0, 30.0, 1e4]))
-    np.testing.assert_array_equal(jax.vmap(jax.grad(gelu_tanh))(x), jnp.array([0.0, 0.0, 0.5, 1.0, 1.0]))
+    np.testing.assert_array_equal(
+        jax.vmap(jax.grad(gelu_tanh))(x), jnp.array([0.0, 0.0, 0.5, 1.0, 1.0])
+    )
 
 
 def test_linear_takes_a_hosts_array():
     x = np.ones((2, 3, 4), np.float32)
     params = Linear(5).init(jax.random.key(0), x)
     expected = x @ np.asarray(params["params"]["kernel"])  # its bias starts at zero
-    np.testing.assert_allclose(jax.jit(lambda p: Linear(5).apply(p, x))(params), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(lambda p: Linear(5).apply(p, x))(params), expected, rtol=1e-6
+    )

@@ -1,4 +1,6 @@
-"""MiniLM with its real weights, against activations of PyTorch's BertModel kept in minilm_reference.npz."""
+"""MiniLM with its real weights, against activations of PyTorch's BertModel kept in
+minilm_reference.npz.
+"""
 
 from pathlib import Path
 
@@ -29,27 +31,35 @@ def test_equals_the_pytorch_model(embed):
     error = np.abs(np.asarray(text_emb)[..., ::24] - ref["text_emb"])[ref["text_mask"]]
     # 2e-5 of the output's std: float32 sums in another order, through six layers.
     assert error.max() <= 2e-5 * std
-    np.testing.assert_allclose(pool(text_emb, mask), ref["pooled"], atol=1e-6)  # unit vectors: entries are ~0.05
+    # unit vectors: entries are ~0.05
+    np.testing.assert_allclose(pool(text_emb, mask), ref["pooled"], atol=1e-6)
 
 
 def test_padding_has_no_influence(embed):
     tokenizer = load_tokenizer()
     short, long = (tokenizer("<t2i> two green apples", m) for m in (12, 20))
     a = embed(jnp.asarray(short.tokens)[None], jnp.asarray(short.text_mask)[None])[0]
-    junk = jnp.where(jnp.asarray(long.text_mask), jnp.asarray(long.tokens), 1234)  # other pads, and more of them
+    # other pads, and more of them
+    junk = jnp.where(jnp.asarray(long.text_mask), jnp.asarray(long.tokens), 1234)
     b = embed(junk[None], jnp.asarray(long.text_mask)[None])[0]
     n = short.text_mask.sum()
-    np.testing.assert_allclose(a[:n], b[:n], atol=2e-5)  # entries of order 0.5; another reduction length
+    # entries of order 0.5; another reduction length
+    np.testing.assert_allclose(a[:n], b[:n], atol=2e-5)
 
 
 def test_pooled_similarity_follows_meaning(embed):
     tokenizer = load_tokenizer()
-    texts = ["a red car on the road", "a crimson automobile in the street", "a bowl of vegetable soup"]
+    texts = [
+        "a red car on the road",
+        "a crimson automobile in the street",
+        "a bowl of vegetable soup",
+    ]
     rows = [tokenizer(t, 16) for t in texts]
     tokens = jnp.stack([jnp.asarray(r.tokens) for r in rows])
     mask = jnp.stack([jnp.asarray(r.text_mask) for r in rows])
     e = pool(embed(tokens, mask), mask)
-    np.testing.assert_allclose(jnp.linalg.norm(e, axis=-1), 1, rtol=1e-5)  # float32 norm of 384 entries
+    # float32 norm of 384 entries
+    np.testing.assert_allclose(jnp.linalg.norm(e, axis=-1), 1, rtol=1e-5)
     assert e[0] @ e[1] > 0.6 > 0.2 > e[0] @ e[2]  # PyTorch gives 0.76 and 0.05
 
 

@@ -1,4 +1,6 @@
-"""MM-DiT: laws that hold without a reference. Parity with diffusers is in tests/interop/test_diffusers.py."""
+"""MM-DiT: laws that hold without a reference. Parity with diffusers is in
+tests/interop/test_diffusers.py.
+"""
 
 import dataclasses
 import functools
@@ -14,7 +16,9 @@ from univg_jax import hlo, sharding
 from univg_jax.models.layers import modulated_norm, rotate_2d, sincos_table
 from univg_jax.models.mmdit import SIZES, MMDiT, make_mmdit
 
-TINY = MMDiT(hidden_dim=32, depth=3, num_heads=4, in_channels=5, out_channels=2, text_dim=12, pooled_dim=7)
+TINY = MMDiT(
+    hidden_dim=32, depth=3, num_heads=4, in_channels=5, out_channels=2, text_dim=12, pooled_dim=7
+)
 
 
 def inputs(model, *, batch=2, height=6, width=10, tokens=5, seed=0):
@@ -65,7 +69,9 @@ def reference():
 
 def assert_trees_close(a, b, *, rtol):
     """Leaf by leaf, difference relative to the leaf's largest entry."""
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
         error = jnp.abs(x - y).max() / jnp.maximum(jnp.abs(y).max(), 1e-6)
         assert error <= rtol, f"{jax.tree_util.keystr(path)}: {error}"
 
@@ -96,10 +102,14 @@ def test_no_mask_attends_to_all():
     np.testing.assert_allclose(got, want, atol=2e-5 * float(want.std()))  # same sums, other fusions
 
 
-@pytest.mark.parametrize("options", [dict(scan=False, remat="minimal"), dict(remat="full")], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(scan=False, remat="minimal"), dict(remat="full")], ids=str
+)
 def test_scan_and_remat_change_nothing(options):
     want, want_grads = reference()
-    got, grads = output_and_gradients(dataclasses.replace(TINY, **options), random_params(TINY), **inputs(TINY))
+    got, grads = output_and_gradients(
+        dataclasses.replace(TINY, **options), random_params(TINY), **inputs(TINY)
+    )
     np.testing.assert_allclose(got, want, atol=2e-5 * float(want.std()))  # same sums, other fusions
     assert_trees_close(grads, want_grads, rtol=1e-4)
 
@@ -150,7 +160,9 @@ def test_positions_distinguish_tokens(position):
     params, x = random_params(model), inputs(model)
     run = quick_jit(lambda latents: model.apply({"params": params}, **{**x, "latents": latents}))
     latents = x["latents"].at[:, :2, :2].set(3.0)  # one patch stands out
-    assert jnp.abs(jnp.roll(run(latents), 2, axis=2) - run(jnp.roll(latents, 2, axis=2))).max() > 1e-3
+    assert (
+        jnp.abs(jnp.roll(run(latents), 2, axis=2) - run(jnp.roll(latents, 2, axis=2))).max() > 1e-3
+    )
 
 
 def test_rotation_depends_on_differences_only():
@@ -160,7 +172,8 @@ def test_rotation_depends_on_differences_only():
     scores = grid(q) @ grid(k).T
     index = np.arange(20).reshape(4, 5)
     a, b = index[1:3, 1:3].ravel(), index[2:4, 2:4].ravel()
-    np.testing.assert_allclose(scores[index[0, 0], a], scores[index[1, 1], b], atol=1e-5)  # float32 of order 1
+    # float32 of order 1
+    np.testing.assert_allclose(scores[index[0, 0], a], scores[index[1, 1], b], atol=1e-5)
 
 
 def test_sincos_crop_is_central():
@@ -219,13 +232,27 @@ def test_every_size_names_only_fields():
         assert fields.keys() <= {f.name for f in dataclasses.fields(MMDiT)}
 
 
-@pytest.mark.parametrize(("remat", "gathers"), [("none", 2), ("minimal", 2), ("full", 2), ("block", 2)])
+@pytest.mark.parametrize(
+    ("remat", "gathers"), [("none", 2), ("minimal", 2), ("full", 2), ("block", 2)]
+)
 def test_gathered_weights_are_not_kept_for_the_backward_pass(remat, gathers):
-    """Fully sharded, a policy may keep activations, but a weight is gathered forwards and once more backwards."""
+    """Fully sharded, a policy may keep activations, but a weight is gathered forwards and once more
+    backwards.
+    """
     mesh = sharding.make_mesh(data=1, fsdp=8)
     jax.set_mesh(mesh)
-    model = MMDiT(hidden_dim=128, depth=4, num_heads=2, text_dim=64, pooled_dim=64, remat=remat, attention="xla")
-    inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(8, 4, 4, 33), (8, 8, 64), (8, 64), (8,)]]
+    model = MMDiT(
+        hidden_dim=128,
+        depth=4,
+        num_heads=2,
+        text_dim=64,
+        pooled_dim=64,
+        remat=remat,
+        attention="xla",
+    )
+    inputs = [
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in [(8, 4, 4, 33), (8, 8, 64), (8, 64), (8,)]
+    ]
     inputs = sharding.with_shardings(inputs, sharding.batch_sharding(mesh))
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     params = sharding.with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
@@ -240,6 +267,10 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass(remat, gathers):
         for path, x in jax.tree_util.tree_leaves_with_path(params["blocks"])
         if any(axis is not None for axis in x.sharding.spec)
     )
-    everything = sum(x.size * 4 for x in jax.tree.leaves(params) if any(axis is not None for axis in x.sharding.spec))
+    everything = sum(
+        x.size * 4
+        for x in jax.tree.leaves(params)
+        if any(axis is not None for axis in x.sharding.spec)
+    )
     # The last block and the ends are outside the loop, where the compiler may gather once.
     assert gathers * blocks <= moved["all-gather"] <= gathers * everything

@@ -9,7 +9,9 @@ from univg_jax.batch import Conditions
 from univg_jax.models.mmdit import MMDiT
 from univg_jax.models.univg import UniVG
 
-BACKBONE = MMDiT(hidden_dim=32, depth=1, num_heads=4, in_channels=9, out_channels=4, text_dim=12, pooled_dim=7)
+BACKBONE = MMDiT(
+    hidden_dim=32, depth=1, num_heads=4, in_channels=9, out_channels=4, text_dim=12, pooled_dim=7
+)
 
 
 def example(seed=0):
@@ -65,7 +67,10 @@ def test_the_face_replaces_only_the_slot():
 
 def test_without_identity_there_is_no_projector():
     assert set(random_params(UniVG(backbone=BACKBONE))) == {"backbone"}
-    assert set(random_params(UniVG(backbone=BACKBONE, face_dim=8))) == {"backbone", "identity_projector"}
+    assert set(random_params(UniVG(backbone=BACKBONE, face_dim=8))) == {
+        "backbone",
+        "identity_projector",
+    }
 
 
 def test_face_width_is_checked():

@@ -35,7 +35,9 @@ EMBEDDED = {"emoji_scenes": emoji_scenes}
 
 
 def check_config(config: ConfigDict) -> None:
-    """Everything that can be wrong in a config and needs no data: before anything is built or claimed."""
+    """Everything that can be wrong in a config and needs no data: before anything is built or
+    claimed.
+    """
     if config.data.dataset not in EMBEDDED and not epath.Path(config.data.dir).exists():
         raise FileNotFoundError(
             f"data.dir={config.data.dir!r} does not exist, and data.dataset={config.data.dataset!r} is none of the "
@@ -45,7 +47,9 @@ def check_config(config: ConfigDict) -> None:
     for task, options in config.tasks.items():
         for source in options.sources:
             if config.data.dataset in EMBEDDED and not epath.Path(source).exists():
-                known(source, EMBEDDED[config.data.dataset].FAMILIES, what=f"source of task {task}:")
+                known(
+                    source, EMBEDDED[config.data.dataset].FAMILIES, what=f"source of task {task}:"
+                )
     sampler(config)
     train.training_times(config)
     optim.make_schedule(train.optim_config(config))
@@ -60,7 +64,9 @@ def check_config(config: ConfigDict) -> None:
 
 
 def prepare_data(config: ConfigDict) -> None:
-    """Builds the dataset if it is an embedded one and not there yet: process 0 does, the others wait."""
+    """Builds the dataset if it is an embedded one and not there yet: process 0 does, the others
+    wait.
+    """
     if config.data.dataset not in EMBEDDED:
         return
     if jax.process_index() == 0:
@@ -83,7 +89,9 @@ def tokenizer(config: ConfigDict) -> Tokenizer:
     return loaded
 
 
-def prepare_encoders(config: ConfigDict, workdir: epath.PathLike, mesh: jax.sharding.Mesh) -> tuple[Conditioner, Any]:
+def prepare_encoders(
+    config: ConfigDict, workdir: epath.PathLike, mesh: jax.sharding.Mesh
+) -> tuple[Conditioner, Any]:
     """The frozen encoders of a run: its own, its parent's, or fitted on its training data."""
 
     def images() -> np.ndarray:
@@ -100,7 +108,9 @@ def prepare_encoders(config: ConfigDict, workdir: epath.PathLike, mesh: jax.shar
     return encoders.prepare(
         config.conditioning,
         workdir=workdir,
-        init_from=None if transformer_folder(config.init_from.path) else config.init_from.path or None,
+        init_from=None
+        if transformer_folder(config.init_from.path)
+        else config.init_from.path or None,
         images=images,
         portraits=portraits,
         mesh=mesh,
@@ -126,7 +136,9 @@ def make_model(config: ConfigDict, conditioner: Conditioner) -> UniVG:
     return UniVG(backbone=backbone, face_dim=conditioner.face_dim)
 
 
-def make_init(config: ConfigDict, model: UniVG, conditioner: Conditioner) -> Callable[[Any, jax.Array], Any]:
+def make_init(
+    config: ConfigDict, model: UniVG, conditioner: Conditioner
+) -> Callable[[Any, jax.Array], Any]:
     """`init(frozen, key)`: the parameters of the model before any training."""
     c = config.data
     batch = fake_batch(  # only its shapes matter
@@ -137,7 +149,10 @@ def make_init(config: ConfigDict, model: UniVG, conditioner: Conditioner) -> Cal
     )
 
     def init(frozen: Any, key: jax.Array) -> Any:
-        x0, conditions = conditioner.target_latents(frozen, batch), conditioner.conditions(frozen, batch)
+        x0, conditions = (
+            conditioner.target_latents(frozen, batch),
+            conditioner.conditions(frozen, batch),
+        )
         return model.init(key, x0, jnp.zeros(batch.size), conditions)["params"]
 
     return init
@@ -146,7 +161,11 @@ def make_init(config: ConfigDict, model: UniVG, conditioner: Conditioner) -> Cal
 def sampler(config: ConfigDict) -> Sampler:
     c = config.sampling
     return Sampler(
-        solver=c.solver, steps=c.steps, shift=c.shift, rescale=c.rescale, interval=(c.interval[0], c.interval[1])
+        solver=c.solver,
+        steps=c.steps,
+        shift=c.shift,
+        rescale=c.rescale,
+        interval=(c.interval[0], c.interval[1]),
     )
 
 
@@ -168,7 +187,9 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A trained model, ready to generate on the mesh; every process calls its methods, with its own rows."""
+    """A trained model, ready to generate on the mesh; every process calls its methods, with its own
+    rows.
+    """
 
     path: str
     step: int
@@ -190,7 +211,9 @@ class Run:
         sharded = [sharding.shard_batch(p, self.mesh) for p in passes]
         weights = guidance(self.config, task)
         # A callback into one process would make programs that differ from process to process.
-        generator = dataclasses.replace(self.generator, on_step=on_step if jax.process_count() == 1 else None)
+        generator = dataclasses.replace(
+            self.generator, on_step=on_step if jax.process_count() == 1 else None
+        )
         images = generator(self.params, self.frozen, sharded, weights=weights, seed=seed)
         return to_uint8(sharding.own_rows(images, self.mesh))
 
@@ -202,7 +225,9 @@ class Run:
     @functools.cached_property
     def _reconstruct(self) -> Callable[[Any, Any], jax.Array]:
         conditioner = self.generator.conditioner
-        return jax.jit(lambda frozen, images: conditioner.decode(frozen, conditioner.encode(frozen, images)))
+        return jax.jit(
+            lambda frozen, images: conditioner.decode(frozen, conditioner.encode(frozen, images))
+        )
 
     def initial_params(self, *, seed: int) -> Any:
         """The parameters of the same model before any training."""
@@ -217,18 +242,27 @@ class Run:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return tuple(name for name in TASKS if name in self.config.tasks and self.config.tasks[name].weight > 0)
+        return tuple(
+            name
+            for name in TASKS
+            if name in self.config.tasks and self.config.tasks[name].weight > 0
+        )
 
 
 def load_run(
-    path: str, *, which: str = "ema", overrides: dict[str, Any] | None = None, pretrained: str | None = None
+    path: str,
+    *,
+    which: str = "ema",
+    overrides: dict[str, Any] | None = None,
+    pretrained: str | None = None,
 ) -> Run:
     """The run in a workdir, or at one of its checkpoints; `overrides` are of its `sampling` config.
 
-    Its parameters are split as in training where its mesh fits the devices at hand, else over all of them.
-    `pretrained` is where pretrained encoders lie, if no longer where the run found them.
+    Its parameters are split as in training where its mesh fits the devices at hand, else over all
+    of them. `pretrained` is where pretrained encoders lie, if no longer where the run found them.
 
-    Raises FileNotFoundError if there is no checkpoint, ValueError if what is there does not fit together.
+    Raises FileNotFoundError if there is no checkpoint, ValueError if what is there does not fit
+    together.
     """
     config = ConfigDict(checkpoint.load_config(path))
     for name, value in (overrides or {}).items():

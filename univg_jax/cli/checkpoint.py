@@ -13,7 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("copy", "copy a sound step and its config into another workdir", copy),
     ):
         action = actions.add_parser(name, help=summary, description=summary.capitalize() + ".")
-        action.add_argument("dir", metavar="DIR", help="a workdir" + (" or a step of it" if name == "verify" else ""))
+        action.add_argument(
+            "dir",
+            metavar="DIR",
+            help="a workdir" + (" or a step of it" if name == "verify" else ""),
+        )
         if name == "copy":
             action.add_argument("--step", type=int, help="default: the newest")
             action.add_argument("--out", required=True, metavar="DIR")
@@ -30,7 +34,10 @@ def list_(args: argparse.Namespace) -> None:
 def verify(args: argparse.Namespace) -> None:
     reports = checkpoint.verify(args.dir)
     for report in reports:
-        print(f"step {report.step}: " + ("sound" if not report.problems else "; ".join(report.problems)))
+        print(
+            f"step {report.step}: "
+            + ("sound" if not report.problems else "; ".join(report.problems))
+        )
     if any(report.problems for report in reports):
         raise ValueError(f"{args.dir} has damaged checkpoints")
     if not reports:

@@ -13,7 +13,8 @@ from univg_jax.names import hint
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Calls the file's `get_config` with the arguments after the colon, then applies `key=value` overrides.
+    """Calls the file's `get_config` with the arguments after the colon, then applies `key=value`
+    overrides.
 
     Raises FileNotFoundError or ValueError, in one line that names the nearest valid name.
     """
@@ -31,7 +32,11 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 def _load_function(path: str) -> Any:
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
-        names = [os.path.join(folder, f) for f in sorted(os.listdir(folder))] if os.path.isdir(folder) else []
+        names = (
+            [os.path.join(folder, f) for f in sorted(os.listdir(folder))]
+            if os.path.isdir(folder)
+            else []
+        )
         python = [n for n in names if n.endswith(".py") and not n.endswith("__init__.py")]
         raise FileNotFoundError(f"config file {path!r} does not exist{hint(path, python)}")
     module_spec = importlib.util.spec_from_file_location("univg_config", path)
@@ -66,7 +71,9 @@ def _apply(config: ConfigDict, key: str, text: str) -> None:
     if not isinstance(node, ConfigDict) or leaf not in node:
         raise ValueError(f"unknown config key {key!r}{hint(key, _flatten(config))}")
     if isinstance(node[leaf], ConfigDict):
-        raise ValueError(f"--config.{key} is a group; set one of {', '.join(f'{key}.{k}' for k in node[leaf])}")
+        raise ValueError(
+            f"--config.{key} is a group; set one of {', '.join(f'{key}.{k}' for k in node[leaf])}"
+        )
     node[leaf] = _convert(text, node[leaf], f"--config.{key}")
 
 
@@ -105,5 +112,7 @@ def _convert(text: str, default: Any, where: str) -> Any:
     else:
         right = isinstance(value, type(default)) and not isinstance(value, bool)
     if not right:
-        raise ValueError(f"{where}={text} should be {type(default).__name__}, as its default {default!r} is")
+        raise ValueError(
+            f"{where}={text} should be {type(default).__name__}, as its default {default!r} is"
+        )
     return value

@@ -16,16 +16,22 @@ from univg_jax.names import known
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    build_ = actions.add_parser("build", help="native files to records", description="Native files to records.")
+    build_ = actions.add_parser(
+        "build", help="native files to records", description="Native files to records."
+    )
     build_.add_argument("--dataset", required=True, metavar="|".join(assembly.EMBEDDED))
     build_.add_argument("--out", required=True, metavar="DIR")
     build_.add_argument("--resolution", type=int, default=64, help="pixels a side")
     build_.add_argument("--num_scenes", type=int, default=10_000)
-    build_.add_argument("--nouns", type=int, default=0, help="the first so many of the whitelist; 0: all")
+    build_.add_argument(
+        "--nouns", type=int, default=0, help="the first so many of the whitelist; 0: all"
+    )
     build_.add_argument("--seed", type=int, default=0)
     build_.set_defaults(run=build)
 
-    look = actions.add_parser("inspect", help="a page of examples of every task", description="A page of examples.")
+    look = actions.add_parser(
+        "inspect", help="a page of examples of every task", description="A page of examples."
+    )
     look.add_argument("--config", required=True, metavar="FILE.py[:NAME=VALUE,...]")
     look.add_argument("--out", required=True, metavar="FILE.html")
     look.add_argument("--examples", type=int, default=8, help="a task")
@@ -59,7 +65,9 @@ def inspect_(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     assembly.check_config(config)
     assembly.prepare_data(config)
-    inspect.write_inspection(config, args.out, tokenizer=assembly.tokenizer(config), num_examples=args.examples)
+    inspect.write_inspection(
+        config, args.out, tokenizer=assembly.tokenizer(config), num_examples=args.examples
+    )
     print(f"wrote {args.out}")
 
 
@@ -77,7 +85,9 @@ def cache_prompts(args: argparse.Namespace) -> None:
     count = cache.write_cache(
         args.out,
         cache.prompts(config, assembly.tokenizer(config), steps=args.steps or config.train.steps),
-        embed=lambda tokens, mask: jax.device_get(embed(params, jnp.asarray(tokens), jnp.asarray(mask))),
+        embed=lambda tokens, mask: jax.device_get(
+            embed(params, jnp.asarray(tokens), jnp.asarray(mask))
+        ),
         identity=encoders.text_identity(config.conditioning, num_tokens=config.data.num_tokens),
     )
     print(f"{args.out} has the embeddings of {count} prompts")

@@ -1,4 +1,6 @@
-"""`univg evaluate`: a benchmark's metrics for a checkpoint, beside an untrained model and trivial answers."""
+"""`univg evaluate`: a benchmark's metrics for a checkpoint, beside an untrained model and trivial
+answers.
+"""
 
 import argparse
 import dataclasses
@@ -19,11 +21,18 @@ BENCHMARKS = ("emoji_scenes",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir, or DIR/checkpoints/STEP")
-    parser.add_argument("--benchmark", required=True, metavar="|".join(BENCHMARKS))
-    parser.add_argument("--data", metavar="DIR", help="the benchmark's data; default: the run's own")
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="for results.json and images; finished tasks are kept"
+        "--checkpoint", required=True, metavar="DIR", help="a workdir, or DIR/checkpoints/STEP"
+    )
+    parser.add_argument("--benchmark", required=True, metavar="|".join(BENCHMARKS))
+    parser.add_argument(
+        "--data", metavar="DIR", help="the benchmark's data; default: the run's own"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="for results.json and images; finished tasks are kept",
     )
     parser.add_argument("--tasks", metavar="A,B", help="default: all that the run was trained on")
     parser.add_argument("--examples", type=int, default=64, help="a task")
@@ -31,8 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--steps", type=int, help="of the solver; default: the run's config")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--raw_params", action="store_true", help="the raw parameters instead of their average (EMA)")
-    parser.add_argument("--pretrained", metavar="DIR", help="where pretrained encoders lie; default: the run's config")
+    parser.add_argument(
+        "--raw_params",
+        action="store_true",
+        help="the raw parameters instead of their average (EMA)",
+    )
+    parser.add_argument(
+        "--pretrained",
+        metavar="DIR",
+        help="where pretrained encoders lie; default: the run's config",
+    )
     launch.add_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -41,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
     known(args.benchmark, BENCHMARKS, what="benchmark")
     configure_jax(args)
     which = "params" if args.raw_params else "ema"
-    run = assembly.load_run(args.checkpoint, which=which, overrides={"steps": args.steps}, pretrained=args.pretrained)
+    run = assembly.load_run(
+        args.checkpoint, which=which, overrides={"steps": args.steps}, pretrained=args.pretrained
+    )
     config = ConfigDict(run.config)
     if args.data:
         config.data.dir = args.data
@@ -87,17 +106,26 @@ def run(args: argparse.Namespace) -> None:
 
 
 def untrained(run: assembly.Run, *, seed: int) -> assembly.Run:
-    """The same model at its initialization. Its output layer is zero, so one step of any solver is the whole flow."""
-    generator = dataclasses.replace(run.generator, sampler=dataclasses.replace(run.generator.sampler, steps=1))
+    """The same model at its initialization. Its output layer is zero, so one step of any solver is
+    the whole flow.
+    """
+    generator = dataclasses.replace(
+        run.generator, sampler=dataclasses.replace(run.generator.sampler, steps=1)
+    )
     params = run.initial_params(seed=seed)
     return dataclasses.replace(run, params=params, generator=generator)
 
 
 def table(results: dict[str, Any]) -> str:
     """The primary metric of each task in columns."""
-    lines = [f"{'task':6} {'metric':20} {'model':>9} {'untrained':>9} {'trivial':>9} {'codec':>9}  verdict"]
+    lines = [
+        f"{'task':6} {'metric':20} {'model':>9} {'untrained':>9} {'trivial':>9} {'codec':>9}  verdict"
+    ]
     for name, task in results["tasks"].items():
-        values = [task["systems"][s][task["metric"]]["value"] for s in ("model", "untrained", "trivial", "codec")]
+        values = [
+            task["systems"][s][task["metric"]]["value"]
+            for s in ("model", "untrained", "trivial", "codec")
+        ]
         shown = " ".join(f"{'-' if v is None else f'{v:.4f}':>9}" for v in values)
         lost = [f"the {opponent} one" for opponent, won in task["beats"].items() if not won]
         verdict = "beats both" if not lost else "does not beat " + " nor ".join(lost)

@@ -1,4 +1,6 @@
-"""`univg <command>`: flags to config to library. Errors are one line, and the exit code is 0 only when it is done."""
+"""`univg <command>`: flags to config to library. Errors are one line, and the exit code is 0 only
+when it is done.
+"""
 
 import argparse
 import importlib
@@ -34,14 +36,20 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     parser = _Parser(prog="univg", description="Train, sample and evaluate UniVG models.")
-    parser.add_argument("--verbose", action="store_true", help="log more, and show tracebacks of errors")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    parser.add_argument(
+        "--verbose", action="store_true", help="log more, and show tracebacks of errors"
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     argv = [a for a in argv if not a.startswith("--config.")]
     asked = next((a for a in argv if not a.startswith("-")), None)
     for name, summary in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        sub = commands.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + "."
+        )
         if name == asked:  # the others' modules, with JAX behind them, need not load
             importlib.import_module(f"univg_jax.cli.{name}").add_arguments(sub)
     args = parser.parse_args(argv)
@@ -50,7 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = overrides
 
     logging.set_verbosity(logging.INFO)
-    (logging.get_absl_logger().removeFilter if args.verbose else logging.get_absl_logger().addFilter)(_ours_or_grave)
+    (
+        logging.get_absl_logger().removeFilter
+        if args.verbose
+        else logging.get_absl_logger().addFilter
+    )(_ours_or_grave)
     try:
         args.run(args)
     except KeyboardInterrupt:
@@ -76,8 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ours_or_grave(record: Any) -> bool:
-    """What this project says (where parameters come from, what is fitted), and warnings of all others."""
-    packages = (os.path.dirname(os.path.dirname(os.path.dirname(__file__))) + os.sep + p for p in OWN_PACKAGES)
+    """What this project says (where parameters come from, what is fitted), and warnings of all
+    others.
+    """
+    packages = (
+        os.path.dirname(os.path.dirname(os.path.dirname(__file__))) + os.sep + p
+        for p in OWN_PACKAGES
+    )
     return record.levelno >= stdlib_logging.WARNING or record.pathname.startswith(tuple(packages))
 
 
@@ -85,7 +102,10 @@ def _is_for_the_user(error: Exception) -> bool:
     """Errors that our code raised about its input; the rest are bugs and deserve their traceback."""
     from univg_jax.train import NonFiniteLossError
 
-    if not isinstance(error, ValueError | FileNotFoundError | FileExistsError | ConnectionError | NonFiniteLossError):
+    if not isinstance(
+        error,
+        ValueError | FileNotFoundError | FileExistsError | ConnectionError | NonFiniteLossError,
+    ):
         return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -95,7 +115,9 @@ def _is_for_the_user(error: Exception) -> bool:
 
 
 def configure_jax(args: argparse.Namespace | None = None) -> None:
-    """What every command that computes wants of JAX, before its first use; `args` may have the flags of `launch`."""
+    """What every command that computes wants of JAX, before its first use; `args` may have the
+    flags of `launch`.
+    """
     import jax
 
     from univg_jax import compilation, tpu
@@ -105,6 +127,7 @@ def configure_jax(args: argparse.Namespace | None = None) -> None:
     jax.config.update("jax_threefry_partitionable", True)
     compilation.turn_cache_on()
     if hasattr(args, "coordinator"):
-        # The service takes SIGTERM for what `univg_jax.preemption` does with it; without, it ends a process as ever.
+        # The service takes SIGTERM for what `univg_jax.preemption` does with it; without, it ends a
+        # process as ever.
         jax.config.update("jax_enable_preemption_service", args.command == "train")
         launch.start(args)

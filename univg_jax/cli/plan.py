@@ -32,7 +32,9 @@ EXTRAS = ("encoders", "sampling", "evaluation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE.py[:NAME=VALUE,...]", help="an experiment")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.py[:NAME=VALUE,...]", help="an experiment"
+    )
     parser.add_argument(
         "--topology",
         required=True,
@@ -41,17 +43,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T[,T...]",
         help="v5p:4x4x4, v5e:16x16, v6e:16x16*2 (two slices), ...: one column each; may be repeated",
     )
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="of each topology; the same as *N behind it")
+    parser.add_argument(
+        "--slices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of each topology; the same as *N behind it",
+    )
     parser.add_argument(
         "--include",
         default="",
         metavar="A,B",
         help="encoders (as part of the train step, as a run has them without data.text_cache), sampling, evaluation",
     )
-    parser.add_argument("--max-batch", action="store_true", help="also search the largest batch that fits")
-    parser.add_argument("--sweep", action="store_true", help="rank mesh shapes and remat policies by their roofline")
     parser.add_argument(
-        "--quick", action="store_true", help="a third of the compile time; memory and its traffic some percent off"
+        "--max-batch", action="store_true", help="also search the largest batch that fits"
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="rank mesh shapes and remat policies by their roofline"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a third of the compile time; memory and its traffic some percent off",
     )
     parser.add_argument("--json", metavar="FILE", help="everything, in bytes, FLOPs and seconds")
     parser.epilog = "Any key of the config can be set: --config.data.batch_size=256 --config.model.overrides.remat=full"
@@ -60,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # compiling needs no device
-    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for another machine cannot be read back
+    # what is compiled for another machine cannot be read back
+    jax.config.update("jax_enable_compilation_cache", False)
     include = [known(name, EXTRAS, what="part") for name in filter(None, args.include.split(","))]
     if args.slices < 1:
         raise ValueError(f"--slices={args.slices}: expected at least 1")
@@ -71,9 +86,13 @@ def run(args: argparse.Namespace) -> None:
     programs = ("train", *(name for name in include if name != "encoders"))
     report: dict[str, Any] = {"config": config.to_dict()}
 
-    def compile_(topology: Topology, *overrides: str, programs: tuple[str, ...] = ("train",)) -> Plan:
+    def compile_(
+        topology: Topology, *overrides: str, programs: tuple[str, ...] = ("train",)
+    ) -> Plan:
         varied = load_config(args.config, [*args.overrides, *overrides])
-        return compile_for(varied, topology, programs=programs, encoders="encoders" in include, quick=args.quick)
+        return compile_for(
+            varied, topology, programs=programs, encoders="encoders" in include, quick=args.quick
+        )
 
     if args.sweep:
         ranked = {t.name: sweep(config, t, compile_) for t in topologies}
@@ -124,7 +143,9 @@ def compile_for(
 
 
 def max_batch(config: ConfigDict, topology: Topology, compile_: Callable[..., Plan]) -> int:
-    """The largest global batch that fits: where the line through two that do meets the memory, else by halves."""
+    """The largest global batch that fits: where the line through two that do meets the memory, else
+    by halves.
+    """
     first = compile_(topology)
     unit = first.mesh["data"] * first.mesh["fsdp"] * config.optim.accumulate
     low, high, guess, by_line = 0, None, config.data.batch_size // unit, False
@@ -136,14 +157,18 @@ def max_batch(config: ConfigDict, topology: Topology, compile_: Callable[..., Pl
             programs[guess] = compile_(topology, f"data.batch_size={guess * unit}").programs[0]
             bar.update()
         low, high = (guess, high) if programs[guess].fits else (low, guess)
-        fitting = [(rows, program.peak) for rows, program in sorted(programs.items()) if program.fits][-2:]
-        by_line = len(fitting) == 2 and not (by_line and high)  # not twice in a row: memory is only nearly a line
+        fitting = [
+            (rows, program.peak) for rows, program in sorted(programs.items()) if program.fits
+        ][-2:]
+        # not twice in a row: memory is only nearly a line
+        by_line = len(fitting) == 2 and not (by_line and high)
         if by_line:
             (a, peak), (b, larger) = fitting
             guess = int(a + (topology.chip.hbm - peak) * (b - a) / max(larger - peak, 1))
         else:
             guess = 2 * low if high is None else (low + high) // 2
-        if high is None:  # by an eighth at least: near the limit the compiler saves memory, and the line would creep
+        # by an eighth at least: near the limit the compiler saves memory, and the line would creep
+        if high is None:
             guess = min(max(guess, low + max(low // 8, 1)), 4 * low)
         else:
             guess = min(max(guess, low + 1), max(high - 1, 1))
@@ -154,8 +179,8 @@ def max_batch(config: ConfigDict, topology: Topology, compile_: Callable[..., Pl
 def sweep(config: ConfigDict, topology: Topology, compile_: Callable[..., Plan]) -> list[Plan]:
     """Mesh shapes x remat policies, the fastest by roofline first, then what does not fit.
 
-    A policy that recomputes more may still be faster, where memory's traffic is the bound; only `offload`, whose
-    transfers no roofline here knows, is left to where nothing else fits.
+    A policy that recomputes more may still be faster, where memory's traffic is the bound; only
+    `offload`, whose transfers no roofline here knows, is left to where nothing else fits.
     """
     backbone = make_mmdit(config.model.size, **config.model.overrides)
     count = len(topology.devices) // topology.slices
@@ -166,11 +191,15 @@ def sweep(config: ConfigDict, topology: Topology, compile_: Callable[..., Plan])
             meshes += [(largest >> i, tensor) for i in range(3) if largest % (1 << i) == 0]
     meshes = [m for m in meshes if config.data.batch_size % (count * topology.slices // m[1]) == 0]
     if not meshes:
-        raise ValueError(f"data.batch_size={config.data.batch_size} divides over no mesh of {topology.name}")
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size} divides over no mesh of {topology.name}"
+        )
     plans = []
     for fsdp, tensor in tqdm(meshes, desc=f"sweep {topology.name}", unit="mesh", leave=False):
         mesh = ("mesh.data=-1", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}")
-        policies = tqdm([name for name in REMAT if name != "offload"], desc="remat", unit="plan", leave=False)
+        policies = tqdm(
+            [name for name in REMAT if name != "offload"], desc="remat", unit="plan", leave=False
+        )
         tried = [compile_(topology, *mesh, f"model.overrides.remat={name}") for name in policies]
         if not any(plan.fits for plan in tried):
             tried.append(compile_(topology, *mesh, "model.overrides.remat=offload"))
@@ -197,7 +226,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 def print_plans(plans: list[Plan]) -> None:
     """One column a topology."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"{plans[0].config}, a step of one device", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{plans[0].config}, a step of one device", title_justify="left"
+    )
     table.add_column("")
     for plan in plans:
         table.add_column(plan.topology, justify="right")
@@ -209,12 +240,16 @@ def print_plans(plans: list[Plan]) -> None:
     row(
         "  GB/s: HBM | ICI | DCN",
         lambda p: " | ".join(
-            f"{b / 1e9:.4g}" for b in (p.chip.hbm_bandwidth, p.chip.ici_bandwidth, p.chip.dcn_bandwidth)
+            f"{b / 1e9:.4g}"
+            for b in (p.chip.hbm_bandwidth, p.chip.ici_bandwidth, p.chip.dcn_bandwidth)
         ),
     )
     row("devices", lambda p: f"{p.devices}")
     row("mesh data x fsdp x tensor", lambda p: " x ".join(str(n) for n in p.mesh.values()))
-    row("remat, attention, dtype", lambda p: f"{p.model['remat']}, {p.model['attention']}, {p.model['dtype']}")
+    row(
+        "remat, attention, dtype",
+        lambda p: f"{p.model['remat']}, {p.model['attention']}, {p.model['dtype']}",
+    )
     row("optimizer, first moment", lambda p: f"{p.optimizer['name']}, {p.optimizer['mu_dtype']}")
     row("parameters", lambda p: f"{p.parameters / 1e9:.3f} B")
     row("batch, rows a device", lambda p: f"{p.batch}, {p.rows:g}")
@@ -243,23 +278,35 @@ def _program_rows(row: Callable[..., None], i: int) -> None:
             total = kinds.setdefault(c.kind, [0.0, 0])
             total[0] += c.bytes
             total[1] += c.count
-        large = [(kind, *total) for kind, total in kinds.items() if total[0] > 1e-3 * program.wire_bytes]
-        return "\n".join(f"{kind} {_bytes(size)} ({count})" for kind, size, count in large) or "none"
+        large = [
+            (kind, *total) for kind, total in kinds.items() if total[0] > 1e-3 * program.wire_bytes
+        ]
+        return (
+            "\n".join(f"{kind} {_bytes(size)} ({count})" for kind, size, count in large) or "none"
+        )
 
     row("  HBM: arguments", lambda p: _bytes(p.programs[i].arguments))
     row("  HBM: temporaries", lambda p: _bytes(p.programs[i].temporaries))
     row(
         "  HBM: all at once, of available",
-        lambda p: f"{'' if p.programs[i].fits else 'OVER: '}{_bytes(p.programs[i].peak)} of {_bytes(p.chip.hbm)}",
+        lambda p: (
+            f"{'' if p.programs[i].fits else 'OVER: '}{_bytes(p.programs[i].peak)} of {_bytes(p.chip.hbm)}"
+        ),
     )
     row("  model FLOPs", lambda p: f"{p.programs[i].model_flops:.4g}")
-    row("  compiled FLOPs, of model", cell(lambda p, g: f"{g.flops:.4g}, {g.flops / g.model_flops:.3f} x"))
+    row(
+        "  compiled FLOPs, of model",
+        cell(lambda p, g: f"{g.flops:.4g}, {g.flops / g.model_flops:.3f} x"),
+    )
     row("  collectives: arrays (number)", cell(collectives))
     row(
         "  received, of the FSDP ideal",
         cell(lambda p, g: f"{_bytes(g.wire_bytes)}, {_of_ideal(g)}"),
     )
-    row("  HBM traffic, FLOPs a byte", cell(lambda p, g: f"{_bytes(g.memory_bytes)}, {g.intensity:.0f}"))
+    row(
+        "  HBM traffic, FLOPs a byte",
+        cell(lambda p, g: f"{_bytes(g.memory_bytes)}, {g.intensity:.0f}"),
+    )
     row(
         "  time: " + " | ".join(("compute", "HBM", "ICI", "DCN")),
         cell(lambda p, g: " | ".join(_seconds(s) for s in g.seconds.values())),
@@ -270,8 +317,18 @@ def _program_rows(row: Callable[..., None], i: int) -> None:
 
 
 def print_sweep(topology: str, plans: list[Plan]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, title=f"{plans[0].config} on {topology}", title_justify="left")
-    for name in ("data x fsdp x tensor", "remat", "HBM", "roofline", "bound by", "MFU at most", "received of ideal"):
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{plans[0].config} on {topology}", title_justify="left"
+    )
+    for name in (
+        "data x fsdp x tensor",
+        "remat",
+        "HBM",
+        "roofline",
+        "bound by",
+        "MFU at most",
+        "received of ideal",
+    ):
         table.add_column(name, justify="left" if name in ("remat", "bound by") else "right")
     for plan in plans:
         g = plan.programs[0]
@@ -279,7 +336,9 @@ def print_sweep(topology: str, plans: list[Plan]) -> None:
         if g.fits:
             values = [_seconds(g.roofline), g.bound, f"{plan.mfu_bound(g):.1%}", _of_ideal(g)]
         mesh = " x ".join(str(n) for n in plan.mesh.values())
-        table.add_row(mesh, plan.model["remat"], f"{_bytes(g.peak)} of {_bytes(plan.chip.hbm)}", *values)
+        table.add_row(
+            mesh, plan.model["remat"], f"{_bytes(g.peak)} of {_bytes(plan.chip.hbm)}", *values
+        )
     Console(width=None if os.isatty(1) else 120).print(table)
 
 
@@ -287,7 +346,11 @@ def advice(plan: Plan, program: Program) -> str:
     """By how much it is over, and what would help, the cheapest first."""
     knobs = []
     if program.name == "train":
-        stronger = [name for name in list(REMAT)[list(REMAT).index(plan.model["remat"]) + 1 :] if name != "offload"]
+        stronger = [
+            name
+            for name in list(REMAT)[list(REMAT).index(plan.model["remat"]) + 1 :]
+            if name != "offload"
+        ]
         if stronger:
             knobs.append(f"--config.model.overrides.remat={stronger[0]}")
         if plan.rows > 1:
@@ -305,7 +368,11 @@ def advice(plan: Plan, program: Program) -> str:
 
 
 def _of_ideal(program: Program) -> str:
-    return f"{program.wire_bytes / program.ideal_wire_bytes:.3f} x" if program.ideal_wire_bytes else "nothing to move"
+    return (
+        f"{program.wire_bytes / program.ideal_wire_bytes:.3f} x"
+        if program.ideal_wire_bytes
+        else "nothing to move"
+    )
 
 
 def _bytes(count: float | int) -> str:

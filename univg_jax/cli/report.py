@@ -11,8 +11,12 @@ from univg_jax.evaluation.sheet import write_sheet
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", required=True, metavar="DIR,DIR", help="the workdirs, in order")
-    parser.add_argument("--evaluation", required=True, metavar="DIR", help="what `univg evaluate` wrote")
-    parser.add_argument("--out", required=True, metavar="DIR", help="for report.html, report.json and samples.png")
+    parser.add_argument(
+        "--evaluation", required=True, metavar="DIR", help="what `univg evaluate` wrote"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="for report.html, report.json and samples.png"
+    )
     parser.set_defaults(run=run)
 
 
@@ -25,5 +29,7 @@ def run(args: argparse.Namespace) -> None:
         stages=args.stages.split(","),
         evaluation=evaluation,
     )
-    write_sheet(json.loads((evaluation / "results.json").read_text()), evaluation, out / "samples.png")
+    write_sheet(
+        json.loads((evaluation / "results.json").read_text()), evaluation, out / "samples.png"
+    )
     print(f"wrote {out / 'report.html'}, {out / 'report.json'} and {out / 'samples.png'}")

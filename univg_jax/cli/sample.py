@@ -29,20 +29,34 @@ INPUTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir, or DIR/checkpoints/STEP")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a workdir, or DIR/checkpoints/STEP"
+    )
     parser.add_argument("--task", required=True, metavar="|".join(TASKS))
     parser.add_argument(
-        "--prompt", default="", help=f"without the task's tag; for id with {PLACEHOLDER} for the person"
+        "--prompt",
+        default="",
+        help=f"without the task's tag; for id with {PLACEHOLDER} for the person",
     )
     parser.add_argument(
-        "--image", metavar="FILE", help="ie, ip, depth, pose, seg: the source; lg: a canvas of colored blocks"
+        "--image",
+        metavar="FILE",
+        help="ie, ip, depth, pose, seg: the source; lg: a canvas of colored blocks",
     )
     parser.add_argument("--mask", metavar="FILE", help="ip: white where to generate")
     parser.add_argument("--face", metavar="FILE", help="id: a picture of the person")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of the solver; default: the run's config")
-    parser.add_argument("--raw_params", action="store_true", help="the raw parameters instead of their average (EMA)")
-    parser.add_argument("--pretrained", metavar="DIR", help="where pretrained encoders lie; default: the run's config")
+    parser.add_argument(
+        "--raw_params",
+        action="store_true",
+        help="the raw parameters instead of their average (EMA)",
+    )
+    parser.add_argument(
+        "--pretrained",
+        metavar="DIR",
+        help="where pretrained encoders lie; default: the run's config",
+    )
     parser.add_argument("--out", required=True, metavar="FILE.png")
     launch.add_arguments(parser)
     parser.set_defaults(run=run)
@@ -70,17 +84,22 @@ def run(args: argparse.Namespace) -> None:
         face_resolution=data.face_resolution,
     )
     alone = jax.process_count() == 1
-    with tqdm(total=run.config.sampling.steps, desc=f"sample {args.task}", unit="step", disable=not alone) as bar:
+    with tqdm(
+        total=run.config.sampling.steps, desc=f"sample {args.task}", unit="step", disable=not alone
+    ) as bar:
         image = run.generate(batch, args.task, seed=args.seed, on_step=bar.update)[0]
     if jax.process_index() != 0:
         return
     if args.task == "ip":
-        image = np.where(example.mask > 0, image, example.source)  # what is kept is the input's own pixels
+        # what is kept is the input's own pixels
+        image = np.where(example.mask > 0, image, example.source)
     out = epath.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("wb") as file:
         Image.fromarray(image).save(file, format="PNG")
-    print(f"wrote {args.out} ({image.shape[1]}x{image.shape[0]}, {args.task}, step {run.step}, seed {args.seed})")
+    print(
+        f"wrote {args.out} ({image.shape[1]}x{image.shape[0]}, {args.task}, step {run.step}, seed {args.seed})"
+    )
 
 
 def _check_inputs(args: argparse.Namespace) -> None:
@@ -88,7 +107,9 @@ def _check_inputs(args: argparse.Namespace) -> None:
     if needs_prompt and not args.prompt.strip():
         raise ValueError(f"task {args.task} needs --prompt")
     if args.task == "id" and PLACEHOLDER not in args.prompt:
-        raise ValueError(f"--prompt={args.prompt!r} has no {PLACEHOLDER}: task id puts the person there")
+        raise ValueError(
+            f"--prompt={args.prompt!r} has no {PLACEHOLDER}: task id puts the person there"
+        )
     for name in ("image", "mask", "face"):
         path = getattr(args, name)
         if name in files and not path:

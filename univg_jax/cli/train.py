@@ -20,12 +20,19 @@ from univg_jax.sampling import Generator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE.py[:NAME=VALUE,...]", help="an experiment")
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="where the run lives; continued if it has begun"
+        "--config", required=True, metavar="FILE.py[:NAME=VALUE,...]", help="an experiment"
     )
     parser.add_argument(
-        "--profile", metavar="START:STOP", help="trace the updates from step START to step STOP into DIR/profile"
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="where the run lives; continued if it has begun",
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="START:STOP",
+        help="trace the updates from step START to step STOP into DIR/profile",
     )
     parser.epilog = "Any key of the config can be set: --config.optim.lr=1e-4"
     launch.add_arguments(parser)
@@ -37,7 +44,9 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     workdir = epath.Path(args.workdir)
     assembly.check_config(config)
-    profile = profiling.parse_steps(args.profile, total=config.train.steps) if args.profile else None
+    profile = (
+        profiling.parse_steps(args.profile, total=config.train.steps) if args.profile else None
+    )
     mesh = assembly.make_mesh(config)
     # The parent is looked at before anything is claimed.
     if folder := transformer_folder(config.init_from.path):
@@ -45,7 +54,9 @@ def run(args: argparse.Namespace) -> None:
     elif config.init_from.path:
         checkpoint.load_config(config.init_from.path)
     checkpoint.claim_workdir(workdir, config)
-    if (workdir / "summary.json").exists() and max(checkpoint.list_steps(workdir), default=0) == config.train.steps:
+    if (workdir / "summary.json").exists() and max(
+        checkpoint.list_steps(workdir), default=0
+    ) == config.train.steps:
         if jax.process_index() == 0:
             print(f"{config.name}: all {config.train.steps} steps are done in {workdir}")
         return
@@ -55,7 +66,10 @@ def run(args: argparse.Namespace) -> None:
     conditioner, frozen = assembly.prepare_encoders(config, workdir, mesh)
     model = assembly.make_model(config, conditioner)
     stream = mixture.make_stream(
-        config, tokenizer=tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
+        config,
+        tokenizer=tokenizer,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     active = [name for name in TASKS if name in stream.shares]
     validation = {
@@ -91,7 +105,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def previews(config: ConfigDict, active: list[str], tokenizer: Any, generator: Generator) -> Any:
-    """Draws a grid a task of held-out examples: source (where the task has one), target and output in rows."""
+    """Draws a grid a task of held-out examples: source (where the task has one), target and output
+    in rows.
+    """
     # Rows enough for every device; the noise of row i is the same at every interval.
     count = config.train.sample_examples
     size = -(-count // jax.device_count()) * jax.device_count()
@@ -114,8 +130,13 @@ def previews(config: ConfigDict, active: list[str], tokenizer: Any, generator: G
     def draw(params: Any, frozen: Any, folder: epath.Path) -> dict[str, np.ndarray]:
         grids, mesh = {}, jax.sharding.get_mesh()
         for name, batch in batches.items():
-            passes = [sharding.shard_batch(p, mesh) for p in assembly.guided_passes(batch, config, name, tokenizer)]
-            images = generator(params, frozen, passes, weights=assembly.guidance(config, name), seed=config.seed)
+            passes = [
+                sharding.shard_batch(p, mesh)
+                for p in assembly.guided_passes(batch, config, name, tokenizer)
+            ]
+            images = generator(
+                params, frozen, passes, weights=assembly.guidance(config, name), seed=config.seed
+            )
             whole = jax.tree.map(sharding.fetch, passes[0])
             sources = [whole.source] if whole.has_source.any() else []
             rows = *sources, whole.target, assembly.to_uint8(sharding.fetch(images))

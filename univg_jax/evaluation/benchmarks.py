@@ -14,11 +14,12 @@
 A trivial answer is a picture like any other, scored by the same code; the strongest one is what a
 model has to beat. Ground truth is the record's own label, not its rendering, where they differ.
 
-A benchmark may also have references: answers that know more than a trivial one may, and show what its metric
-does not measure. Held-out captions differ in ground and sky, so the true background without any object
-ranks its caption first about every other time (0.51 of 256 scenes of 16 nouns): plain retrieval says little about
-objects. With the true setting in all 16 captions that reference falls to 0.18, and the real pictures stay at 0.97.
-It does not fall to chance, 0.06, for reasons not found (shadows are not it): compare with it, not with chance.
+A benchmark may also have references: answers that know more than a trivial one may, and show what
+its metric does not measure. Held-out captions differ in ground and sky, so the true background
+without any object ranks its caption first about every other time (0.51 of 256 scenes of 16 nouns):
+plain retrieval says little about objects. With the true setting in all 16 captions that reference
+falls to 0.18, and the real pictures stay at 0.97. It does not fall to chance, 0.06, for reasons not
+found (shadows are not it): compare with it, not with chance.
 """
 
 import dataclasses
@@ -94,10 +95,14 @@ class Benchmark:
         return next(iter(self.metrics))
 
 
-def draw_cases(task: str, records: Sequence[transforms.Record], *, resolution: int, seed: int = 0) -> list[Case]:
-    """Examples of `task` from suitable records (`mixture.eval_records`), the random choices keyed by (seed, place).
+def draw_cases(
+    task: str, records: Sequence[transforms.Record], *, resolution: int, seed: int = 0
+) -> list[Case]:
+    """Examples of `task` from suitable records (`mixture.eval_records`), the random choices keyed
+    by (seed, place).
 
-    Raises ValueError for an unknown task, or a record that lacks a field which the task or its benchmark needs.
+    Raises ValueError for an unknown task, or a record that lacks a field which the task or its
+    benchmark needs.
     """
     spec, cases = tasks.find(task), []
     for index, record in enumerate(records):
@@ -118,7 +123,9 @@ def _constant(image: Image) -> Answer:
 
 
 def _mean_target(train: Sequence[Case]) -> Image:
-    return np.rint(np.mean([case.example.target for case in train], axis=0, dtype=float)).astype(np.uint8)
+    return np.rint(np.mean([case.example.target for case in train], axis=0, dtype=float)).astype(
+        np.uint8
+    )
 
 
 def _mean_image(train: Sequence[Case]) -> dict[str, Answer]:
@@ -147,7 +154,9 @@ def _mean_pose(train: Sequence[Case]) -> dict[str, Answer]:
     joints = np.mean([case.record["joints"] for case in train], axis=0, dtype=np.float32)
     joints[:, 2] = 1
     resolution = train[0].example.target.shape[0]
-    return {"the mean training pose": _constant(renderings.render_pose(joints, resolution=resolution))}
+    return {
+        "the mean training pose": _constant(renderings.render_pose(joints, resolution=resolution))
+    }
 
 
 def _mask_answers(train: Sequence[Case]) -> dict[str, Answer]:
@@ -173,7 +182,9 @@ def _person_answers(train: Sequence[Case]) -> dict[str, Answer]:
 
 def _scene(scorers: Scorers) -> Any:
     if scorers.scene is None:
-        raise ValueError("this benchmark needs the scene scorer (`univg_jax.evaluation.scorers.scene_scorer`)")
+        raise ValueError(
+            "this benchmark needs the scene scorer (`univg_jax.evaluation.scorers.scene_scorer`)"
+        )
     return scorers.scene
 
 
@@ -184,11 +195,15 @@ def _split_caption(caption: str) -> tuple[str, str]:
 
 
 def _candidates(cases: Sequence[Case]) -> dict[str, list[list[str]]]:
-    """By metric, for each case its caption and up to 15 others of the set, fixed by the case's index."""
+    """By metric, for each case its caption and up to 15 others of the set, fixed by the case's
+    index.
+    """
 
     def draw(true: str, pool: list[str], index: int) -> list[str]:
         others = [text for text in pool if text != true]
-        chosen = np.random.default_rng([CANDIDATES, index]).permutation(len(others))[: CANDIDATES - 1]
+        chosen = np.random.default_rng([CANDIDATES, index]).permutation(len(others))[
+            : CANDIDATES - 1
+        ]
         return [true, *(others[i] for i in chosen)]
 
     captions = sorted({case.example.text for case in cases})
@@ -212,7 +227,9 @@ def _retrieval(scorers: Scorers, cases: Sequence[Case]) -> Judge:
     def judge(case: Case, image: Image) -> dict[str, Ratio]:
         seen = scene.embed(image[None])[0]
         return {
-            name: metrics.recall_at_1((np.stack([embedded[c] for c in rows[places[case.index]]]) @ seen).astype(float))
+            name: metrics.recall_at_1(
+                (np.stack([embedded[c] for c in rows[places[case.index]]]) @ seen).astype(float)
+            )
             for name, rows in candidates.items()
         }
 
@@ -220,7 +237,9 @@ def _retrieval(scorers: Scorers, cases: Sequence[Case]) -> Judge:
 
 
 def _background(case: Case) -> Image:
-    """The true picture with its objects painted over, row by row, with the median of the row's background."""
+    """The true picture with its objects painted over, row by row, with the median of the row's
+    background.
+    """
     image = case.example.target.copy()
     objects = case.record["masks"].any(axis=0).astype(np.uint8)
     objects = cv2.dilate(objects, np.ones((5, 5), np.uint8)) > 0  # with their soft edges
@@ -300,8 +319,12 @@ def _pose(scorers: Scorers, cases: Sequence[Case]) -> Judge:
 def _segment(scorers: Scorers, cases: Sequence[Case]) -> Judge:
     def judge(case: Case, image: Image) -> dict[str, Ratio]:
         prediction = renderings.decode_mask(image) > 0
-        truth = renderings.decode_mask(case.example.target) > 0  # exact: the rendering is black and white
-        return {"miou": metrics.mean_iou(prediction, truth), "oiou": metrics.overall_iou(prediction, truth)}
+        # exact: the rendering is black and white
+        truth = renderings.decode_mask(case.example.target) > 0
+        return {
+            "miou": metrics.mean_iou(prediction, truth),
+            "oiou": metrics.overall_iou(prediction, truth),
+        }
 
     return judge
 
@@ -312,7 +335,11 @@ def _identity(scorers: Scorers, cases: Sequence[Case]) -> Judge:
     embed = scorers.embed_face
 
     def judge(case: Case, image: Image) -> dict[str, Ratio]:
-        return {"identity_cosine": metrics.cosine(embed(case.example.face[None])[0], embed(image[None])[0])}
+        return {
+            "identity_cosine": metrics.cosine(
+                embed(case.example.face[None])[0], embed(image[None])[0]
+            )
+        }
 
     return judge
 
@@ -321,13 +348,18 @@ BENCHMARKS: dict[str, Benchmark] = {
     "t2i": Benchmark(
         title="Text to image",
         metrics={
-            "retrieval_objects_r1": Metric(label="True objects ranked first", better="higher", percent=True),
-            "retrieval_r1": Metric(label="The same, against other settings too", better="higher", percent=True),
+            "retrieval_objects_r1": Metric(
+                label="True objects ranked first", better="higher", percent=True
+            ),
+            "retrieval_r1": Metric(
+                label="The same, against other settings too", better="higher", percent=True
+            ),
         },
         judge=_retrieval,
         trivial=_mean_image,
         chance=lambda cases: {
-            name: float(np.mean([1 / len(row) for row in rows])) for name, rows in _candidates(cases).items()
+            name: float(np.mean([1 / len(row) for row in rows]))
+            for name, rows in _candidates(cases).items()
         },
         references={"the true background without objects": _background},
         needs=("masks",),

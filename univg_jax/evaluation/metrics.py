@@ -1,8 +1,9 @@
-"""Metrics as sums and counts: every number is a `Ratio`, and ratios add, so shards merge without bias.
+"""Metrics as sums and counts: every number is a `Ratio`, and ratios add, so shards merge without
+bias.
 
-A metric of one example is `Ratio(total, count)`. Adding the ratios of all examples and dividing last
-gives the metric of the set, however the examples were spread over processes; the mean of per-shard
-means would not. Depending on what is put into `count` the same addition yields
+A metric of one example is `Ratio(total, count)`. Adding the ratios of all examples and dividing
+last gives the metric of the set, however the examples were spread over processes; the mean of
+per-shard means would not. Depending on what is put into `count` the same addition yields
 
     mean over images   total = value,        count = 1        (mIoU, AbsRel, L1, PSNR)
     ratio of sums      total = intersection, count = union    (oIoU)
@@ -28,7 +29,9 @@ class Ratio:
 
     @classmethod
     def of(cls, total: float | np.ndarray, count: float | np.ndarray = 1.0) -> "Ratio":
-        total, count = np.broadcast_arrays(np.atleast_1d(np.asarray(total, float)), np.asarray(count, float))
+        total, count = np.broadcast_arrays(
+            np.atleast_1d(np.asarray(total, float)), np.asarray(count, float)
+        )
         return cls(total.copy(), count.copy())
 
     def __add__(self, other: "Ratio") -> "Ratio":
@@ -38,11 +41,15 @@ class Ratio:
     def value(self) -> float:
         """NaN where nothing was counted."""
         counted = self.count > 0
-        return float(np.mean(self.total[counted] / self.count[counted])) if counted.any() else math.nan
+        return (
+            float(np.mean(self.total[counted] / self.count[counted])) if counted.any() else math.nan
+        )
 
 
 def merge(ratios: Iterable[Ratio]) -> Ratio:
-    """The sum of `ratios`, correctly rounded: any order and any grouping of the same rows agree bitwise."""
+    """The sum of `ratios`, correctly rounded: any order and any grouping of the same rows agree
+    bitwise.
+    """
     ratios = list(ratios)
     if not ratios:
         return Ratio.of(0.0, 0.0)
@@ -70,13 +77,17 @@ def l1(
 
 
 def psnr(prediction: UInt8[np.ndarray, "h w 3"], target: UInt8[np.ndarray, "h w 3"]) -> Ratio:
-    """10 log10(255² / MSE) in dB, with the MSE floored at one level in a thousand pixels (78.1 dB at most)."""
+    """10 log10(255² / MSE) in dB, with the MSE floored at one level in a thousand pixels (78.1 dB
+    at most).
+    """
     mse = np.mean((prediction.astype(float) - target.astype(float)) ** 2)
     return Ratio.of(10 * np.log10(255**2 / max(float(mse), 1e-3)))
 
 
 def mean_iou(prediction: Bool[np.ndarray, "h w"], target: Bool[np.ndarray, "h w"]) -> Ratio:
-    """I / U of one image, for the mean over images; an empty union scores 0 (EVAL: RefCOCO convention)."""
+    """I / U of one image, for the mean over images; an empty union scores 0 (EVAL: RefCOCO
+    convention).
+    """
     union = np.sum(prediction | target)
     return Ratio.of(np.sum(prediction & target) / max(union, 1))
 
@@ -90,7 +101,10 @@ def box_iou(box: Float[np.ndarray, "4"], other: Float[np.ndarray, "4"]) -> float
     """Intersection over union of two boxes x0 y0 x1 y1; 0 if both are empty."""
     sides = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
     intersection = float(np.prod(np.maximum(sides, 0.0)))
-    areas = float(np.prod(np.maximum(box[2:] - box[:2], 0.0)) + np.prod(np.maximum(other[2:] - other[:2], 0.0)))
+    areas = float(
+        np.prod(np.maximum(box[2:] - box[:2], 0.0))
+        + np.prod(np.maximum(other[2:] - other[:2], 0.0))
+    )
     union = areas - intersection
     return intersection / union if union > 0 else 0.0
 
@@ -98,14 +112,21 @@ def box_iou(box: Float[np.ndarray, "4"], other: Float[np.ndarray, "4"]) -> float
 def best_box_iou(
     boxes: Float[np.ndarray, "k 4"], detections: list[Float[np.ndarray, "_ 4"]]
 ) -> Float[np.ndarray, " k"]:
-    """For each box the IoU of its best detection; `detections[i]` are those of the class of `boxes[i]`."""
-    return np.array([max((box_iou(b, d) for d in found), default=0.0) for b, found in zip(boxes, detections)])
+    """For each box the IoU of its best detection; `detections[i]` are those of the class of
+    `boxes[i]`.
+    """
+    return np.array(
+        [max((box_iou(b, d) for d in found), default=0.0) for b, found in zip(boxes, detections)]
+    )
 
 
 def align_depth(
-    prediction: Num[np.ndarray, "h w"], target: Num[np.ndarray, "h w"], valid: Bool[np.ndarray, "h w"] | None = None
+    prediction: Num[np.ndarray, "h w"],
+    target: Num[np.ndarray, "h w"],
+    valid: Bool[np.ndarray, "h w"] | None = None,
 ) -> Float[np.ndarray, "h w"]:
-    """`s * prediction + o` with (s, o) = argmin sum over valid pixels of (s p + o - g)², clipped to the target's range.
+    """`s * prediction + o` with (s, o) = argmin sum over valid pixels of (s p + o - g)², clipped to
+    the target's range.
 
     A constant prediction aligns to the mean of the target.
     """
@@ -114,15 +135,23 @@ def align_depth(
     deviation = p - p.mean()
     variance = np.mean(deviation**2)
     # Relative to the magnitude, so that rounding of a constant is not taken for structure.
-    scale = np.mean(deviation * (g - g.mean())) / variance if variance > 1e-12 * max(np.mean(p**2), 1e-300) else 0.0
+    scale = (
+        np.mean(deviation * (g - g.mean())) / variance
+        if variance > 1e-12 * max(np.mean(p**2), 1e-300)
+        else 0.0
+    )
     aligned = scale * (prediction.astype(float) - p.mean()) + g.mean()
     return np.clip(aligned, g.min(), g.max())
 
 
 def depth_errors(
-    prediction: Num[np.ndarray, "h w"], target: Num[np.ndarray, "h w"], valid: Bool[np.ndarray, "h w"] | None = None
+    prediction: Num[np.ndarray, "h w"],
+    target: Num[np.ndarray, "h w"],
+    valid: Bool[np.ndarray, "h w"] | None = None,
 ) -> dict[str, Ratio]:
-    """AbsRel = mean |p - g| / g and delta1 = share of max(p/g, g/p) < 1.25, after `align_depth`; valid means g > 0."""
+    """AbsRel = mean |p - g| / g and delta1 = share of max(p/g, g/p) < 1.25, after `align_depth`;
+    valid means g > 0.
+    """
     valid = target > 0 if valid is None else valid
     if not valid.any():
         return {"abs_rel": Ratio.of(0.0, 0.0), "delta1": Ratio.of(0.0, 0.0)}
@@ -141,14 +170,18 @@ def pck(
     box_size: float,
     threshold: float = 0.1,
 ) -> Ratio:
-    """Hits (distance < threshold x box size) and visible joints, one entry a joint. A NaN prediction is a miss."""
+    """Hits (distance < threshold x box size) and visible joints, one entry a joint. A NaN
+    prediction is a miss.
+    """
     with np.errstate(invalid="ignore"):
         hit = np.linalg.norm(prediction.astype(float) - target, axis=-1) < threshold * box_size
     return Ratio.of((hit & visible).astype(float), visible.astype(float))
 
 
 def recall_at_1(scores: Float[np.ndarray, " n"], true_index: int = 0) -> Ratio:
-    """1 if the true candidate scores highest; one of m tied at the top counts 1/m, so that chance stays chance."""
+    """1 if the true candidate scores highest; one of m tied at the top counts 1/m, so that chance
+    stays chance.
+    """
     top = scores == scores.max()
     return Ratio.of(float(top[true_index]) / float(top.sum()))
 

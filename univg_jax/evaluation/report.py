@@ -1,8 +1,9 @@
 """One self-contained page about a run, and the same numbers as JSON.
 
 The page needs no network, reads on a phone, and follows the reader's light or dark mode. It says
-first what was reached and what was not: a task counts as learnt only if it beats both the untrained model
-and the trivial baseline, and each that does not is named with the reasons that the numbers give.
+first what was reached and what was not: a task counts as learnt only if it beats both the untrained
+model and the trivial baseline, and each that does not is named with the reasons that the numbers
+give.
 """
 
 import base64
@@ -22,7 +23,8 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-# One color a task throughout the page, readable on white and on black; a task not named here takes a spare one.
+# One color a task throughout the page, readable on white and on black; a task not named here takes
+# a spare one.
 COLORS = {
     "t2i": "#3b82f6",
     "ie": "#e8720c",
@@ -50,8 +52,12 @@ class Stage:
         """Raises FileNotFoundError naming the file if the stage has not finished."""
         workdir = epath.Path(workdir)
         summary = _read(workdir / "summary.json", "the training of this stage writes it at its end")
-        lines = _read(workdir / "metrics.jsonl", "the training of this stage writes it").splitlines()
-        return cls(summary=json.loads(summary), rows=[json.loads(line) for line in lines if line.strip()])
+        lines = _read(
+            workdir / "metrics.jsonl", "the training of this stage writes it"
+        ).splitlines()
+        return cls(
+            summary=json.loads(summary), rows=[json.loads(line) for line in lines if line.strip()]
+        )
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one metric, where it was logged and finite."""
@@ -78,7 +84,10 @@ class Stage:
         if counted := self.total("count"):
             return counted
         batch = self.summary.get("config", {}).get("data", {}).get("batch_size", 0)
-        return {task: share * batch * self.summary["steps"] for task, share in self.summary["shares"].items()}
+        return {
+            task: share * batch * self.summary["steps"]
+            for task, share in self.summary["shares"].items()
+        }
 
 
 def write_report(
@@ -89,7 +98,8 @@ def write_report(
     stages: Sequence[epath.PathLike],
     evaluation: epath.PathLike,
 ) -> None:
-    """Writes the page and the JSON of the run `run_dir`, from its `stages` (workdirs) and its `evaluation` folder.
+    """Writes the page and the JSON of the run `run_dir`, from its `stages` (workdirs) and its
+    `evaluation` folder.
 
     Raises FileNotFoundError naming what has not been written yet.
     """
@@ -109,7 +119,10 @@ def write_report(
         totals=_totals(runs),
         settings=results["settings"],
     )
-    for path, content in ((out_html, text), (out_json, json.dumps(_as_json(runs, results), indent=1) + "\n")):
+    for path, content in (
+        (out_html, text),
+        (out_json, json.dumps(_as_json(runs, results), indent=1) + "\n"),
+    ):
         path = epath.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
@@ -146,7 +159,8 @@ def _as_json(runs: Sequence[Stage], results: Mapping[str, Any]) -> dict[str, Any
             "real": values.get("real"),
             "beats_both": _beats_both(task),
             "references": {
-                ref: number(entry.get(task["metric"], {}).get("value")) for ref, entry in task["references"].items()
+                ref: number(entry.get(task["metric"], {}).get("value"))
+                for ref, entry in task["references"].items()
             },
             "secondary": {
                 key: {system: number(_value(task, system, key)) for system in task["systems"]}
@@ -188,7 +202,9 @@ def _headline(tasks: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def format_value(value: int | float | None, metric: Mapping[str, Any]) -> str:
-    """A metric's value as people read it: percent where the metric says so, three figures otherwise."""
+    """A metric's value as people read it: percent where the metric says so, three figures
+    otherwise.
+    """
     if value is None or not math.isfinite(value):
         return "n/a"
     if metric.get("percent"):
@@ -196,14 +212,19 @@ def format_value(value: int | float | None, metric: Mapping[str, Any]) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def explain(task: Mapping[str, Any], images_seen: int | float, share_seen: int | float) -> list[str]:
+def explain(
+    task: Mapping[str, Any], images_seen: int | float, share_seen: int | float
+) -> list[str]:
     """Why a task fails, in plain sentences from its numbers; empty if it beats both opponents."""
     metric = task["metrics"][task["metric"]]
     show = functools.partial(format_value, metric=metric)
     sign = 1 if metric["better"] == "higher" else -1
     model, trivial, codec = (_value(task, s) for s in ("model", "trivial", "codec"))
     sentences = []
-    for opponent, words in (("untrained", "the untrained model"), ("trivial", f"“{task['trivial']['chosen']}”")):
+    for opponent, words in (
+        ("untrained", "the untrained model"),
+        ("trivial", f"“{task['trivial']['chosen']}”"),
+    ):
         if task["beats"].get(opponent):
             continue
         other = _value(task, opponent)
@@ -236,7 +257,9 @@ def explain(task: Mapping[str, Any], images_seen: int | float, share_seen: int |
 
 
 def _caveats(task: Mapping[str, Any]) -> list[str]:
-    """Lines beside the verdict: the references' values, and secondary metrics on which the model is no better."""
+    """Lines beside the verdict: the references' values, and secondary metrics on which the model is
+    no better.
+    """
     lines = []
     for name, entry in task.get("references", {}).items():
         metric = task["metrics"][task["metric"]]
@@ -263,14 +286,21 @@ def _task_view(
     name: str, task: Mapping[str, Any], seen: Mapping[str, int | float], evaluation: epath.Path
 ) -> dict[str, Any]:
     primary = task["metrics"][task["metric"]]
-    columns = [s for s in ("model", "untrained", "trivial", "codec", "real") if s in task["systems"]]
+    columns = [
+        s for s in ("model", "untrained", "trivial", "codec", "real") if s in task["systems"]
+    ]
 
     def row(key: str) -> dict[str, Any]:
         metric = task["metrics"][key]
         values = {s: format_value(_value(task, s, key), metric) for s in columns}
         error = task["systems"]["model"].get(key, {}).get("stderr")
         shown = format_value(error, metric) if error and math.isfinite(error) else ""
-        return {"label": metric["label"], "better": metric["better"], "values": values, "error": shown}
+        return {
+            "label": metric["label"],
+            "better": metric["better"],
+            "values": values,
+            "error": shown,
+        }
 
     samples = [
         {
@@ -295,13 +325,18 @@ def _task_view(
         "primary": row(task["metric"]),
         "secondary": [row(key) for key in task["metrics"] if key != task["metric"]],
         "scale": _scale(task, primary),
-        "reasons": explain(task, seen.get(name, 0.0), seen.get(name, 0.0) / total if total else 0.0),
+        "reasons": explain(
+            task, seen.get(name, 0.0), seen.get(name, 0.0) / total if total else 0.0
+        ),
         "samples": samples,
         "note": task.get("note", ""),
         "references": [
             {
                 "name": name,
-                "values": [format_value(entry.get(k, {}).get("value"), m) for k, m in task["metrics"].items()],
+                "values": [
+                    format_value(entry.get(k, {}).get("value"), m)
+                    for k, m in task["metrics"].items()
+                ],
             }
             for name, entry in task.get("references", {}).items()
         ],
@@ -312,21 +347,31 @@ def _task_view(
 
 def _scale(task: Mapping[str, Any], metric: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Where each system stands between the worst (0 %) and the best (100 %) of them."""
-    values = {s: _value(task, s) for s in ("untrained", "trivial", "codec", "real", "model") if s in task["systems"]}
+    values = {
+        s: _value(task, s)
+        for s in ("untrained", "trivial", "codec", "real", "model")
+        if s in task["systems"]
+    }
     values = {s: v for s, v in values.items() if math.isfinite(v)}
     if "codec" in values and "real" in values:
         values.pop("real")  # two ceilings crowd a thin line; the table has both
     low, high = min(values.values(), default=0), max(values.values(), default=1)
     span = (high - low) or 1.0
-    place = {s: (v - low) / span if metric["better"] == "higher" else (high - v) / span for s, v in values.items()}
+    place = {
+        s: (v - low) / span if metric["better"] == "higher" else (high - v) / span
+        for s, v in values.items()
+    }
     return [
-        {"system": s, "percent": round(100 * p, 2), "value": format_value(values[s], metric)} for s, p in place.items()
+        {"system": s, "percent": round(100 * p, 2), "value": format_value(values[s], metric)}
+        for s, p in place.items()
     ]
 
 
 def _stage_view(run: Stage) -> dict[str, Any]:
     summary = run.summary
-    tasks = [t for t in {**summary.get("weights", {}), **summary["shares"]} if not t.startswith("_")]
+    tasks = [
+        t for t in {**summary.get("weights", {}), **summary["shares"]} if not t.startswith("_")
+    ]
     total_weight = sum(summary.get("weights", {}).values()) or 1.0
     mixture = [
         {
@@ -354,7 +399,9 @@ def _stage_view(run: Stage) -> dict[str, Any]:
         "mixture": mixture,
         "widest": widest,
         "spent": [
-            (name, _duration(s), 100 * s / max(summary["seconds"], 1e-9)) for name, s in spent.items() if s >= 0.05
+            (name, _duration(s), 100 * s / max(summary["seconds"], 1e-9))
+            for name, s in spent.items()
+            if s >= 0.05
         ],
         "loss_svg": _loss_plot(run),
         "legend": [(t, _color(t)) for t in tasks if len(run.series(f"loss/{t}")[0])],
@@ -402,10 +449,13 @@ def _data_uri(path: epath.Path) -> str:
 
 
 def _loss_plot(run: Stage) -> str:
-    """The loss of all tasks (thick) and of each (thin), with validation losses as dots, as inline SVG."""
+    """The loss of all tasks (thick) and of each (thin), with validation losses as dots, as inline
+    SVG.
+    """
     style = {
         "svg.fonttype": "none",
-        "svg.hashsalt": run.summary["stage"],  # ids must differ between the plots of one page, not between runs
+        # ids must differ between the plots of one page, not between runs
+        "svg.hashsalt": run.summary["stage"],
         "font.size": 9,
         "axes.edgecolor": FAINT,
         "axes.labelcolor": INK,
@@ -419,7 +469,11 @@ def _loss_plot(run: Stage) -> str:
         figure = Figure(figsize=(4.8, 2.6), layout="constrained")
         axes = figure.add_subplot()
         heights: list[float] = []
-        tasks = [key[len("loss/") :] for key in {k: 0 for row in run.rows for k in row} if key.startswith("loss/")]
+        tasks = [
+            key[len("loss/") :]
+            for key in {k: 0 for row in run.rows for k in row}
+            if key.startswith("loss/")
+        ]
         for task in tasks:
             steps, values = run.series(f"loss/{task}")
             smooth = _smooth(values)
@@ -440,12 +494,15 @@ def _loss_plot(run: Stage) -> str:
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", svg, count=1)
     svg = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", svg, count=1)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # names such as patch_1 recur in every plot, and nothing refers to them
+    # names such as patch_1 recur in every plot, and nothing refers to them
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
     svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--line)")

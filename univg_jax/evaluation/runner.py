@@ -1,9 +1,10 @@
-"""The sharded runner: every process generates and scores its own part, rows are gathered, and divided last.
+"""The sharded runner: every process generates and scores its own part, rows are gathered, and
+divided last.
 
 Case i of a task is padded into the same global batch, keyed by the same sample id, on any number of
-processes; padding is not valid and counts nowhere. What travels between processes is one row of sums
-and counts a case, and the rows are added in the order of cases with correct rounding: one shard, k shards and
-uneven shards give the same bits, as long as `generate` gives the same images.
+processes; padding is not valid and counts nowhere. What travels between processes is one row of
+sums and counts a case, and the rows are added in the order of cases with correct rounding: one
+shard, k shards and uneven shards give the same bits, as long as `generate` gives the same images.
 """
 
 import contextlib
@@ -52,13 +53,15 @@ def evaluate(
     samples: int = 6,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Scores every system and every trivial answer on `cases`, by task; returns what it writes to `out/results.json`.
+    """Scores every system and every trivial answer on `cases`, by task; returns what it writes to
+    `out/results.json`.
 
-    `systems` must have "model"; "untrained", "codec" (the reconstruction of the target) and "real" (the target)
-    are compared if present. `train` has training examples, from which the trivial answers are made.
-    `batch_size` is global. `settings` is stored with the results and says how the images were made:
-    a task whose results for the same settings and scorers are in `out` already is not run again. The model's
-    images are written to `out/<task>/NNN.png`, the first `samples` with their input and target.
+    `systems` must have "model"; "untrained", "codec" (the reconstruction of the target) and "real"
+    (the target) are compared if present. `train` has training examples, from which the trivial
+    answers are made. `batch_size` is global. `settings` is stored with the results and says how the
+    images were made: a task whose results for the same settings and scorers are in `out` already is
+    not run again. The model's images are written to `out/<task>/NNN.png`, the first `samples` with
+    their input and target.
 
     Raises ValueError if "model" is missing, a task is unknown, or a needed scorer is absent.
     """
@@ -73,12 +76,18 @@ def evaluate(
         if results["tasks"].get(task, {}).get("key") != _key(task, rows, systems, settings)
     }
     total = sum(len(cases[task]) * len(systems) for task in todo)
-    bar = tqdm(total=total, unit="image", disable=not (progress and total and jax.process_index() == 0))
+    bar = tqdm(
+        total=total, unit="image", disable=not (progress and total and jax.process_index() == 0)
+    )
     with bar:
         for task, key in todo.items():
-            measured = _Task(task, cases[task], train[task], scorers, collate, batch_size, out, samples, bar)
+            measured = _Task(
+                task, cases[task], train[task], scorers, collate, batch_size, out, samples, bar
+            )
             results["tasks"][task] = {"key": key, **measured.run(systems)}
-            results["tasks"] = {name: results["tasks"][name] for name in cases if name in results["tasks"]}
+            results["tasks"] = {
+                name: results["tasks"][name] for name in cases if name in results["tasks"]
+            }
             if jax.process_index() == 0:
                 _write_json(out / "results.json", results)
     return results
@@ -102,12 +111,15 @@ def evaluate_config(
     scorer_steps: int = 300,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """`evaluate` on a config's data, with its frozen encoders and scorers fitted on its train split.
+    """`evaluate` on a config's data, with its frozen encoders and scorers fitted on its train
+    split.
 
-    `systems` has "model", "untrained" and "codec"; "real" is added. Raises ValueError for a task that the
-    config does not have.
+    `systems` has "model", "untrained" and "codec"; "real" is added. Raises ValueError for a task
+    that the config does not have.
     """
-    names = [known(name, config.tasks, what="task of this config") for name in task_names or config.tasks]
+    names = [
+        known(name, config.tasks, what="task of this config") for name in task_names or config.tasks
+    ]
     names = [name for name in tasks.TASKS if name in names]
 
     def draw(split: str, num: int) -> dict[str, list[Case]]:
@@ -133,10 +145,17 @@ def evaluate_config(
     build = epath.Path(config.data.dir) / "build.json"
     dataset = build.read_text() if build.exists() else str(config.data.dir)
     judging = _for_judges(frozen)
-    embed_text = scorers_lib.text_embedder(conditioner, judging, tokenizer, num_tokens=config.data.num_tokens)
+    embed_text = scorers_lib.text_embedder(
+        conditioner, judging, tokenizer, num_tokens=config.data.num_tokens
+    )
     scene = None
     if any(BENCHMARKS[name].needs_scene for name in names):
-        source = next(s for name in names if BENCHMARKS[name].needs_scene for s in config.tasks[name]["sources"])
+        source = next(
+            s
+            for name in names
+            if BENCHMARKS[name].needs_scene
+            for s in config.tasks[name]["sources"]
+        )
 
         def scene_scorer() -> scorers_lib.SceneScorer:
             with _apart():
@@ -162,7 +181,11 @@ def evaluate_config(
         systems={**systems, "real": lambda batch: np.asarray(batch.target)},
         collate=collate,
         scorers=Scorers(scene=scene, embed_text=embed_text, embed_face=faces),
-        settings={**settings, "split": split, "dataset": hashlib.sha256(dataset.encode()).hexdigest()[:12]},
+        settings={
+            **settings,
+            "split": split,
+            "dataset": hashlib.sha256(dataset.encode()).hexdigest()[:12],
+        },
         out=out,
         batch_size=batch_size or config.data.batch_size,
         samples=samples,
@@ -171,7 +194,9 @@ def evaluate_config(
 
 
 def _apart() -> contextlib.AbstractContextManager[Any]:
-    """Where judges compute. Of several processes each judges its own rows: no business of their common mesh."""
+    """Where judges compute. Of several processes each judges its own rows: no business of their
+    common mesh.
+    """
     if jax.process_count() == 1:
         return contextlib.nullcontext()
     return jax.set_mesh(sharding.make_mesh(data=1, devices=jax.local_devices()[:1]))
@@ -194,9 +219,13 @@ def _previous(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return found if found["settings"] == json.loads(json.dumps(settings)) else blank
 
 
-def _key(task: str, cases: Sequence[Case], systems: Mapping[str, Generate], settings: Mapping[str, Any]) -> str:
+def _key(
+    task: str, cases: Sequence[Case], systems: Mapping[str, Generate], settings: Mapping[str, Any]
+) -> str:
     """What a task's result depends on: settings, systems, prompts and true answers."""
-    digest = hashlib.sha256(json.dumps([VERSION, task, sorted(systems), settings], sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps([VERSION, task, sorted(systems), settings], sort_keys=True).encode()
+    )
     for case in cases:
         digest.update(case.prompt.encode())
         digest.update(case.example.target.tobytes())
@@ -239,13 +268,17 @@ class _Task:
         measured = {}
         for system, generate in systems.items():
             self.bar.set_description(f"evaluate {self.name}, {system}")
-            measured[system] = score(lambda part, g=generate: self._generated(g, part), save=system == "model")
+            measured[system] = score(
+                lambda part, g=generate: self._generated(g, part), save=system == "model"
+            )
         trivial = {
             name: score(lambda part, a=answer: [a(case) for case in part])
             for name, answer in benchmark.trivial(self.train).items()
         }
         if chance := benchmark.chance(self.cases):
-            trivial["chance"] = {k: {"value": v, "stderr": None, "count": 0.0} for k, v in chance.items()}
+            trivial["chance"] = {
+                k: {"value": v, "stderr": None, "count": 0.0} for k, v in chance.items()
+            }
 
         references = {
             name: score(lambda part, a=answer: [a(case) for case in part])
@@ -270,7 +303,9 @@ class _Task:
             "systems": measured,
             "trivial": {"chosen": chosen, "all": trivial},
             "references": references,
-            "beats": {name: primary(measured["model"]) > primary(measured[name]) for name in opponents},
+            "beats": {
+                name: primary(measured["model"]) > primary(measured[name]) for name in opponents
+            },
             "difficulty": benchmark.difficulty,
             "note": benchmark.note,
             "samples": [self._sample(case) for case in self.cases[: self.samples]],
@@ -286,7 +321,9 @@ class _Task:
         return [list(self.cases[start + index * local :][:local]) for start in starts]
 
     def _generated(self, generate: Generate, part: Sequence[Case]) -> UInt8[np.ndarray, "b h w 3"]:
-        """All processes call this equally often with batches of one size: what is missing is padding."""
+        """All processes call this equally often with batches of one size: what is missing is
+        padding.
+        """
         local = self.batch_size // jax.process_count()
         padding = [(self.cases[-1], False)] * (local - len(part))
         rows = [
@@ -319,20 +356,29 @@ class _Task:
         return {"prompt": case.prompt} | {kind: self._path(case, kind) for kind in kinds}
 
 
-def _gather(rows: Mapping[int, Mapping[str, Ratio]], count: int, like: Mapping[str, Ratio]) -> dict[str, list[Ratio]]:
-    """The rows of all `count` cases, by metric, from what each process has; every row is `like` one another."""
+def _gather(
+    rows: Mapping[int, Mapping[str, Ratio]], count: int, like: Mapping[str, Ratio]
+) -> dict[str, list[Ratio]]:
+    """The rows of all `count` cases, by metric, from what each process has; every row is `like` one
+    another.
+    """
     table = _pack(rows, count, like)
     if jax.process_count() > 1:
         # As 32-bit words, since JAX would round float64 to float32 on the way.
         words = multihost_utils.process_allgather({k: v.view(np.uint32) for k, v in table.items()})
         table = {k: np.ascontiguousarray(v).view(np.float64).sum(axis=0) for k, v in words.items()}
-    return {name: [Ratio(*row) for row in values.reshape(count, 2, -1)] for name, values in table.items()}
+    return {
+        name: [Ratio(*row) for row in values.reshape(count, 2, -1)]
+        for name, values in table.items()
+    }
 
 
 def _pack(
     rows: Mapping[int, Mapping[str, Ratio]], count: int, like: Mapping[str, Ratio]
 ) -> dict[str, Float[np.ndarray, "n _"]]:
-    """Totals then counts of each case; zeros for the cases of other processes, also where a process has none."""
+    """Totals then counts of each case; zeros for the cases of other processes, also where a process
+    has none.
+    """
     table = {name: np.zeros((count, 2 * len(ratio.total))) for name, ratio in like.items()}
     for index, metrics in rows.items():
         for name, ratio in metrics.items():
@@ -341,7 +387,9 @@ def _pack(
 
 
 def _summarize(rows: Mapping[str, Sequence[Ratio]]) -> dict[str, Any]:
-    """Value, standard error and count of each metric; None where nothing was counted, since JSON has no NaN."""
+    """Value, standard error and count of each metric; None where nothing was counted, since JSON
+    has no NaN.
+    """
 
     def finite(x: float) -> float | None:
         return float(x) if math.isfinite(x) else None

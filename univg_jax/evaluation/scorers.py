@@ -1,13 +1,16 @@
-"""In-domain scorers: what a generated picture shows, judged by models fitted on the data's own exact labels.
+"""In-domain scorers: what a generated picture shows, judged by models fitted on the data's own
+exact labels.
 
-No public detector or CLIP knows a 48-pixel emoji scene, so the embedded data brings its judge along:
+No public detector or CLIP knows a 48-pixel emoji scene, so the embedded data brings its judge
+along:
 
-* a small convolutional network names every pixel, trained for half a minute on the train split's masks;
-* a ridge regression W = (X'X + lambda I)^-1 X'Y, in closed form, maps the picture's features X (what is
-  named where, and coarse colors) to the sentence embedding Y of its caption.
+* a small convolutional network names every pixel, trained for half a minute on the train split's
+  masks;
+* a ridge regression W = (X'X + lambda I)^-1 X'Y, in closed form, maps the picture's features X
+  (what is named where, and coarse colors) to the sentence embedding Y of its caption.
 
-Both are deterministic and cached beside the dataset. They are judges of this data only, and imperfect:
-their score on the real held-out pictures is reported beside every number as its ceiling.
+Both are deterministic and cached beside the dataset. They are judges of this data only, and
+imperfect: their score on the real held-out pictures is reported beside every number as its ceiling.
 """
 
 import dataclasses
@@ -65,11 +68,18 @@ class SceneScorer:
     ridge: Params  # feature_mean, feature_scale, weights, text_mean
 
     def segment(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b r r k"]:
-        """Class probabilities of every pixel at `RESOLUTION`; class 0 is background, class i + 1 is `nouns[i]`."""
-        return np.concatenate([_probabilities(self.segmenter, part) for part in _batches(_resized(images))])
+        """Class probabilities of every pixel at `RESOLUTION`; class 0 is background, class i + 1 is
+        `nouns[i]`.
+        """
+        return np.concatenate(
+            [_probabilities(self.segmenter, part) for part in _batches(_resized(images))]
+        )
 
-    def detect(self, image: UInt8[np.ndarray, "h w 3"], *, min_area: float = 0.004) -> dict[str, np.ndarray]:
-        """Boxes [j 4] in [0, 1] of every noun seen: connected regions of its class above `min_area` of the image.
+    def detect(
+        self, image: UInt8[np.ndarray, "h w 3"], *, min_area: float = 0.004
+    ) -> dict[str, np.ndarray]:
+        """Boxes [j 4] in [0, 1] of every noun seen: connected regions of its class above `min_area`
+        of the image.
 
         Small gaps of one pixel within an object do not split it.
         """
@@ -81,22 +91,33 @@ class SceneScorer:
         }
 
     def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b d"]:
-        """The predicted caption embedding, less the mean caption's: compare with `center(embed_text(captions))`."""
+        """The predicted caption embedding, less the mean caption's: compare with
+        `center(embed_text(captions))`.
+        """
         features = _features(_resized(images), self.segment(images))
-        return (features - self.ridge["feature_mean"]) / self.ridge["feature_scale"] @ self.ridge["weights"]
+        return (
+            (features - self.ridge["feature_mean"])
+            / self.ridge["feature_scale"]
+            @ self.ridge["weights"]
+        )
 
     def center(self, text_embeddings: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:
-        """Caption embeddings less the mean of the train captions, which all captions share and no picture decides."""
+        """Caption embeddings less the mean of the train captions, which all captions share and no
+        picture decides.
+        """
         return text_embeddings - self.ridge["text_mean"]
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (12 digits) of the nouns and every weight."""
-        return hashlib.sha256(safetensors.numpy.save(self._tensors(), self._metadata())).hexdigest()[:12]
+        return hashlib.sha256(
+            safetensors.numpy.save(self._tensors(), self._metadata())
+        ).hexdigest()[:12]
 
     def save(self, path: epath.PathLike) -> None:
         path = epath.Path(path)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes may fit the same one at once
+        # processes may fit the same one at once
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         partial.write_bytes(safetensors.numpy.save(self._tensors(), self._metadata()))
         partial.replace(path)
 
@@ -108,11 +129,15 @@ class SceneScorer:
         for name, value in safetensors.numpy.load(raw).items():
             group, _, leaf = name.partition("/")
             groups[group][leaf] = value
-        return cls(nouns=tuple(json.loads(header["__metadata__"]["nouns"])), noun_of=noun_of, **groups)
+        return cls(
+            nouns=tuple(json.loads(header["__metadata__"]["nouns"])), noun_of=noun_of, **groups
+        )
 
     def _tensors(self) -> dict[str, np.ndarray]:
         groups = {"segmenter": self.segmenter, "ridge": self.ridge}
-        return {f"{g}/{k}": np.asarray(v) for g, tree in groups.items() for k, v in sorted(tree.items())}
+        return {
+            f"{g}/{k}": np.asarray(v) for g, tree in groups.items() for k, v in sorted(tree.items())
+        }
 
     def _metadata(self) -> dict[str, str]:
         return {"nouns": json.dumps(self.nouns)}
@@ -131,24 +156,32 @@ def scene_scorer(
     seed: int = 0,
     progress: bool = True,
 ) -> SceneScorer:
-    """The scorer fitted on `source` (image, caption, phrases, masks), or read from `cache_dir` if fitted before.
+    """The scorer fitted on `source` (image, caption, phrases, masks), or read from `cache_dir` if
+    fitted before.
 
-    The cache's name is a hash of `key` (say what the data is: the text of its build.json) and of the
-    settings, so data or settings that changed never meet an old scorer.
+    The cache's name is a hash of `key` (say what the data is: the text of its build.json) and of
+    the settings, so data or settings that changed never meet an old scorer.
     """
     settings = [VERSION, RESOLUTION, WIDTHS, steps, batch_size, max_records, seed, key]
-    name = f"scene_scorer-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}.safetensors"
+    name = (
+        f"scene_scorer-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}.safetensors"
+    )
     cache = epath.Path(cache_dir) / name if cache_dir is not None else None
     if cache is not None and cache.exists():
         return SceneScorer.load(cache, noun_of=noun_of)
 
     chosen = np.random.default_rng(seed).permutation(len(source))[:max_records]
     fields = ("image", "caption", "phrases", "masks")
-    rows = [source.read(int(i), fields) for i in tqdm(chosen, "scorer: reading scenes", disable=not progress)]
+    rows = [
+        source.read(int(i), fields)
+        for i in tqdm(chosen, "scorer: reading scenes", disable=not progress)
+    ]
     nouns = tuple(sorted({noun_of(phrase) for row in rows for phrase in row["phrases"]}))
     index = {noun: i + 1 for i, noun in enumerate(nouns)}
     images = np.concatenate([_resized(row["image"][None]) for row in rows])
-    labels = np.stack([_label_map(row["masks"], [index[noun_of(p)] for p in row["phrases"]]) for row in rows])
+    labels = np.stack(
+        [_label_map(row["masks"], [index[noun_of(p)] for p in row["phrases"]]) for row in rows]
+    )
     segmenter = _fit_segmenter(images, labels, len(nouns) + 1, steps, batch_size, seed, progress)
     blank = SceneScorer(nouns=nouns, noun_of=noun_of, segmenter=segmenter, ridge={})
     features = _features(images, blank.segment(images))
@@ -162,7 +195,12 @@ def scene_scorer(
 
 
 def text_embedder(
-    conditioner: Conditioner, frozen: Mapping[str, Any], tokenizer: Any, *, num_tokens: int, batch_size: int = 64
+    conditioner: Conditioner,
+    frozen: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    num_tokens: int,
+    batch_size: int = 64,
 ) -> EmbedText:
     """Sentence embeddings by the run's own text encoder: its pooled embedding, at unit length."""
     embed = jax.jit(lambda *args: conditioner.embed_text(*args).pooled)
@@ -187,8 +225,11 @@ def face_embedder(conditioner: Conditioner, frozen: Mapping[str, Any]) -> EmbedF
 
 
 def emoji_noun(phrase: str) -> str:
-    """The noun of an `emoji_scenes` phrase: "two red apples" -> "apple". Raises ValueError if it ends in none."""
-    from data_pipelines.emoji_scenes.sprites import WHITELIST  # its artwork is an optional dependency
+    """The noun of an `emoji_scenes` phrase: "two red apples" -> "apple". Raises ValueError if it
+    ends in none.
+    """
+    # its artwork is an optional dependency
+    from data_pipelines.emoji_scenes.sprites import WHITELIST
 
     ending = [n.name for n in WHITELIST if f" {phrase}".endswith((f" {n.name}", f" {n.plural}"))]
     if not ending:
@@ -212,14 +253,20 @@ def _resized(images: np.ndarray) -> np.ndarray:
     if images.shape[1:3] == (RESOLUTION, RESOLUTION):
         return images
     mode = cv2.INTER_AREA if images.shape[1] > RESOLUTION else cv2.INTER_LINEAR
-    return np.stack([cv2.resize(image, (RESOLUTION, RESOLUTION), interpolation=mode) for image in images])
+    return np.stack(
+        [cv2.resize(image, (RESOLUTION, RESOLUTION), interpolation=mode) for image in images]
+    )
 
 
 def _label_map(masks: np.ndarray, classes: list[int]) -> np.ndarray:
-    """Class of every pixel at `RESOLUTION`; an object smaller than one that covers it wins the pixel."""
+    """Class of every pixel at `RESOLUTION`; an object smaller than one that covers it wins the
+    pixel.
+    """
     labels = np.zeros((RESOLUTION, RESOLUTION), np.int32)
     for i in sorted(range(len(masks)), key=lambda i: -int(masks[i].sum())):
-        mask = cv2.resize(masks[i].astype(np.float32), (RESOLUTION, RESOLUTION), interpolation=cv2.INTER_AREA)
+        mask = cv2.resize(
+            masks[i].astype(np.float32), (RESOLUTION, RESOLUTION), interpolation=cv2.INTER_AREA
+        )
         labels[mask >= 0.5] = classes[i]
     return labels
 
@@ -228,7 +275,8 @@ def _batches(images: np.ndarray, size: int = 128) -> list[np.ndarray]:
     return [images[i : i + size] for i in range(0, len(images), size)]
 
 
-# --- the segmentation network: a U-Net of 3x3 convolutions between space-to-depth and its inverse ---
+# --- the segmentation network: a U-Net of 3x3 convolutions between space-to-depth and its inverse
+# ---
 
 
 def _init_segmenter(classes: int, seed: int) -> Params:
@@ -260,11 +308,19 @@ def _logits(params: Params, x: Float[Array, "b h w 3"]) -> Float[Array, "b h//2 
 
     def down(x: Array) -> Array:  # space to depth
         b, h, w, c = x.shape
-        return x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)
+        return (
+            x.reshape(b, h // 2, 2, w // 2, 2, c)
+            .transpose(0, 1, 3, 2, 4, 5)
+            .reshape(b, h // 2, w // 2, 4 * c)
+        )
 
     def up(x: Array) -> Array:  # depth to space
         b, h, w, c = x.shape
-        return x.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c // 4)
+        return (
+            x.reshape(b, h, w, 2, 2, c // 4)
+            .transpose(0, 1, 3, 2, 4, 5)
+            .reshape(b, 2 * h, 2 * w, c // 4)
+        )
 
     half = jax.nn.relu(conv("down2", down(x)))
     quarter = jax.nn.relu(conv("down4", down(half)))
@@ -287,7 +343,9 @@ def _probabilities(params: Params, images: np.ndarray) -> np.ndarray:
 
 
 def _degraded(key: Array, x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-    """Random blur and noise, as half-trained generators show: the scorer must name what people would."""
+    """Random blur and noise, as half-trained generators show: the scorer must name what people
+    would.
+    """
     blur_key, noise_key, level_key = jax.random.split(key, 3)
     window = (1, 3, 3, 1)
     blurred = jax.lax.reduce_window(x, 0.0, jax.lax.add, window, (1, 1, 1, 1), "SAME") / 9
@@ -297,9 +355,17 @@ def _degraded(key: Array, x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]
 
 
 def _fit_segmenter(
-    images: np.ndarray, labels: np.ndarray, classes: int, steps: int, batch_size: int, seed: int, progress: bool
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
 ) -> Params:
-    """Cross-entropy against the share of each class in every 2x2 block, Adam with a one-cycle cosine rate."""
+    """Cross-entropy against the share of each class in every 2x2 block, Adam with a one-cycle
+    cosine rate.
+    """
     tx = optax.adam(optax.cosine_onecycle_schedule(steps, 4e-3))
     params = _init_segmenter(classes, seed)
     opt_state = tx.init(params)
@@ -308,7 +374,9 @@ def _fit_segmenter(
         return optax.softmax_cross_entropy(_logits(params, x), shares).mean()
 
     @jax.jit
-    def step(params: Params, opt_state: Any, key: Array, x: Array, y: Array) -> tuple[Params, Any, Array]:
+    def step(
+        params: Params, opt_state: Any, key: Array, x: Array, y: Array
+    ) -> tuple[Params, Any, Array]:
         x = _degraded(key, x.astype(jnp.float32) / 127.5 - 1)
         b, h, w = y.shape
         shares = jax.nn.one_hot(y, classes).reshape(b, h // 2, 2, w // 2, 2, classes).mean((2, 4))
@@ -334,7 +402,9 @@ def _fit_segmenter(
 def _features(
     images: UInt8[np.ndarray, "b r r 3"], probabilities: Float[np.ndarray, "b r r k"]
 ) -> Float[np.ndarray, "b f"]:
-    """What is named (area, peak, on a 3x3 grid) and the colors on a 6x6 grid and of each named thing."""
+    """What is named (area, peak, on a 3x3 grid) and the colors on a 6x6 grid and of each named
+    thing.
+    """
     b, r, _, k = probabilities.shape
     p = probabilities.astype(float)
     colors = images.astype(float) / 255
@@ -349,9 +419,11 @@ def _features(
 
 
 def _fit_ridge(features: Float[np.ndarray, "n f"], text: Float[np.ndarray, "n d"]) -> Params:
-    """Ridge regression of centered text on standardized features; lambda by generalized cross-validation.
+    """Ridge regression of centered text on standardized features; lambda by generalized
+    cross-validation.
 
-    GCV(lambda) = |Y - H Y|² / (n - tr H)², H = X (X'X + lambda I)^-1 X', from one eigendecomposition.
+    GCV(lambda) = |Y - H Y|² / (n - tr H)², H = X (X'X + lambda I)^-1 X', from one
+    eigendecomposition.
     """
     mean, scale, text_mean = features.mean(0), features.std(0) + 1e-3, text.mean(0)
     x, y = (features - mean) / scale, text - text_mean
@@ -363,10 +435,17 @@ def _fit_ridge(features: Float[np.ndarray, "n f"], text: Float[np.ndarray, "n d"
     def gcv(penalty: float) -> float:
         solution = projected / (values + penalty)[:, None]
         # |Y - XW|² = |Y|² - 2 <X'Y, W> + <W, X'X W>, all in the eigenbasis.
-        residual = np.sum(y**2) - 2 * np.sum(projected * solution) + np.sum(values[:, None] * solution**2)
+        residual = (
+            np.sum(y**2) - 2 * np.sum(projected * solution) + np.sum(values[:, None] * solution**2)
+        )
         return residual / (n - np.sum(values / (values + penalty))) ** 2
 
     penalty = min((n * 10.0**e for e in (-4, -3, -2, -1, 0, 1)), key=gcv)
     weights = vectors @ (projected / (values + penalty)[:, None])
-    tree = {"feature_mean": mean, "feature_scale": scale, "weights": weights, "text_mean": text_mean}
+    tree = {
+        "feature_mean": mean,
+        "feature_scale": scale,
+        "weights": weights,
+        "text_mean": text_mean,
+    }
     return {name: value.astype(np.float32) for name, value in tree.items()}

@@ -1,9 +1,10 @@
-"""Weights of diffusers folders without torch: the MM-DiT's (`SD3Transformer2DModel`) both ways, `AutoencoderKL`'s in.
+"""Weights of diffusers folders without torch: the MM-DiT's (`SD3Transformer2DModel`) both ways,
+`AutoencoderKL`'s in.
 
-Ours and their MM-DiT differ in four things: kernels are [in, out] here and [out, in] there; the patch
-embedding is a matmul here and a convolution there; equal blocks are stacked here; and two kinds of
-tensors exist only there, the position table (computed here) and the text queries of the last block
-(nothing reads them).
+Ours and their MM-DiT differ in four things: kernels are [in, out] here and [out, in] there; the
+patch embedding is a matmul here and a convolution there; equal blocks are stacked here; and two
+kinds of tensors exist only there, the position table (computed here) and the text queries of the
+last block (nothing reads them).
 """
 
 import dataclasses
@@ -78,7 +79,8 @@ BLOCK = {
 def open_transformer(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     """The MM-DiT of a folder of `SD3Transformer2DModel`, of compute dtype `dtype`.
 
-    Raises what `read_config` and `open_model` raise, and ValueError for a variant that `MMDiT` lacks.
+    Raises what `read_config` and `open_model` raise, and ValueError for a variant that `MMDiT`
+    lacks.
     """
     model = dataclasses.replace(_model_of(folder), dtype=dtype)
     stored = open_model(
@@ -98,7 +100,9 @@ load_transformer = loader(open_transformer)
 
 
 def transformer_folder(path: PathLike) -> Path | None:
-    """The diffusers folder of a transformer that `path` is, or that the pipeline in `path` has; None for any other."""
+    """The diffusers folder of a transformer that `path` is, or that the pipeline in `path` has;
+    None for any other.
+    """
     for folder in (Path(path), Path(path) / "transformer"):
         try:
             if path and "_class_name" in json.loads((folder / "config.json").read_text()):
@@ -108,12 +112,15 @@ def transformer_folder(path: PathLike) -> Path | None:
     return None
 
 
-def init_transformer(params: Params, model: MMDiT, folder: PathLike, *, mesh: Mesh | None = None) -> Params:
-    """`params` of `model`, begun from SD3's: equal but for input channels that SD3 lacks, whose weights are zero.
+def init_transformer(
+    params: Params, model: MMDiT, folder: PathLike, *, mesh: Mesh | None = None
+) -> Params:
+    """`params` of `model`, begun from SD3's: equal but for input channels that SD3 lacks, whose
+    weights are zero.
 
-    So at first the model ignores the image latent and the mask, and is SD3. The position table is no parameter: the
-    model computes its own, and the log says how it lies to theirs. Raises what `open_transformer` raises, and
-    ValueError listing parameters of other names or shapes.
+    So at first the model ignores the image latent and the mask, and is SD3. The position table is
+    no parameter: the model computes its own, and the log says how it lies to theirs. Raises what
+    `open_transformer` raises, and ValueError listing parameters of other names or shapes.
     """
     stored = open_transformer(folder)
     theirs, p = stored.module, model.patch_size
@@ -125,32 +132,47 @@ def init_transformer(params: Params, model: MMDiT, folder: PathLike, *, mesh: Me
     values = dict(leaves(stored.read(mesh=mesh)))
     added = model.in_channels - theirs.in_channels
     patches = values[kernel].reshape(p, p, theirs.in_channels, -1)
-    values[kernel] = jnp.pad(patches, ((0, 0), (0, 0), (0, added), (0, 0))).reshape(-1, model.hidden_dim)
+    values[kernel] = jnp.pad(patches, ((0, 0), (0, 0), (0, added), (0, 0))).reshape(
+        -1, model.hidden_dim
+    )
     ours, its = ((m.pos_embed_max_size, m.pos_embed_base_size) for m in (model, theirs))
     same_spacing = ours[0] * its[1] == its[0] * ours[1]
-    table = "the same" if ours == its else "cropped" if same_spacing and ours[0] < its[0] else "resized"
+    table = (
+        "the same" if ours == its else "cropped" if same_spacing and ours[0] < its[0] else "resized"
+    )
     logging.info(
         "parameters from %s: %d leaves, %d new input channels at zero; position table %s (tokens a side, extent: %s, "
         "there %s)", folder, len(values), added, table, ours, its,
     )  # fmt: skip
-    return jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put(values[path_name(path)], x.sharding), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.device_put(values[path_name(path)], x.sharding), params
+    )
 
 
-def save_transformer(model: MMDiT, params: Params, folder: PathLike, *, max_file_bytes: int = 5 * 10**9) -> None:
-    """Writes a folder that `SD3Transformer2DModel.from_pretrained` opens, in float32, sharded past `max_file_bytes`.
+def save_transformer(
+    model: MMDiT, params: Params, folder: PathLike, *, max_file_bytes: int = 5 * 10**9
+) -> None:
+    """Writes a folder that `SD3Transformer2DModel.from_pretrained` opens, in float32, sharded past
+    `max_file_bytes`.
 
-    Raises ValueError where the model uses an option that diffusers lacks, or `params` are not its own.
+    Raises ValueError where the model uses an option that diffusers lacks, or `params` are not its
+    own.
     """
     config = _config_of(model)
     expected = {path: leaf.shape for path, leaf in leaves(_abstract(model))}
-    check_shapes(expected, {path: tuple(value.shape) for path, value in leaves(params)}, "parameters")
+    check_shapes(
+        expected, {path: tuple(value.shape) for path, value in leaves(params)}, "parameters"
+    )
     write_params(
         folder,
         WEIGHTS,
         params=params,
         weights=_weights(model),
         config=config,
-        unread={name: np.asarray(make(), np.float32).reshape(shape) for name, (shape, make) in _unread(model).items()},
+        unread={
+            name: np.asarray(make(), np.float32).reshape(shape)
+            for name, (shape, make) in _unread(model).items()
+        },
         max_file_bytes=max_file_bytes,
     )
 
@@ -163,10 +185,16 @@ def _abstract(model: MMDiT) -> Params:
 
 
 def _weights(model: MMDiT) -> dict[str, Weight]:
-    weights = map_weights(_abstract(model), outer=OUTER, block=BLOCK, block_name="transformer_blocks.{}.")
+    weights = map_weights(
+        _abstract(model), outer=OUTER, block=BLOCK, block_name="transformer_blocks.{}."
+    )
     p = model.patch_size  # the patches' matmul is a convolution there
     shape = (model.hidden_dim, model.in_channels, p, p)
-    return weights | {"patch_embed/kernel": dataclasses.replace(weights["patch_embed/kernel"], shape=shape, axes=CONV)}
+    return weights | {
+        "patch_embed/kernel": dataclasses.replace(
+            weights["patch_embed/kernel"], shape=shape, axes=CONV
+        )
+    }
 
 
 def _unread(model: MMDiT) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -186,11 +214,15 @@ def _unread(model: MMDiT) -> dict[str, tuple[tuple[int, ...], Any]]:
 
 def _table(model: MMDiT) -> np.ndarray:
     size = model.pos_embed_max_size
-    return sincos_table(size, size, dim=model.hidden_dim, max_size=size, base_size=model.pos_embed_base_size)
+    return sincos_table(
+        size, size, dim=model.hidden_dim, max_size=size, base_size=model.pos_embed_base_size
+    )
 
 
 def _check_table(model: MMDiT, table: np.ndarray, folder: Path) -> None:
-    """A stored table must be the computed one: to a half-precision file's rounding (bfloat16: 2^-9)."""
+    """A stored table must be the computed one: to a half-precision file's rounding (bfloat16:
+    2^-9).
+    """
     error = np.abs(table[0].astype(np.float32) - _table(model)).max()
     if not error <= 4e-3:
         raise ValueError(
@@ -200,7 +232,10 @@ def _check_table(model: MMDiT, table: np.ndarray, folder: Path) -> None:
 
 
 def _model_of(folder: PathLike) -> MMDiT:
-    stored, file = read_config(folder, key="_class_name", expected=(CLASS_NAME,)), Path(folder) / "config.json"
+    stored, file = (
+        read_config(folder, key="_class_name", expected=(CLASS_NAME,)),
+        Path(folder) / "config.json",
+    )
     defaults = dict(
         sample_size=128,
         patch_size=2,
@@ -242,9 +277,13 @@ def _model_of(folder: PathLike) -> MMDiT:
 
 
 def _config_of(model: MMDiT) -> dict[str, Any]:
-    for field, value in dict(position="sincos", mlp_ratio=4, sandwich_norm=False, shared_adaln=False).items():
+    for field, value in dict(
+        position="sincos", mlp_ratio=4, sandwich_norm=False, shared_adaln=False
+    ).items():
         if getattr(model, field) != value:
-            raise ValueError(f"diffusers has no {CLASS_NAME} with {field}={getattr(model, field)!r}, only {value!r}")
+            raise ValueError(
+                f"diffusers has no {CLASS_NAME} with {field}={getattr(model, field)!r}, only {value!r}"
+            )
     return {
         "_class_name": CLASS_NAME,
         "_diffusers_version": "0.30.0",
@@ -264,7 +303,8 @@ def _config_of(model: MMDiT) -> dict[str, Any]:
     }
 
 
-# Pieces of our module paths -> theirs, in this order; old files name the attention's maps otherwise.
+# Pieces of our module paths -> theirs, in this order; old files name the attention's maps
+# otherwise.
 VAE = (
     (r"^quant$", "quant_conv"),
     (r"^post_quant$", "post_quant_conv"),
@@ -288,7 +328,8 @@ OLD_ATTENTION = (
 def open_vae(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     """The VAE of a folder (`AutoencoderKL`: SD 1 to 3, SDXL, Flux), of compute dtype `dtype`.
 
-    Raises what `read_config` and `open_model` raise, and ValueError for a variant that our `AutoencoderKL` lacks.
+    Raises what `read_config` and `open_model` raise, and ValueError for a variant that our
+    `AutoencoderKL` lacks.
     """
     model = _vae_of(folder, dtype=dtype)
     image = jax.ShapeDtypeStruct((1, model.downsampling, model.downsampling, 3), jnp.float32)
@@ -312,7 +353,10 @@ def _vae_weights(abstract: Params, *, names: tuple[tuple[str, str], ...]) -> dic
 
 
 def _vae_of(folder: PathLike, *, dtype: Any) -> AutoencoderKL:
-    stored, file = read_config(folder, key="_class_name", expected=("AutoencoderKL",)), Path(folder) / "config.json"
+    stored, file = (
+        read_config(folder, key="_class_name", expected=("AutoencoderKL",)),
+        Path(folder) / "config.json",
+    )
     defaults = dict(
         in_channels=3,
         out_channels=3,

@@ -1,11 +1,12 @@
-"""A Hugging Face folder, `config.json` and safetensors, read tensor by tensor straight into (sharded) arrays.
+"""A Hugging Face folder, `config.json` and safetensors, read tensor by tensor straight into
+(sharded) arrays.
 
 A network's map says, for each of our parameters, which tensors hold it and how they lie:
 
     ours = reshape(transpose(theirs, axes))          a stacked parameter: one tensor a layer
 
-Only headers are read before all names, shapes and dtypes are checked. Then each device's shard is read by
-itself, so the host holds one shard of one parameter at a time. Pickles are never read.
+Only headers are read before all names, shapes and dtypes are checked. Then each device's shard is
+read by itself, so the host holds one shard of one parameter at a time. Pickles are never read.
 """
 
 import dataclasses
@@ -40,7 +41,8 @@ CONV = (2, 3, 1, 0)  # [out in h w] -> [h w in out]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weight:
-    """Where one of our parameters lies: `names` of theirs, each of `shape`, whose `axes` in our order are given.
+    """Where one of our parameters lies: `names` of theirs, each of `shape`, whose `axes` in our
+    order are given.
 
     `stacked`: our leading axis counts layers, and `names` has one for each; otherwise one name.
     """
@@ -59,15 +61,23 @@ LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight"}
 
 
 def map_weights(
-    abstract: Params, *, outer: Mapping[str, str], block: Mapping[str, str] | None = None, block_name: str = ""
+    abstract: Params,
+    *,
+    outer: Mapping[str, str],
+    block: Mapping[str, str] | None = None,
+    block_name: str = "",
 ) -> dict[str, Weight]:
-    """Where each leaf of `abstract` lies, by names alone: kernels are transposed, all else is as it is there.
+    """Where each leaf of `abstract` lies, by names alone: kernels are transposed, all else is as it
+    is there.
 
-    `outer` maps module paths to their modules, or whole paths of leaves to their tensors. In `blocks` (stacked),
-    `last_block` and `layers_<i>` lie the modules of `block`, theirs under `block_name` with the layer for `{}`.
+    `outer` maps module paths to their modules, or whole paths of leaves to their tensors. In
+    `blocks` (stacked), `last_block` and `layers_<i>` lie the modules of `block`, theirs under
+    `block_name` with the layer for `{}`.
     """
     flat = dict(leaves(abstract))
-    depth = max((leaf.shape[0] for path, leaf in flat.items() if path.startswith("blocks/")), default=0)
+    depth = max(
+        (leaf.shape[0] for path, leaf in flat.items() if path.startswith("blocks/")), default=0
+    )
     weights = {}
     for path, leaf in flat.items():
         (first, *rest), kind = path.split("/")[:-1] or [path], path.split("/")[-1]
@@ -76,8 +86,14 @@ def map_weights(
         if path in outer:
             names = [outer[path]]
         elif stacked or first == "last_block" or re.fullmatch(r"layers_\d+", first):
-            layers = range(depth) if stacked else [depth if first == "last_block" else int(first.split("_")[1])]
-            names = [f"{block_name.format(i)}{block['/'.join(rest)]}.{LEAVES[kind]}" for i in layers]
+            layers = (
+                range(depth)
+                if stacked
+                else [depth if first == "last_block" else int(first.split("_")[1])]
+            )
+            names = [
+                f"{block_name.format(i)}{block['/'.join(rest)]}.{LEAVES[kind]}" for i in layers
+            ]
         else:
             names = [f"{outer['/'.join([first, *rest])]}.{LEAVES[kind]}"]
         axes = {2: LINEAR, 4: CONV}[len(shape)] if kind == "kernel" else tuple(range(len(shape)))
@@ -100,13 +116,17 @@ def read_config(folder: PathLike, *, key: str, expected: Sequence[str]) -> dict[
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict) or config.get(key) not in expected:
         found = config.get(key) if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{file}: expected {key} {' or '.join(map(repr, expected))}, got {found!r}")
+        raise ValueError(
+            f"{file}: expected {key} {' or '.join(map(repr, expected))}, got {found!r}"
+        )
     return config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredModel:
-    """A network and where its parameters lie; made by `open_model`, which has checked that they all do."""
+    """A network and where its parameters lie; made by `open_model`, which has checked that they all
+    do.
+    """
 
     module: Any
     abstract: Params  # shapes of the parameters
@@ -114,9 +134,13 @@ class StoredModel:
     tensors: "TensorFolder"
 
     def read(self, *, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Params:
-        """The parameters as `dtype`: on `mesh` as `univg_jax.sharding` places them, else on the first device."""
+        """The parameters as `dtype`: on `mesh` as `univg_jax.sharding` places them, else on the
+        first device.
+        """
         if mesh is None:
-            shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), self.abstract)
+            shardings = jax.tree.map(
+                lambda _: SingleDeviceSharding(jax.local_devices()[0]), self.abstract
+            )
         else:
             shardings = tree_shardings(self.abstract, mesh)
 
@@ -124,24 +148,32 @@ class StoredModel:
             weight = self.weights[path_name(path)]
             holders: dict[tuple, list[Any]] = {}  # devices by the part that they hold
             for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-                bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True))
+                bounds = tuple(
+                    s.indices(size)[:2] for s, size in zip(index, leaf.shape, strict=True)
+                )
                 holders.setdefault(bounds, []).append(device)
             shards = {}
             for bounds, devices in holders.items():
                 part = _read_part(self.tensors, weight, leaf.shape, bounds, np.dtype(dtype))
                 shards |= {device: jax.device_put(part, device) for device in devices}
                 jax.block_until_ready(list(shards.values()))  # before the next part takes memory
-            return jax.make_array_from_single_device_arrays(leaf.shape, sharding, list(shards.values()))
+            return jax.make_array_from_single_device_arrays(
+                leaf.shape, sharding, list(shards.values())
+            )
 
         return jax.tree_util.tree_map_with_path(place, self.abstract, shardings)
 
     def write(self, folder: PathLike, params: Params, *, max_file_bytes: int = 5 * 10**9) -> None:
-        """Writes `params` as the folder that was opened has them, with its config: the way back, in float32.
+        """Writes `params` as the folder that was opened has them, with its config: the way back, in
+        float32.
 
-        Tensors that we have no use for (a pooler, a decoder) are not written. Raises ValueError for other parameters.
+        Tensors that we have no use for (a pooler, a decoder) are not written. Raises ValueError for
+        other parameters.
         """
         expected = {path: leaf.shape for path, leaf in leaves(self.abstract)}
-        check_shapes(expected, {path: tuple(value.shape) for path, value in leaves(params)}, "parameters")
+        check_shapes(
+            expected, {path: tuple(value.shape) for path, value in leaves(params)}, "parameters"
+        )
         file = self.tensors.folder / "config.json"
         write_params(
             folder,
@@ -165,33 +197,48 @@ def open_model(
 ) -> StoredModel:
     """`module`, whose parameters have the shapes `abstract` and lie in `folder` as `weights` says.
 
-    `file` is the name of the whole file; where `file.index.json` exists its parts are read. `unread` are tensors
-    that may be there and have that shape, `ignored` a regex of those that may be there anyhow.
+    `file` is the name of the whole file; where `file.index.json` exists its parts are read.
+    `unread` are tensors that may be there and have that shape, `ignored` a regex of those that may
+    be there anyhow.
 
-    Raises FileNotFoundError for a missing file; ValueError for a broken one, another dtype than 16- or 32-bit
-    floats, and missing, extra or misshaped tensors, all listed. Only headers are read.
+    Raises FileNotFoundError for a missing file; ValueError for a broken one, another dtype than 16-
+    or 32-bit floats, and missing, extra or misshaped tensors, all listed. Only headers are read.
     """
     tensors = TensorFolder(folder, file, ignored=ignored)
-    tensors.check({name: w.shape for w in weights.values() for name in w.names}, unread=unread or {})
+    tensors.check(
+        {name: w.shape for w in weights.values() for name in w.names}, unread=unread or {}
+    )
     return StoredModel(module=module, abstract=abstract, weights=weights, tensors=tensors)
 
 
 def loader(open_: Callable[..., StoredModel]) -> Callable[..., tuple[Any, Params]]:
-    """`load(folder, *, dtype, param_dtype, mesh) -> (module, params)`: opens as `open_` does, then reads."""
+    """`load(folder, *, dtype, param_dtype, mesh) -> (module, params)`: opens as `open_` does, then
+    reads.
+    """
 
     def load(
-        folder: PathLike, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, mesh: Mesh | None = None
+        folder: PathLike,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
     ) -> tuple[Any, Params]:
         stored = open_(folder, dtype=dtype)
         return stored.module, stored.read(mesh=mesh, dtype=param_dtype)
 
     load.__name__ = open_.__name__.replace("open", "load", 1)
-    load.__doc__ = f"{open_.__doc__.splitlines()[0]} As (module, parameters); see `{open_.__name__}`."
+    load.__doc__ = (
+        f"{open_.__doc__.splitlines()[0]} As (module, parameters); see `{open_.__name__}`."
+    )
     return load
 
 
 def _read_part(
-    tensors: "TensorFolder", weight: Weight, shape: tuple[int, ...], bounds: Sequence[tuple[int, int]], dtype: np.dtype
+    tensors: "TensorFolder",
+    weight: Weight,
+    shape: tuple[int, ...],
+    bounds: Sequence[tuple[int, int]],
+    dtype: np.dtype,
 ) -> Shaped[np.ndarray, "..."]:
     """The box `bounds` of our parameter of `shape`."""
     box = [slice(*b) for b in bounds]
@@ -203,7 +250,11 @@ def _read_part(
             theirs = [inner[weight.axes.index(axis)] for axis in range(len(weight.shape))]
             part[...] = tensors.read(weight.names[layer], theirs).transpose(weight.axes)
         else:
-            part[...] = tensors.read(weight.names[layer]).transpose(weight.axes).reshape(inner_shape)[tuple(inner)]
+            part[...] = (
+                tensors.read(weight.names[layer])
+                .transpose(weight.axes)
+                .reshape(inner_shape)[tuple(inner)]
+            )
     return out
 
 
@@ -217,13 +268,16 @@ def write_params(
     unread: Mapping[str, Shaped[np.ndarray, "..."]] | None = None,
     max_file_bytes: int = 5 * 10**9,
 ) -> None:
-    """The inverse of `open_model` and `read`: a folder in float32, sharded past `max_file_bytes`, `config.json` last.
+    """The inverse of `open_model` and `read`: a folder in float32, sharded past `max_file_bytes`,
+    `config.json` last.
 
     `unread` are tensors that they have and we lack. The host holds one file's tensors at a time.
     """
     unread = unread or {}
     flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    places = {name: (path, layer) for path, w in weights.items() for layer, name in enumerate(w.names)}
+    places = {
+        name: (path, layer) for path, w in weights.items() for layer, name in enumerate(w.names)
+    }
 
     def tensor(name: str) -> np.ndarray:
         if name not in places:
@@ -231,7 +285,9 @@ def write_params(
         path, layer = places[name]
         weight = weights[path]
         value = np.asarray(flat[path][layer] if weight.stacked else flat[path], np.float32)
-        return np.ascontiguousarray(value.reshape(weight.transposed).transpose(np.argsort(weight.axes)))
+        return np.ascontiguousarray(
+            value.reshape(weight.transposed).transpose(np.argsort(weight.axes))
+        )
 
     sizes = {name: 4 * math.prod(w.shape) for w in weights.values() for name in w.names}
     sizes |= {name: 4 * value.size for name, value in unread.items()}
@@ -276,14 +332,21 @@ class TensorFolder:
                         continue
                     header = handle.get_slice(name)
                     self.file_of[name] = part
-                    self.shapes[name], self.dtypes[name] = tuple(header.get_shape()), header.get_dtype()
+                    self.shapes[name], self.dtypes[name] = (
+                        tuple(header.get_shape()),
+                        header.get_dtype(),
+                    )
 
     def _parts(self, file: str) -> list[Path]:
         index = self.folder / f"{file}.index.json"
         if not index.exists():
             if not (self.folder / file).is_file():
                 pickles = sorted(f.name for f in self.folder.glob("*") if f.suffix in PICKLES)
-                why = f"; {pickles[0]} is a pickle, which can run code and is never read" if pickles else ""
+                why = (
+                    f"; {pickles[0]} is a pickle, which can run code and is never read"
+                    if pickles
+                    else ""
+                )
                 raise FileNotFoundError(f"{self.folder} has neither {file} nor {index.name}{why}")
             return [self.folder / file]
         try:
@@ -291,7 +354,9 @@ class TensorFolder:
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is no index of safetensors files: {error!r}") from None
         if missing := [part for part in parts if not (self.folder / part).is_file()]:
-            raise FileNotFoundError(f"{self.folder} lacks {some(missing)}, which {index.name} names")
+            raise FileNotFoundError(
+                f"{self.folder} lacks {some(missing)}, which {index.name} names"
+            )
         return [self.folder / part for part in parts]
 
     def __contains__(self, name: str) -> bool:
@@ -305,7 +370,8 @@ class TensorFolder:
     def fingerprint(self) -> str:
         """A hash that tells these weights from others without reading gigabytes.
 
-        Of every file: its size and 64 blocks of 64 KiB, evenly spaced, the first with the header's names and shapes.
+        Of every file: its size and 64 blocks of 64 KiB, evenly spaced, the first with the header's
+        names and shapes.
         """
         digest = hashlib.sha256()
         for file in sorted(set(self.file_of.values())):
@@ -318,13 +384,22 @@ class TensorFolder:
         return digest.hexdigest()
 
     def check(
-        self, expected: Mapping[str, tuple[int, ...]], *, unread: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        *,
+        unread: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        """Holds the headers against `expected`, and against `unread` where it is there; raises ValueError."""
+        """Holds the headers against `expected`, and against `unread` where it is there; raises
+        ValueError.
+        """
         unread = {name: shape for name, shape in (unread or {}).items() if name in self.shapes}
         check_shapes({**expected, **unread}, self.shapes, str(self.folder))
-        if wrong := [f"{name} ({dtype})" for name, dtype in self.dtypes.items() if dtype not in FLOATS]:
-            raise ValueError(f"{self.folder}: expected tensors of {', '.join(FLOATS)}, got {some(wrong)}")
+        if wrong := [
+            f"{name} ({dtype})" for name, dtype in self.dtypes.items() if dtype not in FLOATS
+        ]:
+            raise ValueError(
+                f"{self.folder}: expected tensors of {', '.join(FLOATS)}, got {some(wrong)}"
+            )
 
 
 def _opened(file: Path) -> Any:
@@ -334,7 +409,9 @@ def _opened(file: Path) -> Any:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
 
 
-def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
+) -> None:
     """Raises ValueError that lists missing, extra and misshaped names."""
     problems = {
         "missing": sorted(expected.keys() - found.keys()),

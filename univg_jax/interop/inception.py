@@ -1,4 +1,6 @@
-"""FID's Inception-v3 from the common PyTorch port of its weights (pytorch-fid, torch-fidelity), as safetensors."""
+"""FID's Inception-v3 from the common PyTorch port of its weights (pytorch-fid, torch-fidelity), as
+safetensors.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,18 +8,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from univg_jax.interop.folder import PICKLES, PathLike, StoredModel, leaves, loader, map_weights, open_model
+from univg_jax.interop.folder import (
+    PICKLES,
+    PathLike,
+    StoredModel,
+    leaves,
+    loader,
+    map_weights,
+    open_model,
+)
 from univg_jax.models.inception import InceptionV3
 
-LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var", "bias": "bias"}
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+    "bias": "bias",
+}
 
 
 def open_inception(path: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     """The network of a safetensors file, or of the only one in a folder.
 
-    The file has the names of `pt_inception-2015-12-05`: `Conv2d_1a_3x3.conv.weight`, ... `fc.weight` [1008 2048]; that
-    one is a pickle, which we do not read. `dtype` is the compute dtype; FID is defined in float32. Raises what
-    `open_model` raises, ValueError for a pickle and for a folder with several files.
+    The file has the names of `pt_inception-2015-12-05`: `Conv2d_1a_3x3.conv.weight`, ...
+    `fc.weight` [1008 2048]; that one is a pickle, which we do not read. `dtype` is the compute
+    dtype; FID is defined in float32. Raises what `open_model` raises, ValueError for a pickle and
+    for a folder with several files.
     """
     file = _file(Path(path))
     model = InceptionV3(dtype=dtype)
@@ -47,7 +64,9 @@ def _file(path: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"{path} has several safetensors files ({', '.join(f.name for f in found)}): name one")
+        raise ValueError(
+            f"{path} has several safetensors files ({', '.join(f.name for f in found)}): name one"
+        )
     if pickles:
         raise ValueError(
             f"{pickles[0]} is a pickle, which can run code and is never read; convert it where PyTorch is: "

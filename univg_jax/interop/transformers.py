@@ -1,7 +1,8 @@
 """Weights of Hugging Face `transformers` folders -> our modules and parameter trees.
 
 `open_*` checks a folder against its config without reading a tensor; `load_*` opens and reads:
-`load(folder, *, dtype, param_dtype, mesh) -> (module, params)` for `module.apply({'params': params}, ...)`.
+`load(folder, *, dtype, param_dtype, mesh) -> (module, params)` for `module.apply({'params':
+params}, ...)`.
 """
 
 import dataclasses
@@ -143,8 +144,9 @@ T5_LAYER = {
 def open_minilm(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     """The BERT encoder of a folder (config.json, model.safetensors).
 
-    `dtype` is the compute dtype. The pooler's and position-id tensors are not part of the encoder and are
-    ignored. Raises what `read_config` and `open_model` raise, and ValueError for a variant that `MiniLM` lacks.
+    `dtype` is the compute dtype. The pooler's and position-id tensors are not part of the encoder
+    and are ignored. Raises what `read_config` and `open_model` raise, and ValueError for a variant
+    that `MiniLM` lacks.
     """
     config = read_config(folder, key="model_type", expected=("bert",))
     _require(folder, config, hidden_act="gelu", position_embedding_type="absolute")
@@ -159,7 +161,9 @@ def open_minilm(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
         eps=config["layer_norm_eps"],
         dtype=dtype,
     )
-    abstract = _abstract(module, jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.bool_))
+    abstract = _abstract(
+        module, jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.bool_)
+    )
     prefix = _prefix(folder, "embeddings.word_embeddings.weight", ("", "bert."))
     weights = map_weights(
         abstract,
@@ -168,14 +172,16 @@ def open_minilm(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
         block_name=prefix + "encoder.layer.{}.",
     )
     ignored = prefix + r"(embeddings\.position_ids|pooler\.dense\.(weight|bias))"
-    return open_model(folder, WEIGHTS, module=module, abstract=abstract, weights=weights, ignored=ignored)
+    return open_model(
+        folder, WEIGHTS, module=module, abstract=abstract, weights=weights, ignored=ignored
+    )
 
 
 def open_t5(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     """The encoder of a T5 v1.1 folder, alone (`T5EncoderModel`) or of a whole model,.
 
-    `dtype` is the compute dtype. A decoder and its head are ignored. Raises what `read_config` and `open_model`
-    raise, and ValueError for the original T5, whose MLP has no gate.
+    `dtype` is the compute dtype. A decoder and its head are ignored. Raises what `read_config` and
+    `open_model` raise, and ValueError for the original T5, whose MLP has no gate.
     """
     defaults = dict(
         vocab_size=32128,
@@ -213,7 +219,10 @@ def open_t5(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
         module=module,
         abstract=abstract,
         weights=map_weights(
-            abstract, outer=T5 | {"word_embeddings": words}, block=T5_LAYER, block_name="encoder.block.{}."
+            abstract,
+            outer=T5 | {"word_embeddings": words},
+            block=T5_LAYER,
+            block_name="encoder.block.{}.",
         ),
         unread={shared: (module.vocab_size, module.hidden_dim)} if words == own else None,
         ignored=r"decoder\..*|lm_head\.weight",
@@ -223,10 +232,13 @@ def open_t5(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
 def open_clip_text(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     """CLIP's text tower, from its own folder or that of the whole `CLIPModel`.
 
-    `dtype` is the compute dtype. The projection is there where the file has one; the other tower is ignored. Raises
-    what `read_config` and `open_model` raise, and ValueError for a variant that `CLIPText` lacks.
+    `dtype` is the compute dtype. The projection is there where the file has one; the other tower is
+    ignored. Raises what `read_config` and `open_model` raise, and ValueError for a variant that
+    `CLIPText` lacks.
     """
-    config = _clip_config(folder, "text", projection="text_projection.weight", defaults=CLIP_TEXT_DEFAULTS)
+    config = _clip_config(
+        folder, "text", projection="text_projection.weight", defaults=CLIP_TEXT_DEFAULTS
+    )
     module = CLIPText(
         vocab_size=config["vocab_size"],
         max_tokens=config["max_position_embeddings"],
@@ -251,10 +263,13 @@ def open_clip_text(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel
 def open_clip_vision(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     """CLIP's image tower, from its own folder or that of the whole `CLIPModel`.
 
-    `dtype` is the compute dtype. The projection is there where the file has one; the other tower is ignored. Raises
-    what `read_config` and `open_model` raise, and ValueError for a variant that `CLIPVision` lacks.
+    `dtype` is the compute dtype. The projection is there where the file has one; the other tower is
+    ignored. Raises what `read_config` and `open_model` raise, and ValueError for a variant that
+    `CLIPVision` lacks.
     """
-    config = _clip_config(folder, "vision", projection="visual_projection.weight", defaults=CLIP_VISION_DEFAULTS)
+    config = _clip_config(
+        folder, "vision", projection="visual_projection.weight", defaults=CLIP_VISION_DEFAULTS
+    )
     module = CLIPVision(
         image_size=config["image_size"],
         patch_size=config["patch_size"],
@@ -279,8 +294,8 @@ def open_clip_vision(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredMod
 def open_dino(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     """The `ViTModel` of a folder, such as facebook/dino-vits16,.
 
-    `dtype` is the compute dtype. Pooler, classifier and mask token are ignored. Raises what `read_config` and
-    `open_model` raise, and ValueError for a variant that `DINO` lacks.
+    `dtype` is the compute dtype. Pooler, classifier and mask token are ignored. Raises what
+    `read_config` and `open_model` raise, and ValueError for a variant that `DINO` lacks.
     """
     config = {**VIT_DEFAULTS, **read_config(folder, key="model_type", expected=("vit",))}
     _require_encoder(folder, config, defaults=VIT_DEFAULTS)
@@ -302,7 +317,10 @@ def open_dino(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
         block_name="encoder.layer.{}.",
         ignored=r"(vit\.)?(pooler\.dense\.(weight|bias)|embeddings\.mask_token)|classifier\.(weight|bias)",
         shapes=_patch_kernel(module)
-        | {"embed/class_token": ((1, 1, d), (0, 1, 2)), "embed/positions": ((1, 1 + side**2, d), (0, 1, 2))},
+        | {
+            "embed/class_token": ((1, 1, d), (0, 1, 2)),
+            "embed/positions": ((1, 1 + side**2, d), (0, 1, 2)),
+        },
     )
 
 
@@ -310,12 +328,21 @@ load_minilm, load_t5, load_dino = loader(open_minilm), loader(open_t5), loader(o
 load_clip_text, load_clip_vision = loader(open_clip_text), loader(open_clip_vision)
 
 
-def _clip_config(folder: PathLike, tower: str, *, projection: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The config of one tower; `projection_dim` is None where the tower stands alone, without `projection`."""
+def _clip_config(
+    folder: PathLike, tower: str, *, projection: str, defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """The config of one tower; `projection_dim` is None where the tower stands alone, without
+    `projection`.
+    """
     stored = read_config(folder, key="model_type", expected=(f"clip_{tower}_model", "clip"))
     whole = stored["model_type"] == "clip"
-    # Of two configs of a tower transformers takes the older key, `text_config_dict`, and defaults for the rest.
-    own = (stored.get(f"{tower}_config_dict") or stored.get(f"{tower}_config") or {}) if whole else stored
+    # Of two configs of a tower transformers takes the older key, `text_config_dict`, and defaults
+    # for the rest.
+    own = (
+        (stored.get(f"{tower}_config_dict") or stored.get(f"{tower}_config") or {})
+        if whole
+        else stored
+    )
     config = {**defaults, **own}
     _require_encoder(folder, config, defaults=defaults)
     projected = whole or projection in TensorFolder(folder, WEIGHTS)
@@ -323,7 +350,9 @@ def _clip_config(folder: PathLike, tower: str, *, projection: str, defaults: dic
 
 
 def _require_encoder(folder: PathLike, config: dict[str, Any], *, defaults: dict[str, Any]) -> None:
-    """Raises ValueError for what `models.encoder` lacks, and for values of another type than the defaults'."""
+    """Raises ValueError for what `models.encoder` lacks, and for values of another type than the
+    defaults'.
+    """
     for key, value in defaults.items():
         if not isinstance(config[key], type(value)):
             expected = f"{Path(folder) / 'config.json'}: {key} is {config[key]!r}; only"
@@ -348,7 +377,12 @@ def _one_patch(module: CLIPVision | DINO) -> jax.ShapeDtypeStruct:
 
 def _patch_kernel(module: CLIPVision | DINO) -> dict[str, Any]:
     """The matmul of the patches is a convolution there."""
-    return {"embed/patch_embed/kernel": ((module.hidden_dim, 3, module.patch_size, module.patch_size), CONV)}
+    return {
+        "embed/patch_embed/kernel": (
+            (module.hidden_dim, 3, module.patch_size, module.patch_size),
+            CONV,
+        )
+    }
 
 
 def _open_encoder(
@@ -364,7 +398,8 @@ def _open_encoder(
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
     **options: Any,
 ) -> StoredModel:
-    """`open_model` of a module that transformers stores under one of the prefixes, its `head` beside it.
+    """`open_model` of a module that transformers stores under one of the prefixes, its `head`
+    beside it.
 
     `shapes` are (shape, axes) of those tensors that are more than a transpose away.
     """
@@ -386,15 +421,21 @@ def _abstract(module: Any, *inputs: jax.ShapeDtypeStruct) -> Params:
 
 
 def _require(folder: PathLike, config: dict[str, Any], **expected: Any) -> None:
-    """Raises ValueError for a config that has another value than the (default) one, or those, that we support."""
+    """Raises ValueError for a config that has another value than the (default) one, or those, that
+    we support.
+    """
     for key, value in expected.items():
         supported = value if isinstance(value, tuple) else (value,)
         if key in config and config[key] not in supported:
             names = " or ".join(map(repr, supported))
-            raise ValueError(f"{Path(folder) / 'config.json'}: {key} is {config[key]!r}; only {names} is supported")
+            raise ValueError(
+                f"{Path(folder) / 'config.json'}: {key} is {config[key]!r}; only {names} is supported"
+            )
 
 
 def _prefix(folder: PathLike, name: str, prefixes: tuple[str, ...]) -> str:
-    """Which of the prefixes a network's tensors have there: it may be stored alone or inside a larger model."""
+    """Which of the prefixes a network's tensors have there: it may be stored alone or inside a
+    larger model.
+    """
     tensors = TensorFolder(folder, WEIGHTS)
     return next((prefix for prefix in prefixes if prefix + name in tensors), prefixes[0])

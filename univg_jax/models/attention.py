@@ -1,9 +1,9 @@
 """softmax(q k^T / sqrt(c)) v of joint attention, on each kind of device.
 
-`xla` writes the scores out and runs anywhere; `cpu` does so as a CPU likes it. `splash` (Pallas, TPU) and `cudnn`
-(NVIDIA) go over them in blocks, so that no [queries x keys] array lies in memory. `auto` takes the one of the platform
-that it is compiled for. All have one signature and give the same numbers to their dtype's rounding. Every query sees
-every key whose mask is True.
+`xla` writes the scores out and runs anywhere; `cpu` does so as a CPU likes it. `splash` (Pallas,
+TPU) and `cudnn` (NVIDIA) go over them in blocks, so that no [queries x keys] array lies in memory.
+`auto` takes the one of the platform that it is compiled for. All have one signature and give the
+same numbers to their dtype's rounding. Every query sees every key whose mask is True.
 """
 
 import functools
@@ -19,10 +19,11 @@ from jaxtyping import Bool, Float
 from univg_jax import sharding
 from univg_jax.batch import Array
 
-ATTENDED = "attended"  # what a remat policy may keep, so that the kernel need not run again for its gradient
+# what a remat policy may keep, so that the kernel need not run again for its gradient
+ATTENDED = "attended"
 LANES = 128  # a splash block is a multiple of it
-# Scores of a block are float32: 4 MiB of the 16 MiB that a kernel may hold. Long in keys, because the backward pass
-# writes a gradient of all queries for every block of keys.
+# Scores of a block are float32: 4 MiB of the 16 MiB that a kernel may hold. Long in keys, because
+# the backward pass writes a gradient of all queries for every block of keys.
 LARGEST_BLOCK = dict(queries=512, keys=2048)
 PADDING = 1.06  # of the sequence, that a larger block may cost
 
@@ -55,12 +56,16 @@ def xla_attention(
 
 
 def cpu_attention(
-    q: Float[Array, "b n k c"], k: Float[Array, "b s k c"], v: Float[Array, "b s k c"], mask: Bool[Array, "b s"] | None
+    q: Float[Array, "b n k c"],
+    k: Float[Array, "b s k c"],
+    v: Float[Array, "b s k c"],
+    mask: Bool[Array, "b s"] | None,
 ) -> Float[Array, "b n k c"]:
-    """`xla_attention`'s softmax(q k^T / sqrt(c)) v, for CPUs: XLA is slow there at 4-D products and their gradients.
+    """`xla_attention`'s softmax(q k^T / sqrt(c)) v, for CPUs: XLA is slow there at 4-D products and
+    their gradients.
 
-    With P the weights and O the output, dS = P (dP - rowsum(dO O)) (FlashAttention, arXiv 2205.14135, appendix B.2):
-    P is kept and the scores are gone over once.
+    With P the weights and O the output, dS = P (dP - rowsum(dO O)) (FlashAttention, arXiv
+    2205.14135, appendix B.2): P is kept and the scores are gone over once.
     """
     b, n, heads, c = q.shape
     mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
@@ -80,7 +85,10 @@ def _product(x: Array, y: Array, *, axes: tuple[int, int]) -> Array:
 
 @jax.custom_vjp
 def _attend(
-    q: Float[Array, "r n c"], k: Float[Array, "r s c"], v: Float[Array, "r s c"], mask: Bool[Array, "r 1 s"]
+    q: Float[Array, "r n c"],
+    k: Float[Array, "r s c"],
+    v: Float[Array, "r s c"],
+    mask: Bool[Array, "r 1 s"],
 ) -> Float[Array, "r n c"]:
     return _attend_forward(q, k, v, mask)[0]
 
@@ -107,14 +115,23 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def cudnn_attention(
-    q: Float[Array, "b n k c"], k: Float[Array, "b s k c"], v: Float[Array, "b s k c"], mask: Bool[Array, "b s"] | None
+    q: Float[Array, "b n k c"],
+    k: Float[Array, "b s k c"],
+    v: Float[Array, "b s k c"],
+    mask: Bool[Array, "b s"] | None,
 ) -> Float[Array, "b n k c"]:
     """`xla_attention` by cuDNN's flash kernel: bfloat16 or float16, NVIDIA GPUs from Ampere on.
 
     Keys are masked by a [b 1 1 s] mask; with one dtype for all three inputs, the kernel's demand.
     """
-    masked = None if mask is None else jnp.broadcast_to(mask[:, None, None], (mask.shape[0], 1, q.shape[1], k.shape[1]))
-    return checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=masked, implementation="cudnn"), ATTENDED)
+    masked = (
+        None
+        if mask is None
+        else jnp.broadcast_to(mask[:, None, None], (mask.shape[0], 1, q.shape[1], k.shape[1]))
+    )
+    return checkpoint_name(
+        jax.nn.dot_product_attention(q, k, v, mask=masked, implementation="cudnn"), ATTENDED
+    )
 
 
 def splash_block(length: int, *, largest: int) -> int:
@@ -132,9 +149,11 @@ def splash(
     *,
     interpret: bool = False,
 ) -> Float[Array, "b n k c"]:
-    """`xla_attention` by Pallas' splash kernel, each device its own rows and heads. `interpret` runs it on a CPU.
+    """`xla_attention` by Pallas' splash kernel, each device its own rows and heads. `interpret`
+    runs it on a CPU.
 
-    Both sequences are padded to whole blocks; masked keys and padding are segment 0, not seen by queries that count.
+    Both sequences are padded to whole blocks; masked keys and padding are segment 0, not seen by
+    queries that count.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and not sharding.rows_divide(len(q)):
@@ -147,7 +166,9 @@ def splash(
     )
     run = functools.partial(_splash_rows, blocks=blocks, interpret=interpret)
     if not mesh.empty:
-        run = jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+        run = jax.shard_map(
+            run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        )
     out = run(*(x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v)), mask)
     return out.swapaxes(1, 2)
 
@@ -156,10 +177,13 @@ def _splash_rows(q, k, v, mask, *, blocks: tuple[int, int], interpret: bool):
     _, heads, n, _ = q.shape
     q, k, v = (_pad(x, 2, block) for x, block in ((q, blocks[0]), (k, blocks[1]), (v, blocks[1])))
     segments = splash_attention.SegmentIds(
-        q=(jnp.arange(q.shape[2]) < n).astype(jnp.int32), kv=_pad(mask.astype(jnp.int32), 1, blocks[1])
+        q=(jnp.arange(q.shape[2]) < n).astype(jnp.int32),
+        kv=_pad(mask.astype(jnp.int32), 1, blocks[1]),
     )
     kernel = splash_attention.make_splash_mha_single_device(
-        splash_attention.MultiHeadMask([splash_attention.FullMask((q.shape[2], k.shape[2]))] * heads),
+        splash_attention.MultiHeadMask(
+            [splash_attention.FullMask((q.shape[2], k.shape[2]))] * heads
+        ),
         block_sizes=splash_attention.BlockSizes(
             block_q=blocks[0],
             block_kv=blocks[1],
@@ -170,7 +194,9 @@ def _splash_rows(q, k, v, mask, *, blocks: tuple[int, int], interpret: bool):
         residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
-    return jax.vmap(kernel, in_axes=(0, 0, 0, splash_attention.SegmentIds(q=None, kv=0)))(q, k, v, segments)[:, :, :n]
+    return jax.vmap(kernel, in_axes=(0, 0, 0, splash_attention.SegmentIds(q=None, kv=0)))(
+        q, k, v, segments
+    )[:, :, :n]
 
 
 def _pad(x: Array, axis: int, block: int) -> Array:
@@ -179,9 +205,14 @@ def _pad(x: Array, axis: int, block: int) -> Array:
 
 
 def auto(
-    q: Float[Array, "b n k c"], k: Float[Array, "b s k c"], v: Float[Array, "b s k c"], mask: Bool[Array, "b s"] | None
+    q: Float[Array, "b n k c"],
+    k: Float[Array, "b s k c"],
+    v: Float[Array, "b s k c"],
+    mask: Bool[Array, "b s"] | None,
 ) -> Float[Array, "b n k c"]:
-    """`splash` on TPUs, `cudnn` on NVIDIA GPUs for the dtypes that it takes, `cpu` on CPUs, else `xla`."""
+    """`splash` on TPUs, `cudnn` on NVIDIA GPUs for the dtypes that it takes, `cpu` on CPUs, else
+    `xla`.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     if device.platform == "tpu":
         return splash(q, k, v, mask)

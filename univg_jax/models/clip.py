@@ -1,4 +1,5 @@
-"""CLIP's two towers: a causal transformer over text, a ViT over images, each with a projection into a common space.
+"""CLIP's two towers: a causal transformer over text, a ViT over images, each with a projection into
+a common space.
 
     text:   x = run_blocks(E[tokens] + P),              pooled = norm(x) at the end token
     image:  x = run_blocks(norm([class, patches] + P)),  pooled = norm(x at the class token)
@@ -27,7 +28,8 @@ class CLIPTextOutput:
     """`projected` is None of a model without a projection."""
 
     last_hidden: Float[Array, "b m d"]  # after the final norm
-    penultimate: Float[Array, "b m d"]  # before the last block, not normalized: what SDXL and SD3 condition on
+    # before the last block, not normalized: what SDXL and SD3 condition on
+    penultimate: Float[Array, "b m d"]
     pooled: Float[Array, "b d"]
     projected: Float[Array, "b e"] | None
 
@@ -35,8 +37,9 @@ class CLIPTextOutput:
 class CLIPText(nn.Module):
     """Token ids -> states of the tokens and of the whole text.
 
-    `apply({'params': p}, tokens, text_mask)`: tokens whose mask is False are not attended to, and their own states
-    mean nothing; None attends to all. Raises ValueError for more tokens than there are positions.
+    `apply({'params': p}, tokens, text_mask)`: tokens whose mask is False are not attended to, and
+    their own states mean nothing; None attends to all. Raises ValueError for more tokens than there
+    are positions.
     """
 
     vocab_size: int = 49408
@@ -53,13 +56,17 @@ class CLIPText(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Int32[Array, "b m"], text_mask: Bool[Array, "b m"] | None = None) -> CLIPTextOutput:
+    def __call__(
+        self, tokens: Int32[Array, "b m"], text_mask: Bool[Array, "b m"] | None = None
+    ) -> CLIPTextOutput:
         b, m = tokens.shape
         if m > self.max_tokens:
             raise ValueError(f"{m} text tokens, but CLIP has {self.max_tokens} positions")
 
         def table(rows: int, name: str) -> Float[Array, "rows d"]:
-            return self.param(name, nn.initializers.normal(0.02), (rows, self.hidden_dim)).astype(jnp.float32)
+            return self.param(name, nn.initializers.normal(0.02), (rows, self.hidden_dim)).astype(
+                jnp.float32
+            )
 
         words = jnp.take(table(self.vocab_size, "token_embeddings"), tokens, axis=0)
         x = (words + table(self.max_tokens, "position_embeddings")[None, :m]).astype(self.dtype)
@@ -76,11 +83,14 @@ class CLIPText(nn.Module):
             dtype=self.dtype,
         )
         last = LayerNorm(self.eps, name="final_norm")(hidden.last)
-        # Early configs say 2, wrongly: transformers then takes the largest id, which CLIP's end token is.
+        # Early configs say 2, wrongly: transformers then takes the largest id, which CLIP's end
+        # token is.
         end = tokens if self.eos_token_id == 2 else tokens == self.eos_token_id
         pooled = last[jnp.arange(b), jnp.argmax(end, axis=-1)]
         projected = _project(pooled, self.projection_dim, self.dtype)
-        return CLIPTextOutput(last_hidden=last, penultimate=hidden.penultimate, pooled=pooled, projected=projected)
+        return CLIPTextOutput(
+            last_hidden=last, penultimate=hidden.penultimate, pooled=pooled, projected=projected
+        )
 
 
 @pytree_dataclass
@@ -95,8 +105,8 @@ class CLIPVisionOutput:
 class CLIPVision(nn.Module):
     """Images, as `preprocess` gives them, -> states of the patches and of the whole image.
 
-    `apply({'params': p}, pixels)`. Positions are interpolated for other sizes than `image_size`. Raises ValueError
-    for sides that are no multiple of `patch_size`.
+    `apply({'params': p}, pixels)`. Positions are interpolated for other sizes than `image_size`.
+    Raises ValueError for sides that are no multiple of `patch_size`.
     """
 
     image_size: int = 224
@@ -113,7 +123,9 @@ class CLIPVision(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b h w 3"]) -> CLIPVisionOutput:
-        x = ImageTokens(self.hidden_dim, self.image_size, self.patch_size, False, self.dtype, name="embed")(pixels)
+        x = ImageTokens(
+            self.hidden_dim, self.image_size, self.patch_size, False, self.dtype, name="embed"
+        )(pixels)
         x = LayerNorm(self.eps, name="pre_norm")(x)
         last = run_blocks(
             x,
@@ -130,10 +142,14 @@ class CLIPVision(nn.Module):
         return CLIPVisionOutput(last_hidden=last, pooled=pooled, projected=projected)
 
 
-def _project(pooled: Float[Array, "b d"], dim: int | None, dtype: Any) -> Float[Array, "b e"] | None:
+def _project(
+    pooled: Float[Array, "b d"], dim: int | None, dtype: Any
+) -> Float[Array, "b e"] | None:
     return None if dim is None else Linear(dim, dtype, use_bias=False, name="projection")(pooled)
 
 
-def preprocess(images: UInt8[Array, "b h w 3"], *, size: int = 224) -> Float[Array, "b {size} {size} 3"]:
+def preprocess(
+    images: UInt8[Array, "b h w 3"], *, size: int = 224
+) -> Float[Array, "b {size} {size} 3"]:
     """(x - mean) / std of the central square, the shorter side brought to `size` pixels."""
     return normalized_crop(images, shorter=size, size=size, mean=MEAN, std=STD)

@@ -1,9 +1,10 @@
-"""DINO: a ViT trained by self-distillation, whose class token tells whether two images show the same thing.
+"""DINO: a ViT trained by self-distillation, whose class token tells whether two images show the
+same thing.
 
     x = norm(run_blocks([class, patches] + P)),   pooled = x at the class token
 
-Caron et al. 2021 (arXiv 2104.14294, section 3), numerically transformers' `ViTModel` without its pooler. The
-defaults are those of ViT-S/16.
+Caron et al. 2021 (arXiv 2104.14294, section 3), numerically transformers' `ViTModel` without its
+pooler. The defaults are those of ViT-S/16.
 """
 
 from typing import Any
@@ -31,8 +32,8 @@ class DINOOutput:
 class DINO(nn.Module):
     """Images, as `preprocess` gives them, -> states of the patches and of the whole image.
 
-    `apply({'params': p}, pixels)`. Positions are interpolated for other sizes than `image_size`. Raises ValueError
-    for sides that are no multiple of `patch_size`.
+    `apply({'params': p}, pixels)`. Positions are interpolated for other sizes than `image_size`.
+    Raises ValueError for sides that are no multiple of `patch_size`.
     """
 
     image_size: int = 224
@@ -49,7 +50,9 @@ class DINO(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b h w 3"]) -> DINOOutput:
-        x = ImageTokens(self.hidden_dim, self.image_size, self.patch_size, True, self.dtype, name="embed")(pixels)
+        x = ImageTokens(
+            self.hidden_dim, self.image_size, self.patch_size, True, self.dtype, name="embed"
+        )(pixels)
         last = run_blocks(
             x,
             depth=self.depth,

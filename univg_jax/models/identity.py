@@ -1,11 +1,12 @@
-"""Whose portrait is it: a linear discriminant over color and gradient features, small enough for every step.
+"""Whose portrait is it: a linear discriminant over color and gradient features, small enough for
+every step.
 
     e = normalize(P (phi(image) - mean))
 
-phi is the image at low resolution beside histograms of oriented gradients. P first whitens what varies between
-pictures of one person (expression, clothes, background, small shifts), then keeps the directions that
-tell persons apart (Fisher's LDA; Belhumeur et al. 1997, "Fisherfaces"). Persons unseen in the fit are compared
-by the cosine of their embeddings.
+phi is the image at low resolution beside histograms of oriented gradients. P first whitens what
+varies between pictures of one person (expression, clothes, background, small shifts), then keeps
+the directions that tell persons apart (Fisher's LDA; Belhumeur et al. 1997, "Fisherfaces"). Persons
+unseen in the fit are compared by the cosine of their embeddings.
 """
 
 import flax.linen as nn
@@ -66,7 +67,9 @@ class IdentityEncoder(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
         mean = self.param("mean", nn.initializers.zeros, (NUM_FEATURES,))
-        projection = self.param("projection", nn.initializers.orthogonal(), (NUM_FEATURES, self.dim))
+        projection = self.param(
+            "projection", nn.initializers.orthogonal(), (NUM_FEATURES, self.dim)
+        )
         e = (features(images) - mean[None]) @ projection
         return e / jnp.maximum(jnp.linalg.norm(e, axis=-1, keepdims=True), 1e-9)
 
@@ -80,10 +83,10 @@ def fit_identity_encoder(
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """Parameters of `IdentityEncoder` in closed form, float64 and deterministic.
 
-    With scatter matrices S_w (within persons, shrunk towards a multiple of the identity matrix) and S_b (between
-    their means), P holds the `dim` leading eigenvectors of S_w^-1 S_b, scaled so that P^T S_w P = 1. Of k
-    persons only k - 1 directions exist; the rest of the embedding is then zero. Raises ValueError unless
-    there are two persons and several portraits of one.
+    With scatter matrices S_w (within persons, shrunk towards a multiple of the identity matrix) and
+    S_b (between their means), P holds the `dim` leading eigenvectors of S_w^-1 S_b, scaled so that
+    P^T S_w P = 1. Of k persons only k - 1 directions exist; the rest of the embedding is then zero.
+    Raises ValueError unless there are two persons and several portraits of one.
     """
     names, index, counts = np.unique(persons, return_inverse=True, return_counts=True)
     if len(names) < 2 or counts.max() < 2:
@@ -100,7 +103,9 @@ def fit_identity_encoder(
         moment += flat.T @ flat / len(x)  # len(x) views
     centers /= counts[:, None]
     within = (moment - (centers.T * counts) @ centers) / len(portraits)
-    within = (1 - shrinkage) * within + shrinkage * np.trace(within) / NUM_FEATURES * np.eye(NUM_FEATURES)
+    within = (1 - shrinkage) * within + shrinkage * np.trace(within) / NUM_FEATURES * np.eye(
+        NUM_FEATURES
+    )
     values, vectors = np.linalg.eigh(within)
     whitening = vectors / np.sqrt(values)
     mean = counts @ centers / len(portraits)
@@ -113,7 +118,9 @@ def fit_identity_encoder(
 
 @jax.jit
 def _features_of_views(portraits: UInt8[Array, "n f f 3"]) -> Float[Array, "v n p"]:
-    """Each portrait as it is, at half resolution and moved by a pixel: generated pictures are blurred and inexact."""
+    """Each portrait as it is, at half resolution and moved by a pixel: generated pictures are
+    blurred and inexact.
+    """
     x = portraits.astype(jnp.float32) / 127.5 - 1
     n, f = x.shape[:2]
     half = jax.image.resize(x, (n, f // 2, f // 2, 3), "linear")

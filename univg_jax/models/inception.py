@@ -1,11 +1,13 @@
-"""Inception-v3 as FID reads it: 2048 features of an image, numerically the TensorFlow graph of 2015-12-05.
+"""Inception-v3 as FID reads it: 2048 features of an image, numerically the TensorFlow graph of
+2015-12-05.
 
-    y = relu((W * x - mean) / sqrt(var + 0.001) * scale + bias)       every convolution, inference only
+    y = relu((W * x - mean) / sqrt(var + 0.001) * scale + bias)       every convolution, inference
+    only
 
-Rethinking the Inception Architecture (arXiv 1512.00567), features of the last average pool; FID (arXiv
-1706.08500). That graph differs from the paper's and torchvision's network: average pools do not count the
-padding, the last block pools by maximum, there are 1008 classes, and images are resized without half-pixel centers.
-Modules bear the graph's names.
+Rethinking the Inception Architecture (arXiv 1512.00567), features of the last average pool; FID
+(arXiv 1706.08500). That graph differs from the paper's and torchvision's network: average pools do
+not count the padding, the last block pools by maximum, there are 1008 classes, and images are
+resized without half-pixel centers. Modules bear the graph's names.
 """
 
 from typing import Any
@@ -34,7 +36,9 @@ class BatchNorm(nn.Module):
             self.param(name, init, (x.shape[-1],))[None, None, None]
             for name, init in (("mean", zeros), ("var", ones), ("scale", ones), ("bias", zeros))
         )
-        return ((x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + 1e-3) * scale) + bias).astype(x.dtype)
+        return ((x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + 1e-3) * scale) + bias).astype(
+            x.dtype
+        )
 
 
 class ConvNorm(nn.Module):
@@ -49,7 +53,13 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         conv = nn.Conv(
-            self.features, self.size, self.strides, self.padding, use_bias=False, dtype=self.dtype, name="conv"
+            self.features,
+            self.size,
+            self.strides,
+            self.padding,
+            use_bias=False,
+            dtype=self.dtype,
+            name="conv",
         )
         return nn.relu(BatchNorm(name="bn")(conv(x)))
 
@@ -167,8 +177,9 @@ class BlockE(Net):
 class InceptionV3(Net):
     """Preprocessed images -> FID's features: `apply({'params': p}, preprocess(images))`.
 
-    `apply({'params': p}, features, method='logits')` are the classifier's. Images of another size than 299x299, at
-    least 75x75, have features too, but FID is not defined on them; smaller ones raise ValueError.
+    `apply({'params': p}, features, method='logits')` are the classifier's. Images of another size
+    than 299x299, at least 75x75, have features too, but FID is not defined on them; smaller ones
+    raise ValueError.
     """
 
     remat: bool = False  # recompute each block in a backward pass
@@ -179,17 +190,27 @@ class InceptionV3(Net):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b 2048"]:
         if min(x.shape[1:3]) < 75:
-            raise ValueError(f"images of {x.shape[1]}x{x.shape[2]}: Inception-v3 needs 75x75 or more (preprocess)")
+            raise ValueError(
+                f"images of {x.shape[1]}x{x.shape[2]}: Inception-v3 needs 75x75 or more (preprocess)"
+            )
         x = self.conv(x.astype(self.dtype), "Conv2d_1a_3x3", 32, 3, 3, strides=2)
         x = self.conv(x, "Conv2d_2a_3x3", 32, 3, 3, pad=False)
         x = halve(self.conv(x, "Conv2d_2b_3x3", 64, 3, 3))
         x = self.conv(x, "Conv2d_3b_1x1", 80)
         x = halve(self.conv(x, "Conv2d_4a_3x3", 192, 3, 3, pad=False))
-        a, b, c, d, e = (nn.remat(block) if self.remat else block for block in (BlockA, BlockB, BlockC, BlockD, BlockE))
+        a, b, c, d, e = (
+            nn.remat(block) if self.remat else block
+            for block in (BlockA, BlockB, BlockC, BlockD, BlockE)
+        )
         for name, pool_features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
             x = a(self.dtype, pool_features, name=name)(x)
         x = b(self.dtype, name="Mixed_6a")(x)
-        for name, inner in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+        for name, inner in (
+            ("Mixed_6b", 128),
+            ("Mixed_6c", 160),
+            ("Mixed_6d", 160),
+            ("Mixed_6e", 192),
+        ):
             x = c(self.dtype, inner, name=name)(x)
         x = d(self.dtype, name="Mixed_7a")(x)
         x = e(self.dtype, name="Mixed_7b")(x)
@@ -205,10 +226,11 @@ class InceptionV3(Net):
 
 
 def preprocess(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 299 299 3"]:
-    """(resized - 128) / 128 at 299x299; bilinear as TensorFlow 1: no antialiasing, no half-pixel centers.
+    """(resized - 128) / 128 at 299x299; bilinear as TensorFlow 1: no antialiasing, no half-pixel
+    centers.
 
-    Output pixel i lies at p = i * size / 299; its value is (1 - f) x[floor p] + f x[floor p + 1], f = p - floor p,
-    the last pixel repeated.
+    Output pixel i lies at p = i * size / 299; its value is (1 - f) x[floor p] + f x[floor p + 1], f
+    = p - floor p, the last pixel repeated.
     """
     x = jnp.asarray(images).astype(jnp.float32)
     for axis in (2, 1):
@@ -221,6 +243,7 @@ def preprocess(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 299 299 3"]:
 
 def _neighbors(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each output pixel: the two input pixels that it lies between, and how far from the first."""
-    place = np.arange(SIZE, dtype=np.float32) * np.float32(size / SIZE)  # float32, as the graph computes it
+    # float32, as the graph computes it
+    place = np.arange(SIZE, dtype=np.float32) * np.float32(size / SIZE)
     low = place.astype(np.int32)
     return low, np.minimum(low + 1, size - 1), place - low.astype(np.float32)

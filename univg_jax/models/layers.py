@@ -1,7 +1,7 @@
 """Layers shared by the transformers: linear maps, norms, positions.
 
-Parameters are float32 and cast to `dtype` where they are used; norms and angles are computed in float32. Every linear
-map flattens its leading axes, so each is one 2-D matmul.
+Parameters are float32 and cast to `dtype` where they are used; norms and angles are computed in
+float32. Every linear map flattens its leading axes, so each is one 2-D matmul.
 """
 
 import functools
@@ -62,9 +62,11 @@ def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 @jax.custom_vjp
 def gelu_tanh(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): GELU's tanh form (arXiv 1606.08415).
+    """0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): GELU's tanh form
+    (arXiv 1606.08415).
 
-    The gradient is made from x, s + x s (1 - s) 2u' with s = sigmoid(2u), so that nothing else waits for it.
+    The gradient is made from x, s + x s (1 - s) 2u' with s = sigmoid(2u), so that nothing else
+    waits for it.
     """
     # As a sigmoid: 1 + tanh cancels for negative x.
     return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
@@ -89,7 +91,9 @@ def quick_gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
+def rms_norm(
+    x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float
+) -> Float[Array, "*b d"]:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned as x's dtype.
 
     The gradient is made from x as it came, so that nothing in float32 waits for the backward pass.
@@ -103,7 +107,9 @@ def _rms_norm_forward(x: Array, scale: Array, eps: float) -> tuple[Array, tuple[
     return rms_norm(x, scale, eps), (x, scale)
 
 
-def _rms_norm_backward(eps: float, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _rms_norm_backward(
+    eps: float, saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
     x, scale = saved
     x32, g = x.astype(jnp.float32), gradient.astype(jnp.float32)
     r = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
@@ -146,12 +152,16 @@ class LayerNorm(nn.Module):
 def modulated_norm(
     x: Float[Array, "b n d"], scale: Float[Array, "b d"], shift: Float[Array, "b d"]
 ) -> Float[Array, "b n d"]:
-    """LayerNorm without affine, then scale and shift: (x - mean) / sqrt(var + 1e-6) * (1 + scale) + shift.
+    """LayerNorm without affine, then scale and shift: (x - mean) / sqrt(var + 1e-6) * (1 + scale) +
+    shift.
 
-    AdaLN of DiT (arXiv 2212.09748, section 3.2). In float32, returned as x's dtype; gradient as in `rms_norm`.
+    AdaLN of DiT (arXiv 2212.09748, section 3.2). In float32, returned as x's dtype; gradient as in
+    `rms_norm`.
     """
     y, _ = _normalize(x)
-    return (y * (1 + scale.astype(jnp.float32))[:, None] + shift.astype(jnp.float32)[:, None]).astype(x.dtype)
+    return (
+        y * (1 + scale.astype(jnp.float32))[:, None] + shift.astype(jnp.float32)[:, None]
+    ).astype(x.dtype)
 
 
 def _normalize(x: Array) -> tuple[Array, Array]:
@@ -162,17 +172,27 @@ def _normalize(x: Array) -> tuple[Array, Array]:
     return y * r, r
 
 
-def _modulated_norm_forward(x: Array, scale: Array, shift: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+def _modulated_norm_forward(
+    x: Array, scale: Array, shift: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
     return modulated_norm(x, scale, shift), (x, scale, shift)
 
 
-def _modulated_norm_backward(saved: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+def _modulated_norm_backward(
+    saved: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array, Array, Array]:
     x, scale, shift = saved
     y, r = _normalize(x)
     g = gradient.astype(jnp.float32)
     dy = g * (1 + scale.astype(jnp.float32))[:, None]
-    dx = r * (dy - jnp.mean(dy, axis=-1, keepdims=True) - y * jnp.mean(dy * y, axis=-1, keepdims=True))
-    return dx.astype(x.dtype), jnp.sum(g * y, axis=1).astype(scale.dtype), jnp.sum(g, axis=1).astype(shift.dtype)
+    dx = r * (
+        dy - jnp.mean(dy, axis=-1, keepdims=True) - y * jnp.mean(dy * y, axis=-1, keepdims=True)
+    )
+    return (
+        dx.astype(x.dtype),
+        jnp.sum(g * y, axis=1).astype(scale.dtype),
+        jnp.sum(g, axis=1).astype(shift.dtype),
+    )
 
 
 modulated_norm.defvjp(_modulated_norm_forward, _modulated_norm_backward)
@@ -180,15 +200,19 @@ modulated_norm.defvjp(_modulated_norm_forward, _modulated_norm_backward)
 
 def time_features(t: Float[Array, " b"], *, dim: int = 256) -> Float[Array, "b {dim}"]:
     """[cos(1000 t w), sin(1000 t w)], w_i = 10000^(-i / (dim / 2)), for t in [0, 1]."""
-    # An ulp of a frequency is 1e-4 of an angle of 1000: exponents rounded as PyTorch does, the power exact.
+    # An ulp of a frequency is 1e-4 of an angle of 1000: exponents rounded as PyTorch does, the
+    # power exact.
     exponents = -math.log(10000) * np.arange(dim // 2, dtype=np.float32) / np.float32(dim // 2)
     freqs = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = (1000 * t.astype(jnp.float32))[:, None] * freqs[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def sincos_table(height: int, width: int, *, dim: int, max_size: int, base_size: int) -> Float[np.ndarray, "n {dim}"]:
-    """Fixed position features of the central `height x width` crop of a `max_size` square grid of tokens.
+def sincos_table(
+    height: int, width: int, *, dim: int, max_size: int, base_size: int
+) -> Float[np.ndarray, "n {dim}"]:
+    """Fixed position features of the central `height x width` crop of a `max_size` square grid of
+    tokens.
 
     Position i stands at i * base_size / max_size; the first half of the features encodes the
     column, the second the row, each as [sin(p w), cos(p w)] with w_j = 10000^(-j / (dim / 4)).
@@ -196,11 +220,15 @@ def sincos_table(height: int, width: int, *, dim: int, max_size: int, base_size:
     Raises ValueError where the crop is larger than the grid.
     """
     if max(height, width) > max_size:
-        raise ValueError(f"{height}x{width} tokens exceed the position table: pos_embed_max_size={max_size}")
+        raise ValueError(
+            f"{height}x{width} tokens exceed the position table: pos_embed_max_size={max_size}"
+        )
 
     def features(size: int) -> np.ndarray:
         start = (max_size - size) // 2
-        position = np.arange(start, start + size, dtype=np.float32) / np.float32(max_size / base_size)
+        position = np.arange(start, start + size, dtype=np.float32) / np.float32(
+            max_size / base_size
+        )
         omega = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
         angles = np.outer(position.astype(np.float64), omega)
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
@@ -211,7 +239,8 @@ def sincos_table(height: int, width: int, *, dim: int, max_size: int, base_size:
 
 
 def rotate_2d(x: Float[Array, "b n k c"], *, height: int, width: int) -> Float[Array, "b n k c"]:
-    """Rotary position of a `height x width` token grid: the first half of a head turns by row, the second by column.
+    """Rotary position of a `height x width` token grid: the first half of a head turns by row, the
+    second by column.
 
     A pair (x_j, x_{j + c/4}) of a half turns by p * 10000^(-j / (c / 4)), p counted from the grid's
     center (only differences matter). RoFormer (arXiv 2104.09864), axial form.

@@ -1,9 +1,10 @@
-"""The BERT encoder as MiniLM uses it: post-norm blocks of self-attention and MLP, and masked mean pooling.
+"""The BERT encoder as MiniLM uses it: post-norm blocks of self-attention and MLP, and masked mean
+pooling.
 
     y = LayerNorm(x + Attention(x)),   x' = LayerNorm(y + W2 gelu(W1 y))
 
-(Devlin et al. 1810.04805, section 3; gelu is exact, x Phi(x).) Tokens are flattened to 2-D before every
-matmul: on CPU XLA is then close to the machine's peak.
+(Devlin et al. 1810.04805, section 3; gelu is exact, x Phi(x).) Tokens are flattened to 2-D before
+every matmul: on CPU XLA is then close to the machine's peak.
 """
 
 from typing import Any
@@ -26,7 +27,8 @@ class Block(nn.Module):
 
     def _norm(self, x: Float[Array, "n d"], name: str) -> Float[Array, "n d"]:
         norm = nn.LayerNorm(epsilon=self.eps, dtype=jnp.float32, use_fast_variance=False, name=name)
-        return norm(x.astype(jnp.float32)).astype(self.dtype)  # statistics in float32 whatever the compute dtype
+        # statistics in float32 whatever the compute dtype
+        return norm(x.astype(jnp.float32)).astype(self.dtype)
 
     @nn.compact
     def __call__(self, x: Float[Array, "n d"], bias: Float[Array, "b 1 m"]) -> Float[Array, "n d"]:
@@ -36,7 +38,9 @@ class Block(nn.Module):
         def heads(y: Float[Array, "n d"]) -> Float[Array, "bk m e"]:
             return y.reshape(b, m, k, e).swapaxes(1, 2).reshape(b * k, m, e)
 
-        q, key, value = (heads(nn.Dense(d, dtype=self.dtype, name=n)(x)) for n in ("query", "key", "value"))
+        q, key, value = (
+            heads(nn.Dense(d, dtype=self.dtype, name=n)(x)) for n in ("query", "key", "value")
+        )
         scores = jnp.einsum("nqe,nke->nqk", q, key, preferred_element_type=jnp.float32) * e**-0.5
         weights = nn.softmax(scores + jnp.repeat(bias, k, axis=0)).astype(self.dtype)
         y = jnp.einsum("nqk,nke->nqe", weights, value)
@@ -51,9 +55,9 @@ class Block(nn.Module):
 class MiniLM(nn.Module):
     """Token ids -> contextual token embeddings. The defaults are those of all-MiniLM-L6-v2.
 
-    `apply({'params': p}, tokens, text_mask)`; `pool` makes a sentence embedding of the result. Positions
-    where `text_mask` is False are not attended to; their own outputs mean nothing. Raises ValueError for
-    more tokens than there are positions.
+    `apply({'params': p}, tokens, text_mask)`; `pool` makes a sentence embedding of the result.
+    Positions where `text_mask` is False are not attended to; their own outputs mean nothing. Raises
+    ValueError for more tokens than there are positions.
     """
 
     vocab_size: int = 30522
@@ -68,7 +72,9 @@ class MiniLM(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Int32[Array, "b m"], text_mask: Bool[Array, "b m"]) -> Float[Array, "b m d"]:
+    def __call__(
+        self, tokens: Int32[Array, "b m"], text_mask: Bool[Array, "b m"]
+    ) -> Float[Array, "b m d"]:
         b, m = tokens.shape
         if m > self.max_tokens:
             raise ValueError(f"{m} text tokens, but MiniLM has {self.max_tokens} positions")
@@ -84,12 +90,16 @@ class MiniLM(nn.Module):
         bias = jnp.where(text_mask[:, None], 0.0, jnp.finfo(jnp.float32).min)
         block = nn.remat(Block) if self.remat else Block
         for i in range(self.depth):
-            x = block(self.num_heads, self.mlp_dim, self.eps, self.dtype, name=f"layers_{i}")(x, bias)
+            x = block(self.num_heads, self.mlp_dim, self.eps, self.dtype, name=f"layers_{i}")(
+                x, bias
+            )
         return x.reshape(b, m, self.hidden_dim)
 
 
 def pool(text_emb: Float[Array, "b m d"], text_mask: Bool[Array, "b m"]) -> Float[Array, "b d"]:
-    """Sentence embedding: the mean over real tokens, L2-normalized (Sentence-BERT 1908.10084, section 3)."""
+    """Sentence embedding: the mean over real tokens, L2-normalized (Sentence-BERT 1908.10084,
+    section 3).
+    """
     weights = text_mask[..., None].astype(jnp.float32)
     mean = (text_emb.astype(jnp.float32) * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-9)

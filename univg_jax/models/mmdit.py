@@ -1,4 +1,5 @@
-"""MM-DiT: a text and an image stream with their own weights, joined in attention, modulated by time.
+"""MM-DiT: a text and an image stream with their own weights, joined in attention, modulated by
+time.
 
 Each block, on each stream x (image, text), with (shift, scale, gate) from c = time + pooled text:
 
@@ -40,8 +41,9 @@ def _all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name != "all_gather"
 
 
-# What a block keeps for the backward pass beside its input: everything but gathered weights; the outputs of its linear
-# maps; what attention gave; nothing; the outputs of its linear maps, in the host's memory.
+# What a block keeps for the backward pass beside its input: everything but gathered weights; the
+# outputs of its linear maps; what attention gave; nothing; the outputs of its linear maps, in the
+# host's memory.
 _policies = jax.checkpoint_policies
 REMAT = {
     "none": _all_but_gathers,
@@ -73,7 +75,9 @@ class Stream(nn.Module):
         if self.shared_adaln:
             self.offset = self.param("offset", nn.initializers.zeros, (6 * d,))
         else:
-            self.modulation = Linear((2 if self.final else 6) * d, self.dtype, nn.initializers.zeros)
+            self.modulation = Linear(
+                (2 if self.final else 6) * d, self.dtype, nn.initializers.zeros
+            )
         self.k, self.v = Linear(d, self.dtype), Linear(d, self.dtype)
         if self.qk_norm:
             self.k_norm = RMSNorm()
@@ -107,7 +111,9 @@ class Stream(nn.Module):
             q, k = None if self.final else self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def update(self, x: Float[Array, "b n d"], attended: Float[Array, "b n k c"], mod: list) -> Float[Array, "b n d"]:
+    def update(
+        self, x: Float[Array, "b n d"], attended: Float[Array, "b n k c"], mod: list
+    ) -> Float[Array, "b n d"]:
         """Adds what the tokens attended to, then the MLP."""
         _, _, gate_attn, shift, scale, gate_mlp = mod
         y = self.attn_out(attended.reshape(x.shape))
@@ -127,7 +133,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry: tuple[Array, Array], cond: Array, text_mask: Array | None) -> tuple:
         image, text = carry = sharding.split_rows(carry)
-        streams = [Stream(**self.stream, name="image"), Stream(**self.stream, final=self.final, name="text")]
+        streams = [
+            Stream(**self.stream, name="image"),
+            Stream(**self.stream, final=self.final, name="text"),
+        ]
         conds = jnp.split(cond, 2, axis=-1) if self.stream["shared_adaln"] else [cond, cond]
         mods = [s.modulate(c) for s, c in zip(streams, conds, strict=True)]
         (q_image, k_image, v_image), (q_text, k_text, v_text) = (
@@ -135,9 +144,15 @@ class Block(nn.Module):
         )
         if self.grid is not None:
             h, w = self.grid
-            q_image, k_image = rotate_2d(q_image, height=h, width=w), rotate_2d(k_image, height=h, width=w)
+            q_image, k_image = (
+                rotate_2d(q_image, height=h, width=w),
+                rotate_2d(k_image, height=h, width=w),
+            )
         q = q_image if self.final else jnp.concatenate([q_image, q_text], axis=1)
-        k, v = jnp.concatenate([k_image, k_text], axis=1), jnp.concatenate([v_image, v_text], axis=1)
+        k, v = (
+            jnp.concatenate([k_image, k_text], axis=1),
+            jnp.concatenate([v_image, v_text], axis=1),
+        )
         mask = None
         if text_mask is not None:
             mask = jnp.concatenate([jnp.ones(image.shape[:2], bool), text_mask], axis=1)
@@ -177,13 +192,16 @@ class MMDiT(nn.Module):
     shared_adaln: bool = False
     remat: str = "none"  # a name of REMAT
     scan: bool = True  # False unrolls the depth: slower to compile, faster on CPU
-    attention: str | Callable = "auto"  # a name of attention.ATTENTION, or a function of its signature
+    # a name of attention.ATTENTION, or a function of its signature
+    attention: str | Callable = "auto"
     dtype: Any = jnp.float32  # of the computation; parameters are float32
 
     def __post_init__(self):
         super().__post_init__()
         if self.hidden_dim % (4 * self.num_heads):
-            raise ValueError(f"hidden_dim {self.hidden_dim} is not a multiple of 4 * num_heads {self.num_heads}")
+            raise ValueError(
+                f"hidden_dim {self.hidden_dim} is not a multiple of 4 * num_heads {self.num_heads}"
+            )
         known(self.position, ("sincos", "rope"), what="position")
         known(self.remat, REMAT, what="remat policy")
         if self.qk_norm is not None:
@@ -192,12 +210,14 @@ class MMDiT(nn.Module):
             known(self.attention, ATTENTION, what="attention")
 
     def matmul_flops(self, *, height: int, width: int, num_tokens: int, train: bool) -> float:
-        """FLOPs of the matrix products for one example with latents of height x width; 2 per multiply-add.
+        """FLOPs of the matrix products for one example with latents of height x width; 2 per
+        multiply-add.
 
-        With n image and m text tokens, a block multiplies each token by (4 + 2 mlp_ratio) matrices of d x d and scores
-        (n + m)^2 pairs; its modulations see one vector an example. The last block's text has keys and values only. In
-        training every product is done three times (itself, and its gradient by either factor), but for those of the
-        inputs, which need no gradient; nothing is recomputed.
+        With n image and m text tokens, a block multiplies each token by (4 + 2 mlp_ratio) matrices
+        of d x d and scores (n + m)^2 pairs; its modulations see one vector an example. The last
+        block's text has keys and values only. In training every product is done three times
+        (itself, and its gradient by either factor), but for those of the inputs, which need no
+        gradient; nothing is recomputed.
         """
         d, m = self.hidden_dim, num_tokens
         n = height * width // self.patch_size**2
@@ -207,7 +227,8 @@ class MMDiT(nn.Module):
         last = n * token + 2 * m * d * d + pairs * n * (n + m)
         modulations = 12 * d * d if self.shared_adaln else (12 * (self.depth - 1) + 8) * d * d
         inputs = (n * patch * self.in_channels + m * self.text_dim + 256 + self.pooled_dim) * d
-        rest = 2 * d * d + 2 * d * d + n * patch * self.out_channels * d  # embeddings' second maps, output's modulation
+        # embeddings' second maps, output's modulation
+        rest = 2 * d * d + 2 * d * d + n * patch * self.out_channels * d
         inner = (self.depth - 1) * block + last + modulations + rest
         return 2.0 * (3 * inner + 2 * inputs if train else inner + inputs)
 
@@ -220,17 +241,25 @@ class MMDiT(nn.Module):
         t: Float[Array, " b"],
         text_mask: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b h w {self.out_channels}"]:
-        """Predicted velocity at times t in [0, 1]. Text tokens whose mask is False are ignored; None attends to all."""
+        """Predicted velocity at times t in [0, 1]. Text tokens whose mask is False are ignored;
+        None attends to all.
+        """
         d, p = self.hidden_dim, self.patch_size
         b, height, width, _ = latents.shape
         if height % p or width % p:
-            raise ValueError(f"latents of {height}x{width} are not divisible into patches of {p}x{p}")
+            raise ValueError(
+                f"latents of {height}x{width} are not divisible into patches of {p}x{p}"
+            )
         h, w = height // p, width // p
 
-        patches = latents.reshape(b, h, p, w, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(b, h * w, -1)
+        patches = (
+            latents.reshape(b, h, p, w, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(b, h * w, -1)
+        )
         image = Linear(d, self.dtype, name="patch_embed")(patches)
         if self.position == "sincos":
-            table = sincos_table(h, w, dim=d, max_size=self.pos_embed_max_size, base_size=self.pos_embed_base_size)
+            table = sincos_table(
+                h, w, dim=d, max_size=self.pos_embed_max_size, base_size=self.pos_embed_base_size
+            )
             image = image + table[None].astype(self.dtype)
         text = Linear(d, self.dtype, name="text_embed")(text_emb)
 
@@ -239,7 +268,9 @@ class MMDiT(nn.Module):
         cond = nn.silu(cond + MLP(d, d, nn.silu, self.dtype, name="pooled_embed")(pooled_emb))
         block_cond = cond
         if self.shared_adaln:
-            block_cond = Linear(12 * d, self.dtype, nn.initializers.zeros, name="shared_modulation")(cond)
+            block_cond = Linear(
+                12 * d, self.dtype, nn.initializers.zeros, name="shared_modulation"
+            )(cond)
 
         fields = dict(
             stream={
@@ -266,16 +297,26 @@ class MMDiT(nn.Module):
             carry, _ = stack(**fields, name="blocks")(carry, block_cond, text_mask)
         (image, _), _ = block(**fields, final=True, name="last_block")(carry, block_cond, text_mask)
 
-        scale, shift = jnp.split(Linear(2 * d, self.dtype, nn.initializers.zeros, name="out_modulation")(cond), 2, -1)
+        scale, shift = jnp.split(
+            Linear(2 * d, self.dtype, nn.initializers.zeros, name="out_modulation")(cond), 2, -1
+        )
         image = modulated_norm(image, scale, shift)
-        image = Linear(p * p * self.out_channels, self.dtype, nn.initializers.zeros, name="out_proj")(image)
-        return image.reshape(b, h, w, p, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(b, height, width, -1)
+        image = Linear(
+            p * p * self.out_channels, self.dtype, nn.initializers.zeros, name="out_proj"
+        )(image)
+        return (
+            image.reshape(b, h, w, p, p, -1)
+            .transpose(0, 1, 3, 2, 4, 5)
+            .reshape(b, height, width, -1)
+        )
 
 
-# Parameters with SD3's conditioning (text 4096, pooled 2048, 33 channels in, 16 out): 416M, 1.8B, 3.7B, the
-# published totals of UniVG; its depths and widths are not published.
+# Parameters with SD3's conditioning (text 4096, pooled 2048, 33 channels in, 16 out): 416M, 1.8B,
+# 3.7B, the published totals of UniVG; its depths and widths are not published.
 SIZES: dict[str, dict[str, int]] = {
-    "tiny": dict(hidden_dim=256, depth=6, num_heads=4, pos_embed_max_size=32, pos_embed_base_size=32),
+    "tiny": dict(
+        hidden_dim=256, depth=6, num_heads=4, pos_embed_max_size=32, pos_embed_base_size=32
+    ),
     "b": dict(hidden_dim=1024, depth=11, num_heads=16),
     "l": dict(hidden_dim=1472, depth=23, num_heads=23),
     "xl": dict(hidden_dim=1920, depth=28, num_heads=30),
@@ -286,7 +327,9 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def make_mmdit(size: str, **overrides: Any) -> MMDiT:
-    """The MM-DiT of a named size, with any of its fields overridden; an unknown name raises ValueError."""
+    """The MM-DiT of a named size, with any of its fields overridden; an unknown name raises
+    ValueError.
+    """
     fields = [f.name for f in dataclasses.fields(MMDiT) if f.name not in ("parent", "name")]
     for name in overrides:
         known(name, fields, what="model field")

@@ -1,10 +1,11 @@
 """The T5 v1.1 encoder: pre-norm blocks of self-attention with relative positions, and a gated MLP.
 
-    x = x + O softmax(q k^T + bias) v,   (q, k, v) = norm(x) (Wq, Wk, Wv),   bias[i, j] = table[bucket(j - i)]
-    x = x + Wout (gelu(norm(x) Wgate) * norm(x) Win)
+    x = x + O softmax(q k^T + bias) v,   (q, k, v) = norm(x) (Wq, Wk, Wv),   bias[i, j] =
+    table[bucket(j - i)] x = x + Wout (gelu(norm(x) Wgate) * norm(x) Win)
 
-Raffel et al. (arXiv 1910.10683, section 2.1; the logits are not divided by sqrt(c), no map has a bias, all
-layers share one table of positions); the MLP is Shazeer's GEGLU (arXiv 2002.05202). gelu is the tanh form.
+Raffel et al. (arXiv 1910.10683, section 2.1; the logits are not divided by sqrt(c), no map has a
+bias, all layers share one table of positions); the MLP is Shazeer's GEGLU (arXiv 2002.05202). gelu
+is the tanh form.
 """
 
 import math
@@ -20,18 +21,23 @@ from univg_jax.models.attention import xla_attention
 from univg_jax.models.layers import Linear, RMSNorm, gelu_tanh
 
 
-def position_buckets(offsets: Int[np.ndarray, "*n"], *, num_buckets: int, max_distance: int) -> Int[np.ndarray, "*n"]:
+def position_buckets(
+    offsets: Int[np.ndarray, "*n"], *, num_buckets: int, max_distance: int
+) -> Int[np.ndarray, "*n"]:
     """Row of the position table for each offset (key minus query): T5's, two-sided.
 
-    Half of the rows are for keys after the query. Of either half the first h/2 are one offset each, the others grow
-    geometrically up to `max_distance`, and the last holds all beyond it.
+    Half of the rows are for keys after the query. Of either half the first h/2 are one offset each,
+    the others grow geometrically up to `max_distance`, and the last holds all beyond it.
     """
     half = num_buckets // 2
     exact = half // 2
     distance = np.abs(offsets)
-    # Float32 in this order, as PyTorch does: where the quotient is whole in theory, rounding decides the row.
+    # Float32 in this order, as PyTorch does: where the quotient is whole in theory, rounding
+    # decides the row.
     logs = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact))
-    far = exact + (logs / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)).astype(np.int32)
+    far = exact + (
+        logs / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
+    ).astype(np.int32)
     return np.where(distance < exact, distance, np.minimum(far, half - 1)) + half * (offsets > 0)
 
 
@@ -59,28 +65,35 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b m d"], bias: Float[Array, "k m m"], text_mask: Bool[Array, "b m"] | None
+        self,
+        x: Float[Array, "b m d"],
+        bias: Float[Array, "k m m"],
+        text_mask: Bool[Array, "b m"] | None,
     ) -> tuple[Float[Array, "b m d"], None]:
         b, m, d = x.shape
         h = RMSNorm(self.eps, name="attn_norm")(x)
         q, k, v = (
-            Linear(self.num_heads * self.head_dim, self.dtype, use_bias=False, name=name)(h).reshape(
-                b, m, self.num_heads, self.head_dim
-            )
+            Linear(self.num_heads * self.head_dim, self.dtype, use_bias=False, name=name)(
+                h
+            ).reshape(b, m, self.num_heads, self.head_dim)
             for name in ("q", "k", "v")
         )
         attended = xla_attention(q, k, v, text_mask, scale=1.0, bias=bias).reshape(b, m, -1)
         x = x + Linear(d, self.dtype, use_bias=False, name="attn_out")(attended)
-        return x + GatedMLP(self.mlp_dim, self.dtype, name="mlp")(RMSNorm(self.eps, name="mlp_norm")(x)), None
+        return x + GatedMLP(self.mlp_dim, self.dtype, name="mlp")(
+            RMSNorm(self.eps, name="mlp_norm")(x)
+        ), None
 
 
 class T5Encoder(nn.Module):
-    """Token ids -> contextual token embeddings. The defaults are those of T5 v1.1 XXL, 4.8B parameters.
+    """Token ids -> contextual token embeddings. The defaults are those of T5 v1.1 XXL, 4.8B
+    parameters.
 
-    `apply({'params': p}, tokens, text_mask)`. Positions where `text_mask` is False are not attended to, and their
-    own outputs mean nothing; None attends to all. The sum of the blocks, norms and softmax are float32 whatever
-    `dtype`, of which the result is. Take bfloat16 or float32: in float16 the MLP of T5 XXL overflows (products and
-    outputs beyond 65504), where transformers computes `wo` in float32.
+    `apply({'params': p}, tokens, text_mask)`. Positions where `text_mask` is False are not attended
+    to, and their own outputs mean nothing; None attends to all. The sum of the blocks, norms and
+    softmax are float32 whatever `dtype`, of which the result is. Take bfloat16 or float32: in
+    float16 the MLP of T5 XXL overflows (products and outputs beyond 65504), where transformers
+    computes `wo` in float32.
     """
 
     vocab_size: int = 32128
@@ -100,10 +113,16 @@ class T5Encoder(nn.Module):
         self, tokens: Int32[Array, "b m"], text_mask: Bool[Array, "b m"] | None = None
     ) -> Float[Array, "b m {self.hidden_dim}"]:
         m = tokens.shape[1]
-        words = self.param("word_embeddings", nn.initializers.normal(1.0), (self.vocab_size, self.hidden_dim))
-        table = self.param("relative_bias", nn.initializers.normal(0.02), (self.num_buckets, self.num_heads))
+        words = self.param(
+            "word_embeddings", nn.initializers.normal(1.0), (self.vocab_size, self.hidden_dim)
+        )
+        table = self.param(
+            "relative_bias", nn.initializers.normal(0.02), (self.num_buckets, self.num_heads)
+        )
         offsets = np.arange(m)[None] - np.arange(m)[:, None]
-        buckets = position_buckets(offsets, num_buckets=self.num_buckets, max_distance=self.max_distance)
+        buckets = position_buckets(
+            offsets, num_buckets=self.num_buckets, max_distance=self.max_distance
+        )
         bias = jnp.take(table, buckets, axis=0).transpose(2, 0, 1).astype(jnp.float32)
 
         x = jnp.take(words, tokens, axis=0).astype(jnp.float32)

@@ -1,4 +1,6 @@
-"""Text encoders as the model sees them: tokens -> the states it attends to, and one vector of the whole prompt."""
+"""Text encoders as the model sees them: tokens -> the states it attends to, and one vector of the
+whole prompt.
+"""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,7 +13,9 @@ from univg_jax.models.t5 import T5Encoder
 
 
 class SentenceText(nn.Module):
-    """One encoder of token states: emb = states, 0 at the padding; pooled = their normalized mean (`minilm.pool`)."""
+    """One encoder of token states: emb = states, 0 at the padding; pooled = their normalized mean
+    (`minilm.pool`).
+    """
 
     encoder: MiniLM | T5Encoder
 
@@ -30,7 +34,9 @@ class SentenceText(nn.Module):
 
 
 class ClipText(nn.Module):
-    """One CLIP: emb = the states before its last block, 0 at the padding; pooled = its projected text embedding."""
+    """One CLIP: emb = the states before its last block, 0 at the padding; pooled = its projected
+    text embedding.
+    """
 
     encoder: CLIPText
 
@@ -50,13 +56,15 @@ class ClipText(nn.Module):
 
 
 class SD3Text(nn.Module):
-    """Stable Diffusion 3's three encoders (arXiv 2403.03206, figure 2 and section 4), numerically diffusers' pipeline.
+    """Stable Diffusion 3's three encoders (arXiv 2403.03206, figure 2 and section 4), numerically
+    diffusers' pipeline.
 
-        emb    = [ [penultimate(CLIP-L), penultimate(bigG), 0...] ; T5 ]     along the tokens: 77, then the rest
-        pooled = [projected(CLIP-L), projected(bigG)]
+        emb    = [ [penultimate(CLIP-L), penultimate(bigG), 0...] ; T5 ]     along the tokens: 77,
+        then the rest pooled = [projected(CLIP-L), projected(bigG)]
 
-    A row of tokens is `data_pipelines.tokenizer.SD3Tokenizer`'s. SD3 was trained without masks: every
-    encoder and the model attend to the padding too. Raises ValueError where the widths do not fit.
+    A row of tokens is `data_pipelines.tokenizer.SD3Tokenizer`'s. SD3 was trained without masks:
+    every encoder and the model attend to the padding too. Raises ValueError where the widths do not
+    fit.
     """
 
     clip_l: CLIPText
@@ -71,9 +79,12 @@ class SD3Text(nn.Module):
     def __call__(self, tokens: Int32[Array, "b m"], text_mask: Bool[Array, "b m"]) -> Text:
         n = self.clip_l.max_tokens
         ids, real = tokens[:, :n], text_mask[:, :n]
-        low, big = self.clip_l(ids), self.clip_g(jnp.where(real, ids, 0))  # bigG is padded with id 0
+        # bigG is padded with id 0
+        low, big = self.clip_l(ids), self.clip_g(jnp.where(real, ids, 0))
         emb = jnp.concatenate([low.penultimate, big.penultimate], axis=-1)
-        if (room := self.text_dim - emb.shape[-1]) < 0 or (self.t5 is not None and self.t5.hidden_dim != self.text_dim):
+        if (room := self.text_dim - emb.shape[-1]) < 0 or (
+            self.t5 is not None and self.t5.hidden_dim != self.text_dim
+        ):
             raise ValueError(
                 f"text_dim={self.text_dim} must be T5's width and hold both CLIPs' ({emb.shape[-1]} together)"
             )

@@ -1,4 +1,6 @@
-"""UniVG: an MM-DiT whose conditions enter by channels, and whose identity enters at the `<p>` token."""
+"""UniVG: an MM-DiT whose conditions enter by channels, and whose identity enters at the `<p>`
+token.
+"""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -24,11 +26,15 @@ class UniVG(nn.Module):
     def __call__(
         self, x_t: Float[Array, "b h w c"], t: Float[Array, " b"], conditions: Conditions
     ) -> Float[Array, "b h w c"]:
-        """Velocity at noisy latents `x_t` and times `t` in [0, 1]; ValueError where a face is not `face_dim` wide."""
+        """Velocity at noisy latents `x_t` and times `t` in [0, 1]; ValueError where a face is not
+        `face_dim` wide.
+        """
         text_emb = conditions.text_emb
         if self.face_dim is not None:
             if conditions.face_emb.shape[-1] != self.face_dim:
-                raise ValueError(f"face embeddings are {conditions.face_emb.shape[-1]} wide, face_dim={self.face_dim}")
+                raise ValueError(
+                    f"face embeddings are {conditions.face_emb.shape[-1]} wide, face_dim={self.face_dim}"
+                )
             dim, dtype = self.backbone.text_dim, self.backbone.dtype
             face = MLP(dim, dim, gelu_tanh, dtype, name="identity_projector")(conditions.face_emb)
             slot = conditions.identity_slot[..., None]

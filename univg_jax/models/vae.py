@@ -1,18 +1,20 @@
 """The KL autoencoder of latent diffusion: images to latents of 1/2^k the size and back.
 
-    encode: image -> levels of residual blocks, each but the last halves the size -> mid -> (mean, logvar)
-    decode: latent -> mid -> the same levels reversed, each but the last doubles the size -> image
-    mid:    residual block, self-attention over all positions, residual block
-    residual block: x + conv(silu(norm(conv(silu(norm(x))))))
+    encode: image -> levels of residual blocks, each but the last halves the size -> mid -> (mean,
+    logvar) decode: latent -> mid -> the same levels reversed, each but the last doubles the size ->
+    image mid:    residual block, self-attention over all positions, residual block residual block:
+    x + conv(silu(norm(conv(silu(norm(x))))))
 
-Latent Diffusion (arXiv 2112.10752, appendix G); numerically diffusers' `AutoencoderKL`, with the channels and
-the shift of Stable Diffusion 1 to 3 and Flux.
+Latent Diffusion (arXiv 2112.10752, appendix G); numerically diffusers' `AutoencoderKL`, with the
+channels and the shift of Stable Diffusion 1 to 3 and Flux.
 
-The KL term keeps latents near, not at, unit variance. What leaves `encode` and enters `decode` is normalized,
+The KL term keeps latents near, not at, unit variance. What leaves `encode` and enters `decode` is
+normalized,
 
     z = (raw - shift_factor) * scaling_factor
 
-so that a diffusion model sees about unit variance; `encode_raw` and `decode_raw` work in the network's own scale.
+so that a diffusion model sees about unit variance; `encode_raw` and `decode_raw` work in the
+network's own scale.
 """
 
 import math
@@ -42,7 +44,9 @@ class Moments:
         return self.mean
 
     def sample(self, noise: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """mean + exp(logvar / 2) noise. The caller draws the noise, so that it can be keyed by sample id."""
+        """mean + exp(logvar / 2) noise. The caller draws the noise, so that it can be keyed by
+        sample id.
+        """
         return self.mean + jnp.exp(self.logvar / 2) * noise
 
 
@@ -59,11 +63,15 @@ class Norm(nn.Module):
         y = x.astype(jnp.float32).reshape(b, h, w, self.groups, -1)
         y = y - jnp.mean(y, axis=(1, 2, 4), keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=(1, 2, 4), keepdims=True) + 1e-6)
-        return (y.reshape(b, h, w, c) * scale[None, None, None] + bias[None, None, None]).astype(x.dtype)
+        return (y.reshape(b, h, w, c) * scale[None, None, None] + bias[None, None, None]).astype(
+            x.dtype
+        )
 
 
 class ResBlock(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x through a 1x1 convolution where the width changes."""
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x through a 1x1 convolution where the width
+    changes.
+    """
 
     features: int
     groups: int
@@ -115,7 +123,9 @@ class Stack(nn.Module):
     def mid(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         x = self.res(x, x.shape[-1], "mid_res_0")
         if self.attention:
-            x = (nn.remat(Attention) if self.remat else Attention)(self.groups, self.dtype, name="mid_attn")(x)
+            x = (nn.remat(Attention) if self.remat else Attention)(
+                self.groups, self.dtype, name="mid_attn"
+            )(x)
         return self.res(x, x.shape[-1], "mid_res_1")
 
     def out(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
@@ -152,17 +162,19 @@ class Decoder(Stack):
 
 
 class AutoencoderKL(nn.Module):
-    """Images [-1, 1] to normalized latents and back: see the module's docstring. The defaults are those of SD3.
+    """Images [-1, 1] to normalized latents and back: see the module's docstring. The defaults are
+    those of SD3.
 
-    `apply({'params': p}, images, method='encode')`, `method='decode'`. With `tile_size` larger images (and
-    latents) go through in overlapping tiles, blended linearly: memory is bounded by a tile's. Norms and
-    attention then see a tile instead of the image, so results differ slightly from the untiled ones; an image that one
-    tile holds is not tiled. Raises ValueError for fields that do not fit together, and for images whose sides are
-    no multiple of `downsampling`.
+    `apply({'params': p}, images, method='encode')`, `method='decode'`. With `tile_size` larger
+    images (and latents) go through in overlapping tiles, blended linearly: memory is bounded by a
+    tile's. Norms and attention then see a tile instead of the image, so results differ slightly
+    from the untiled ones; an image that one tile holds is not tiled. Raises ValueError for fields
+    that do not fit together, and for images whose sides are no multiple of `downsampling`.
     """
 
     latent_channels: int = 16
-    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of each level; a level halves the size of the one before
+    # channels of each level; a level halves the size of the one before
+    widths: tuple[int, ...] = (128, 256, 512, 512)
     depth: int = 2  # residual blocks a level; the decoder has one more
     groups: int = 32  # of the norms
     quant_conv: bool = False  # a 1x1 convolution after the encoder
@@ -187,7 +199,9 @@ class AutoencoderKL(nn.Module):
                 f"downsampling {self.downsampling}"
             )
         if not 0 < self.tile_overlap < self.tile_size:
-            raise ValueError(f"tile_overlap {self.tile_overlap} is not between 0 and tile_size {self.tile_size}")
+            raise ValueError(
+                f"tile_overlap {self.tile_overlap} is not between 0 and tile_size {self.tile_size}"
+            )
 
     @property
     def downsampling(self) -> int:
@@ -196,7 +210,11 @@ class AutoencoderKL(nn.Module):
 
     def setup(self) -> None:
         fields = dict(
-            widths=self.widths, groups=self.groups, attention=self.mid_attention, dtype=self.dtype, remat=self.remat
+            widths=self.widths,
+            groups=self.groups,
+            attention=self.mid_attention,
+            dtype=self.dtype,
+            remat=self.remat,
         )
         self.encoder = Encoder(depth=self.depth, features=2 * self.latent_channels, **fields)
         self.decoder = Decoder(depth=self.depth + 1, features=3, **fields)
@@ -208,9 +226,13 @@ class AutoencoderKL(nn.Module):
     def encode(self, images: Float[Array, "b h w 3"]) -> Moments:
         """The distribution of the normalized latents."""
         raw = self.encode_raw(images)
-        return Moments(mean=self.normalize(raw.mean), logvar=raw.logvar + 2 * math.log(self.scaling_factor))
+        return Moments(
+            mean=self.normalize(raw.mean), logvar=raw.logvar + 2 * math.log(self.scaling_factor)
+        )
 
-    def decode(self, latents: Float[Array, "b h w {self.latent_channels}"]) -> Float[Array, "b h2 w2 3"]:
+    def decode(
+        self, latents: Float[Array, "b h w {self.latent_channels}"]
+    ) -> Float[Array, "b h2 w2 3"]:
         """Images of normalized latents, not clipped."""
         return self.decode_raw(self.denormalize(latents))
 
@@ -228,11 +250,17 @@ class AutoencoderKL(nn.Module):
         """As `encode`, in the network's scale; log variances are clipped to [-30, 20]."""
         _, h, w, _ = images.shape
         if h % self.downsampling or w % self.downsampling:
-            raise ValueError(f"images of {h}x{w} are not divisible into latent cells of {self.downsampling} pixels")
-        mean, logvar = jnp.split(self._tiled("_encode_tile", images, self.downsampling, 1), 2, axis=-1)
+            raise ValueError(
+                f"images of {h}x{w} are not divisible into latent cells of {self.downsampling} pixels"
+            )
+        mean, logvar = jnp.split(
+            self._tiled("_encode_tile", images, self.downsampling, 1), 2, axis=-1
+        )
         return Moments(mean=mean, logvar=jnp.clip(logvar, -30, 20))
 
-    def decode_raw(self, latents: Float[Array, "b h w {self.latent_channels}"]) -> Float[Array, "b h2 w2 3"]:
+    def decode_raw(
+        self, latents: Float[Array, "b h w {self.latent_channels}"]
+    ) -> Float[Array, "b h2 w2 3"]:
         """As `decode`, of latents in the network's scale."""
         return self._tiled("_decode_tile", latents, 1, self.downsampling)
 
@@ -248,7 +276,9 @@ class AutoencoderKL(nn.Module):
         x = latents.astype(self.dtype)
         return self.decoder(self.post_quant(x) if self.post_quant_conv else x).astype(jnp.float32)
 
-    def _tiled(self, method: str, x: Float[Array, "b h w c"], cell_in: int, cell_out: int) -> Float[Array, "b h2 w2 d"]:
+    def _tiled(
+        self, method: str, x: Float[Array, "b h w c"], cell_in: int, cell_out: int
+    ) -> Float[Array, "b h2 w2 d"]:
         if self.tile_size is None or self.is_initializing():
             return getattr(self, method)(x)
         module, variables = self.unbind()
@@ -263,13 +293,21 @@ class AutoencoderKL(nn.Module):
 
 
 def map_tiles(
-    f: Callable[[Array], Array], x: Float[Array, "b h w c"], *, tile: int, overlap: int, cell_in: int, cell_out: int
+    f: Callable[[Array], Array],
+    x: Float[Array, "b h w c"],
+    *,
+    tile: int,
+    overlap: int,
+    cell_in: int,
+    cell_out: int,
 ) -> Float[Array, "b h2 w2 d"]:
-    """`f` over overlapping square tiles of x, one at a time, blended linearly where they overlap; f(x) if one holds x.
+    """`f` over overlapping square tiles of x, one at a time, blended linearly where they overlap;
+    f(x) if one holds x.
 
-    `f` maps cells of `cell_in` pixels a side to cells of `cell_out`; `tile` and `overlap` count cells. Tiles are of
-    equal size, spread evenly, and share at least `overlap` cells. With w_i(p) the distance of pixel p to the edge
-    of tile i, out(p) = sum_i w_i(p) f_i(p) / sum_i w_i(p), rows times columns.
+    `f` maps cells of `cell_in` pixels a side to cells of `cell_out`; `tile` and `overlap` count
+    cells. Tiles are of equal size, spread evenly, and share at least `overlap` cells. With w_i(p)
+    the distance of pixel p to the edge of tile i, out(p) = sum_i w_i(p) f_i(p) / sum_i w_i(p), rows
+    times columns.
     """
     cells = [size // cell_in for size in x.shape[1:3]]
     sizes = [min(tile, n) for n in cells]
@@ -277,19 +315,29 @@ def map_tiles(
         return f(x)
     starts = [_starts(n, tile, overlap) for n in cells]
     rows, columns = (
-        _blend_weights(s, size * cell_out, n * cell_out, cell_out) for s, size, n in zip(starts, sizes, cells)
+        _blend_weights(s, size * cell_out, n * cell_out, cell_out)
+        for s, size, n in zip(starts, sizes, cells)
     )
 
     def add_tile(out: Array, place: tuple[Array, ...]) -> tuple[Array, None]:
         row, column, w_row, w_column = place
         crop = [s * cell_in for s in sizes]
-        y = f(jax.lax.dynamic_slice(x, (0, row * cell_in, column * cell_in, 0), (len(x), *crop, x.shape[-1])))
+        y = f(
+            jax.lax.dynamic_slice(
+                x, (0, row * cell_in, column * cell_in, 0), (len(x), *crop, x.shape[-1])
+            )
+        )
         corner = (0, row * cell_out, column * cell_out, 0)
-        y = jax.lax.dynamic_slice(out, corner, y.shape) + y * w_row[None, :, None, None] * w_column[None, None, :, None]
+        y = (
+            jax.lax.dynamic_slice(out, corner, y.shape)
+            + y * w_row[None, :, None, None] * w_column[None, None, :, None]
+        )
         return jax.lax.dynamic_update_slice(out, y, corner), None
 
     i, j = np.indices([len(s) for s in starts]).reshape(2, -1)
-    y = jax.eval_shape(f, jax.ShapeDtypeStruct((len(x), *(s * cell_in for s in sizes), x.shape[-1]), x.dtype))
+    y = jax.eval_shape(
+        f, jax.ShapeDtypeStruct((len(x), *(s * cell_in for s in sizes), x.shape[-1]), x.dtype)
+    )
     out = jnp.zeros((len(x), *(n * cell_out for n in cells), y.shape[-1]), y.dtype)
     out, _ = jax.lax.scan(add_tile, out, (starts[0][i], starts[1][j], rows[i], columns[j]))
     return out
@@ -300,10 +348,14 @@ def _starts(cells: int, tile: int, overlap: int) -> Int32[np.ndarray, " t"]:
     return np.linspace(0, max(cells - tile, 0), count).round().astype(np.int32)
 
 
-def _blend_weights(starts: Int32[np.ndarray, " t"], size: int, total: int, cell: int) -> Float[np.ndarray, "t p"]:
+def _blend_weights(
+    starts: Int32[np.ndarray, " t"], size: int, total: int, cell: int
+) -> Float[np.ndarray, "t p"]:
     """Each tile's weights along one axis; over all tiles they sum to 1 at every pixel."""
     distance = np.minimum(np.arange(size), np.arange(size)[::-1]) + 0.5
     sums = np.zeros(total)
     for start in starts * cell:
         sums[start : start + size] += distance
-    return np.stack([distance / sums[start : start + size] for start in starts * cell]).astype(np.float32)
+    return np.stack([distance / sums[start : start + size] for start in starts * cell]).astype(
+        np.float32
+    )
