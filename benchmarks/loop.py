@@ -29,9 +29,8 @@ import numpy as np
 
 from data_pipelines import mixture
 from data_pipelines.tasks import TASKS
-from univg_jax import sharding, train
+from univg_jax import assembly, sharding
 from univg_jax.batch import Batch
-from univg_jax.cli import assembly
 from univg_jax.cli.config import load_config
 from univg_jax.cli.main import configure_jax
 from univg_jax.writers import read_metrics

@@ -32,7 +32,7 @@ from data_pipelines.sources import Source, open_source
 from data_pipelines.tasks import TASKS, Example
 from data_pipelines.transforms import Record
 from univg_jax.batch import Batch, Text
-from univg_jax.names import known
+from univg_jax.errors import check_name
 
 _logger = logging.getLogger(__name__)
 
@@ -328,7 +328,7 @@ def eval_records(
 
     In the stored order, the task's sources one after another; the same on every host.
     """
-    known(task, config.tasks, what="task of this config")
+    check_name(task, config.tasks, what="task of this config")
     opened = dict(sources or {})
     found: list[Record] = []
     for name in config.tasks[task]["sources"]:

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-from univg_jax.names import known
+from univg_jax.errors import check_name
 
 MAX_PIXELS = 64 * 2**20  # a picture that unpacks to more is taken for a decompression bomb
 
@@ -52,7 +52,7 @@ def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     result = {}
     for name, stored in raw.items():
-        result[name] = FIELDS[known(name, FIELDS, what="record field")].decode(stored, name)
+        result[name] = FIELDS[check_name(name, FIELDS, what="record field")].decode(stored, name)
     return result
 
 

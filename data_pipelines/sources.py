@@ -8,7 +8,7 @@ from etils import epath
 
 from data_pipelines import records
 from data_pipelines.transforms import Record
-from univg_jax.names import known
+from univg_jax.errors import check_name
 
 _IMAGE_FIELDS = ("image", "source", "edit_mask", "depth", "masks", "face")
 
@@ -86,7 +86,7 @@ def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
                         f"{folder} holds several datasets ({inside}): name one of them"
                     )
                 builder = tfds.builder_from_directory(max(found, key=_version))
-                known(split, builder.info.splits, what=f"split of {folder}:")
+                check_name(split, builder.info.splits, what=f"split of {folder}:")
                 source = TfdsSource(name, builder, split)
                 if not len(source):
                     raise ValueError(f"split {split!r} of {folder} is empty")
@@ -94,7 +94,7 @@ def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
     parent = folders[0].parent
     siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.exists() else []
     try:
-        known(folders[0].name, siblings, what="dataset")
+        check_name(folders[0].name, siblings, what="dataset")
     except ValueError as error:
         raise FileNotFoundError(f"no dataset at {folders[0]}: {error}") from None
     raise FileNotFoundError(

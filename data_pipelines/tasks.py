@@ -26,7 +26,7 @@ from jaxtyping import UInt8
 
 from data_pipelines import renderings, transforms
 from data_pipelines.transforms import Record
-from univg_jax.names import known
+from univg_jax.errors import check_name
 
 PLACEHOLDER = "<p>"
 BACKGROUND_FRACTION = 0.5  # of ip: no caption
@@ -93,7 +93,7 @@ def find(name: str) -> Task:
     Raises:
       ValueError: there is none; names the nearest.
     """
-    return TASKS[known(name, TASKS, what="task")]
+    return TASKS[check_name(name, TASKS, what="task")]
 
 
 def check(record: Record, needs: Iterable[str], *, where: str) -> None:

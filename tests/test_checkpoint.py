@@ -11,8 +11,9 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from univg_jax import checkpoint, optim, sharding
+from univg_jax import checkpoint, sharding
 from univg_jax.batch import pytree_dataclass
+from univg_jax.training import optim
 
 
 @pytree_dataclass

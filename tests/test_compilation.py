@@ -15,7 +15,7 @@ import pytest
 from univg_jax import checkpoint, compilation
 from univg_jax.writers import read_metrics
 
-TURN_ON = "import jax; from univg_jax import compilation; compilation.turn_cache_on()\n"
+TURN_ON = "import jax; from univg_jax import compilation; compilation.enable_cache()\n"
 TURN_ON += "print(jax.config.jax_compilation_cache_dir)"
 
 
@@ -95,5 +95,5 @@ def test_a_home_that_cannot_be_written_is_a_warning(tmp_path):
 
 
 def test_tests_have_a_cache_of_their_own():
-    compilation.turn_cache_on()
+    compilation.enable_cache()
     assert jax.config.jax_compilation_cache_dir.startswith(tempfile.gettempdir())

@@ -11,15 +11,15 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from univg_jax import checkpoint, optim, sharding, train
+from univg_jax import assembly, checkpoint, sharding
 from univg_jax.batch import batch_spec
-from univg_jax.cli import assembly
 from univg_jax.cli.config import load_config
 from univg_jax.conditioning import Conditioner
 from univg_jax.models.codec import PatchCodec
 from univg_jax.models.identity import IdentityEncoder
 from univg_jax.models.minilm import MiniLM
 from univg_jax.models.text import SentenceText
+from univg_jax.training import optim
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SPECS = (

@@ -24,8 +24,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines import mixture
-from univg_jax import checkpoint
-from univg_jax.cli import assembly
+from univg_jax import assembly, checkpoint
 from univg_jax.cli.config import load_config
 from univg_jax.cli.main import main
 from univg_jax.writers import read_metrics
@@ -319,7 +318,8 @@ import argparse, json, sys
 import jax, numpy as np
 from data_pipelines import mixture
 from univg_jax import sharding
-from univg_jax.cli import assembly, launch
+from univg_jax import assembly
+from univg_jax.cli import launch
 from univg_jax.cli.config import load_config
 
 parser = argparse.ArgumentParser()
@@ -342,10 +342,10 @@ for order in devices:
         assert placed.target.sharding == sharding.batch_sharding(mesh)
         # A computation has rows where it likes; they come back to who gave them.
         moved = jax.device_put(placed.target, sharding.replicated(mesh))
-        np.testing.assert_array_equal(sharding.own_rows(moved, mesh), batch.target)
-        np.testing.assert_array_equal(sharding.own_rows(placed.sample_id, mesh), batch.sample_id)
-        sums = sharding.fetch(placed.target).sum((1, 2, 3), dtype=int)
-        found.append(dict(order=order, axes=axes, ids=sharding.fetch(placed.sample_id).tolist(), sums=sums.tolist()))
+        np.testing.assert_array_equal(sharding.local_rows(moved, mesh), batch.target)
+        np.testing.assert_array_equal(sharding.local_rows(placed.sample_id, mesh), batch.sample_id)
+        sums = sharding.all_gather_to_host(placed.target).sum((1, 2, 3), dtype=int)
+        found.append(dict(order=order, axes=axes, ids=sharding.all_gather_to_host(placed.sample_id).tolist(), sums=sums.tolist()))
 print(json.dumps(found))
 """
 

@@ -5,10 +5,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from univg_jax import hlo, sharding
+from univg_jax import sharding
 from univg_jax.batch import fake_batch
 from univg_jax.models.mmdit import make_mmdit
 from univg_jax.models.t5 import T5Encoder
+from univg_jax.planning import hlo
 
 
 def shapes(size="tiny", **overrides):
@@ -176,7 +177,7 @@ def test_batch_rows_go_to_data_and_fsdp():
     batch = fake_batch(batch_size=8, resolution=8, num_tokens=4, face_resolution=4)
     with jax.transfer_guard("disallow"):
         placed = sharding.shard_batch(batch, mesh)
-    np.testing.assert_array_equal(sharding.fetch(placed.target), batch.target)
+    np.testing.assert_array_equal(sharding.all_gather_to_host(placed.target), batch.target)
     assert placed.target.sharding == sharding.batch_sharding(mesh)
     assert {s.data.shape[0] for s in placed.target.addressable_shards} == {2}
     with pytest.raises(ValueError, match="6"):

@@ -56,7 +56,7 @@ def compile_case(case: tuple[str, str, list[str]]) -> dict[str, Any]:
 
     from univg_jax.cli.config import load_config
     from univg_jax.cli.plan import compile_for, to_json
-    from univg_jax.plan import open_topology
+    from univg_jax.planning.plan import open_topology
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_threefry_partitionable", True)

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int32, UInt8, UInt32
 
+from univg_jax.settings import Data
+
 Array = jax.Array | np.ndarray
 
 
@@ -88,50 +90,61 @@ class Conditions:
     identity_slot: Bool[Array, "b m"]
 
 
-def batch_spec(*, batch_size: int, resolution: int, num_tokens: int, face_resolution: int) -> Batch:
-    """The abstract `Batch` (shapes and dtypes, no data) that a config's compiled step takes."""
-    b, s, m, f = batch_size, resolution, num_tokens, face_resolution
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """Everything that the shapes of a `Batch` depend on but its number of rows."""
 
-    def blank(*shape: int, dtype: Any) -> np.ndarray:
-        return np.broadcast_to(np.zeros((), dtype), (b, *shape))  # a view: allocates one element
+    height: int  # of target, source and mask, pixels
+    width: int
+    num_tokens: int
+    face: int  # pixels a side
 
-    batch = Batch(
-        target=blank(s, s, 3, dtype=np.uint8),
-        source=blank(s, s, 3, dtype=np.uint8),
-        mask=blank(s, s, 1, dtype=np.uint8),
-        tokens=blank(m, dtype=np.int32),
-        text_mask=blank(m, dtype=bool),
-        identity_slot=blank(m, dtype=bool),
-        face=blank(f, f, 3, dtype=np.uint8),
-        has_source=blank(dtype=bool),
-        has_face=blank(dtype=bool),
-        task=blank(dtype=np.int32),
-        sample_id=blank(dtype=np.uint32),
-        valid=blank(dtype=bool),
-    )
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    @classmethod
+    def of(cls, data: Data) -> "BatchShape":
+        """The shape of a config's batches."""
+        side = data.resolution
+        return cls(height=side, width=side, num_tokens=data.num_tokens, face=data.face_resolution)
+
+    def spec(self, batch_size: int) -> Batch:
+        """The abstract `Batch` (shapes and dtypes, no data) of so many rows, without `text`."""
+        h, w, m, f = self.height, self.width, self.num_tokens, self.face
+
+        def blank(*shape: int, dtype: Any) -> np.ndarray:
+            # A broadcast view holds one element, however large its shape.
+            return np.broadcast_to(np.zeros((), dtype), (batch_size, *shape))
+
+        batch = Batch(
+            target=blank(h, w, 3, dtype=np.uint8),
+            source=blank(h, w, 3, dtype=np.uint8),
+            mask=blank(h, w, 1, dtype=np.uint8),
+            tokens=blank(m, dtype=np.int32),
+            text_mask=blank(m, dtype=bool),
+            identity_slot=blank(m, dtype=bool),
+            face=blank(f, f, 3, dtype=np.uint8),
+            has_source=blank(dtype=bool),
+            has_face=blank(dtype=bool),
+            task=blank(dtype=np.int32),
+            sample_id=blank(dtype=np.uint32),
+            valid=blank(dtype=bool),
+        )
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
 
 
-def fake_batch(*, seed: int = 0, **spec: int) -> Batch:
-    """Random but well-formed rows of `batch_spec(**spec)`: half with a source, all with text, no
-    face.
-    """
+def fake_batch(*, shape: BatchShape, batch_size: int, seed: int = 0) -> Batch:
+    """Random but well-formed rows: every other one with a source, all with text, none with a face."""
     rng = np.random.default_rng(seed)
-    shapes = batch_spec(**spec)
-    b, m = spec["batch_size"], spec["num_tokens"]
+    spec, b, m = shape.spec(batch_size), batch_size, shape.num_tokens
     lengths = rng.integers(2, m + 1, size=b)
     has_source = np.arange(b) % 2 == 1
-    source = rng.integers(0, 256, shapes.source.shape, dtype=np.uint8) * has_source[
-        :, None, None, None
-    ].astype(np.uint8)
+    shown = has_source[:, None, None, None].astype(np.uint8)
     return Batch(
-        target=rng.integers(0, 256, shapes.target.shape, dtype=np.uint8),
-        source=source,
-        mask=np.ones(shapes.mask.shape, np.uint8),
+        target=rng.integers(0, 256, spec.target.shape, dtype=np.uint8),
+        source=rng.integers(0, 256, spec.source.shape, dtype=np.uint8) * shown,
+        mask=np.ones(spec.mask.shape, np.uint8),
         tokens=rng.integers(1000, 20000, (b, m)).astype(np.int32),
         text_mask=np.arange(m)[None] < lengths[:, None],
         identity_slot=np.zeros((b, m), bool),
-        face=np.zeros(shapes.face.shape, np.uint8),
+        face=np.zeros(spec.face.shape, np.uint8),
         has_source=has_source,
         has_face=np.zeros(b, bool),
         task=np.zeros(b, np.int32),

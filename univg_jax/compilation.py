@@ -38,7 +38,7 @@ class CacheUse:
 _use: CacheUse | None = None
 
 
-def turn_cache_on() -> CacheUse:
+def enable_cache() -> CacheUse:
     """Turns the persistent cache on; what this process gets from it is counted, and logged when the
     process ends.
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
-from univg_jax.names import known
+from univg_jax.errors import check_name
 
 PredictVelocity = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "b h w c"]]
 
@@ -41,7 +41,7 @@ class Times:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        known(self.distribution, DISTRIBUTIONS, what="flow.distribution")
+        check_name(self.distribution, DISTRIBUTIONS, what="flow.distribution")
         if self.shift <= 0 or self.std <= 0:
             raise ValueError(
                 f"flow.shift and flow.std must be positive, got {self.shift} and {self.std}"

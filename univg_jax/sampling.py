@@ -26,10 +26,10 @@ from jaxtyping import Array, Float, PyTree
 
 from univg_jax.batch import Batch
 from univg_jax.conditioning import Conditioner
+from univg_jax.errors import check_name
 from univg_jax.flow import sample_noise, shift_times
 from univg_jax.models.univg import UniVG
-from univg_jax.names import known
-from univg_jax.sharding import split_rows
+from univg_jax.sharding import constrain_rows
 
 SOLVERS = ("euler", "heun")
 
@@ -54,7 +54,7 @@ class Sampler:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        known(self.solver, SOLVERS, what="sampling.solver")
+        check_name(self.solver, SOLVERS, what="sampling.solver")
         if self.steps < 1:
             raise ValueError(f"sampling.steps must be at least 1, got {self.steps}")
 
@@ -170,7 +170,7 @@ class Generator:
         key: Array,
     ) -> Float[Array, "b h w 3"]:
         """`__call__` as one program, of arrays only."""
-        each = split_rows([self.conditioner.conditions(frozen, batch) for batch in passes])
+        each = constrain_rows([self.conditioner.conditions(frozen, batch) for batch in passes])
         stacked = jax.tree.map(
             lambda *xs: jnp.stack(xs, axis=1).reshape(len(xs) * len(xs[0]), *xs[0].shape[1:]), *each
         )
@@ -179,7 +179,7 @@ class Generator:
         def predict(
             x: Float[Array, "bp h w c"], t: Float[Array, " bp"]
         ) -> Float[Array, "bp h w c"]:
-            return self.model.apply({"params": params}, *split_rows((x, t)), stacked)
+            return self.model.apply({"params": params}, *constrain_rows((x, t)), stacked)
 
         x0 = solve(
             guided_velocity(predict, weights, self.sampler),

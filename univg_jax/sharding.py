@@ -23,11 +23,12 @@ from jaxtyping import Float
 from univg_jax.batch import Array
 
 AXES = ("data", "fsdp", "tensor")
-STACK = r"(^|/)blocks/"  # leaves under it carry the scanned layer axis in front
+ROWS = ("data", "fsdp")  # the axes that split the rows of a batch
+SCANNED = r"(^|/)blocks/"  # leaves under it carry the scanned layer axis in front
 # devices that share weights where nobody says how many: more would save little and wait longer
-MOST_FSDP = 128
+MAX_FSDP = 128
 # elements of a layer; below it a leaf is whole along fsdp: gathering it costs more than holding it
-SMALL = 2**14
+MIN_SHARDED_SIZE = 2**14
 
 # (regex searched in a leaf's path, spec of its last dimensions); the first match wins. Where a rule
 # is silent about fsdp, it takes the leaf's largest free dimension. Megatron's pairs: a kernel (in,
@@ -64,7 +65,7 @@ def make_mesh(
     """The mesh `data x fsdp x tensor` over `devices` (default: all); one size may be -1, the rest.
 
     With the model's `width`, `data` and `fsdp` may both be -1: then fsdp takes as many devices of a
-    slice as divide it, up to `MOST_FSDP`. Slices, which only a data center network joins, lie along
+    slice as divide it, up to `MAX_FSDP`. Slices, which only a data center network joins, lie along
     `data`. Raises `ValueError` when the sizes cannot multiply to the number of devices, or not
     within slices.
     """
@@ -73,7 +74,7 @@ def make_mesh(
     sizes = [data, fsdp, tensor]
     asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
     if sizes[:2] == [-1, -1] and width and tensor > 0:
-        sizes[1] = math.gcd(len(devices) // slices // tensor or 1, width, MOST_FSDP)
+        sizes[1] = math.gcd(len(devices) // slices // tensor or 1, width, MAX_FSDP)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"mesh {asked}: sizes are positive and at most one is -1 (the rest)")
     known = math.prod(size for size in sizes if size != -1)
@@ -99,7 +100,7 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows split over `data` and `fsdp`; devices along `tensor` share them."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(ROWS))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
@@ -121,7 +122,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.device_put(arrays, batch_sharding(mesh))
 
 
-def own_rows(array: jax.Array, mesh: Mesh) -> np.ndarray:
+def local_rows(array: jax.Array, mesh: Mesh) -> np.ndarray:
     """The rows of a global array that belong to those this process gave to `shard_batch`; all
     processes call it.
     """
@@ -130,7 +131,7 @@ def own_rows(array: jax.Array, mesh: Mesh) -> np.ndarray:
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
-def fetch(array: jax.Array) -> np.ndarray:
+def all_gather_to_host(array: jax.Array) -> np.ndarray:
     """The whole array in the memory of every process, which all call this."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
@@ -161,7 +162,7 @@ def tree_shardings(
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         name, shape = path_name(path), tuple(leaf.shape)
-        layers = int(bool(re.search(STACK, name)))
+        layers = int(bool(re.search(SCANNED, name)))
         spec = layer_spec(name, shape[layers:], mesh, rules=rules)
         return NamedSharding(mesh, P(*[None] * layers, *spec) if spec else P())
 
@@ -187,20 +188,20 @@ def layer_spec(
     return P(*axes)
 
 
-def split_rows(tree: Any) -> Any:
+def constrain_rows(tree: Any) -> Any:
     """Inside jit: the rows of every array over `data` and `fsdp`; as it is where no mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(("data", "fsdp"))), tree)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(ROWS)), tree)
 
 
-def gathers() -> bool:
+def is_fsdp() -> bool:
     """Inside jit: whether weights are split over fsdp, so that their use gathers them."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape["fsdp"] > 1
 
 
-def rows_divide(count: int) -> bool:
+def rows_divisible(count: int) -> bool:
     """Inside jit: whether so many rows can be split over the mesh. A batch of one, made for its
     shapes, cannot.
     """
@@ -216,12 +217,12 @@ def matmul(x: Float[Array, "r i"], weight: Float[Array, "i o"], name: str) -> Fl
     gradient (no remat policy keeps it); the gradient is summed straight into shards. That is three
     times the bytes of all weights a step. Left to itself the compiler may move activations instead.
     """
-    if not gathers() or not rows_divide(len(x)):
+    if not is_fsdp() or not rows_divisible(len(x)):
         return x @ weight
     mesh = jax.sharding.get_abstract_mesh()
     spec = layer_spec(name, weight.shape, mesh)
     manual = P(*("fsdp" if axis == "fsdp" else None for axis in spec))
-    rows = P(("data", "fsdp"))
+    rows = P(ROWS)
 
     def local(x: jax.Array, weight: jax.Array) -> jax.Array:
         if "fsdp" in manual:
@@ -315,7 +316,7 @@ def _with_fsdp(spec: tuple, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -
     if (
         size == 1
         or not free
-        or math.prod(shape) < SMALL
+        or math.prod(shape) < MIN_SHARDED_SIZE
         or any("fsdp" in _axes(axes) for axes in spec)
     ):
         return spec

@@ -112,7 +112,7 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def quiet_where_absent() -> None:
+def silence_if_absent() -> None:
     """On a machine without TPUs, tells libtpu what it would look for there in vain, and raise an
     alarm about.
     """

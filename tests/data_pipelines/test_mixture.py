@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from data_pipelines import emoji_scenes, mixture, tasks
+from data_pipelines import mixture, tasks
+from data_pipelines.datasets import emoji_scenes
 from data_pipelines.mixture import make_stream
 from data_pipelines.sources import MemorySource
 from data_pipelines.tasks import TASKS

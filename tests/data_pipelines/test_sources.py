@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_pipelines import emoji_scenes
+from data_pipelines.datasets import emoji_scenes
 from data_pipelines.sources import open_source
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from univg_jax.models.dino import DINO, MEAN, STD, preprocess
-from univg_jax.models.encoder import resize_positions
+from univg_jax.models.vit import resize_positions
 
 TINY = DINO(image_size=8, patch_size=4, hidden_dim=12, depth=2, num_heads=3, mlp_dim=20)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.emoji_scenes.portraits import draw_portraits, render_portrait
+from data_pipelines.datasets.emoji_scenes.portraits import draw_portraits, render_portrait
 from univg_jax.models.identity import IdentityEncoder, fit_identity_encoder
 
 DIM = 32

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from univg_jax import hlo, sharding
+from univg_jax import sharding
 from univg_jax.models.layers import modulated_norm, rotate_2d, sincos_table
 from univg_jax.models.mmdit import SIZES, MMDiT, make_mmdit
+from univg_jax.planning import hlo
 
 TINY = MMDiT(
     hidden_dim=32, depth=3, num_heads=4, in_channels=5, out_channels=2, text_dim=12, pooled_dim=7

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from univg_jax.names import hint
+from univg_jax.errors import suggestion
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -38,7 +38,7 @@ def _load_function(path: str) -> Any:
             else []
         )
         python = [n for n in names if n.endswith(".py") and not n.endswith("__init__.py")]
-        raise FileNotFoundError(f"config file {path!r} does not exist{hint(path, python)}")
+        raise FileNotFoundError(f"config file {path!r} does not exist{suggestion(path, python)}")
     module_spec = importlib.util.spec_from_file_location("univg_config", path)
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f"config file {path!r} is not a Python file")
@@ -55,7 +55,7 @@ def _parse_arguments(text: str, get_config: Any, path: str) -> dict[str, Any]:
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
         if name not in parameters:
-            raise ValueError(f"{path} takes no argument {name!r}{hint(name, parameters)}")
+            raise ValueError(f"{path} takes no argument {name!r}{suggestion(name, parameters)}")
         arguments[name] = _convert(value, parameters[name].default, f"{path}:{name}")
     return arguments
 
@@ -69,7 +69,7 @@ def _apply(config: ConfigDict, key: str, text: str) -> None:
         node[leaf] = _literal(text)  # any field of the model; checked where the model is made
         return
     if not isinstance(node, ConfigDict) or leaf not in node:
-        raise ValueError(f"unknown config key {key!r}{hint(key, _flatten(config))}")
+        raise ValueError(f"unknown config key {key!r}{suggestion(key, _flatten(config))}")
     if isinstance(node[leaf], ConfigDict):
         raise ValueError(
             f"--config.{key} is a group; set one of {', '.join(f'{key}.{k}' for k in node[leaf])}"

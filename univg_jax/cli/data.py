@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from etils import epath
 
 from data_pipelines import cache, inspect
-from univg_jax import encoders
-from univg_jax.cli import assembly
+from univg_jax import assembly, encoders
 from univg_jax.cli.config import load_config
 from univg_jax.cli.main import configure_jax
-from univg_jax.names import known
+from univg_jax.errors import check_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build(args: argparse.Namespace) -> None:
-    known(args.dataset, assembly.EMBEDDED, what="dataset")
+    check_name(args.dataset, assembly.EMBEDDED, what="dataset")
     assembly.EMBEDDED[args.dataset].build(
         args.out,
         resolution=args.resolution,

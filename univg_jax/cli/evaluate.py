@@ -11,11 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.tasks import TASKS
+from univg_jax import assembly
 from univg_jax.batch import Batch
-from univg_jax.cli import assembly, launch
+from univg_jax.cli import launch
 from univg_jax.cli.main import configure_jax
+from univg_jax.errors import check_name
 from univg_jax.evaluation import runner
-from univg_jax.names import known
 
 BENCHMARKS = ("emoji_scenes",)
 
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    known(args.benchmark, BENCHMARKS, what="benchmark")
+    check_name(args.benchmark, BENCHMARKS, what="benchmark")
     configure_jax(args)
     which = "params" if args.raw_params else "ema"
     run = assembly.load_run(

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"univg {args.command}: interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
-        from univg_jax.preemption import Preempted
+        from univg_jax.training.preemption import Preempted
 
         if isinstance(error, Preempted):  # all processes, so they part with a goodbye
             print(f"univg {args.command}: {error}", file=sys.stderr)
@@ -100,7 +100,7 @@ def _ours_or_grave(record: Any) -> bool:
 
 def _is_for_the_user(error: Exception) -> bool:
     """Errors that our code raised about its input; the rest are bugs and deserve their traceback."""
-    from univg_jax.train import NonFiniteLossError
+    from univg_jax.training.loop import NonFiniteLossError
 
     if not isinstance(
         error,
@@ -122,12 +122,12 @@ def configure_jax(args: argparse.Namespace | None = None) -> None:
 
     from univg_jax import compilation, tpu
 
-    tpu.quiet_where_absent()
+    tpu.silence_if_absent()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     jax.config.update("jax_threefry_partitionable", True)
-    compilation.turn_cache_on()
+    compilation.enable_cache()
     if hasattr(args, "coordinator"):
-        # The service takes SIGTERM for what `univg_jax.preemption` does with it; without, it ends a
+        # The service takes SIGTERM for what `univg_jax.training.preemption` does with it; without, it ends a
         # process as ever.
         jax.config.update("jax_enable_preemption_service", args.command == "train")
         launch.start(args)

@@ -17,14 +17,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from data_pipelines.tasks import TASKS
-from univg_jax import tpu
-from univg_jax.cli import assembly
+from univg_jax import assembly, tpu
 from univg_jax.cli.config import load_config
 from univg_jax.cli.main import configure_jax
 from univg_jax.encoders import abstract as abstract_encoders
+from univg_jax.errors import check_name
 from univg_jax.models.mmdit import REMAT, make_mmdit
-from univg_jax.names import known
-from univg_jax.plan import Plan, Program, Topology, compile_plan, open_topology
+from univg_jax.planning.plan import Plan, Program, Topology, compile_plan, open_topology
 from univg_jax.sampling import Generator
 
 GIB = 2**30
@@ -76,7 +75,9 @@ def run(args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # compiling needs no device
     # what is compiled for another machine cannot be read back
     jax.config.update("jax_enable_compilation_cache", False)
-    include = [known(name, EXTRAS, what="part") for name in filter(None, args.include.split(","))]
+    include = [
+        check_name(name, EXTRAS, what="part") for name in filter(None, args.include.split(","))
+    ]
     if args.slices < 1:
         raise ValueError(f"--slices={args.slices}: expected at least 1")
     names = [name if args.slices == 1 else f"{name}*{args.slices}" for name in args.topology]

@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from data_pipelines import mixture, records, transforms
 from data_pipelines.tasks import PLACEHOLDER, TASKS, Example, blank_hole, find
-from univg_jax.cli import assembly, launch
+from univg_jax import assembly
+from univg_jax.cli import launch
 from univg_jax.cli.main import configure_jax
-from univg_jax.names import known
+from univg_jax.errors import check_name
 
 # What each task takes beside the prompt, and whether it needs a prompt.
 INPUTS = {
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         overrides={"steps": args.steps},
         pretrained=args.pretrained,
     )
-    known(args.task, run.tasks, what=f"task of {args.checkpoint}:")
+    check_name(args.task, run.tasks, what=f"task of {args.checkpoint}:")
     example = make_example(args, run.config.data.resolution)
     row = mixture.Row(example=example, task=args.task, sample_id=0)
     data = run.config.data

@@ -11,12 +11,13 @@ from PIL import Image
 
 from data_pipelines import mixture
 from data_pipelines.tasks import TASKS
-from univg_jax import checkpoint, profiling, sharding, train
-from univg_jax.cli import assembly, launch
+from univg_jax import assembly, checkpoint, sharding
+from univg_jax.cli import launch
 from univg_jax.cli.config import load_config
 from univg_jax.cli.main import configure_jax
 from univg_jax.interop.diffusers import open_transformer, transformer_folder
 from univg_jax.sampling import Generator
+from univg_jax.training import profiling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,9 +138,9 @@ def previews(config: ConfigDict, active: list[str], tokenizer: Any, generator: G
             images = generator(
                 params, frozen, passes, weights=assembly.guidance(config, name), seed=config.seed
             )
-            whole = jax.tree.map(sharding.fetch, passes[0])
+            whole = jax.tree.map(sharding.all_gather_to_host, passes[0])
             sources = [whole.source] if whole.has_source.any() else []
-            rows = *sources, whole.target, assembly.to_uint8(sharding.fetch(images))
+            rows = *sources, whole.target, assembly.to_uint8(sharding.all_gather_to_host(images))
             # A mesh may hold the rows of processes in any order.
             order = [i for i in np.argsort(whole.sample_id) if whole.valid[i]]
             grids[name] = np.concatenate([np.concatenate(row[order], axis=1) for row in rows])

@@ -29,11 +29,11 @@ from data_pipelines.sources import open_source
 from univg_jax import sharding
 from univg_jax.batch import Batch
 from univg_jax.conditioning import Conditioner
+from univg_jax.errors import check_name
 from univg_jax.evaluation import scorers as scorers_lib
 from univg_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, Case, draw_cases
 from univg_jax.evaluation.metrics import Ratio, merge
 from univg_jax.evaluation.scorers import Scorers
-from univg_jax.names import known
 
 VERSION = 2  # of the benchmarks' arithmetic: results of another version are not reused
 
@@ -118,7 +118,8 @@ def evaluate_config(
     that the config does not have.
     """
     names = [
-        known(name, config.tasks, what="task of this config") for name in task_names or config.tasks
+        check_name(name, config.tasks, what="task of this config")
+        for name in task_names or config.tasks
     ]
     names = [name for name in tasks.TASKS if name in names]
 
@@ -207,7 +208,9 @@ def _for_judges(frozen: Mapping[str, Any]) -> Mapping[str, Any]:
     if jax.process_count() == 1:
         return frozen
     whole = {part: frozen[part] for part in ("text", "identity") if part in frozen}
-    return jax.tree.map(lambda x: jax.device_put(sharding.fetch(x), jax.local_devices()[0]), whole)
+    return jax.tree.map(
+        lambda x: jax.device_put(sharding.all_gather_to_host(x), jax.local_devices()[0]), whole
+    )
 
 
 def _previous(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,7 +249,7 @@ class _Task:
 
     @property
     def benchmark(self) -> Benchmark:
-        return BENCHMARKS[known(self.name, BENCHMARKS, what="task")]
+        return BENCHMARKS[check_name(self.name, BENCHMARKS, what="task")]
 
     def run(self, systems: Mapping[str, Generate]) -> dict[str, Any]:
         benchmark = self.benchmark

@@ -229,7 +229,7 @@ def emoji_noun(phrase: str) -> str:
     ends in none.
     """
     # its artwork is an optional dependency
-    from data_pipelines.emoji_scenes.sprites import WHITELIST
+    from data_pipelines.datasets.emoji_scenes.sprites import WHITELIST
 
     ending = [n.name for n in WHITELIST if f" {phrase}".endswith((f" {n.name}", f" {n.plural}"))]
     if not ending:

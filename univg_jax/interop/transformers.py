@@ -26,9 +26,9 @@ from univg_jax.interop.folder import (
 )
 from univg_jax.models.clip import CLIPText, CLIPVision
 from univg_jax.models.dino import DINO
-from univg_jax.models.encoder import ACTIVATIONS
 from univg_jax.models.minilm import MiniLM
 from univg_jax.models.t5 import T5Encoder
+from univg_jax.models.vit import ACTIVATIONS
 
 WEIGHTS = "model.safetensors"
 

@@ -156,7 +156,7 @@ def splash(
     queries that count.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and not sharding.rows_divide(len(q)):
+    if not mesh.empty and not sharding.rows_divisible(len(q)):
         return xla_attention(q, k, v, mask)
     mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
     rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), "tensor")

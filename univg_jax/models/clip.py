@@ -16,8 +16,8 @@ from flax import linen as nn
 from jaxtyping import Bool, Float, Int32, UInt8
 
 from univg_jax.batch import Array, pytree_dataclass
-from univg_jax.models.encoder import ImageTokens, normalized_crop, run_blocks
 from univg_jax.models.layers import LayerNorm, Linear
+from univg_jax.models.vit import ImageTokens, normalized_crop, run_blocks
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

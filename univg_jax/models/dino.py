@@ -14,8 +14,8 @@ from flax import linen as nn
 from jaxtyping import Float, UInt8
 
 from univg_jax.batch import Array, pytree_dataclass
-from univg_jax.models.encoder import ImageTokens, normalized_crop, run_blocks
 from univg_jax.models.layers import LayerNorm
+from univg_jax.models.vit import ImageTokens, normalized_crop, run_blocks
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 
 from univg_jax import sharding
 from univg_jax.batch import Array
+from univg_jax.errors import check_name
 from univg_jax.models.attention import ATTENDED, ATTENTION
 from univg_jax.models.layers import (
     MLP,
@@ -34,7 +35,6 @@ from univg_jax.models.layers import (
     sincos_table,
     time_features,
 )
-from univg_jax.names import known
 
 
 def _all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -132,7 +132,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Array], cond: Array, text_mask: Array | None) -> tuple:
-        image, text = carry = sharding.split_rows(carry)
+        image, text = carry = sharding.constrain_rows(carry)
         streams = [
             Stream(**self.stream, name="image"),
             Stream(**self.stream, final=self.final, name="text"),
@@ -202,12 +202,12 @@ class MMDiT(nn.Module):
             raise ValueError(
                 f"hidden_dim {self.hidden_dim} is not a multiple of 4 * num_heads {self.num_heads}"
             )
-        known(self.position, ("sincos", "rope"), what="position")
-        known(self.remat, REMAT, what="remat policy")
+        check_name(self.position, ("sincos", "rope"), what="position")
+        check_name(self.remat, REMAT, what="remat policy")
         if self.qk_norm is not None:
-            known(self.qk_norm, ("rms_norm",), what="qk_norm")
+            check_name(self.qk_norm, ("rms_norm",), what="qk_norm")
         if not callable(self.attention):
-            known(self.attention, ATTENTION, what="attention")
+            check_name(self.attention, ATTENTION, what="attention")
 
     def matmul_flops(self, *, height: int, width: int, num_tokens: int, train: bool) -> float:
         """FLOPs of the matrix products for one example with latents of height x width; 2 per
@@ -282,7 +282,7 @@ class MMDiT(nn.Module):
             grid=(h, w) if self.position == "rope" else None,
         )
         block = Block
-        if self.remat != "none" or sharding.gathers():
+        if self.remat != "none" or sharding.is_fsdp():
             block = nn.remat(Block, prevent_cse=not self.scan, policy=REMAT[self.remat])
         carry = (image, text)
         if self.depth > 1:
@@ -332,5 +332,5 @@ def make_mmdit(size: str, **overrides: Any) -> MMDiT:
     """
     fields = [f.name for f in dataclasses.fields(MMDiT) if f.name not in ("parent", "name")]
     for name in overrides:
-        known(name, fields, what="model field")
-    return MMDiT(**{**SIZES[known(size, SIZES, what="model size")], **overrides})
+        check_name(name, fields, what="model field")
+    return MMDiT(**{**SIZES[check_name(size, SIZES, what="model size")], **overrides})

@@ -1,10 +1,9 @@
-"""UniVG: an MM-DiT whose conditions enter by channels, and whose identity enters at the `<p>`
-token.
-"""
+"""UniVG: an MM-DiT with conditions as channels and an identity at the `<p>` token."""
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Float
+from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from univg_jax.batch import Array, Conditions
 from univg_jax.models.layers import MLP, gelu_tanh
@@ -26,8 +25,9 @@ class UniVG(nn.Module):
     def __call__(
         self, x_t: Float[Array, "b h w c"], t: Float[Array, " b"], conditions: Conditions
     ) -> Float[Array, "b h w c"]:
-        """Velocity at noisy latents `x_t` and times `t` in [0, 1]; ValueError where a face is not
-        `face_dim` wide.
+        """The velocity at noisy latents `x_t` and times `t` in [0, 1].
+
+        Raises ValueError for face embeddings that are not `face_dim` wide.
         """
         text_emb = conditions.text_emb
         if self.face_dim is not None:
@@ -41,3 +41,12 @@ class UniVG(nn.Module):
             text_emb = jnp.where(slot, face[:, None].astype(text_emb.dtype), text_emb)
         latents = jnp.concatenate([x_t, conditions.cond_latents, conditions.mask], axis=-1)
         return self.backbone(latents, text_emb, conditions.pooled_emb, t, conditions.text_mask)
+
+    def init_params(
+        self, key: PRNGKeyArray, latents: jax.ShapeDtypeStruct, conditions: Conditions
+    ) -> PyTree:
+        """Fresh parameters for latents and conditions of these shapes; their values do not matter."""
+        latents, conditions = jax.tree.map(
+            lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), (latents, conditions)
+        )
+        return self.init(key, latents, jnp.zeros(1), conditions)["params"]

@@ -1,0 +1,95 @@
+"""Random scenes, and which combinations of things each split may show.
+
+The held-out combinations depend on the names alone, not on the seed: two data sets over the same
+nouns never show in training what the other validates on.
+"""
+
+import functools
+import itertools
+import zlib
+
+import numpy as np
+
+from data_pipelines.datasets.emoji_scenes.scene import GROUNDS, SKIES, Scene, Thing
+from data_pipelines.datasets.emoji_scenes.sprites import COLORS, NOUNS
+
+# image heights, by the number of things
+_DROPS = {1: (0.42, 0.50), 2: (0.34, 0.43), 3: (0.25, 0.29)}
+
+
+def paint(rng: np.random.Generator, noun: str) -> str | None:
+    """A color for the noun: mostly its own, at times another; None if it cannot be painted."""
+    native = NOUNS[noun].color
+    if native is None or rng.random() < 0.6:
+        return native
+    return str(rng.choice(list(COLORS)))
+
+
+def draw_scene(
+    rng: np.random.Generator,
+    nouns: list[str],
+    *,
+    count: int | None = None,
+    distinct: bool = False,
+    including: str | None = None,
+) -> Scene:
+    """One to three large things side by side; `distinct` forbids a noun twice."""
+    count = count or int(rng.choice([1, 2, 3], p=[0.38, 0.54, 0.08]))
+    chosen = [str(noun) for noun in rng.choice(nouns, size=count, replace=False)]
+    if including and including not in chosen:
+        chosen[0] = including
+    colors = [paint(rng, noun) for noun in chosen]
+    if count > 1 and not distinct and rng.random() < 0.15:
+        chosen[1] = chosen[0]
+        colors[1] = colors[0] if rng.random() < 0.7 else paint(rng, chosen[0])
+    order = rng.permutation(count)
+    horizon = float(rng.uniform(0.32, 0.45))
+    things = []
+    for slot, k in enumerate(order):
+        drop = float(rng.uniform(*_DROPS[count]))
+        thing = Thing(chosen[k], colors[k], 0.5, drop)
+        free = max(0.0, 1 / count - thing.width)
+        x = (slot + 0.5) / count + float(rng.uniform(-0.5, 0.5)) * min(free, 0.3)
+        x = float(np.clip(x, thing.width / 2, 1 - thing.width / 2))
+        things.append(Thing(chosen[k], colors[k], x, drop))
+    ground, sky = str(rng.choice(list(GROUNDS))), str(rng.choice(list(SKIES)))
+    return Scene(tuple(things), ground, sky, horizon)
+
+
+def combinations(scene: Scene) -> set[tuple[str, str]]:
+    """What may be novel in a scene: its pairs of different nouns, or (noun, ground) if it has but
+    one noun.
+    """
+    nouns = sorted({thing.noun for thing in scene.things})
+    if len(nouns) == 1:
+        return {(nouns[0], scene.ground)}
+    return set(itertools.combinations(nouns, 2))
+
+
+@functools.cache
+def held_out(nouns: tuple[str, ...]) -> dict[str, frozenset[tuple[str, str]]]:
+    """The combinations that only validation, and only test, may show: a tenth of each kind, at
+    least one.
+    """
+    pairs = [tuple(pair) for pair in itertools.combinations(sorted(nouns), 2)]
+    places = list(itertools.product(sorted(nouns), GROUNDS))
+    result: dict[str, set] = {"validation": set(), "test": set()}
+    for kind in (pairs, places):
+        ranked = sorted(kind, key=lambda combination: zlib.crc32("/".join(combination).encode()))
+        tenth = max(1, len(ranked) // 10)
+        result["validation"].update(ranked[:tenth])
+        result["test"].update(ranked[tenth : 2 * tenth])
+    return {split: frozenset(combinations) for split, combinations in result.items()}
+
+
+def belongs(scene: Scene, split: str, nouns: tuple[str, ...]) -> bool:
+    """Whether the split may show the scene: training nothing held out, the others something held
+    out for them alone.
+    """
+    shown = combinations(scene)
+    in_split = {name: bool(shown & combos) for name, combos in held_out(nouns).items()}
+    return (
+        not any(in_split.values())
+        if split == "train"
+        else in_split.pop(split) and not any(in_split.values())
+    )

@@ -1,0 +1,480 @@
+"""The trainer: exact resume, independence of devices, hand-off, and a clear end for a NaN."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from jax import monitoring
+
+from tests import helpers
+from univg_jax import checkpoint, sharding, writers
+from univg_jax.training.loop import NonFiniteLossError, Step
+from univg_jax.training.preemption import Preempted
+
+
+@pytest.fixture(scope="module")
+def parts():
+    conditioner, frozen = helpers.tiny_conditioner()
+    return conditioner, frozen, helpers.tiny_model(conditioner)
+
+
+def run(
+    parts,
+    workdir,
+    *,
+    stream=None,
+    config=None,
+    mesh=None,
+    preview=None,
+    validation=None,
+    profile=None,
+):
+    conditioner, frozen, model = parts
+    return train.train(
+        config or helpers.tiny_config(),
+        workdir=workdir,
+        stream=stream or helpers.CountingStream(),
+        model=model,
+        conditioner=conditioner,
+        frozen=frozen,
+        task_names=helpers.TASKS,
+        validation=validation or {"t2i": [helpers.batch(1000)], "ie": [helpers.batch(1001)]},
+        preview=preview,
+        mesh=mesh,
+        profile=profile,
+    )
+
+
+def assert_equal_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.fixture(scope="module")
+def finished(parts, tmp_path_factory):
+    """An uninterrupted run: its folder, stream and final state."""
+    workdir = tmp_path_factory.mktemp("finished")
+    stream = helpers.CountingStream()
+    state = run(parts, workdir, stream=stream)
+    return workdir, stream, jax.device_get(state)
+
+
+class Killed(Exception):
+    pass
+
+
+class KilledStream(helpers.CountingStream):
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def __next__(self):
+        if not self.left:
+            raise Killed
+        self.left -= 1
+        return super().__next__()
+
+
+@pytest.mark.parametrize("after", [3, 5])
+def test_killed_and_resumed_equals_uninterrupted_bitwise(parts, finished, tmp_path, after):
+    _, uninterrupted, expected = finished
+    first, second = KilledStream(after), helpers.CountingStream()
+    with pytest.raises(Killed):
+        run(parts, tmp_path, stream=first)
+    state = run(parts, tmp_path, stream=second)
+    assert_equal_bits(state, expected)
+    resumed = 6 - len(second.seen) // 8
+    assert resumed == after // 2 * 2  # the last multiple of save_every
+    assert first.seen[: resumed * 8] + second.seen == uninterrupted.seen
+    rows = writers.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]  # no step twice, none missing
+
+
+class TerminatedStream(helpers.CountingStream):
+    """SIGTERM comes while a batch is read, or when the stream is set to where a resumed run goes
+    on.
+    """
+
+    def __init__(self, batch: int | None = None) -> None:
+        super().__init__()
+        self.left = batch
+
+    def __next__(self):
+        if self.left is not None:
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return super().__next__()
+
+    def set_state(self, state):
+        super().set_state(state)
+        if self.left is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_loses_nothing_and_repeats_nothing(parts, finished, tmp_path):
+    _, uninterrupted, expected = finished
+    first, at_restore, second = TerminatedStream(5), TerminatedStream(), helpers.CountingStream()
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="step 5 is saved"):
+        run(parts, tmp_path, stream=first)
+    with pytest.raises(Preempted, match="step 5 is saved"):
+        run(parts, tmp_path, stream=at_restore)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    state = run(parts, tmp_path, stream=second)
+    assert_equal_bits(state, expected)
+    assert first.seen + at_restore.seen + second.seen == uninterrupted.seen
+    assert at_restore.seen == []
+    rows = writers.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "val/loss/ie" in row] == [3, 6]
+
+
+def test_sigterm_while_samples_are_drawn(parts, tmp_path):
+    def preview(params, frozen, folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"samples/t2i": np.zeros((4, 4, 3), np.uint8)}
+
+    config = _with(helpers.tiny_config(), sample_every=2)
+    with pytest.raises(Preempted, match="step 3 is saved"):
+        run(parts, tmp_path, config=config, preview=preview)
+    assert checkpoint.list_steps(tmp_path)[-1] == 3
+
+
+def test_a_finished_run_restores_and_does_nothing(parts, finished):
+    workdir, _, expected = finished
+    stream = helpers.CountingStream()
+    assert_equal_bits(run(parts, workdir, stream=stream), expected)
+    assert stream.seen == []
+
+
+def test_what_a_run_leaves_behind(finished):
+    workdir, _, state = finished
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["shares"] == {"t2i": 0.5, "ie": 0.5}
+    assert summary["parameters"] == sum(x.size for x in jax.tree.leaves(state.params))
+    rows = writers.read_metrics(workdir / "metrics.jsonl")
+    assert summary["first_loss"] == rows[0]["loss"]
+    assert summary["last_loss"] == rows[-1]["loss"]
+    assert {
+        "loss/t2i",
+        "loss/ie",
+        "share/ie",
+        "lr",
+        "grad_norm",
+        "images_per_second",
+        "seconds/data",
+    } <= rows[0].keys()
+    assert [row["step"] for row in rows if "val/loss/ie" in row] == [3, 6]
+    # A row's loss is the mean over its tasks' rows.
+    assert rows[0]["loss"] == pytest.approx(
+        (rows[0]["loss/t2i"] + rows[0]["loss/ie"]) / 2, rel=1e-5
+    )
+    assert "backbone" in (workdir / "parameters.txt").read_text()
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def seconds(row):
+    return {
+        name.removeprefix("seconds/"): value
+        for name, value in row.items()
+        if name.startswith("seconds/")
+    }
+
+
+def test_where_the_time_went_adds_up_to_the_wall_time(finished):
+    rows = writers.read_metrics(finished[0] / "metrics.jsonl")
+    total = dict.fromkeys(("start", "compile", "data", "step", "save", "eval", "log"), 0.0)
+    before = 0.0
+    for row in rows:
+        # the clock has no gaps
+        assert sum(seconds(row).values()) == pytest.approx(row["time"] - before, rel=1e-6)
+        before = row["time"]
+        for name, value in seconds(row).items():
+            total[name] += value  # KeyError: a kind of time that nothing of this run took
+    assert all(total.values()), total
+    assert {"start", "compile"} <= seconds(rows[0]).keys()
+    # those of the last step come after its row: it is amended
+    assert {"save", "eval"} <= seconds(rows[-1]).keys()
+    assert rows[-1]["goodput"] == pytest.approx(total["step"] / rows[-1]["time"], rel=1e-6)
+
+
+class LateStream(helpers.CountingStream):
+    """A batch comes after the device is done."""
+
+    PAUSE = 0.01
+
+    def __next__(self):
+        for array in jax.live_arrays():
+            with contextlib.suppress(RuntimeError):  # the state before this one, which was donated
+                array.block_until_ready()
+        time.sleep(self.PAUSE)
+        return super().__next__()
+
+
+def test_a_batch_that_the_device_waits_for_is_time_of_data(parts, tmp_path):
+    run(parts, tmp_path, stream=LateStream())
+    rows = writers.read_metrics(tmp_path / "metrics.jsonl")
+    assert all(row["seconds/data"] >= LateStream.PAUSE for row in rows), rows
+
+
+def test_goodput_counts_a_step_that_was_lost_and_made_again_once(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now))
+    metrics = {name: jnp.ones(()) for name in ("loss", "grad_norm", "param_norm")}
+    metrics |= {name: jnp.ones(2) for name in ("loss_sum", "count")}
+
+    def attempt(*, start, stop):
+        """3 s to start, then for every step 1 s of data, 4 s of step and 2 s of saving, which its
+        row is before.
+        """
+        nonlocal now
+        history = train.History(epath.Path(tmp_path), helpers.TASKS)
+        history.resume(start)
+        writer = writers.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=start)
+        for name, duration in [
+            ("start", 3),
+            *[("data", 1), ("step", 4), ("log", 0), ("save", 2)] * (stop - start),
+        ]:
+            now += duration
+            history.lap(name)
+            if name == "step":
+                start += 1
+                history.add(start, metrics)
+            elif name == "log":
+                writer.write_scalars(start, history.scalars(start))
+                writer.flush()
+        writer.write_scalars(start, history.rest())
+        writer.flush()
+
+    attempt(start=0, stop=3)
+    attempt(start=2, stop=3)  # step 3 was not saved
+    rows = writers.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["time"] == (3 + 3 * 7) + (3 + 1 * 7)
+    assert rows[-1]["goodput"] == 3 * 4 / rows[-1]["time"]
+    assert rows[1]["steps_per_second"] == 1 / 5  # of the loop: not of saving
+
+
+class TwoShapes(helpers.CountingStream):
+    """8 rows, 16 rows, 8 rows, ...; notes what had been compiled when the first was asked for."""
+
+    def __init__(self, compiled) -> None:
+        super().__init__()
+        self.compiled, self.before = compiled, None
+
+    def __next__(self):
+        if self.before is None:
+            self.before = list(self.compiled)
+        self.position += 1
+        return helpers.batch(self.position, size=8 * (1 + self.position % 2))
+
+
+def test_every_shape_is_compiled_before_the_first_batch_and_never_again(parts, tmp_path):
+    compiled = []
+
+    def note(event, _, *, fun_name="", **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(fun_name)
+
+    monitoring.register_event_duration_secs_listener(note)
+    try:
+        stream = TwoShapes(compiled)
+        validation = {
+            "t2i": [helpers.batch(1000), helpers.batch(1001)],
+            "ie": [helpers.batch(1002, size=16)],
+        }
+        run(
+            parts,
+            tmp_path,
+            stream=stream,
+            validation=validation,
+            config=_with(helpers.tiny_config(), steps=4),
+        )
+    finally:
+        monitoring.unregister_event_duration_listener(note)
+    for name, times in {"jit(init)": 1, "jit(update)": 2, "jit(validate)": 2}.items():
+        assert stream.before.count(name) == compiled.count(name) == times, name
+
+
+def test_a_trace_is_written_and_changes_nothing(parts, finished, tmp_path):
+    state = run(parts, tmp_path, profile=range(2, 4))
+    assert_equal_bits(state, finished[2])
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [
+        e for plane in planes for line in plane.lines for e in line.events if e.name == "train"
+    ]
+    # the updates from step 2 to step 4
+    assert [dict(e.stats)["step_num"] for e in events] == [3, 4]
+    steps = [
+        row["step"]
+        for row in writers.read_metrics(tmp_path / "metrics.jsonl")
+        if "seconds/profile" in row
+    ]
+    assert steps == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "axes", [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)]
+)
+def test_devices_do_not_change_the_loss(parts, axes):
+    conditioner, frozen, model = parts
+    step = Step(
+        config=helpers.tiny_config(), model=model, conditioner=conditioner, task_names=helpers.TASKS
+    )
+
+    def losses(mesh):
+        jax.set_mesh(mesh)
+        init = lambda: step.init(jax.random.key(0), frozen, helpers.batch())  # noqa: E731
+        shardings = sharding.tree_shardings(jax.eval_shape(init), mesh)
+        state = jax.jit(init, out_shardings=shardings)()
+        update = jax.jit(step.update, out_shardings=(shardings, None))
+        values = []
+        for i in range(4):
+            state, metrics = update(state, frozen, sharding.shard_batch(helpers.batch(i), mesh))
+            values.append(float(metrics["loss"]))
+        return values
+
+    one = losses(sharding.make_mesh(data=1, devices=jax.devices()[:1]))
+    # Only the order of float32 sums differs; Adam's first steps magnify it by about 1 / sqrt(eps of
+    # the moments).
+    np.testing.assert_allclose(losses(sharding.make_mesh(**axes)), one, rtol=2e-5)
+
+
+def test_accumulation_equals_the_whole_batch(parts):
+    conditioner, frozen, model = parts
+
+    def first_update(accumulate):
+        config = helpers.tiny_config()
+        config.optim.accumulate = accumulate
+        step = Step(config=config, model=model, conditioner=conditioner, task_names=helpers.TASKS)
+        state = step.init(jax.random.key(0), frozen, helpers.batch())
+        return jax.jit(step.update)(state, frozen, helpers.batch())[1]
+
+    whole, parts_ = first_update(1), first_update(4)
+    # float32 sums in another order
+    assert float(parts_["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-5)
+    assert float(parts_["grad_norm"]) == pytest.approx(float(whole["grad_norm"]), rel=1e-4)
+    np.testing.assert_allclose(parts_["loss_sum"], whole["loss_sum"], rtol=1e-5)
+
+
+def test_rows_that_are_not_valid_count_nowhere(parts):
+    conditioner, frozen, model = parts
+    step = Step(
+        config=helpers.tiny_config(), model=model, conditioner=conditioner, task_names=helpers.TASKS
+    )
+    state = step.init(jax.random.key(0), frozen, helpers.batch())
+    full = helpers.batch()
+    valid, target = full.valid.copy(), full.target.copy()
+    valid[5:] = False
+    target[5:] = 255 - target[5:]
+    padded = dataclasses.replace(full, valid=valid)
+    other_padding = dataclasses.replace(padded, target=target)
+    update = jax.jit(step.update)
+    (a, one), (b, two) = update(state, frozen, padded), update(state, frozen, other_padding)
+    assert_equal_bits(a, b)
+    assert_equal_bits(one, two)
+    assert one["count"].sum() == 5
+
+
+def test_one_batch_overfits(parts):
+    conditioner, frozen, model = parts
+    config = helpers.tiny_config()
+    config.optim.lr = 1e-2
+    step = Step(config=config, model=model, conditioner=conditioner, task_names=helpers.TASKS)
+    state = jax.jit(step.init)(jax.random.key(0), frozen, helpers.batch())
+    update = jax.jit(step.update)
+    losses = []
+    for _ in range(150):
+        state, metrics = update(state, frozen, helpers.batch())
+        losses.append(float(metrics["loss"]))
+    # Eight random images of noise are all but incompressible: half of the first loss, that of a
+    # zero velocity, needs their targets memorized.
+    assert np.mean(losses[-10:]) < 0.5 * losses[0]
+
+
+def test_relative_paths_will_do(parts, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = _with(helpers.tiny_config(), steps=1)
+    config.init_from.path = os.path.relpath(finished[0])
+    run(parts, "here", config=config)
+    assert checkpoint.list_steps("here") == (1,)
+
+
+def test_hand_off_takes_the_average_and_starts_a_new_optimizer(parts, finished, tmp_path):
+    workdir, _, previous = finished
+    config = helpers.tiny_config()
+    config.init_from.path = str(workdir)
+    config.optim.lr = 0.0
+    config.train.steps = 1
+    state = jax.device_get(run(parts, tmp_path, config=config))
+    assert_equal_bits(state.params, previous.ema)
+    assert int(state.step) == 1
+
+
+def test_hand_off_rejects_undeclared_parameters(parts, finished, tmp_path):
+    conditioner, frozen, _ = parts
+    config = helpers.tiny_config()
+    config.init_from.path = str(finished[0])
+    deeper = helpers.tiny_model(conditioner, depth=3)
+    with pytest.raises(ValueError, match="blocks"):
+        run((conditioner, frozen, deeper), tmp_path, config=config)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(parts, tmp_path):
+
+    config = helpers.tiny_config()
+    conditioner, frozen, model = parts
+    broken = dict(frozen, codec=dict(frozen["codec"]))
+    run(parts, tmp_path, config=_with(config, steps=2))
+    # From here on the codec is broken, as by a bad cast: the loss is NaN from step 3 on.
+    broken["codec"]["mean"] = jnp.full_like(broken["codec"]["mean"], jnp.nan)
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 3 \(tasks t2i, ie\)"):
+        run((conditioner, broken, model), tmp_path, config=_with(helpers.tiny_config(), steps=6))
+    assert checkpoint.list_steps(tmp_path) == (2,)
+
+
+def _with(config, **train_fields):
+    config.train.update(train_fields)
+    return config
+
+
+def test_previews_are_drawn_from_the_average(parts, tmp_path):
+    drawn = []
+
+    def preview(params, frozen, folder):
+        drawn.append((jax.device_get(params), pathlib.Path(folder).name))
+        return {"samples/t2i": np.zeros((4, 4, 3), np.uint8)}
+
+    config = _with(helpers.tiny_config(), steps=2, sample_every=2)
+    state = run(parts, tmp_path, config=config, preview=preview)
+    (params, folder), *rest = drawn
+    assert not rest
+    assert folder == "0000002"
+    assert_equal_bits(params, state.ema)
+
+
+def test_validation_repeats_itself(finished, parts):
+    """The same rows, times and noise: a run's last validation is reproduced from its checkpoint."""
+    workdir, _, state = finished
+    conditioner, frozen, model = parts
+    step = Step(
+        config=helpers.tiny_config(), model=model, conditioner=conditioner, task_names=helpers.TASKS
+    )
+    mesh = sharding.make_mesh(data=-1)
+    again = train.evaluate(
+        jax.jit(step.validate), state.ema, frozen, {"ie": [helpers.batch(1001)]}, mesh
+    )
+    logged = writers.read_metrics(workdir / "metrics.jsonl")[-1]["val/loss/ie"]
+    assert again["val/loss/ie"] == pytest.approx(logged, rel=1e-6)

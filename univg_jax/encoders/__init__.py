@@ -1,0 +1,21 @@
+"""The frozen encoders of a run: which kinds there are (`kinds`), and those of one run (`run`)."""
+
+from univg_jax.encoders.run import (
+    abstract,
+    check,
+    load,
+    load_text,
+    prepare,
+    text_identity,
+    tokenizer_folder,
+)
+
+__all__ = [
+    "abstract",
+    "check",
+    "load",
+    "load_text",
+    "prepare",
+    "text_identity",
+    "tokenizer_folder",
+]

@@ -1,0 +1,59 @@
+"""What is the user's to mend: one readable line each, and the exit code that it ends a command with.
+
+A function that checks input raises `UserError`, or the kind of it that says more. Whatever else is
+raised is a bug of ours and keeps its traceback. Standard library only, so that any room may ask.
+"""
+
+import difflib
+import signal
+from collections.abc import Collection, Sequence
+
+MAX_LISTED = 24  # longer lists of names, such as all keys of a config, are left out of a message
+
+
+class UserError(ValueError):
+    """Input that cannot be used. The message says what, where, and what was expected."""
+
+    exit_code = 1
+
+
+class NotFoundError(UserError, FileNotFoundError):
+    """A file, folder, checkpoint or package that does not exist."""
+
+
+class AlreadyExistsError(UserError, FileExistsError):
+    """Something is where new output should go."""
+
+
+class UnreachableError(UserError, ConnectionError):
+    """Another process does not answer."""
+
+
+class NonFiniteLossError(UserError, RuntimeError):
+    """The loss or the gradient became NaN or infinite; no checkpoint holds that state."""
+
+
+class Preempted(UserError):
+    """SIGTERM ended the run; nothing is lost."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+def check_name(name: object, names: Collection[str], *, what: str) -> str:
+    """`name` if it is one of `names`; otherwise UserError `unknown {what} {name!r}`, and `suggestion`."""
+    if name not in names:
+        raise UserError(f"unknown {what} {name!r}{suggestion(name, names)}")
+    return name
+
+
+def suggestion(name: object, names: Collection[str]) -> str:
+    """The end of a message about an unknown name: `; did you mean 'b'? (known: a, b)`."""
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.3)
+    listed = f" (known: {', '.join(names) or 'none'})" if len(names) <= MAX_LISTED else ""
+    return (f"; did you mean {near[0]!r}?" if near else "") + listed
+
+
+def shorten(lines: Sequence[str], most: int = 12) -> str:
+    """The first `most` lines as one, and how many more there are."""
+    more = f"; and {len(lines) - most} more" if len(lines) > most else ""
+    return "; ".join(lines[:most]) + more

@@ -1,0 +1,156 @@
+"""What a run did since the last written row: mean losses, shares of the tasks, where the time went."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Array
+
+from univg_jax import writers
+from univg_jax.errors import NonFiniteLossError
+from univg_jax.files import write_whole
+from univg_jax.settings import Config
+
+# Activities whose seconds do not count as training speed.
+NOT_TRAINING = ("start", "compile", "eval", "sample", "save", "profile")
+
+
+class Clock:
+    """Charges every second to one activity: the one that was named last, or that of a `with` block.
+
+    start, compile: everything before the first step, and the compilation of it and of validation
+    data: waiting for the next batch while the device had nothing to do
+    step: dispatching steps and waiting for the device; all that no other activity claims
+    eval, sample, save, log, profile: what they say
+    """
+
+    def __init__(self, activity: str) -> None:
+        self.activity = activity
+        self.begin = self._since = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def switch(self, activity: str) -> None:
+        """Charges the time until now to the activity so far, and what follows to another one."""
+        now = time.monotonic()
+        self.seconds[self.activity] = self.seconds.get(self.activity, 0.0) + now - self._since
+        self.activity, self._since = activity, now
+
+    @contextlib.contextmanager
+    def __call__(self, activity: str) -> Iterator[None]:
+        """Charges the time inside the block to `activity`, or to what `self.activity` is at its end."""
+        before = self.activity
+        self.switch(activity)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def take(self) -> dict[str, float]:
+        """The seconds of each activity since the last `take`."""
+        self.switch(self.activity)
+        taken, self.seconds = self.seconds, {}
+        return {"data": 0.0, "step": 0.0} | taken
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the clock was made, up to the last switch."""
+        return self._since - self.begin
+
+
+class History:
+    """Makes the rows of metrics.jsonl from the metrics of steps and a clock.
+
+    The `seconds/*` of a row add up to the wall time since the row before. A process that was killed
+    after its last row leaves no trace of the time since. `time` is the run's wall time in seconds,
+    all attempts together. `goodput` is the share of it that went to steps that count: the sum of
+    `seconds/step` over the rows that the run has kept. A step that was lost with a crash and made
+    again counts once, though `time` has both.
+    """
+
+    def __init__(self, workdir: epath.Path, task_names: Sequence[str]) -> None:
+        self.clock = Clock("start")
+        self._task_names = task_names
+        self._rows = writers.read_metrics(workdir / "metrics.jsonl")
+        self._seconds_before = max((row.get("time", 0.0) for row in self._rows), default=0.0)
+        self._step_seconds = 0.0
+        self._steps: list[dict[str, np.ndarray]] = []
+        self._last_row_seconds: dict[str, float] = {}
+
+    def resume(self, step: int) -> None:
+        """Counts the steps up to `step` that earlier attempts made; later ones were lost."""
+        kept = (row for row in self._rows if row["step"] <= step)
+        self._step_seconds = sum(row.get("seconds/step", 0.0) for row in kept)
+
+    def add(self, step: int, metrics: Mapping[str, Array]) -> None:
+        """Fetches one step's metrics. Raises NonFiniteLossError unless loss and gradient are finite."""
+        values = jax.device_get(dict(metrics))
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(values[name]):
+                losses = zip(self._task_names, values["loss_sum"], strict=True)
+                bad = [task for task, loss in losses if not np.isfinite(loss)]
+                where = f" (tasks {', '.join(bad)})" if bad else ""
+                raise NonFiniteLossError(
+                    f"{name} is {values[name]} at step {step}{where}; that state was not saved"
+                )
+        self._steps.append(values)
+
+    def take_row(self, step: int) -> dict[str, float]:
+        """The row of the steps added since the row before, which the next row starts after."""
+        if not self._steps:
+            raise RuntimeError(f"no metrics since the last row, at step {step}")
+        steps, self._steps = self._steps, []
+        total = {k: np.sum([m[k] for m in steps], axis=0, dtype=np.float64) for k in steps[0]}
+        row = {k: float(total[k] / len(steps)) for k in ("loss", "grad_norm", "param_norm")}
+        rows = total["count"].sum()
+        for name, loss, count in zip(
+            self._task_names, total["loss_sum"], total["count"], strict=True
+        ):
+            if count:
+                row[f"loss/{name}"] = float(loss / count)
+                row[f"count/{name}"] = float(count)
+                row[f"share/{name}"] = float(count / rows)
+        seconds = self.clock.take()
+        training = sum(s for name, s in seconds.items() if name not in NOT_TRAINING)
+        row |= {"steps_per_second": len(steps) / training, "images_per_second": rows / training}
+        self._step_seconds += seconds["step"]
+        self._last_row_seconds = {f"seconds/{name}": s for name, s in seconds.items()}
+        return {k: float(v) for k, v in row.items()} | self._last_row_seconds | self._so_far()
+
+    def complete_row(self) -> dict[str, float]:
+        """What the time since the last row, in which the run ends, changes in that row."""
+        for name, seconds in self.clock.take().items():
+            key = f"seconds/{name}"
+            self._last_row_seconds[key] = self._last_row_seconds.get(key, 0.0) + seconds
+        return self._last_row_seconds | self._so_far()
+
+    def _so_far(self) -> dict[str, float]:
+        seconds = self._seconds_before + self.clock.elapsed
+        return {"time": seconds, "goodput": self._step_seconds / seconds}
+
+
+def write_summary(
+    workdir: epath.Path, config: Config, task_names: Sequence[str], *, num_parameters: int
+) -> dict[str, Any]:
+    """Writes summary.json, the run in a few numbers from its metrics.jsonl, and returns it."""
+    rows = [row for row in writers.read_metrics(workdir / "metrics.jsonl") if "loss" in row]
+    counts = {name: sum(row.get(f"count/{name}", 0.0) for row in rows) for name in task_names}
+    total_count = sum(counts.values())
+    total_weight = sum(task.weight for task in config.tasks.values())
+    summary = {
+        "stage": config.name,
+        "steps": rows[-1]["step"],
+        "seconds": rows[-1]["time"],
+        "first_loss": rows[0]["loss"],
+        "last_loss": rows[-1]["loss"],
+        "shares": {name: count / total_count for name, count in counts.items() if count},
+        "weights": {name: task.weight / total_weight for name, task in config.tasks.items()},
+        "parameters": num_parameters,
+        "config": config.to_dict(),
+    }
+    write_whole(workdir / "summary.json", json.dumps(summary, indent=1))
+    return summary

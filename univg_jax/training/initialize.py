@@ -1,0 +1,98 @@
+"""Where a run's parameters come from."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from univg_jax import checkpoint
+from univg_jax.checkpoint import Checkpointer
+from univg_jax.interop import diffusers
+from univg_jax.settings import InitFrom
+from univg_jax.training.step import TrainState, TrainStep
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParentRun:
+    """Another run of ours, the stage before: its parameters by name, and its fitted encoders."""
+
+    settings: InitFrom
+
+    @property
+    def encoders_from(self) -> str | None:
+        """The run whose fitted encoders, and so whose latent space, this one keeps."""
+        return self.settings.path
+
+    def check(self) -> None:
+        """Raises UserError if there is no sound checkpoint."""
+        checkpoint.load_config(self.settings.path)
+
+    def load(self, params: PyTree, step: TrainStep, mesh: Mesh) -> PyTree:
+        """The parent's parameters in place of `params`, but for the leaves declared new."""
+        s = self.settings
+        return checkpoint.init_from(params, s.path, which=s.which, new=s.new, dropped=s.dropped)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublicWeights:
+    """A diffusers folder with a transformer: public weights of the backbone."""
+
+    folder: str
+
+    encoders_from = None
+
+    def check(self) -> None:
+        """Raises UserError if the folder has no transformer that the library knows."""
+        diffusers.open_transformer(self.folder)
+
+    def load(self, params: PyTree, step: TrainStep, mesh: Mesh) -> PyTree:
+        """The public weights as the backbone; what they lack (image and mask channels) is zero."""
+        backbone = diffusers.init_transformer(
+            params["backbone"], step.model.backbone, self.folder, mesh=mesh
+        )
+        return {**params, "backbone": backbone}
+
+
+def find_parent(settings: InitFrom) -> ParentRun | PublicWeights | None:
+    """What `init_from.path` names; None where it names nothing."""
+    if folder := diffusers.transformer_folder(settings.path):
+        return PublicWeights(folder=str(folder))
+    return ParentRun(settings=settings) if settings.path else None
+
+
+def initial_state(
+    step: TrainStep,
+    init: Callable[[], TrainState],
+    *,
+    abstract: TrainState,
+    checkpointer: Checkpointer,
+    set_data_state: Callable[[dict], None],
+    mesh: Mesh,
+) -> TrainState:
+    """The state that training goes on from. `init()` makes a fresh one.
+
+    The order of precedence:
+        1. the newest sound checkpoint of this workdir: all of the state, and the place in the data
+        2. with `init_from.which="state"`, the same of another run
+        3. with `init_from.path`, the parameters of another run or public weights
+        4. a fresh start
+    """
+    settings = step.config.init_from
+    if checkpointer.latest_step():
+        restored = checkpointer.restore(abstract)
+        logging.info("resumed %s at step %d", checkpointer.workdir, int(restored.state.step))
+    elif settings.path and settings.which == "state":
+        restored = checkpoint.restore(settings.path, abstract)
+        logging.info("resumed the run %s at step %d", settings.path, int(restored.state.step))
+    else:
+        state = init()
+        if (parent := find_parent(settings)) is None:
+            return state
+        params = parent.load(state.params, step, mesh)
+        return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+    set_data_state(restored.data_state)
+    return restored.state

@@ -1,0 +1,234 @@
+"""Training, from mesh to loop, as one narrative.
+
+The loop gets an iterator of batches and never sees a dataset. Its whole state is (`TrainState`, the
+iterator's position), and both are in every checkpoint: a run that was killed, or moved to other
+devices, goes on as if nothing had happened.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+from etils import epath
+from jaxtyping import Array, PyTree
+from tqdm import tqdm
+
+from univg_jax import sharding, writers
+from univg_jax.batch import Batch
+from univg_jax.checkpoint import Checkpointer
+from univg_jax.errors import Preempted, UserError
+from univg_jax.files import write_whole
+from univg_jax.training import optim
+from univg_jax.training.history import History, write_summary
+from univg_jax.training.initialize import initial_state
+from univg_jax.training.preemption import PreemptionNotice
+from univg_jax.training.profiling import Trace
+from univg_jax.training.step import TrainState, TrainStep, num_parameters
+
+Preview = Callable[[PyTree, epath.Path], dict[str, np.ndarray]]
+
+
+@runtime_checkable
+class DataStream(Protocol):
+    """An endless iterator of host-local batches whose position can be saved."""
+
+    def __next__(self) -> Batch: ...
+    def specs(self) -> Sequence[Batch]:
+        """Shapes and dtypes of every kind of global batch that will come."""
+        ...
+
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class PendingMetrics:
+    """The metrics of the newest step, which the device may still be computing.
+
+    They are fetched one step late, so that the host prepares a step while the device computes.
+    """
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._newest: tuple[int, dict[str, Array]] | None = None
+
+    def put(self, step: int, metrics: dict[str, Array]) -> None:
+        """Takes the metrics of a step that was just dispatched; fetches those of the step before."""
+        before, self._newest = self._newest, (step, metrics)
+        if before is not None:
+            self._history.add(*before)
+
+    def fetch(self) -> None:
+        """Waits for the newest step, if its metrics were not fetched yet."""
+        if self._newest is not None:
+            self._history.add(*self._newest)
+            self._newest = None
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether the device has not finished the newest step."""
+        return self._newest is not None and not self._newest[1]["loss"].is_ready()
+
+
+def train(
+    step_fns: TrainStep,
+    *,
+    workdir: epath.PathLike,
+    mesh: jax.sharding.Mesh,
+    stream: DataStream,
+    frozen: PyTree,
+    validation: Mapping[str, Iterable[Batch]],
+    preview: Preview | None = None,
+    profile: range | None = None,
+) -> TrainState:
+    """Trains in `workdir` until `config.train.steps`; returns the final state.
+
+    `frozen` are the encoders' parameters. `validation` has this host's batches of each task, read
+    anew each time. `preview(params, folder)` samples every task, writes its pictures and returns
+    them. `profile` are the updates to trace into `workdir/profile`.
+
+    Raises `NonFiniteLossError` when the loss or the gradient is not finite, `Preempted` after
+    SIGTERM once its step is saved, UserError if the workdir is past `config.train.steps`.
+    """
+    workdir, config, c = epath.Path(workdir), step_fns.config, step_fns.config.train
+    is_main = jax.process_index() == 0
+    history = History(workdir, step_fns.task_names)
+    clock, pending = history.clock, PendingMetrics(history)
+    notice = PreemptionNotice()
+
+    # The mesh, and where every leaf of the state lives on it.
+    jax.set_mesh(mesh)
+    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
+    rows = sharding.batch_sharding(mesh)
+    specs = [sharding.with_shardings(spec, rows) for spec in stream.specs()]
+    # Steps use the keys 0..2^31-1 of the seed, so this one is unused.
+    init_key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
+    abstract = jax.eval_shape(step_fns.init, init_key, frozen, specs[0])
+    shardings = sharding.tree_shardings(abstract, mesh)
+    abstract = sharding.with_shardings(abstract, shardings)
+
+    # The programs, all compiled before the first batch is taken, one for each kind of batch. Calling
+    # a jitted function later finds what was compiled for its shapes here.
+    init = jax.jit(lambda key: step_fns.init(key, frozen, specs[0]), out_shardings=shardings)
+    update = step_fns.compiled_update(shardings)
+    validate = jax.jit(step_fns.validate, out_shardings=sharding.replicated(mesh))
+    checkpointer = Checkpointer(workdir, keep=c.keep)
+    if (newest := checkpointer.latest_step() or 0) > c.steps:
+        raise UserError(f"{workdir} is at step {newest}, past train.steps={c.steps}")
+    if newest < c.steps:
+        with clock("compile"):
+            for spec in specs:
+                update.lower(abstract, frozen, spec).compile()
+                validate.lower(abstract.ema, frozen, spec).compile()
+
+    state = initial_state(
+        step_fns,
+        lambda: init(init_key),
+        abstract=abstract,
+        checkpointer=checkpointer,
+        set_data_state=stream.set_state,
+        mesh=mesh,
+    )
+    start = int(state.step)
+    history.resume(start)
+    if is_main:
+        overview = parameter_overview.get_parameter_overview(
+            abstract.params, include_stats="sharding"
+        )
+        write_whole(workdir / "parameters.txt", overview)
+    writer = writers.create_writer(workdir, resume_step=start, active=is_main)
+    schedule = optim.make_schedule(config.optim, total_steps=c.steps)
+    trace = Trace(workdir / "profile", steps=profile)
+    if profile and start >= profile.stop:
+        logging.info("no trace: step %d is past %d:%d", start, profile.start, profile.stop)
+
+    def is_due(step: int, every: int) -> bool:
+        return step > start and (step == c.steps or step % every == 0)
+
+    # The loop. DO NOT CHANGE THE ORDER: evaluate, write the row, save, next batch, update. So what is
+    # saved at step n is the state after n updates together with the position after n batches, and a
+    # resumed run, which starts at the top, sees exactly what the uninterrupted one saw.
+    bar = tqdm(
+        total=c.steps,
+        initial=start,
+        desc=config.name,
+        unit="step",
+        disable=not is_main,
+        mininterval=0.5,
+    )
+    # Whatever happens, these finish what was begun.
+    with notice, checkpointer, contextlib.closing(writer), bar, trace:
+        clock.switch("step")
+        for step in range(start, c.steps + 1):
+            stopping = notice.stop_requested()
+            saving = is_due(step, c.save_every) or (stopping and step > start)
+            if trace.is_due(step):
+                pending.fetch()
+                with clock("profile"):
+                    trace.toggle()
+            if is_due(step, c.eval_every):
+                pending.fetch()  # or the wait for the step would count as evaluation
+                with clock("eval"):
+                    losses = validation_losses(validate, state.ema, frozen, validation, mesh)
+                    writer.write_scalars(step, losses)
+            if preview is not None and is_due(step, c.sample_every):
+                pending.fetch()
+                with clock("sample"):
+                    folder = workdir / "samples" / f"{step:07d}"
+                    writer.write_images(step, preview(state.ema, folder))
+            if saving or is_due(step, c.log_every):
+                pending.fetch()
+                with clock("log"):
+                    row = history.take_row(step) | {"lr": float(schedule(step - 1))}
+                    writer.write_scalars(step, row)
+                    writer.flush()
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+            if saving:
+                with clock("save"):
+                    checkpointer.save(step, state, stream.get_state(), config.to_dict())
+            if stopping or step == c.steps:
+                break
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                with clock("data"):
+                    batch = sharding.shard_batch(next(stream), mesh)
+                    if pending.is_computing:  # the device did not wait for this batch
+                        clock.activity = "step"
+                with jax.transfer_guard("disallow"):
+                    state, metrics = update(state, frozen, batch)
+            checkpointer.check()
+            pending.put(step + 1, metrics)
+            bar.update()
+        if step > start:
+            with clock("save"):
+                checkpointer.wait()
+            writer.write_scalars(step, history.complete_row())
+    if step < c.steps:
+        done = f"step {step} is saved" if step else "no step was made"
+        raise Preempted(f"SIGTERM: {done}; the same command goes on from there")
+    if is_main:
+        write_summary(
+            workdir, config, step_fns.task_names, num_parameters=num_parameters(abstract.params)
+        )
+    return state
+
+
+def validation_losses(
+    validate: Callable[[PyTree, PyTree, Batch], dict[str, Array]],
+    params: PyTree,
+    frozen: PyTree,
+    validation: Mapping[str, Iterable[Batch]],
+    mesh: jax.sharding.Mesh,
+) -> dict[str, float]:
+    """Validation loss of each task: the same rows, times and noise every time."""
+    losses = {}
+    for name, batches in validation.items():
+        sums = [
+            jax.device_get(validate(params, frozen, sharding.shard_batch(batch, mesh)))
+            for batch in batches
+        ]
+        total = sum(s["loss_sum"].sum() for s in sums)
+        losses[f"val/loss/{name}"] = float(total / sum(s["count"].sum() for s in sums))
+    return losses
