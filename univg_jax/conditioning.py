@@ -1,28 +1,32 @@
-"""Frozen encoders: a `Batch` -> the model's `Conditions` and the target latents x0.
+"""Frozen encoders: a `Batch` -> the target latents x0 and the model's `Conditions`.
 
-    x0 = codec(target);  cond_latents = codec(source), 0 without a source;  mask = max over each
-    latent cell text_emb, pooled_emb = text(tokens);  face_emb = identity(face), 0 without a face
+    x0                   = codec(target)
+    cond_latents         = codec(source), zero without a source
+    mask                 = maximum of the pixels' mask over each latent cell
+    text_emb, pooled_emb = text(tokens)
+    face_emb             = identity(face), zero without a face
 
-`Conditioner` holds modules only; their parameters travel beside it as one pytree, `{'text': ...,
-'codec': ..., 'identity': ...}` (the last only if there is such an encoder), so that its methods are
-pure functions for use inside jit. `univg_jax.encoders` obtains them. Where batches bring their
-text's embeddings, the text encoder's parameters may be left out.
+`Conditioner` holds modules only. Their parameters travel beside it as one pytree `frozen`,
+`{'text': ..., 'codec': ..., 'identity': ...}` (the last only if there is such an encoder), so that
+its methods are pure functions for use inside jit. `univg_jax.encoders` makes both. When batches
+carry text embeddings from a cache, the text encoder's parameters may be missing.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int32, UInt8
+from jaxtyping import Bool, Float, Int32, PyTree, UInt8
 
 from univg_jax.batch import Array, Batch, Conditions, Text
+from univg_jax.errors import UserError
+from univg_jax.images import to_float
 from univg_jax.models.codec import KLCodec, PatchCodec
 from univg_jax.models.identity import ClipIdentity, IdentityEncoder
 from univg_jax.models.text import ClipText, SD3Text, SentenceText
 
-Frozen = Mapping[str, Any]  # part -> the parameters of its encoder
+Frozen = Mapping[str, PyTree]  # 'text', 'codec', 'identity' -> the parameters of that encoder
 Images = UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]  # in [0, 255], or in [-1, 1]
 
 
@@ -55,42 +59,41 @@ class Conditioner:
 
     @property
     def face_dim(self) -> int | None:
-        """Width of `face_emb`; None (and then a `face_emb` of width 0) without an identity encoder."""
+        """Width of face embeddings; None without an identity encoder: `face_emb` is then empty."""
         return None if self.identity is None else self.identity.dim
 
     def encode(self, frozen: Frozen, images: Images) -> Float[Array, "b h2 w2 c"]:
-        """Images -> latents of about unit variance. Raises ValueError if a side is no multiple of
-        `downsampling`.
+        """Images -> latents of about unit variance.
+
+        Raises UserError if a side is not a multiple of `downsampling`.
         """
-        return jax.lax.stop_gradient(
-            self.codec.apply({"params": frozen["codec"]}, _to_float(images), method="encode")
-        )
+        images = to_float(jnp.asarray(images))
+        latents = self.codec.apply({"params": frozen["codec"]}, images, method="encode")
+        return jax.lax.stop_gradient(latents)
 
     def decode(self, frozen: Frozen, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         """Latents -> images, clipped to [-1, 1]."""
-        return jnp.clip(
-            self.codec.apply({"params": frozen["codec"]}, latents, method="decode"), -1, 1
-        )
+        images = self.codec.apply({"params": frozen["codec"]}, latents, method="decode")
+        return jnp.clip(images, -1, 1)
 
     def identify(self, frozen: Frozen, faces: Images) -> Float[Array, "b e"]:
-        """Portraits of any size -> unit vectors of who they show; their dot product is the
-        similarity.
+        """Portraits of any size -> unit vectors; their dot product measures the likeness.
+
+        Raises UserError without an identity encoder.
         """
         if self.identity is None:
-            raise ValueError(
+            raise UserError(
                 "this run has no identity encoder: set conditioning.identity, e.g. dict(kind='lda')"
             )
-        return jax.lax.stop_gradient(
-            self.identity.apply({"params": frozen["identity"]}, _to_float(faces))
-        )
+        faces = to_float(jnp.asarray(faces))
+        return jax.lax.stop_gradient(self.identity.apply({"params": frozen["identity"]}, faces))
 
     def embed_text(
         self, frozen: Frozen, tokens: Int32[Array, "b m"], text_mask: Bool[Array, "b m"]
     ) -> Text:
         """Embeddings of each token and of the whole prompt, float32."""
-        return _float32(
-            self.text.apply({"params": frozen["text"]}, jnp.asarray(tokens), jnp.asarray(text_mask))
-        )
+        tokens, text_mask = jnp.asarray(tokens), jnp.asarray(text_mask)
+        return _float32(self.text.apply({"params": frozen["text"]}, tokens, text_mask))
 
     def target_latents(self, frozen: Frozen, batch: Batch) -> Float[Array, "b h w c"]:
         """x0: what the model learns to generate."""
@@ -100,25 +103,22 @@ class Conditioner:
         """All that the model is conditioned on."""
         b, h, w, _ = batch.mask.shape
         f = self.downsampling
+        if batch.text is None:
+            text = self.embed_text(frozen, batch.tokens, batch.text_mask)
+        else:
+            text = _float32(batch.text)
         if self.identity is None:
             face_emb = jnp.zeros((b, 0))
         else:
             face_emb = jnp.where(batch.has_face[:, None], self.identify(frozen, batch.face), 0)
-        text = (
-            _float32(batch.text)
-            if batch.text
-            else self.embed_text(frozen, batch.tokens, batch.text_mask)
-        )
+        # "No source" is a zero latent, which differs from the latent of a black image.
+        has_source = batch.has_source[:, None, None, None]
+        cond_latents = jnp.where(has_source, self.encode(frozen, batch.source), 0)
+        # The maximum: a cell with a single pixel to generate is generated whole.
+        cells = jnp.asarray(batch.mask).reshape(b, h // f, f, w // f, f, 1)
         return Conditions(
-            # No source is a zero latent, which is not the latent of a black image.
-            cond_latents=jnp.where(
-                batch.has_source[:, None, None, None], self.encode(frozen, batch.source), 0
-            ),
-            # A cell that the hole touches is generated whole.
-            mask=jnp.asarray(batch.mask)
-            .reshape(b, h // f, f, w // f, f, 1)
-            .max((2, 4))
-            .astype(jnp.float32),
+            cond_latents=cond_latents,
+            mask=cells.max((2, 4)).astype(jnp.float32),
             text_emb=text.emb,
             text_mask=text.mask,
             pooled_emb=text.pooled,
@@ -126,14 +126,21 @@ class Conditioner:
             identity_slot=jnp.asarray(batch.identity_slot),
         )
 
+    def encoded_spec(self, frozen: Frozen, batch: Batch) -> tuple[jax.ShapeDtypeStruct, Conditions]:
+        """Shapes and dtypes of (`target_latents`, `conditions`); nothing is computed.
+
+        The leaves of `frozen` and `batch` may be arrays or `jax.ShapeDtypeStruct`s, such as those
+        of `encoders.abstract` and `BatchShape.spec`.
+        """
+
+        def encode(frozen: Frozen, batch: Batch) -> tuple[Array, Conditions]:
+            return self.target_latents(frozen, batch), self.conditions(frozen, batch)
+
+        return jax.eval_shape(encode, frozen, batch)
+
 
 def _float32(text: Text) -> Text:
     emb, pooled = (
         jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (text.emb, text.pooled)
     )
     return Text(emb=emb, mask=jnp.asarray(text.mask), pooled=pooled)
-
-
-def _to_float(images: Images) -> Float[Array, "b h w 3"]:
-    images = jnp.asarray(images)
-    return images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images
