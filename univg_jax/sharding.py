@@ -1,16 +1,16 @@
 """Where every array lives: one mesh, one ordered table of rules, one function from shapes to
 shardings.
 
-Mesh axes: `data` replicates parameters, `fsdp` splits them (and the batch with `data`), `tensor`
-splits the hidden features of a block (Megatron). One device is the mesh 1x1x1: there is no other
-code path.
+Mesh axes: `data` replicates parameters, `fsdp` splits them (and, like `data`, the batch), `tensor`
+splits the hidden features of a block (Megatron, arXiv 1909.08053). One device is the mesh 1x1x1:
+there is no other code path.
 """
 
+import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -18,22 +18,24 @@ from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float
+from jaxtyping import Float, PyTree, Shaped
 
 from univg_jax.batch import Array
+from univg_jax.errors import UserError
+from univg_jax.trees import map_named, named_leaves
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that split the rows of a batch
-SCANNED = r"(^|/)blocks/"  # leaves under it carry the scanned layer axis in front
-# devices that share weights where nobody says how many: more would save little and wait longer
+SCANNED = r"(^|/)blocks/"  # leaves under it have a leading axis, the scanned layers
+# Upper limit of the default fsdp axis: beyond it little memory is saved and collectives get slower.
 MAX_FSDP = 128
-# elements of a layer; below it a leaf is whole along fsdp: gathering it costs more than holding it
+# Leaves with fewer elements (in one layer) are not split over fsdp: the collectives would cost more
+# time than the memory is worth.
 MIN_SHARDED_SIZE = 2**14
 
-# (regex searched in a leaf's path, spec of its last dimensions); the first match wins. Where a rule
-# is silent about fsdp, it takes the leaf's largest free dimension. Megatron's pairs: a kernel (in,
-# out) split on its outputs feeds one split on its inputs, so that a block sums over `tensor` once
-# per pair.
+# (regex searched in a leaf's name, spec of its last dimensions: one axis or None each). The first
+# match wins. A kernel [in, out] split on its outputs feeds a kernel split on its inputs, so that a
+# block sums over `tensor` only once per pair. `layer_spec` then adds fsdp.
 RULES: tuple[tuple[str, P], ...] = (
     (r"block.*/(q|k|v|mlp/in|mlp/gate)/kernel$", P(None, "tensor")),
     (r"block.*/(q|k|v|mlp/in)/bias$", P("tensor")),
@@ -41,17 +43,13 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-class LeafSpec(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeafSpec:
     """Where one leaf lives."""
 
     path: str
     shape: tuple[int, ...]
     spec: P
-
-
-def path_name(path: tuple) -> str:
-    """The '/'-joined names that every rule, freeze pattern and error message speaks of."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def make_mesh(
@@ -60,29 +58,29 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     width: int = 0,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """The mesh `data x fsdp x tensor` over `devices` (default: all); one size may be -1, the rest.
+    """The mesh `data x fsdp x tensor` over `devices` (default: all).
 
-    With the model's `width`, `data` and `fsdp` may both be -1: then fsdp takes as many devices of a
-    slice as divide it, up to `MAX_FSDP`. Slices, which only a data center network joins, lie along
-    `data`. Raises `ValueError` when the sizes cannot multiply to the number of devices, or not
-    within slices.
+    One size may be -1: it takes the remaining devices. With the model's `width`, `data` and `fsdp`
+    may both be -1: fsdp then takes the largest number of devices that divides both a slice and
+    `width`, up to `MAX_FSDP`. Slices, which only a data center network joins, lie along `data`.
+    Raises UserError when the sizes cannot multiply to the number of devices, or not within slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     sizes = [data, fsdp, tensor]
-    asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+    requested = "mesh " + " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
     if sizes[:2] == [-1, -1] and width and tensor > 0:
         sizes[1] = math.gcd(len(devices) // slices // tensor or 1, width, MAX_FSDP)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"mesh {asked}: sizes are positive and at most one is -1 (the rest)")
-    known = math.prod(size for size in sizes if size != -1)
-    if len(devices) % known or (-1 not in sizes and known != len(devices)):
-        raise ValueError(f"mesh {asked}: the product must be the number of devices, {len(devices)}")
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+        raise UserError(f"{requested}: sizes are positive and at most one is -1 (the rest)")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        raise UserError(f"{requested}: the product must be the number of devices, {len(devices)}")
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if sizes[0] % slices:
-        raise ValueError(f"mesh {asked}: data must be a multiple of the number of slices, {slices}")
+        raise UserError(f"{requested}: data must be a multiple of the number of slices, {slices}")
     if slices > 1:
         within = (sizes[0] // slices, *sizes[1:])
         grid = mesh_utils.create_hybrid_device_mesh(
@@ -93,148 +91,181 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def num_row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many shards the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Rows split over `data` and `fsdp`; devices along `tensor` share them."""
+    """Rows split over `data` and `fsdp`; devices along `tensor` hold the same rows."""
     return NamedSharding(mesh, P(ROWS))
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """The global batch on devices, of which each process gives its own rows (numpy), as many as
-    every other.
+def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """The global batch on devices, put together from the numpy rows that each process passes.
 
-    Raises `ValueError` when the rows do not divide over the devices.
+    All processes pass equally many rows. Raises UserError when the rows do not divide over the
+    devices.
     """
-    given = _given_sharding(mesh)
+    sharding = _input_sharding(mesh)
     rows = {len(x) for x in jax.tree.leaves(batch)}
-    parts = len(
-        {index[0].start for index in given.addressable_devices_indices_map((mesh.size,)).values()}
-    )
-    if len(rows) != 1 or min(rows) % parts:
-        raise ValueError(
-            f"a batch of {sorted(rows)} rows does not divide over {parts} devices of this process"
+    starts = sharding.addressable_devices_indices_map((mesh.size,)).values()
+    num_shards = len({index[0].start for index in starts})
+    if len(rows) != 1 or min(rows) % num_shards:
+        raise UserError(
+            f"a batch of {sorted(rows)} rows does not divide over {num_shards} devices "
+            "of this process"
         )
-    arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(given, x), batch)
+    arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
     return jax.device_put(arrays, batch_sharding(mesh))
 
 
-def local_rows(array: jax.Array, mesh: Mesh) -> np.ndarray:
-    """The rows of a global array that belong to those this process gave to `shard_batch`; all
-    processes call it.
+def local_rows(array: jax.Array, mesh: Mesh) -> Shaped[np.ndarray, "..."]:
+    """The rows of a global array that this process passed to `shard_batch`.
+
+    It is a collective: all processes must call it.
     """
-    given = jax.device_put(array, _given_sharding(mesh))
-    parts = {shard.index[0].start or 0: shard.data for shard in given.addressable_shards}
-    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+    array = jax.device_put(array, _input_sharding(mesh))
+    # Devices along `tensor` may hold the same rows: keep one shard for each start.
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def all_gather_to_host(array: jax.Array) -> np.ndarray:
-    """The whole array in the memory of every process, which all call this."""
+def all_gather_to_host(array: jax.Array) -> Shaped[np.ndarray, "..."]:
+    """The whole array in the memory of every process; all processes must call it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def _given_sharding(mesh: Mesh) -> NamedSharding:
-    """Where rows enter: as `batch_sharding`, unless devices that share rows belong to several
-    processes.
+def _input_sharding(mesh: Mesh) -> NamedSharding:
+    """How rows enter the devices from hosts: as `batch_sharding`, if each row has only one host.
 
-    Then each device takes rows of its own process, and the devices along `tensor` exchange theirs.
+    Where devices along `tensor` belong to several processes, no process could pass all copies of
+    its rows. Each device then takes rows of its own process, and `shard_batch` exchanges them.
     """
-    groups = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    groups = mesh.devices.reshape(num_row_shards(mesh), -1)
     if all(len({device.process_index for device in group}) == 1 for group in groups):
         return batch_sharding(mesh)
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
-def tree_shardings(
-    tree: Any, mesh: Mesh | AbstractMesh, *, rules: Sequence[tuple[str, P]] = RULES
-) -> Any:
-    """The sharding of every leaf of any tree of shapes: parameters, optimizer state, EMA, frozen
-    encoders.
+def tree_shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
+    """The sharding of every leaf of a tree of shapes.
 
-    An optimizer's moments lie where their parameter does because their paths end with the
-    parameter's.
+    The tree may be parameters, optimizer state, EMA or frozen encoders. An optimizer's moments get
+    the sharding of their parameter because their names end with the parameter's.
     """
 
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        name, shape = path_name(path), tuple(leaf.shape)
-        layers = int(bool(re.search(SCANNED, name)))
-        spec = layer_spec(name, shape[layers:], mesh, rules=rules)
-        return NamedSharding(mesh, P(*[None] * layers, *spec) if spec else P())
+    def place(name: str, leaf: jax.ShapeDtypeStruct | Array) -> NamedSharding:
+        num_scanned_axes = int(bool(re.search(SCANNED, name)))
+        spec = layer_spec(name, tuple(leaf.shape)[num_scanned_axes:], mesh)
+        return NamedSharding(mesh, P(*[None] * num_scanned_axes, *spec) if spec else P())
 
-    return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def layer_spec(
-    name: str,
-    shape: tuple[int, ...],
-    mesh: Mesh | AbstractMesh,
-    *,
-    rules: Sequence[tuple[str, P]] = RULES,
-) -> P:
-    """The spec of a leaf; of one layer of it where layers are stacked."""
-    rule = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
-    if len(rule) > len(shape):  # factored moments of a matrix
-        rule = P()
-    axes = _with_fsdp(
-        _fitting(P(*[None] * (len(shape) - len(rule)), *rule), shape, name, mesh), shape, mesh
-    )
-    while axes and axes[-1] is None:
-        axes = axes[:-1]
-    return P(*axes)
+    return map_named(place, tree)
 
 
-def constrain_rows(tree: Any) -> Any:
-    """Inside jit: the rows of every array over `data` and `fsdp`; as it is where no mesh is set."""
+def layer_spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    """The spec of a leaf by `RULES` and fsdp; of a stacked leaf, the spec of one layer.
+
+    An axis that does not divide its dimension is dropped there. Trailing Nones are left out.
+    """
+    rule = next((spec for pattern, spec in RULES if re.search(pattern, name)), P())
+    # A matrix's factored moments have its name, but one dimension less.
+    rule = P() if len(rule) > len(shape) else rule
+    spec = [None] * (len(shape) - len(rule)) + [*rule]
+    spec = _with_fsdp(_dividing(spec, name, shape, mesh), shape, mesh)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return P(*spec)
+
+
+def _dividing(
+    spec: list[str | None], name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> list[str | None]:
+    """`spec` without the axes that have one device or do not divide their dimension."""
+    result = []
+    for dim, axis in zip(shape, spec):
+        size = mesh.shape[axis] if axis else 1
+        if dim % size:
+            logging.info(
+                "%s %s: %d does not divide over %s=%d; replicated there",
+                name, shape, dim, axis, size,
+            )  # fmt: skip
+        result.append(axis if size > 1 and dim % size == 0 else None)
+    return result
+
+
+def _with_fsdp(
+    spec: list[str | None], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> list[str | None]:
+    """`spec` with fsdp on the largest free dimension that it divides, unless the leaf is small.
+
+    The last dimension is taken only if no other will do: a TPU stores it in lanes of 128, so that
+    30 columns would take as much memory as 128.
+    """
+    size = mesh.shape["fsdp"]
+    free = [i for i, dim in enumerate(shape) if spec[i] is None and dim % size == 0 and dim > 1]
+    if size == 1 or not free or math.prod(shape) < MIN_SHARDED_SIZE:
+        return spec
+    best = max(free, key=lambda i: (i < len(shape) - 1, shape[i], -i))
+    return ["fsdp" if i == best else axis for i, axis in enumerate(spec)]
+
+
+def constrain_rows(tree: PyTree) -> PyTree:
+    """Inside jit: splits the rows of every array over `data` and `fsdp`, if a mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(ROWS)), tree)
 
 
 def is_fsdp() -> bool:
-    """Inside jit: whether weights are split over fsdp, so that their use gathers them."""
+    """Inside jit: whether weights are split over fsdp, so that using one gathers it first."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape["fsdp"] > 1
 
 
-def rows_divisible(count: int) -> bool:
-    """Inside jit: whether so many rows can be split over the mesh. A batch of one, made for its
-    shapes, cannot.
+def rows_divisible(num_rows: int) -> bool:
+    """Inside jit: whether a mesh is set that can split so many rows.
+
+    A batch of one row, as used to initialize parameters, cannot be split.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and count % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    return not mesh.empty and num_rows % num_row_shards(mesh) == 0
 
 
 def matmul(x: Float[Array, "r i"], weight: Float[Array, "i o"], name: str) -> Float[Array, "r o"]:
-    """x W of rows that are split over `data` and `fsdp`, with a W of which each device holds its
-    shard by the rules.
+    """x W, with the rows of x split over `data` and `fsdp`, and W split by the rule for `name`.
 
-    The one place where FSDP communicates, in the weight's dtype: W is gathered, and again for the
-    gradient (no remat policy keeps it); the gradient is summed straight into shards. That is three
-    times the bytes of all weights a step. Left to itself the compiler may move activations instead.
+    This is the one place where FSDP communicates, in the weight's dtype. W is gathered, and again
+    for the gradient (no remat policy keeps it); the gradient is summed straight into shards. One
+    training step thus moves three times the bytes of all weights. Written by hand because the
+    compiler, left to itself, may move activations instead.
     """
     if not is_fsdp() or not rows_divisible(len(x)):
         return x @ weight
     mesh = jax.sharding.get_abstract_mesh()
     spec = layer_spec(name, weight.shape, mesh)
+    # `tensor` stays with the compiler: inside, the code sees `data` and `fsdp` only.
     manual = P(*("fsdp" if axis == "fsdp" else None for axis in spec))
     rows = P(ROWS)
 
     def local(x: jax.Array, weight: jax.Array) -> jax.Array:
         if "fsdp" in manual:
-            # its gradient is summed over data last, as a shard
+            # Declares the weight different on each `data` device, so that its gradient is summed
+            # over `data` last, after the reduce-scatter has cut it to a shard.
             weight = jax.lax.pcast(weight, "data", to="varying")
             weight = _gather(weight, manual.index("fsdp"), mesh.shape["fsdp"])
         return x @ weight
 
-    # `tensor` stays with the compiler.
-    return jax.shard_map(
-        local, in_specs=(rows, manual), out_specs=rows, axis_names={"data", "fsdp"}
-    )(x, weight)
+    return jax.shard_map(local, in_specs=(rows, manual), out_specs=rows, axis_names=set(ROWS))(
+        x, weight
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -254,6 +285,8 @@ def _gather_backward(axis: int, size: int, _: None, gradient: jax.Array) -> tupl
     """
     inner = 4 if size % 4 == 0 else 1
     outer = size // inner
+    # After the first hop device i * inner + j holds chunk i of `outer`, after the second the j-th
+    # piece of that chunk: its own shard, in the order in which `all_gather` joins them.
     hops = [
         [[i * inner + j for i in range(outer)] for j in range(inner)],
         [[i * inner + j for j in range(inner)] for i in range(outer)],
@@ -269,9 +302,10 @@ def _gather_backward(axis: int, size: int, _: None, gradient: jax.Array) -> tupl
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def with_shardings(tree: Any, shardings: Any) -> Any:
-    """The shapes of `tree`, each with its sharding (a tree of them, or one for all): what a restore
-    asks for.
+def with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
+    """The shapes of `tree`, each with its sharding: what restoring a checkpoint asks for.
+
+    `shardings` is a tree like `tree`, or one sharding for all leaves.
     """
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -280,71 +314,10 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
     )
 
 
-def leaf_specs(tree: Any, shardings: Any, *, larger_than: int = 0) -> tuple[LeafSpec, ...]:
-    """Path, shape and spec of every leaf of at least `larger_than` bytes, for golden renders."""
+def leaf_specs(tree: PyTree, shardings: PyTree, *, larger_than: int = 0) -> tuple[LeafSpec, ...]:
+    """Name, shape and spec of every leaf of at least `larger_than` bytes."""
     return tuple(
-        LeafSpec(path_name(path), tuple(leaf.shape), sharding.spec)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shardings)
-        )
-        if _bytes(leaf.shape, leaf.dtype) >= larger_than
+        LeafSpec(path=name, shape=tuple(leaf.shape), spec=sharding.spec)
+        for (name, leaf), sharding in zip(named_leaves(tree).items(), jax.tree.leaves(shardings))
+        if math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize >= larger_than
     )
-
-
-def unused_rules(tree: Any, *, rules: Sequence[tuple[str, P]] = RULES) -> tuple[str, ...]:
-    """The patterns that decide about no leaf of `tree`: misspelt, or shadowed by one above."""
-    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    used = {
-        next((pattern for pattern, _ in rules if re.search(pattern, name)), None) for name in names
-    }
-    return tuple(pattern for pattern, _ in rules if pattern not in used)
-
-
-def _bytes(shape: Sequence[int], dtype: Any) -> int:
-    return math.prod(shape) * np.dtype(dtype).itemsize
-
-
-def _with_fsdp(spec: tuple, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple:
-    """`spec` with fsdp on the largest dimension that is free and that it divides, unless the leaf
-    is small or has it.
-
-    The last dimension only where no other will do: a TPU stores it in lanes of 128, and 30 columns
-    take as much room.
-    """
-    size = mesh.shape["fsdp"]
-    free = [i for i, dim in enumerate(shape) if spec[i] is None and dim % size == 0 and dim > 1]
-    if (
-        size == 1
-        or not free
-        or math.prod(shape) < MIN_SHARDED_SIZE
-        or any("fsdp" in _axes(axes) for axes in spec)
-    ):
-        return spec
-    best = max(free, key=lambda i: (i < len(shape) - 1, shape[i], -i))
-    return tuple("fsdp" if i == best else axes for i, axes in enumerate(spec))
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
-def _fitting(spec: P, shape: tuple[int, ...], name: str, mesh: Mesh | AbstractMesh) -> tuple:
-    """`spec` without the axes that do not divide their dimension, nor those of one device."""
-
-    def keep() -> Iterator[Any]:
-        for dim, entry in zip(shape, spec):
-            axes = tuple(a for a in _axes(entry) if mesh.shape[a] > 1)
-            size = math.prod(mesh.shape[a] for a in axes)
-            if dim % size:
-                logging.info(
-                    "%s %s: %d does not divide over %s=%d; replicated there",
-                    name,
-                    shape,
-                    dim,
-                    axes,
-                    size,
-                )
-            kept = axes if dim % size == 0 else ()
-            yield kept[0] if len(kept) == 1 else kept or None
-
-    return tuple(keep())
