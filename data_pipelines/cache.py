@@ -1,154 +1,192 @@
 """Embeddings of prompts on disk, so that a run need not hold its text encoders.
 
-A cache is a folder: `cache.json` says whose embeddings these are (`identity`: encoder, hash of its
-weights, number of tokens), `NNNNN.safetensors` hold them. A prompt is found by the hash of its
-tokens: a changed caption is missing, never stale, and a cache of another encoder is refused.
-`CachedTokenizer` gives each prompt's embedding with its tokens; nothing else in the data's way
-knows of caches.
+A cache is a folder, local or in a bucket. Its `cache.json` says whose embeddings these are
+(`identity`: the encoder, the hash of its weights, the number of tokens), and `NNNNN.safetensors`
+hold them. A prompt is found by the hash of its tokens. So a changed caption is missing, never
+stale, and a cache of another encoder is refused. `CachedTokenizer` returns each prompt's embedding
+together with its tokens; nothing else in the data pipeline knows of caches.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
-from data_pipelines import mixture, tasks
+from data_pipelines import held_out, tasks
+from data_pipelines.collate import Collator
+from data_pipelines.mixture import make_stream
 from data_pipelines.tokenizer import TokenizedText, Tokenizer
-from univg_jax.batch import Text
+from univg_jax.batch import BatchShape, Text
+from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError
+from univg_jax.files import write_whole
+from univg_jax.settings import Config
 
 RECORD = "cache.json"
 FIELDS = ("emb", "mask", "pooled")
+FILE_BYTES = 2**30  # a file is serialized in memory, so it should not be much larger
+
+Embed = Callable[[Shaped[np.ndarray, "b m"], Shaped[np.ndarray, "b m"]], Text]
 
 
 class CachedTokenizer:
     """`tokenizer` whose prompts come with their embeddings from `folder`.
 
-    Raises FileNotFoundError without a finished cache there, ValueError for a damaged one, for one
-    whose identity is not `identity`, and for a prompt that it does not have.
+    Raises NotFoundError if there is no finished cache, and UserError for a damaged one, for one of
+    another identity, and for a prompt that it does not have.
     """
 
-    def __init__(self, tokenizer: Tokenizer, folder: str | Path, *, identity: Mapping[str, Any]):
-        self._tokenizer, self._folder = tokenizer, Path(folder)
-        file = self._folder / RECORD
-        if not file.is_file():
-            raise FileNotFoundError(
+    def __init__(
+        self, tokenizer: Tokenizer, folder: epath.PathLike, *, identity: Mapping[str, Any]
+    ):
+        self._tokenizer, self._folder = tokenizer, epath.Path(folder)
+        record = self._folder / RECORD
+        if not record.exists():
+            raise NotFoundError(
                 f"{folder} has no {RECORD}: not a finished cache (univg data cache)"
             )
-        stored = json.loads(file.read_text())
-        if different := [
-            k
-            for k in {**stored["identity"], **identity}
-            if stored["identity"].get(k) != identity.get(k)
-        ]:
-            key = different[0]
-            raise ValueError(
-                f"{folder} has the embeddings of another text encoder: {key} is {stored['identity'].get(key)!r}, "
-                f"this run's {identity.get(key)!r}; make it anew (univg data cache)"
-            )
-        self._places: dict[bytes, tuple[Any, int]] = {}
+        try:
+            stored = json.loads(record.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{record} is not JSON: {error}") from None
+        for key in {**stored["identity"], **identity}:
+            found, wanted = stored["identity"].get(key), identity.get(key)
+            if found != wanted:
+                raise UserError(
+                    f"{folder} has the embeddings of another text encoder: {key} is {found!r}, "
+                    f"this run's {wanted!r}; make it anew (univg data cache)"
+                )
+        self._copies: tempfile.TemporaryDirectory | None = None
+        self._places: dict[bytes, tuple[Any, int]] = {}  # prompt -> open file, row in it
         for name in stored["files"]:
             try:
-                opened = safe_open(self._folder / name, framework="np")
-                keys = opened.get_tensor("keys")
+                file = safe_open(self._local(self._folder / name), framework="np")
+                keys = file.get_tensor("keys")
             except (SafetensorError, OSError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{self._folder / name} is not a readable part of the cache: {error}"
                 ) from None
-            self._places |= {bytes(key): (opened, row) for row, key in enumerate(keys)}
+            self._places |= {bytes(key): (file, row) for row, key in enumerate(keys)}
 
     def __call__(self, text: str, num_tokens: int) -> TokenizedText:
         tokenized = self._tokenizer(text, num_tokens)
         place = self._places.get(_key(tokenized))
         if place is None:
-            raise ValueError(
-                f"{self._folder} has no embedding of the prompt {text!r}; make it anew (univg data cache)"
+            raise UserError(
+                f"{self._folder} has no embedding of the prompt {text!r}; "
+                "make it anew (univg data cache)"
             )
-        opened, row = place
-        emb, mask, pooled = (opened.get_slice(name)[row : row + 1] for name in FIELDS)
+        file, row = place
+        emb, mask, pooled = (file.get_slice(name)[row : row + 1] for name in FIELDS)
         return dataclasses.replace(tokenized, embedding=Text(emb=emb, mask=mask, pooled=pooled))
 
+    def _local(self, path: epath.Path) -> str:
+        """The path of a local file with this content."""
+        if "://" not in os.fspath(path):
+            return os.fspath(path)
+        # Rows are read one at a time from a file that is mapped into memory, which only a local
+        # file can be. So a bucket's files are copied, for as long as this tokenizer lives.
+        self._copies = self._copies or tempfile.TemporaryDirectory(prefix="univg_cache_")
+        copy = epath.Path(self._copies.name) / path.name
+        path.copy(copy)
+        return os.fspath(copy)
 
-def prompts(config: Any, tokenizer: Tokenizer, *, steps: int) -> list[TokenizedText]:
-    """Every distinct prompt that a run of `config` tokenizes in its first `steps` steps, its
-    validation and samples.
-    """
+
+def prompts(config: Config, tokenizer: Tokenizer, *, steps: int) -> list[TokenizedText]:
+    """Every distinct prompt of the first `steps` training steps, validation and previews."""
     seen: dict[bytes, TokenizedText] = {}
 
-    def recorder(text: str, num_tokens: int) -> TokenizedText:
+    def remember(text: str, num_tokens: int) -> TokenizedText:
         tokenized = tokenizer(text, num_tokens)
         seen.setdefault(_key(tokenized), tokenized)
         return tokenized
 
-    size, num = (
-        config.data.batch_size,
-        max(config.train.eval_examples, config.train.sample_examples),
-    )
-    stream = mixture.make_stream(config, tokenizer=recorder)
+    collator = Collator(tokenizer=remember, shape=BatchShape.of(config.data))
+    stream = make_stream(config, collator=collator)
     for _ in tqdm(range(steps), desc="read prompts", unit="step"):
         next(stream)
     stream.close()
+    num = max(config.train.eval_examples, config.train.sample_examples)
     for name in stream.shares:
-        recorder(tasks.prompt(name, ""), config.data.num_tokens)  # without its text
-        for _ in mixture.eval_batches(
-            config, name, split="validation", num=num, batch_size=size, tokenizer=recorder
+        remember(tasks.prompt(name, ""), config.data.num_tokens)  # of rows without their text
+        for _ in held_out.batches(
+            config,
+            name,
+            split="validation",
+            num=num,
+            batch_size=config.data.batch_size,
+            collator=collator,
         ):
             pass
     return list(seen.values())
 
 
 def write_cache(
-    folder: str | Path,
+    folder: epath.PathLike,
     rows: Iterable[TokenizedText],
     *,
-    embed: Callable[[Shaped[np.ndarray, "b m"], Shaped[np.ndarray, "b m"]], Text],
+    embed: Embed,
     identity: Mapping[str, Any],
     batch_size: int = 64,
-    file_rows: int = 4096,
+    file_bytes: int = FILE_BYTES,
 ) -> int:
-    """Embeds `rows` by `embed(tokens, text_mask)`, `batch_size` at a time, and writes the cache;
-    returns their number.
+    """Embeds `rows` by `embed(tokens, text_mask)` and writes the cache; returns their number.
 
-    `cache.json` is written last: a killed build leaves no cache. Raises FileExistsError if there is
-    one.
+    `embed` gets `batch_size` rows at a time. A file of about `file_bytes` is written as soon as its
+    rows are embedded, and `cache.json` last, so that a killed build leaves no cache.
+
+    Raises AlreadyExistsError if `folder` has a cache.
     """
-    folder, rows = Path(folder), list(rows)
+    folder, rows = epath.Path(folder), list(rows)
     if (folder / RECORD).exists():
-        raise FileExistsError(f"{folder} has a cache; choose another folder or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    with tqdm(total=len(rows), desc="embed prompts", unit="prompt") as bar:
-        for start in range(0, len(rows), file_rows):
-            part = rows[start : start + file_rows]
-            texts = []
-            for first in range(0, len(part), batch_size):
-                batch = part[first : first + batch_size]
-                # one shape, one compilation
-                padded = batch + [batch[-1]] * (batch_size - len(batch))
-                text = embed(
-                    np.stack([r.tokens for r in padded]), np.stack([r.text_mask for r in padded])
-                )
-                texts.append(
-                    {name: np.asarray(getattr(text, name))[: len(batch)] for name in FIELDS}
-                )
-                bar.update(len(batch))
-            arrays = {name: np.concatenate([text[name] for text in texts]) for name in FIELDS}
-            keys = np.stack([np.frombuffer(_key(row), np.uint8) for row in part])
+        raise AlreadyExistsError(f"{folder} has a cache; choose another folder or delete it")
+    files: list[str] = []
+    pending: list[dict[str, np.ndarray]] = []
+
+    def flush() -> None:
+        if pending:
+            arrays = {name: np.concatenate([p[name] for p in pending]) for name in pending[0]}
             files.append(f"{len(files):05d}.safetensors")
-            save_file({**arrays, "keys": keys}, folder / files[-1])
-    (folder / RECORD).write_text(
-        json.dumps(dict(identity=dict(identity), files=files, prompts=len(rows)), indent=1)
-    )
+            write_whole(folder / files[-1], save(arrays))
+            pending.clear()
+
+    for arrays in _embedded(rows, embed=embed, batch_size=batch_size):
+        pending.append(arrays)
+        if sum(x.nbytes for arrays in pending for x in arrays.values()) >= file_bytes:
+            flush()
+    flush()
+    record = dict(identity=dict(identity), files=files, prompts=len(rows))
+    write_whole(folder / RECORD, json.dumps(record, indent=1))
     return len(rows)
 
 
+def _embedded(
+    rows: Sequence[TokenizedText], *, embed: Embed, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays to store for each batch of rows, with a progress bar."""
+    with tqdm(total=len(rows), desc="embed prompts", unit="prompt") as bar:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            # The last batch is filled up, so that `embed` compiles for one shape only.
+            padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]
+            tokens = np.stack([row.tokens for row in padded])
+            text = embed(tokens, np.stack([row.text_mask for row in padded]))
+            arrays = {name: np.asarray(getattr(text, name))[: len(batch)] for name in FIELDS}
+            keys = np.stack([np.frombuffer(_key(row), np.uint8) for row in batch])
+            yield {**arrays, "keys": keys}
+            bar.update(len(batch))
+
+
 def _key(row: TokenizedText) -> bytes:
-    parts = (row.tokens.astype("<i4"), row.text_mask.astype(np.uint8))
-    return hashlib.blake2b(b"".join(part.tobytes() for part in parts), digest_size=16).digest()
+    """The hash by which a prompt is found: of its tokens and of which of them count."""
+    content = row.tokens.astype("<i4").tobytes() + row.text_mask.astype(np.uint8).tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()

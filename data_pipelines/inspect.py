@@ -1,27 +1,29 @@
-"""What a config trains on, as one HTML page: rows of its stream beside the labels of the records
-they came from.
-"""
+"""What a config trains on, as one HTML page: rows of its stream beside the labels of their records."""
 
-import base64
 import collections
 import dataclasses
-import io
-from typing import Any
+from collections.abc import Mapping
 
 import cv2
 import jinja2
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from PIL import Image
 
 from data_pipelines import mixture, renderings, tasks, transforms
+from data_pipelines.collate import Collator, Row
+from data_pipelines.sources import Source
 from data_pipelines.tasks import TASKS
+from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.transforms import Record
+from univg_jax.batch import BatchShape
+from univg_jax.files import write_whole
+from univg_jax.images import data_uri, png_bytes
+from univg_jax.settings import Config
 
-_LEAST_ROWS = 512  # that the histogram counts
-_MOST_ROWS = 20_000  # looked through for the examples of rare tasks
-_LABEL_PIXELS = 384
+MIN_ROWS = 512  # that the histogram of tasks counts
+MAX_ROWS = 20_000  # searched for examples of rare tasks
+_RECORD_PIXELS = 384  # the longer side of a record's picture, on which labels are drawn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,29 +45,28 @@ class _Card:
 
 
 def write_inspection(
-    config: Any,
+    config: Config,
     out: epath.PathLike,
     *,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     num_examples: int = 8,
     split: str = "train",
-    sources: Any = None,
+    sources: Mapping[str, Source] | None = None,
 ) -> None:
-    """Writes a self-contained page with `num_examples` rows of each task, in the order of the
-    stream.
+    """Writes a self-contained page with `num_examples` rows of each task, in the stream's order.
 
-    Each shows its id, where it came from, the prompt as the encoder gets it, withheld conditions,
-    and the pictures: source, mask, face, target, and the whole record with its boxes, masks and
-    joints drawn on.
+    Each row shows its id, its record's place, the prompt as the encoder gets it, the withheld
+    conditions, and its pictures: source, mask, face, target, and the whole record with its boxes,
+    masks and joints drawn on.
 
-    Raises:
-      ValueError, FileNotFoundError: as `mixture.make_stream`.
+    Raises UserError as `mixture.make_stream` does.
     """
-    stream = mixture.make_stream(config, tokenizer=tokenizer, split=split, sources=sources)
+    collator = Collator(tokenizer=tokenizer, shape=BatchShape.of(config.data))
+    stream = mixture.make_stream(config, collator=collator, split=split, sources=sources)
     cards: dict[str, list[_Card]] = {name: [] for name in TASKS if name in stream.shares}
     counts: collections.Counter[str] = collections.Counter()
-    for position in range(_MOST_ROWS):
-        if position >= _LEAST_ROWS and all(len(found) >= num_examples for found in cards.values()):
+    for position in range(MAX_ROWS):
+        if position >= MIN_ROWS and all(len(found) >= num_examples for found in cards.values()):
             break
         row = stream.row(position)
         counts[row.task] += 1
@@ -88,14 +89,12 @@ def write_inspection(
         shares=shares,
         largest=max(max(realised, wanted) for _, _, realised, wanted in shares),
         total=total,
-        quarantined=stream.quarantined,
+        quarantined=stream.counters()["quarantined"],
     )
-    out = epath.Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page)
+    write_whole(out, page)
 
 
-def _card(row: mixture.Row, num_tokens: int, tokenizer: Any) -> _Card:
+def _card(row: Row, num_tokens: int, tokenizer: Tokenizer) -> _Card:
     source, index = row.origin
     text = tasks.prompt(row.task, "" if row.drop in ("text", "both") else row.example.text)
     tokens = tokenizer(text, num_tokens)
@@ -116,7 +115,9 @@ def _card(row: mixture.Row, num_tokens: int, tokenizer: Any) -> _Card:
         truncated=bool(getattr(tokens, "num_truncated", 0)),
         drop=row.drop,
         pictures=[
-            _Picture(name=name, url=_url(image)) for name, image in pictures if image is not None
+            _Picture(name=name, url=data_uri(png_bytes(image, optimize=True)))
+            for name, image in pictures
+            if image is not None
         ],
         boxes=[
             (phrase, "rgb({}, {}, {})".format(*_color(k)))
@@ -127,7 +128,7 @@ def _card(row: mixture.Row, num_tokens: int, tokenizer: Any) -> _Card:
 
 def _labels(record: Record) -> UInt8[np.ndarray, "h w 3"]:
     """The record's image, enlarged, with the outlines of its masks, its boxes and its joints."""
-    scale = _LABEL_PIXELS / max(record["image"].shape[:2])
+    scale = _RECORD_PIXELS / max(record["image"].shape[:2])
     height, width = (max(1, round(side * scale)) for side in record["image"].shape[:2])
     image = np.ascontiguousarray(
         transforms.resize_image(record["image"], height=height, width=width)
@@ -150,9 +151,3 @@ def _labels(record: Record) -> UInt8[np.ndarray, "h w 3"]:
 
 def _color(k: int) -> tuple[int, int, int]:
     return list(renderings.PALETTE.values())[k % len(renderings.PALETTE)]
-
-
-def _url(image: UInt8[np.ndarray, "h w 3"]) -> str:
-    stored = io.BytesIO()
-    Image.fromarray(image).save(stored, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stored.getvalue()).decode()

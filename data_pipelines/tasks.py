@@ -1,4 +1,4 @@
-"""TASKS: the prompt format of every task, and what it makes of a record.
+"""TASKS: what every task makes of a record, what it takes from a user, and its prompt format.
 
 All tasks share one input format (UniVG, arXiv 2503.12652): a target image, a source image, a mask
 (1 = generate, 0 = keep), a text after the task's tag, a face. What a task has no use for is None.
@@ -26,10 +26,10 @@ from jaxtyping import UInt8
 
 from data_pipelines import renderings, transforms
 from data_pipelines.transforms import Record
-from univg_jax.errors import check_name
+from univg_jax.errors import UserError, check_name
 
 PLACEHOLDER = "<p>"
-BACKGROUND_FRACTION = 0.5  # of ip: no caption
+BACKGROUND_FRACTION = 0.5  # of ip's examples: no caption, so that it learns to fill in background
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,20 @@ class Example:
     face: UInt8[np.ndarray, "f f 3"] | None = None
 
 
-class UnsuitableRecord(ValueError):
+class UnsuitableRecord(UserError):
     """A sound record that cannot serve a task, such as one without any unambiguous expression."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a task needs of a record, and how it draws an example from one of the final size."""
+    """What a task needs of a record or of a user, and how it makes an example of either."""
 
-    needs: tuple[str, ...]
-    draw: Callable[[Record, np.random.Generator], Example]
+    name: str
+    needs: tuple[str, ...]  # fields of a record
+    make: Callable[[Record, np.random.Generator], Example]  # of a record of the final size
+    may_refuse: bool = False  # whether `make` can raise UnsuitableRecord
+    inputs: tuple[str, ...] = ()  # what a user gives beside the prompt: "image", "mask", "face"
+    needs_prompt: bool = True
 
     def example(
         self,
@@ -67,7 +71,7 @@ class Task:
 
         Raises:
           UnsuitableRecord: the record is sound but holds nothing for this task.
-          ValueError: a field is missing or wrong; the message begins with `where`.
+          UserError: a field is missing or wrong; the message begins with `where`.
         """
         check(record, self.needs, where=where)
         record = {field: record[field] for field in self.needs}
@@ -75,36 +79,88 @@ class Task:
             record, resolution=resolution, rng=None if center else rng
         )
         try:
-            return self.draw(record, rng)
-        except UnsuitableRecord as error:
-            raise UnsuitableRecord(f"{where}: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            return self.make(record, rng)
+        except UserError as error:
+            raise type(error)(f"{where}: {error}") from None
+
+    def from_inputs(
+        self,
+        *,
+        prompt: str = "",
+        image: UInt8[np.ndarray, "image_h image_w 3"] | None = None,
+        mask: UInt8[np.ndarray, "mask_h mask_w 3"]
+        | UInt8[np.ndarray, "mask_h mask_w"]
+        | None = None,
+        face: UInt8[np.ndarray, "face_h face_w 3"] | None = None,
+        resolution: int,
+    ) -> Example:
+        """A user's inputs as the example that the task was trained on, with a blank target.
+
+        Pictures are RGB of any size; the largest centered square of each is resized to
+        `resolution`. `mask` is white where to generate. `prompt` has no tag; for task id it has
+        `<p>` where the person stands.
+
+        Raises UserError for a prompt, a picture or a `<p>` that is missing, for a picture that the
+        task does not take, and for a mask without any white.
+        """
+        prompt = prompt.strip()
+        if self.needs_prompt and not prompt:
+            raise UserError(f"task {self.name!r} needs a prompt")
+        if "face" in self.inputs and PLACEHOLDER not in prompt:
+            raise UserError(
+                f"prompt {prompt!r} has no {PLACEHOLDER}: task {self.name!r} puts the person there"
+            )
+        given = {"image": image, "mask": mask, "face": face}
+        for name, picture in given.items():
+            if picture is None and name in self.inputs:
+                raise UserError(f"task {self.name!r} needs {_a(name)}")
+            if picture is not None and name not in self.inputs:
+                raise UserError(f"task {self.name!r} takes no {name}")
+        square = {
+            name: transforms.resize_and_crop({"image": _rgb(picture)}, resolution=resolution)[
+                "image"
+            ]
+            for name, picture in given.items()
+            if picture is not None
+        }
+        source, hole = square.get("image"), None
+        if mask is not None:
+            hole = (square["mask"].mean(axis=-1, keepdims=True) > 127).astype(np.uint8)
+            if not hole.any():
+                raise UserError("the mask has no white pixel: nothing to generate")
+            source = blank_hole(source, hole)
+        blank = np.zeros((resolution, resolution, 3), np.uint8)
+        return Example(target=blank, source=source, mask=hole, text=prompt, face=square.get("face"))
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _rgb(
+    picture: UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"],
+) -> UInt8[np.ndarray, "h w 3"]:
+    return np.repeat(picture[..., None], 3, axis=-1) if picture.ndim == 2 else picture
 
 
 def prompt(task: str, text: str) -> str:
-    """The text given to the encoder: the task's tag, then the text; the tag alone is the null text."""
+    """The text for the encoder: the task's tag, then `text`. The tag alone is the null text."""
     return f"<{task}> {text}" if text else f"<{task}>"
 
 
 def find(name: str) -> Task:
-    """The task called `name`.
-
-    Raises:
-      ValueError: there is none; names the nearest.
-    """
+    """The task called `name`. Raises UserError if there is none; the message names the nearest."""
     return TASKS[check_name(name, TASKS, what="task")]
 
 
 def check(record: Record, needs: Iterable[str], *, where: str) -> None:
-    """Holds a decoded record against the needed fields: present, in range, of one size.
+    """Checks the needed fields of a decoded record: present, in range, of one size.
 
-    Raises:
-      ValueError: one line: where, which field, what is wrong.
+    Raises UserError, in one line: where, which field, what is wrong.
     """
 
     def fail(field: str, fault: str) -> None:
-        raise ValueError(f"{where}: field {field!r} {fault}")
+        raise UserError(f"{where}: field {field!r} {fault}")
 
     needs = tuple(needs)
     for field in needs:
@@ -113,24 +169,21 @@ def check(record: Record, needs: Iterable[str], *, where: str) -> None:
     size = record["image"].shape[:2]
     for field in ("source", "edit_mask", "depth"):
         if field in needs and record[field].shape[:2] != size:
-            fail(field, f"is {_by(record[field].shape[:2])} pixels but the image {_by(size)}")
+            fail(field, f"is {_size(record[field].shape[:2])} pixels but the image {_size(size)}")
     if "masks" in needs and len(record["masks"]) and record["masks"].shape[1:] != size:
-        fail("masks", f"are {_by(record['masks'].shape[1:])} pixels but the image {_by(size)}")
+        fail("masks", f"are {_size(record['masks'].shape[1:])} pixels but the image {_size(size)}")
     for field in ("caption", "instruction"):
         if field in needs and not record[field].strip():
             fail(field, "is empty")
     if "boxes" in needs:
         boxes = record["boxes"]
+        # A comparison with NaN is False, so this finds NaNs too.
         for k in np.flatnonzero(~((boxes >= 0) & (boxes <= 1)).all(axis=1)):
-            fail(
-                "boxes",
-                f"has box {k} outside the image: {_numbers(boxes[k])}, expected x0 y0 x1 y1 in [0, 1]",
-            )
+            fault = f"has box {k} outside the image: {_numbers(boxes[k])}"
+            fail("boxes", f"{fault}, expected x0 y0 x1 y1 in [0, 1]")
         for k in np.flatnonzero((boxes[:, 0] >= boxes[:, 2]) | (boxes[:, 1] >= boxes[:, 3])):
-            fail(
-                "boxes",
-                f"has box {k} inverted or empty: {_numbers(boxes[k])}, expected x0 < x1 and y0 < y1",
-            )
+            fault = f"has box {k} inverted or empty: {_numbers(boxes[k])}"
+            fail("boxes", f"{fault}, expected x0 < x1 and y0 < y1")
     for field, partner in (("phrases", "boxes"), ("expressions", "masks")):
         if field in needs and len(record[field]) != len(record[partner]):
             fail(field, f"has {len(record[field])} entries for {len(record[partner])} {partner}")
@@ -138,7 +191,7 @@ def check(record: Record, needs: Iterable[str], *, where: str) -> None:
         fail("joints", f"has shape {record['joints'].shape}, expected (17, 3)")
 
 
-def _by(size: tuple[int, ...]) -> str:
+def _size(size: tuple[int, ...]) -> str:
     return "x".join(map(str, size))
 
 
@@ -174,7 +227,7 @@ def _layout(record: Record, rng: np.random.Generator) -> Example:
     boxes = record["boxes"]
     sides = boxes[:, 2:] - boxes[:, :2]
     places = _places(record["caption"], record["phrases"])
-    # A crop may have cut a box away; a block is at least a pixel wide.
+    # The crop may have cut a box away. A box of less than half a pixel rounds to no block.
     shown = [
         k
         for k in range(len(boxes))
@@ -182,12 +235,14 @@ def _layout(record: Record, rng: np.random.Generator) -> Example:
     ]
     if not shown:
         raise UnsuitableRecord("no box inside the image whose phrase stands in the caption")
+    # There are as many blocks as colors: of more boxes the largest are shown, in their stored order.
     shown = sorted(sorted(shown, key=lambda k: -sides[k].prod())[: len(renderings.PALETTE)])
     colors = rng.permutation(list(renderings.PALETTE))[: len(shown)].tolist()
     named: dict[int, list[str]] = {}
     for k, color in zip(shown, colors, strict=True):
         named.setdefault(places[k], []).append(color)
     text = record["caption"]
+    # From the end of the caption to its start, so that an insertion moves no later place.
     for end in sorted(named, reverse=True):
         *others, last = named[end]
         block = f"{', '.join(others)} and {last} blocks" if others else f"{last} block"
@@ -197,10 +252,11 @@ def _layout(record: Record, rng: np.random.Generator) -> Example:
 
 
 def _places(caption: str, phrases: list[str]) -> list[int | None]:
-    """Where in the caption each phrase ends: the longest choose first, equal ones take successive
-    places.
+    """Where in the caption each phrase ends, None for a phrase that is not there.
 
-    Where equal phrases outnumber their places ("two pigs" of two boxes), the last is shared.
+    Longer phrases take their places first, so that "a cat" does not take the start of "a catfish".
+    Equal phrases take successive places. If there are more of them than places (two boxes for one
+    "two pigs"), they share the last place.
     """
     taken = np.zeros(len(caption) + 1, bool)
     last: dict[str, int] = {}
@@ -244,18 +300,50 @@ def _segment(record: Record, rng: np.random.Generator) -> Example:
 
 def _identity(record: Record, rng: np.random.Generator) -> Example:
     if PLACEHOLDER not in record["caption"]:
-        raise ValueError(f"field 'caption' has no {PLACEHOLDER}: {record['caption']!r}")
+        raise UserError(f"field 'caption' has no {PLACEHOLDER}: {record['caption']!r}")
     return Example(target=record["image"], text=record["caption"], face=record["face"])
 
 
-# The order is that of `Batch.task`: append, never reorder.
-TASKS: dict[str, Task] = {
-    "t2i": Task(needs=("image", "caption"), draw=_text_to_image),
-    "ie": Task(needs=("image", "source", "instruction"), draw=_edit),
-    "ip": Task(needs=("image", "caption"), draw=_inpaint),
-    "lg": Task(needs=("image", "caption", "boxes", "phrases"), draw=_layout),
-    "depth": Task(needs=("image", "depth"), draw=_depth),
-    "pose": Task(needs=("image", "joints"), draw=_pose),
-    "seg": Task(needs=("image", "masks", "expressions"), draw=_segment),
-    "id": Task(needs=("image", "caption", "face"), draw=_identity),
-}
+# `Batch.task` is an index into this order, also in checkpoints' data: append, never reorder.
+_TASKS = (
+    Task(name="t2i", needs=("image", "caption"), make=_text_to_image),
+    Task(name="ie", needs=("image", "source", "instruction"), make=_edit, inputs=("image",)),
+    Task(
+        name="ip",
+        needs=("image", "caption"),
+        make=_inpaint,
+        inputs=("image", "mask"),
+        needs_prompt=False,
+    ),
+    Task(
+        name="lg",
+        needs=("image", "caption", "boxes", "phrases"),
+        make=_layout,
+        may_refuse=True,
+        inputs=("image",),
+    ),
+    Task(
+        name="depth",
+        needs=("image", "depth"),
+        make=_depth,
+        inputs=("image",),
+        needs_prompt=False,
+    ),
+    Task(
+        name="pose",
+        needs=("image", "joints"),
+        make=_pose,
+        may_refuse=True,
+        inputs=("image",),
+        needs_prompt=False,
+    ),
+    Task(
+        name="seg",
+        needs=("image", "masks", "expressions"),
+        make=_segment,
+        may_refuse=True,
+        inputs=("image",),
+    ),
+    Task(name="id", needs=("image", "caption", "face"), make=_identity, inputs=("face",)),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}

@@ -1,1 +1,68 @@
+"""DATASETS: the datasets that can be built.
 
+Each is a module or package here with `Options`, `FAMILIES` and `build`, none of which import what
+only a build needs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from data_pipelines.datasets import emoji_scenes
+from univg_jax.errors import UserError, check_name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A dataset that can be built.
+
+    `options` is a frozen dataclass: its fields are the arguments of a build, each with a default
+    and a text `metadata["help"]`. An `embedded` dataset needs no native files, so that a run may
+    build it on demand.
+    """
+
+    name: str
+    summary: str
+    options: type
+    families: tuple[str, ...]
+    builder: Callable[..., None]  # (out, options, progress=True)
+    embedded: bool = False
+
+    def build(self, out: epath.PathLike, options: Any, *, progress: bool = True) -> None:
+        """Writes the families that are not complete yet below `out`, a local folder or a bucket.
+
+        Raises UserError for options out of range, and if `out` holds a build by other options.
+        """
+        self.builder(out, options, progress=progress)
+
+    def make_options(self, values: Mapping[str, Any]) -> Any:
+        """`values` as `options`, with the defaults of those left out.
+
+        Raises UserError for an unknown name, with the nearest one, or for a value of another type.
+        """
+        types = {field.name: field.type for field in dataclasses.fields(self.options)}
+        for name, value in values.items():
+            check_name(name, types, what=f"option of dataset {self.name}:")
+            if type(value) is not types[name]:
+                raise UserError(
+                    f"option {name} of dataset {self.name} is {value!r}, "
+                    f"expected {types[name].__name__}"
+                )
+        return self.options(**values)
+
+
+DATASETS: dict[str, Dataset] = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset(
+            name="emoji_scenes",
+            summary="composed scenes with exact labels for every task; needs no files",
+            options=emoji_scenes.Options,
+            families=tuple(emoji_scenes.FAMILIES),
+            builder=emoji_scenes.build,
+            embedded=True,
+        ),
+    )
+}

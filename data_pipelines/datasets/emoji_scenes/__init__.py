@@ -1,26 +1,57 @@
-"""The embedded data set: scenes composed from real artwork that arrives by pip, with exact labels
-for every task.
+"""The embedded dataset: scenes composed from artwork that comes by pip, with exact labels.
 
-`build` writes it; `family_dir` says where a family lies, for `tfds.builder_from_directory`.
-Importing this package imports neither JAX nor TFDS, so that the processes which draw start quickly.
+It has records for every task, and needs no native files. Importing this package imports neither
+JAX nor TFDS nor the artwork, so that the processes which make records start quickly, and so that
+its options are known where the artwork is not installed.
 """
 
-import os
-from typing import Any
+import dataclasses
 
 from etils import epath
 
-VERSION = "1.0.0"  # of the records: any change of what a (seed, split, index) draws moves it
+VERSION = "1.0.0"  # of the records: any change of what a (seed, split, index) gives moves it
+
+# The fields of each family's records.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "scenes": ("image", "caption", "boxes", "phrases", "masks", "expressions", "depth"),
+    "edits": ("source", "image", "instruction", "caption", "edit_mask"),
+    "puppets": ("image", "caption", "joints", "boxes"),
+    "persons": ("image", "caption", "face", "person"),
+}
 
 
-def family_dir(data_dir: str | os.PathLike, family: str) -> epath.Path:
-    """The TFDS directory of a built family: one of scenes, edits, puppets, persons."""
-    return epath.Path(data_dir) / family
+def _option(default: int, text: str) -> int:
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("build", "EmojiScenes", "FAMILIES"):
-        from data_pipelines.datasets.emoji_scenes import builder
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The arguments of a build."""
 
-        return getattr(builder, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    resolution: int = _option(64, "pixels a side")
+    num_scenes: int = _option(
+        10_000,
+        "training scenes; half as many edits, a fifth as many puppets, a twentieth as many persons "
+        "of 4 pictures",
+    )
+    seed: int = _option(0, "of everything that is random")
+    nouns: int = _option(0, "use the first so many nouns of the whitelist; 0: all")
+
+
+def build(
+    out: epath.PathLike,
+    options: Options = Options(),
+    *,
+    progress: bool = True,
+    processes: int | None = None,
+) -> None:
+    """Builds the families that are not complete yet, each into a folder of its name below `out`.
+
+    The records do not depend on `processes` (None: one a core).
+
+    Raises UserError for options out of range, and if `out` holds a build by other options.
+    """
+    # Needs the artwork and TFDS.
+    from data_pipelines.datasets.emoji_scenes import builder
+
+    builder.build(out, options, progress=progress, processes=processes)

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_pipelines.datasets.emoji_scenes import captions
 from data_pipelines.datasets.emoji_scenes.scene import GROUNDS, SKIES, Scene
-from data_pipelines.datasets.emoji_scenes.splits import draw_scene, paint
+from data_pipelines.datasets.emoji_scenes.splits import paint, sample_scene
 from data_pipelines.datasets.emoji_scenes.sprites import COLORS, NOUNS
 
 
@@ -29,7 +29,7 @@ def _with_things(scene: Scene, *things) -> Scene:
 
 
 def _remove(rng: np.random.Generator, nouns: list[str]) -> Edit:
-    scene = draw_scene(rng, nouns, count=2, distinct=True)
+    scene = sample_scene(rng, nouns, count=2, distinct=True)
     gone, kept = rng.permutation(2)
     return Edit(
         scene, _with_things(scene, scene.things[kept]), f"remove the {scene.things[gone].noun}"
@@ -37,7 +37,7 @@ def _remove(rng: np.random.Generator, nouns: list[str]) -> Edit:
 
 
 def _add(rng: np.random.Generator, nouns: list[str]) -> Edit:
-    scene = draw_scene(rng, nouns, count=2, distinct=True)
+    scene = sample_scene(rng, nouns, count=2, distinct=True)
     new, kept = rng.permutation(2)
     thing = scene.things[new]
     phrase = captions.with_article(captions.name(thing))
@@ -47,7 +47,7 @@ def _add(rng: np.random.Generator, nouns: list[str]) -> Edit:
 
 
 def _replace(rng: np.random.Generator, nouns: list[str]) -> Edit:
-    scene = draw_scene(rng, nouns, count=int(rng.integers(1, 3)), distinct=True)
+    scene = sample_scene(rng, nouns, count=int(rng.integers(1, 3)), distinct=True)
     k = int(rng.integers(len(scene.things)))
     old = scene.things[k]
     noun = _choose(rng, nouns, but={thing.noun for thing in scene.things})
@@ -58,7 +58,7 @@ def _replace(rng: np.random.Generator, nouns: list[str]) -> Edit:
 
 
 def _swap(rng: np.random.Generator, nouns: list[str]) -> Edit:
-    scene = draw_scene(rng, nouns, count=2, distinct=True)
+    scene = sample_scene(rng, nouns, count=2, distinct=True)
     a, b = scene.things
     swapped = (
         dataclasses.replace(a, noun=b.noun, color=b.color),
@@ -68,7 +68,7 @@ def _swap(rng: np.random.Generator, nouns: list[str]) -> Edit:
 
 
 def _background(rng: np.random.Generator, nouns: list[str]) -> Edit:
-    scene = draw_scene(rng, nouns, count=int(rng.integers(1, 3)), distinct=True)
+    scene = sample_scene(rng, nouns, count=int(rng.integers(1, 3)), distinct=True)
     if rng.random() < 0.5:
         ground = _choose(rng, list(GROUNDS), but={scene.ground})
         return Edit(
@@ -80,7 +80,7 @@ def _background(rng: np.random.Generator, nouns: list[str]) -> Edit:
 
 def _recolor(rng: np.random.Generator, nouns: list[str]) -> Edit:
     paintable = [noun for noun in nouns if NOUNS[noun].color]
-    scene = draw_scene(
+    scene = sample_scene(
         rng, nouns, count=int(rng.integers(1, 3)), distinct=True, including=_choose(rng, paintable)
     )
     k = int(rng.choice([k for k, thing in enumerate(scene.things) if thing.color]))
@@ -91,7 +91,7 @@ def _recolor(rng: np.random.Generator, nouns: list[str]) -> Edit:
 
 
 def _move(rng: np.random.Generator, nouns: list[str]) -> Edit:
-    scene = draw_scene(rng, nouns, count=1, distinct=True)
+    scene = sample_scene(rng, nouns, count=1, distinct=True)
     thing = dataclasses.replace(scene.things[0], drop=float(rng.uniform(0.36, 0.44)))
     reach = 0.5 - thing.width / 2
     left, right = (

@@ -1,31 +1,23 @@
-"""The data set as a pure function: (build, family, split, index) -> record, in any process and any
-order.
-"""
+"""The dataset as a pure function (build, family, split, index) -> record, in any process and order."""
 
 import dataclasses
 import functools
-import io
 import zlib
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image
 
 from data_pipelines.datasets.emoji_scenes import captions, portraits, puppet, splits
-from data_pipelines.datasets.emoji_scenes.edits import KINDS
+from data_pipelines.datasets.emoji_scenes.edits import KINDS, Edit
 from data_pipelines.datasets.emoji_scenes.scene import Scene, render
 from data_pipelines.datasets.emoji_scenes.sprites import WHITELIST
+from univg_jax.errors import UserError
+from univg_jax.images import png_bytes
 
 SPLITS = ("train", "validation", "test")
-FIELDS: dict[str, tuple[str, ...]] = {
-    "scenes": ("image", "caption", "boxes", "phrases", "masks", "expressions", "depth"),
-    "edits": ("source", "image", "instruction", "caption", "edit_mask"),
-    "puppets": ("image", "caption", "joints", "boxes"),
-    "persons": ("image", "caption", "face", "person"),
-}
-FAMILIES = tuple(FIELDS)
 MIN_NOUNS = 4  # fewer leave no pair for each split
+MAX_ATTEMPTS = 300  # for an edit of its turn's kind, before any kind is taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,32 +31,41 @@ class Build:
 
     def __post_init__(self) -> None:
         if self.resolution < 16:
-            raise ValueError(f"resolution is {self.resolution}; expected at least 16 pixels")
+            raise UserError(f"resolution is {self.resolution}; expected at least 16 pixels")
         if self.num_scenes < 1:
-            raise ValueError(f"num_scenes is {self.num_scenes}; expected at least 1")
+            raise UserError(f"num_scenes is {self.num_scenes}; expected at least 1")
         if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; expected a non-negative integer")
+            raise UserError(f"seed is {self.seed}; expected a non-negative integer")
         if not MIN_NOUNS <= self.nouns <= len(WHITELIST):
-            raise ValueError(f"nouns is {self.nouns}; expected {MIN_NOUNS} to {len(WHITELIST)}")
+            raise UserError(f"nouns is {self.nouns}; expected {MIN_NOUNS} to {len(WHITELIST)}")
         persons = sum(self.count("persons", split) for split in SPLITS) // portraits.PICTURES
         if persons > (available := len(portraits.identities(self.seed))):
-            raise ValueError(
-                f"num_scenes is {self.num_scenes}, which needs {persons} persons; there are {available} distinct ones"
+            raise UserError(
+                f"num_scenes is {self.num_scenes}, which needs {persons} persons; "
+                f"there are {available} distinct ones"
             )
 
     @property
     def noun_names(self) -> tuple[str, ...]:
+        """The nouns that scenes are made of."""
         return tuple(noun.name for noun in WHITELIST[: self.nouns])
 
     def count(self, family: str, split: str) -> int:
-        """Records of a family's split: train N, N/2, N/5, N/20 persons of 4 pictures; the others at
-        most 256.
+        """How many records a family's split has.
+
+        For N scenes, training has N scenes, N/2 edits, N/5 puppets and N/20 persons of 4 pictures.
+        The other splits have at most 256 records.
         """
         if split != "train":
             return min(256, max(16, self.num_scenes // 8 // 4 * 4))
         if family == "persons":
             return max(4, self.num_scenes // 20) * portraits.PICTURES
         return max(16, self.num_scenes // {"scenes": 1, "edits": 2, "puppets": 5}[family])
+
+
+def make_records(build: Build, family: str, split: str, indices: range) -> list[dict[str, Any]]:
+    """The records of `indices`: what one process makes at a time."""
+    return [example(build, family, split, index) for index in indices]
 
 
 def example(build: Build, family: str, split: str, index: int) -> dict[str, Any]:
@@ -78,25 +79,28 @@ def _rng(build: Build, family: str, split: str, index: int) -> np.random.Generat
     return np.random.default_rng([build.seed, zlib.crc32(f"{family}/{split}".encode()), index])
 
 
-def draw_scene(build: Build, split: str, index: int) -> tuple[Scene, np.random.Generator]:
-    """The scene of record `index`, and the generator as it is left."""
+def sample_scene(build: Build, split: str, index: int) -> tuple[Scene, np.random.Generator]:
+    """The scene of record `index`, and the random generator for whatever else the record has."""
     rng = _rng(build, "scenes", split, index)
     nouns = build.noun_names
-    while not splits.belongs(scene := splits.draw_scene(rng, list(nouns)), split, nouns):
+    while not splits.belongs(scene := splits.sample_scene(rng, list(nouns)), split, nouns):
         pass
     return scene, rng
 
 
-def draw_edit(build: Build, split: str, index: int):
-    """The edit of record `index`: kinds take turns, unless the split's combinations allow none of
-    the kind.
+def sample_edit(build: Build, split: str, index: int) -> Edit:
+    """The edit of record `index`.
+
+    The kinds take turns. If the combinations that the split may show seem to allow no edit of the
+    kind, any kind will do.
     """
     rng = _rng(build, "edits", split, index)
     nouns, kinds = build.noun_names, list(KINDS)
     attempt = 0
     while True:
-        kind = kinds[index % len(kinds)] if attempt < 300 else str(rng.choice(kinds))
+        kind = kinds[index % len(kinds)] if attempt < MAX_ATTEMPTS else str(rng.choice(kinds))
         edit = KINDS[kind](rng, list(nouns))
+        # What a model is tested on is the result. In training it sees both scenes.
         seen = [edit.after] if split != "train" else [edit.before, edit.after]
         if all(splits.belongs(scene, split, nouns) for scene in seen):
             return edit
@@ -104,36 +108,36 @@ def draw_edit(build: Build, split: str, index: int):
 
 
 def _scene(build: Build, split: str, index: int) -> dict[str, Any]:
-    scene, rng = draw_scene(build, split, index)
+    scene, rng = sample_scene(build, split, index)
     rendered = render(scene, build.resolution)
     return {
-        "image": png(rendered.image),
+        "image": png_bytes(rendered.image),
         "caption": captions.caption(scene),
         "boxes": np.stack([extent(mask) for mask in rendered.masks]),
         "phrases": captions.phrases(scene),
-        "masks": [png(mask * np.uint8(255)) for mask in rendered.masks],
+        "masks": [png_bytes(mask * np.uint8(255)) for mask in rendered.masks],
         "expressions": captions.expressions(scene, rng),
-        "depth": png(np.rint(rendered.depth * 1000).astype(np.uint16)),
+        "depth": png_bytes(np.rint(rendered.depth * 1000).astype(np.uint16)),
     }
 
 
 def _edit(build: Build, split: str, index: int) -> dict[str, Any]:
-    edit = draw_edit(build, split, index)
+    edit = sample_edit(build, split, index)
     before, after = (render(scene, build.resolution).image for scene in (edit.before, edit.after))
     return {
-        "source": png(before),
-        "image": png(after),
+        "source": png_bytes(before),
+        "image": png_bytes(after),
         "instruction": edit.instruction,
         "caption": captions.caption(edit.after),
-        "edit_mask": png((before != after).any(-1).astype(np.uint8) * np.uint8(255)),
+        "edit_mask": png_bytes((before != after).any(-1).astype(np.uint8) * np.uint8(255)),
     }
 
 
 def _puppet(build: Build, split: str, index: int) -> dict[str, Any]:
-    figure = puppet.draw_puppet(_rng(build, "puppets", split, index))
+    figure = puppet.sample_puppet(_rng(build, "puppets", split, index))
     rendered = puppet.render_puppet(figure, build.resolution)
     return {
-        "image": png(rendered.image),
+        "image": png_bytes(rendered.image),
         "caption": figure.caption,
         "joints": np.concatenate([figure.joints, np.ones((17, 1))], axis=1).astype(np.float32),
         "boxes": extent(rendered.mask)[None],
@@ -147,7 +151,7 @@ def _person(build: Build, split: str, index: int) -> dict[str, Any]:
         sum(build.count("persons", earlier) for earlier in SPLITS[: SPLITS.index(split)])
         // portraits.PICTURES
     )
-    pictures = portraits.draw_portraits(rng, before + person)
+    pictures = portraits.sample_portraits(rng, before + person)
     # Each picture is the face of one other: the persons' faces are seen equally often.
     other = (picture + 1 + person % (portraits.PICTURES - 1)) % portraits.PICTURES
     return {
@@ -158,16 +162,10 @@ def _person(build: Build, split: str, index: int) -> dict[str, Any]:
     }
 
 
-# each picture is an image once and a face once
+# Each picture is the image of one record and the face of another, and is rendered once for both.
 @functools.lru_cache(maxsize=2 * portraits.PICTURES)
 def _portrait_png(portrait: portraits.Portrait, seed: int, resolution: int) -> bytes:
-    return png(portraits.render_portrait(portrait, seed=seed, resolution=resolution))
-
-
-def png(pixels: UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"] | np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_bytes(portraits.render_portrait(portrait, seed=seed, resolution=resolution))
 
 
 def extent(mask: UInt8[np.ndarray, "h w"]) -> Float32[np.ndarray, " 4"]:

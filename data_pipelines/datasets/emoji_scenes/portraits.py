@@ -86,7 +86,7 @@ def identities(seed: int) -> tuple[tuple, ...]:
     return tuple(cells[k] for k in np.random.default_rng([seed, 0x1D]).permutation(len(cells)))
 
 
-def draw_portraits(rng: np.random.Generator, person: int) -> list[Portrait]:
+def sample_portraits(rng: np.random.Generator, person: int) -> list[Portrait]:
     """`PICTURES` pictures of a person, no two alike in expression or wall."""
     return [
         Portrait(person, str(expression), str(shirt), str(rng.choice(_CLOTHES)), str(wall))

@@ -88,7 +88,7 @@ class RenderedPuppet:
     mask: UInt8[np.ndarray, "h w"]  # 1 where the figure is what is seen
 
 
-def draw_puppet(rng: np.random.Generator) -> Puppet:
+def sample_puppet(rng: np.random.Generator) -> Puppet:
     """A random figure: pose, clothes, place and size; all of it inside the picture."""
     pose = str(rng.choice(list(POSES)))
     arms = POSES[pose] if rng.random() < 0.5 else POSES[pose][::-1]

@@ -25,7 +25,7 @@ def paint(rng: np.random.Generator, noun: str) -> str | None:
     return str(rng.choice(list(COLORS)))
 
 
-def draw_scene(
+def sample_scene(
     rng: np.random.Generator,
     nouns: list[str],
     *,
