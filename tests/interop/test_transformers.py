@@ -70,7 +70,7 @@ def test_loads_with_and_without_the_prefix_of_a_head_model(folder):
     module, params = load_minilm(folder())
     _, prefixed = load_minilm(folder(weights={f"bert.{k}": v for k, v in tensors().items()}))
     jax.tree.map(np.testing.assert_array_equal, params, prefixed)
-    assert params["layers_0"]["mlp_in"]["kernel"].shape == (12, 20)
+    assert params["blocks"]["mlp"]["in"]["kernel"].shape == (1, 12, 20)
     out = module.apply({"params": params}, jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 5), bool))
     assert out.shape == (2, 5, 12)
 

@@ -37,7 +37,7 @@ from univg_jax.interop.folder import (
 from univg_jax.models.layers import sincos_table
 from univg_jax.models.mmdit import MMDiT
 from univg_jax.models.vae import AutoencoderKL
-from univg_jax.sharding import path_name
+from univg_jax.trees import path_name
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASS_NAME = "SD3Transformer2DModel"

@@ -27,7 +27,8 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from univg_jax.sharding import path_name, tree_shardings
+from univg_jax.sharding import tree_shardings
+from univg_jax.trees import path_name
 
 PathLike = str | Path
 Params = dict[str, Any]

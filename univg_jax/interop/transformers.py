@@ -40,13 +40,13 @@ BERT = {
     "embeddings_norm": "embeddings.LayerNorm",
 }
 BERT_LAYER = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "attention_out": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "mlp_in": "intermediate.dense",
-    "mlp_out": "output.dense",
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "attn_out": "attention.output.dense",
+    "attn_norm": "attention.output.LayerNorm",
+    "mlp/in": "intermediate.dense",
+    "mlp/out": "output.dense",
     "mlp_norm": "output.LayerNorm",
 }
 CLIP_TEXT = {

@@ -90,6 +90,11 @@ def quick_gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def unit_vectors(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """x / |x| over the last axis; zero stays zero."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(
     x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float
