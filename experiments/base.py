@@ -1,4 +1,4 @@
-"""The complete configuration with every default. Stages and runs start from it and change a few lines."""
+"""The complete configuration with every default, which stages and runs start from."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from univg_jax import settings
 
 
 def task(weight: float, *sources: str, **dropout: float) -> ConfigDict:
-    """A task's share of the stream and the dataset families it reads; dropout as in `settings.Task`."""
+    """A task's weight and the dataset families it reads; dropout as in `settings.Task`."""
     return ConfigDict(dataclasses.asdict(settings.Task(weight=weight, sources=sources, **dropout)))
 
 

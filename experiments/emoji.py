@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from experiments import base, stage2_multitask
 from experiments.base import task
+from univg_jax.errors import UserError
 
 # What a preset is: its data, latent channels, the model's difference from `tiny`, the steps of the
 # three stages.
@@ -37,9 +38,9 @@ PRESETS = dict(
 def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "") -> ConfigDict:
     """stage: 1, 2 or 3. preset: smoke, quickstart or long. init_from: the previous stage's workdir."""
     if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r} is not one of {', '.join(PRESETS)}")
+        raise UserError(f"preset={preset!r} is not one of {', '.join(PRESETS)}")
     if stage not in (1, 2, 3):
-        raise ValueError(f"stage={stage} is not 1, 2 or 3")
+        raise UserError(f"stage={stage} is not 1, 2 or 3")
     p = PRESETS[preset]
     c = base.get_config()
     c.name = f"emoji_{preset}_stage{stage}"

@@ -9,6 +9,8 @@ tools/plans.py` makes that table.
 
 from ml_collections import ConfigDict
 
+from univg_jax.errors import UserError
+
 RESOLUTIONS = (256, 512, 1024)
 # Accelerator types as Google Cloud names them (a v5p's number counts two cores a chip), and their
 # shapes.
@@ -73,11 +75,11 @@ def fit(config: ConfigDict, pod: str) -> None:
     not in the table.
     """
     if pod not in RECOMMENDED:
-        raise ValueError(f"pod={pod!r} is not one of {', '.join(RECOMMENDED)}")
+        raise UserError(f"pod={pod!r} is not one of {', '.join(RECOMMENDED)}")
     sizes, size, resolution = RECOMMENDED[pod], config.model.size, config.data.resolution
     if size not in sizes or resolution not in RESOLUTIONS:
         known = f"sizes {', '.join(sizes)} at {', '.join(map(str, RESOLUTIONS))} px"
-        raise ValueError(
+        raise UserError(
             f"pod={pod}: size={size},res={resolution} has no recommendation, only {known}; plan your own"
         )
     config.model.overrides.remat, config.optim.accumulate = sizes[size][

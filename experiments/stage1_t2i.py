@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from experiments import base, pods
+from univg_jax.errors import UserError
 
 # Batch 512 for 400K steps are the paper's; learning rate and the rest are base.py's, our choice.
 ENCODERS = ("embedded", "sd3")
@@ -20,7 +21,7 @@ def get_config(
     fits most.
     """
     if encoders not in ENCODERS:
-        raise ValueError(f"encoders={encoders!r} is not one of {', '.join(ENCODERS)}")
+        raise UserError(f"encoders={encoders!r} is not one of {', '.join(ENCODERS)}")
     c = base.get_config()
     c.name = "stage1_t2i"
     c.model.size = size

@@ -1,6 +1,8 @@
-"""A model and encoders small enough for tests, with random weights but every part of the real ones."""
+"""A model and encoders small enough for tests: random weights, but every part of the real ones."""
 
 import json
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +11,25 @@ from ml_collections import ConfigDict
 
 from experiments import base
 from experiments.base import task
-from univg_jax import encoders
-from univg_jax.batch import Batch, fake_batch
+from univg_jax import encoders, sharding
+from univg_jax.batch import Batch, BatchShape, fake_batch
 from univg_jax.conditioning import Conditioner
+from univg_jax.encoders import Encoders
 from univg_jax.models.codec import PatchCodec, fit_patch_codec
 from univg_jax.models.minilm import MiniLM
 from univg_jax.models.mmdit import make_mmdit
 from univg_jax.models.text import SentenceText
 from univg_jax.models.univg import UniVG
+from univg_jax.settings import Conditioning, Config
+from univg_jax.training.loop import train
+from univg_jax.training.step import TrainState, TrainStep
 
-SPEC = dict(resolution=16, num_tokens=6, face_resolution=16)
+SHAPE = BatchShape(height=16, width=16, num_tokens=6, face=16)
 TASKS = ("t2i", "ie")
 
 
 def tiny_config() -> ConfigDict:
+    """A run of six steps; a test changes what it is about."""
     c = base.get_config()
     c.name = "tiny"
     c.tasks = dict(t2i=task(1.0, "scenes"), ie=task(1.0, "edits"))
@@ -34,6 +41,7 @@ def tiny_config() -> ConfigDict:
 
 
 def tiny_conditioner() -> tuple[Conditioner, dict]:
+    """Frozen encoders and their parameters."""
     text = MiniLM(vocab_size=20000, hidden_dim=16, depth=1, num_heads=2, mlp_dim=32, max_tokens=32)
     tokens = jnp.zeros((1, 4), jnp.int32)
     images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), dtype=np.uint8)
@@ -48,6 +56,7 @@ def tiny_conditioner() -> tuple[Conditioner, dict]:
 
 
 def tiny_model(conditioner: Conditioner, **overrides) -> UniVG:
+    """A model for the latents and embeddings of `tiny_conditioner`."""
     fields = dict(hidden_dim=32, depth=2, num_heads=2, in_channels=17, out_channels=8) | overrides
     backbone = make_mmdit(
         "tiny", text_dim=conditioner.text_dim, pooled_dim=conditioner.pooled_dim, **fields
@@ -57,7 +66,7 @@ def tiny_model(conditioner: Conditioner, **overrides) -> UniVG:
 
 def batch(seed: int = 0, size: int = 8) -> Batch:
     """Rows of both tasks; sample ids go on from seed to seed."""
-    fake = fake_batch(seed=seed, batch_size=size, **SPEC)
+    fake = fake_batch(seed=seed, batch_size=size, shape=SHAPE)
     fields = {name: getattr(fake, name) for name in fake.__dataclass_fields__}
     fields["task"] = np.arange(size, dtype=np.int32) % 2
     fields["sample_id"] = np.arange(seed * size, (seed + 1) * size, dtype=np.uint32)
@@ -67,14 +76,17 @@ def batch(seed: int = 0, size: int = 8) -> Batch:
 class CountingStream:
     """An endless stream of `batch(0), batch(1), ...` that remembers what it gave."""
 
-    def __init__(self) -> None:
-        self.position, self.seen = 0, []
+    def __init__(self, size: int = 8) -> None:
+        self.position, self.seen, self.size = 0, [], size
 
     def __next__(self) -> Batch:
-        made = batch(self.position)
+        made = batch(self.position, self.size)
         self.position += 1
         self.seen.extend(made.sample_id.tolist())
         return made
+
+    def specs(self) -> list[Batch]:
+        return [SHAPE.spec(self.size)]
 
     def get_state(self) -> dict:
         return {"position": self.position}
@@ -83,15 +95,53 @@ class CountingStream:
         self.position = state["position"]
 
 
-def record_parity(record_property, *, network: str, configuration: str, **errors: float) -> None:
-    """What `tools/parity.py` makes a row of docs/parity.md: errors relative to the std of the
-    reference's output.
-    """
-    row = dict(
-        network=network,
-        configuration=configuration,
-        errors={k: float(v) for k, v in errors.items()},
+def tiny_step(config: ConfigDict, **model_overrides) -> tuple[TrainStep, dict]:
+    """The functions of a tiny run, and its encoders' parameters."""
+    conditioner, frozen = tiny_conditioner()
+    step_fns = TrainStep(
+        config=Config.of(config),
+        model=tiny_model(conditioner, **model_overrides),
+        conditioner=conditioner,
+        task_names=TASKS,
     )
+    return step_fns, frozen
+
+
+def train_tiny(
+    config: ConfigDict,
+    workdir,
+    *,
+    stream=None,
+    validation: Mapping[str, Iterable[Batch]] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    model: Mapping = MappingProxyType({}),
+    change_frozen: Callable[[dict], None] = lambda frozen: None,
+    **options,
+) -> TrainState:
+    """`loop.train` of a tiny run; `model` are fields of its model that differ."""
+    step_fns, frozen = tiny_step(config, **model)
+    change_frozen(frozen)
+    if mesh is None:
+        width = step_fns.model.backbone.hidden_dim
+        mesh = sharding.make_mesh(**config.mesh.to_dict(), width=width)
+    return train(
+        step_fns,
+        workdir=workdir,
+        mesh=mesh,
+        stream=stream or CountingStream(),
+        frozen=frozen,
+        validation=validation or {"t2i": [batch(1000)], "ie": [batch(1001)]},
+        **options,
+    )
+
+
+def record_parity(record_property, *, network: str, configuration: str, **errors: float) -> None:
+    """What `tools/parity.py` makes a row of docs/parity.md.
+
+    Errors are relative to the standard deviation of the reference's output.
+    """
+    errors = {name: float(error) for name, error in errors.items()}
+    row = dict(network=network, configuration=configuration, errors=errors)
     record_property("parity", json.dumps(row))
 
 
@@ -102,10 +152,12 @@ ENCODERS_WITH_FACES = {**ENCODERS, "identity": dict(kind="lda", dim=4)}
 
 
 def images() -> np.ndarray:
+    """What a codec is fitted on."""
     return np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
 
 
 def portraits() -> tuple[np.ndarray, np.ndarray]:
+    """What an identity encoder is fitted on: ten persons with four pictures each."""
     return images(), np.arange(40) // 4
 
 
@@ -114,6 +166,7 @@ def unused():
     raise AssertionError("nothing should be fitted here")
 
 
-def prepare_encoders(config, workdir, **options):
+def prepare_encoders(config: Mapping, workdir, **options) -> Encoders:
+    """`encoders.prepare` on the data above."""
     options = dict(images=images, portraits=portraits) | options
-    return encoders.prepare(config, workdir=workdir, **options)
+    return encoders.prepare(Conditioning(**config), workdir=workdir, **options)

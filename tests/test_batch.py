@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from univg_jax.batch import Batch, batch_spec, fake_batch
+from univg_jax.batch import Batch, BatchShape, fake_batch
 
-SPEC = dict(batch_size=3, resolution=8, num_tokens=5, face_resolution=4)
+SHAPE = BatchShape(height=8, width=12, num_tokens=5, face=4)
 
 
 def test_a_fake_batch_has_the_spec():
-    spec = batch_spec(**SPEC)
-    fake = fake_batch(**SPEC)
+    spec = SHAPE.spec(3)
+    fake = fake_batch(shape=SHAPE, batch_size=3)
     assert fake.size == 3
     assert jax.tree.map(lambda x: (x.shape, x.dtype), fake) == jax.tree.map(
         lambda x: (x.shape, x.dtype), spec
@@ -21,14 +21,14 @@ def test_a_fake_batch_has_the_spec():
 
 
 def test_a_fake_batch_is_well_formed():
-    fake = fake_batch(seed=4, **SPEC)
+    fake = fake_batch(seed=4, shape=SHAPE, batch_size=3)
     assert not fake.source[~fake.has_source].any()
     assert fake.source[fake.has_source].any()
     assert fake.text_mask[:, :2].all()
 
 
 def test_a_tree_of_anything_may_take_the_arrays_place():
-    spec = batch_spec(**SPEC)
+    spec = SHAPE.spec(3)
     names = jax.tree_util.tree_map_with_path(
         lambda path, x: jax.tree_util.keystr(path, simple=True), spec
     )
@@ -38,6 +38,6 @@ def test_a_tree_of_anything_may_take_the_arrays_place():
 
 
 def test_arrays_are_checked():
-    fake = fake_batch(**SPEC)
+    fake = fake_batch(shape=SHAPE, batch_size=3)
     with pytest.raises(Exception, match="mask"):
         dataclasses.replace(fake, mask=np.zeros((3, 8, 8, 3), np.uint8))

@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -9,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
+from etils import epath
 
-from univg_jax import checkpoint, sharding
+from tests import processes
+from univg_jax import checkpoint, checksums, sharding
 from univg_jax.batch import pytree_dataclass
+from univg_jax.settings import Optim
 from univg_jax.training import optim
+from univg_jax.workdir import CHECKPOINTS, claim_workdir, list_steps
 
 
 @pytree_dataclass
@@ -26,7 +28,9 @@ class State:
     ema: dict
 
 
-OPTIMIZER = optim.make_optimizer(dict(name="muon", mu_dtype="bfloat16", freeze=("frozen",)))
+OPTIMIZER = optim.make_optimizer(
+    Optim(name="muon", mu_dtype="bfloat16", freeze=("frozen",)), total_steps=0
+)
 
 
 def init(key):
@@ -82,8 +86,11 @@ def save(workdir, *steps, state=None, **options):
 
 
 def restore(workdir, step=None, **mesh):
+    if step is not None:
+        workdir = workdir / CHECKPOINTS / str(step)
+        return checkpoint.restore(workdir, layout(**mesh or dict(data=1)))
     with checkpoint.Checkpointer(workdir) as checkpointer:
-        return checkpointer.restore(layout(**mesh or dict(data=1)), step)
+        return checkpointer.restore(layout(**mesh or dict(data=1)))
 
 
 def payload(workdir, step):
@@ -177,7 +184,6 @@ state = {"params": {"a": jnp.arange(1000.0)}}
 with checkpoint.Checkpointer(sys.argv[1]) as c:
     c.save(1, state, {"n": 1}, {})
     c.wait()
-    c._write_checksums = None
     c._manager._checkpointer._post_finalization_callback = lambda: os.kill(os.getpid(), signal.SIGKILL)
     c.save(2, state, {"n": 2}, {})
 """
@@ -189,13 +195,13 @@ def test_killed_in_mid_save_leaves_the_step_before(tmp_path):
     )
     assert done.returncode == -9, done.stderr.decode()
     assert (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").exists()
-    assert checkpoint.list_steps(tmp_path) == (1,)
+    assert list_steps(tmp_path) == (1,)
     abstract = {"params": {"a": jax.ShapeDtypeStruct((1000,), jnp.float32)}}
     with checkpoint.Checkpointer(tmp_path) as checkpointer:
-        state, data_state = checkpointer.restore(abstract)
-        assert data_state == {"n": 1}
-        checkpointer.save(2, state, {"n": 2}, {})
-    assert checkpoint.list_steps(tmp_path) == (1, 2)
+        restored = checkpointer.restore(abstract)
+        assert restored.data_state == {"n": 1}
+        checkpointer.save(2, restored.state, {"n": 2}, {})
+    assert list_steps(tmp_path) == (1, 2)
     assert not (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").exists()
     assert not any(report.problems for report in checkpoint.verify(tmp_path))
 
@@ -204,19 +210,18 @@ def test_a_failed_write_fails_the_run(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "_sum", full)
+    monkeypatch.setattr(checksums, "checksum", full)
     checkpointer = checkpoint.Checkpointer(tmp_path)
     checkpointer.save(1, make_state(), {}, {})
     with pytest.raises(OSError, match="disk full"):
         checkpointer.save(2, make_state(), {}, {})
-    assert checkpoint.list_steps(tmp_path) == ()
+    assert list_steps(tmp_path) == ()
 
 
-def test_retention_and_regular_steps(tmp_path):
-    save(tmp_path, 1, 2, 3, 4, 5, state=make_state(), keep=2, keep_every=2)
-    assert checkpoint.list_steps(tmp_path) == (2, 4, 5)
-    with checkpoint.Checkpointer(tmp_path, save_every=10) as checkpointer:
-        assert [s for s in range(31) if checkpointer.should_save(s)] == [10, 20, 30]
+def test_retention(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, 5, state=make_state(), keep=2)
+    assert list_steps(tmp_path) == (4, 5)
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.latest_step() == 5
         checkpointer.save(5, make_state(9), {}, {})  # saved already: left as it is
     assert_equal(restore(tmp_path, 5).state, make_state())
@@ -271,10 +276,6 @@ def test_load_says_what_is_not_there(tmp_path):
         checkpoint.load_config(tmp_path / "checkpoints" / "7")
     with pytest.raises(FileNotFoundError, match="no step 7"):
         restore(tmp_path, 7)
-    assert (checkpoint.latest_step(tmp_path / "nowhere"), checkpoint.latest_step(tmp_path)) == (
-        None,
-        4,
-    )
     for path, step in (
         (tmp_path, 4),
         (tmp_path / "checkpoints", 4),
@@ -334,46 +335,13 @@ def test_hand_off_onto_a_mesh(stage):
     assert params["trunk"].sharding == whole
 
 
-def test_workdir_belongs_to_one_config(tmp_path):
-    config = ConfigDict(
-        dict(
-            seed=1,
-            train=dict(steps=10),
-            optim=dict(lr=0.1, freeze=()),
-            tasks=dict(t2i=dict(sources=("a",))),
-        )
-    )
-    checkpoint.claim_workdir(tmp_path / "run", config)
-    checkpoint.claim_workdir(tmp_path / "run", config)
-    config.train.steps = 20  # a longer run is the same run
-    checkpoint.claim_workdir(tmp_path / "run", config)
-    before = (tmp_path / "run" / "config.json").read_text()
-    assert json.loads(before)["train"]["steps"] == 20
-    config.optim.lr = 0.2
-    del config.seed
-    with pytest.raises(
-        ValueError, match=r"optim\.lr is 0\.2, there 0\.1; seed is 'absent', there 1$"
-    ):
-        checkpoint.claim_workdir(tmp_path / "run", config)
-    assert (tmp_path / "run" / "config.json").read_text() == before
-
-
-def test_workdir_without_a_readable_config_is_not_claimed(tmp_path):
-    save(tmp_path, 1, state={"params": {"a": jnp.ones(2)}})
-    with pytest.raises(ValueError, match=r"has checkpoints but no config\.json"):
-        checkpoint.claim_workdir(tmp_path, {"seed": 1})
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        checkpoint.claim_workdir(tmp_path, {"seed": 1})
-
-
 def test_copy(tmp_path):
     save(tmp_path / "a", 2, 4)
     assert checkpoint.copy(tmp_path / "a", 2, tmp_path / "b") == 2
     assert checkpoint.copy(tmp_path / "a", None, tmp_path / "b") == 4
-    assert checkpoint.list_steps(tmp_path / "b") == (2, 4)
+    assert list_steps(tmp_path / "b") == (2, 4)
     assert_equal(restore(tmp_path / "b").state, make_state(4))
-    checkpoint.claim_workdir(tmp_path / "b", {"seed": 1})
+    claim_workdir(tmp_path / "b", {"seed": 1})
     with pytest.raises(ValueError, match="exists, nothing copied"):
         checkpoint.copy(tmp_path / "a", 4, tmp_path / "b")
     flip_a_bit(payload(tmp_path / "a", 4))
@@ -383,11 +351,16 @@ def test_copy(tmp_path):
 
 
 PROCESS = """
-import os, sys
-os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+import json, sys
 import jax, jax.numpy as jnp, numpy as np
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from univg_jax import checkpoint, sharding
+from tests.processes import join
+join()
+from tests import processes
+from univg_jax import checkpoint, checksums, sharding
+workdir = sys.argv[1]
+read = []
+checksum = checksums.checksum
+checksums.checksum = lambda file: (read.append(str(file)), checksum(file))[1]
 abstract = {"params": {"a": jax.ShapeDtypeStruct((1024, 512), jnp.float32)}}
 abstract = sharding.with_shardings(
     abstract, sharding.tree_shardings(abstract, sharding.make_mesh(data=1, fsdp=8))
@@ -396,39 +369,45 @@ make = jax.jit(
     lambda seed: {"params": {"a": jax.random.normal(jax.random.key(seed), (1024, 512))}},
     out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
 )
-checkpoint.claim_workdir(sys.argv[3], {"seed": 1})
-with checkpoint.Checkpointer(sys.argv[3]) as checkpointer:
+with checkpoint.Checkpointer(workdir) as checkpointer:
     for step in (1, 2):
         checkpointer.save(step, make(step), {"n": step}, {"seed": 1})
     checkpointer.wait()
+    # Nobody reads back what another process wrote.
+    other = f"process_{1 - jax.process_index()}"
+    assert read and not [file for file in read if other in file], read
+    jax.experimental.multihost_utils.sync_global_devices("saved")
     if jax.process_index() == 0:
         folder = checkpointer.directory / "2" / "state" / "ocdbt.process_1" / "d"
         file = max(folder.iterdir(), key=lambda f: f.stat().length)
         file.write_bytes(file.read_bytes()[:-1] + b"!")
     jax.experimental.multihost_utils.sync_global_devices("damaged")
-    state, data_state = checkpointer.restore(abstract)
-    assert data_state == {"n": 1}
-    for ours, theirs in zip(*(x["params"]["a"].addressable_shards for x in (state, make(1)))):
+    restored = checkpointer.restore(abstract)
+    assert restored.data_state == {"n": 1}
+    shards = (x["params"]["a"].addressable_shards for x in (restored.state, make(1)))
+    for ours, theirs in zip(*shards):
         np.testing.assert_array_equal(ours.data, theirs.data)
     checkpointer.save(2, make(2), {"n": 2}, {"seed": 1})
-assert not any(report.problems for report in checkpoint.verify(sys.argv[3]))
+assert not any(report.problems for report in checkpoint.verify(workdir))
 """
 
 
+@pytest.mark.xdist_group("multiprocess")
 def test_two_processes_agree_on_what_is_damaged_and_one_reads_what_they_wrote(tmp_path):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(i), str(tmp_path)], stderr=subprocess.PIPE
-        )
-        for i in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    processes.run([4, 4], str(tmp_path), program=("-c", PROCESS))
     expected = jax.random.normal(jax.random.key(2), (1024, 512))
     # Eight shards of the random numbers were made by another program: equal up to its rounding.
     np.testing.assert_allclose(
         checkpoint.load_params(tmp_path, which="params")["a"], expected, rtol=1e-6, atol=1e-6
     )
+
+
+def test_every_file_has_its_sum_and_a_missing_one_is_named(tmp_path):
+    save(tmp_path, 1)
+    step = tmp_path / CHECKPOINTS / "1"
+    listed = json.loads((step / checksums.FILE).read_text())
+    own = {n for n in checksums.list_files(epath.Path(step)) if n not in checkpoint.NOT_SUMMED}
+    assert set(listed) == own, "every file of a step has its sum"
+    payload(tmp_path, 1).unlink()
+    (report,) = checkpoint.verify(tmp_path)
+    assert [problem.endswith("is missing") for problem in report.problems] == [True]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from univg_jax import flow
+from univg_jax.settings import Flow
 
 
 def latents(seed, shape=(4, 3, 5, 2)):
@@ -36,21 +37,19 @@ def test_shift_keeps_the_ends_and_is_undone_by_its_inverse(t, a):
     assert float(flow.shift_times(jnp.float32(shifted), 1 / a)) == pytest.approx(t, abs=1e-5)
 
 
-def test_shift_moves_towards_noise_at_higher_resolution():
-    shift = flow.resolution_shift(pixels=512**2, base_pixels=256**2)
-    assert shift == 2
-    assert float(flow.shift_times(jnp.float32(0.5), shift)) == pytest.approx(2 / 3)
+def test_shift_moves_towards_noise():
+    assert float(flow.shift_times(jnp.float32(0.5), 2.0)) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
     ("times", "mean_logit", "std_logit"),
     [
-        (flow.Times(), 0.0, 1.0),
-        (flow.Times(mean=0.5, std=0.7), 0.5, 0.7),
+        (Flow(), 0.0, 1.0),
+        (Flow(mean=0.5, std=0.7), 0.5, 0.7),
         # The shift adds log(a) to the logit.
-        (flow.Times(shift=3.0), np.log(3.0), 1.0),
+        (Flow(shift=3.0), np.log(3.0), 1.0),
         # The logit of a uniform variable is logistic: mean 0, standard deviation pi / sqrt(3).
-        (flow.Times(distribution="uniform"), 0.0, np.pi / np.sqrt(3)),
+        (Flow(distribution="uniform"), 0.0, np.pi / np.sqrt(3)),
     ],
 )
 def test_times_have_the_declared_distribution(times, mean_logit, std_logit):
@@ -70,13 +69,13 @@ def test_draws_depend_on_the_sample_id_not_on_the_place():
     order = jnp.array([2, 0, 3, 1])
     noise = flow.sample_noise(key, ids, (2, 2, 3))
     np.testing.assert_array_equal(flow.sample_noise(key, ids[order], (2, 2, 3)), noise[order])
-    times = flow.sample_times(key, ids, flow.Times())
-    np.testing.assert_array_equal(flow.sample_times(key, ids[order], flow.Times()), times[order])
+    times = flow.sample_times(key, ids, Flow())
+    np.testing.assert_array_equal(flow.sample_times(key, ids[order], Flow()), times[order])
     assert len(np.unique(np.asarray(times))) == 4
 
 
 def test_loss_is_zero_for_the_true_velocity_and_its_mean_square_for_zero():
-    x0, ids, times = latents(0), jnp.arange(4, dtype=jnp.uint32), flow.Times()
+    x0, ids, times = latents(0), jnp.arange(4, dtype=jnp.uint32), Flow()
 
     def oracle(x_t, t):
         # x_t - x0 = t (noise - x0)
@@ -100,7 +99,7 @@ def test_loss_is_float32_for_a_bfloat16_model():
         x0,
         key=jax.random.key(0),
         sample_id=ids,
-        times=flow.Times(),
+        times=Flow(),
     )
     assert value.dtype == jnp.float32
 
@@ -117,4 +116,4 @@ def test_change_weights_favor_small_edits():
 
 def test_unknown_distribution_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'logit_normal'"):
-        flow.Times(distribution="logitnormal")
+        Flow(distribution="logitnormal")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from univg_jax import sampling
-from univg_jax.sampling import Sampler
+from univg_jax.settings import Guidance, Sampler
 
 
 def gaussian_velocity(mean, std):
@@ -67,20 +67,20 @@ def constant_passes(values):
     ],
 )
 def test_guidance_is_the_equation(scales, values, expected):
-    weights = jnp.array(sampling.guidance_weights(**scales))
+    weights = jnp.array(sampling.guidance_weights(Guidance(**scales)))
     v = sampling.guided_velocity(constant_passes(values), weights, Sampler())
     np.testing.assert_allclose(v(jnp.zeros((2, 2, 2, 1)), jnp.float32(0.5)), expected, rtol=1e-6)
-    assert sum(sampling.guidance_weights(**scales)) == pytest.approx(1)
+    assert sum(sampling.guidance_weights(Guidance(**scales))) == pytest.approx(1)
 
 
 def test_guidance_of_scale_one_is_the_conditional_model():
-    weights = jnp.array(sampling.guidance_weights(text=1.0, image=1.0))
+    weights = jnp.array(sampling.guidance_weights(Guidance(text=1.0, image=1.0)))
     v = sampling.guided_velocity(constant_passes((5.0, 3.0, 2.0)), weights, Sampler())
     np.testing.assert_allclose(v(jnp.zeros((1, 2, 2, 1)), jnp.float32(0.5)), 5.0)
 
 
 def test_guidance_acts_inside_its_interval_only():
-    weights = jnp.array(sampling.guidance_weights(text=3.0))
+    weights = jnp.array(sampling.guidance_weights(Guidance(text=3.0)))
     v = sampling.guided_velocity(constant_passes((2.0, 1.0)), weights, Sampler(interval=(0.2, 0.8)))
     x = jnp.zeros((1, 2, 2, 1))
     assert float(v(x, jnp.float32(0.5))[0, 0, 0, 0]) == 4.0
@@ -94,7 +94,7 @@ def test_rescaled_guidance_has_the_conditional_standard_deviation():
     def predict(x, t):
         return jnp.stack([base, 0.1 * base], axis=1).reshape(-1, *base.shape[1:])
 
-    weights = jnp.array(sampling.guidance_weights(text=5.0))
+    weights = jnp.array(sampling.guidance_weights(Guidance(text=5.0)))
     guided = sampling.guided_velocity(predict, weights, Sampler(rescale=1.0))(
         jnp.zeros_like(base), jnp.float32(0.5)
     )
@@ -104,7 +104,7 @@ def test_rescaled_guidance_has_the_conditional_standard_deviation():
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="did you mean 'euler'"):
         Sampler(solver="eulr")
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="more than 0"):
         Sampler(steps=0)
     with pytest.raises(ValueError, match="needs a text scale"):
-        sampling.guidance_weights(image=1.5)
+        Guidance(image=1.5)

@@ -1,3 +1,15 @@
-"""univg_jax: train one generalist image model (UniVG) with JAX on TPU pods."""
+"""UniVG in JAX: train, evaluate and serve one generalist image model."""
+
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["Pipeline", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Experiments import this package, and must load without JAX.
+    if name == "Pipeline":
+        from univg_jax.pipeline import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

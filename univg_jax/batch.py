@@ -131,7 +131,7 @@ class BatchShape:
 
 
 def fake_batch(*, shape: BatchShape, batch_size: int, seed: int = 0) -> Batch:
-    """Random but well-formed rows: every other one with a source, all with text, none with a face."""
+    """Random but well-formed rows: every other one has a source, all text, none a face."""
     rng = np.random.default_rng(seed)
     spec, b, m = shape.spec(batch_size), batch_size, shape.num_tokens
     lengths = rng.integers(2, m + 1, size=b)

@@ -1,4 +1,4 @@
-"""What is the user's to mend: one readable line each, and the exit code that it ends a command with.
+"""Errors that the user can mend: one readable line each, and the exit code of the command.
 
 A function that checks input raises `UserError`, or the kind of it that says more. Whatever else is
 raised is a bug of ours and keeps its traceback. Standard library only, so that any room may ask.
@@ -15,6 +15,7 @@ class UserError(ValueError):
     """Input that cannot be used. The message says what, where, and what was expected."""
 
     exit_code = 1
+    is_expected = False  # whether the end is no fault: then the line has no "error:"
 
 
 class NotFoundError(UserError, FileNotFoundError):
@@ -37,10 +38,11 @@ class Preempted(UserError):
     """SIGTERM ended the run; nothing is lost."""
 
     exit_code = 128 + signal.SIGTERM
+    is_expected = True
 
 
 def check_name(name: object, names: Collection[str], *, what: str) -> str:
-    """`name` if it is one of `names`; otherwise UserError `unknown {what} {name!r}`, and `suggestion`."""
+    """Returns `name` if it is one of `names`, else raises UserError with the nearest one."""
     if name not in names:
         raise UserError(f"unknown {what} {name!r}{suggestion(name, names)}")
     return name

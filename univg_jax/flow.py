@@ -17,44 +17,19 @@ Time and noise of a row are a function of (key, sample id) alone: they do not de
 row's place in the batch, nor on devices, hosts or workers.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
-from univg_jax.errors import check_name
+from univg_jax.settings import Flow
 
 PredictVelocity = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "b h w c"]]
 
-DISTRIBUTIONS = ("logit_normal", "uniform")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Times:
-    """How training times are drawn. `mean` and `std` belong to the logit-normal distribution."""
-
-    distribution: str = "logit_normal"
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_name(self.distribution, DISTRIBUTIONS, what="flow.distribution")
-        if self.shift <= 0 or self.std <= 0:
-            raise ValueError(
-                f"flow.shift and flow.std must be positive, got {self.shift} and {self.std}"
-            )
-
-
-def resolution_shift(*, pixels: int, base_pixels: int) -> float:
-    """The shift a = sqrt(pixels / base_pixels) that keeps the signal-to-noise ratio (SD3, 5.3.2)."""
-    return float((pixels / base_pixels) ** 0.5)
-
 
 def shift_times(t: Float[Array, "..."], shift: float) -> Float[Array, "..."]:
-    """t' = a t / (1 + (a - 1) t), which keeps 0 and 1 and moves the rest towards noise for a > 1."""
+    """t' = a t / (1 + (a - 1) t): keeps 0 and 1, moves the rest towards noise for a > 1."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -81,7 +56,7 @@ def sample_noise(
 
 
 def sample_times(
-    key: PRNGKeyArray, sample_id: UInt32[Array, " b"], times: Times
+    key: PRNGKeyArray, sample_id: UInt32[Array, " b"], times: Flow
 ) -> Float[Array, " b"]:
     """A time in (0, 1) for each row, a function of (key, sample id)."""
 
@@ -131,12 +106,10 @@ def loss(
     *,
     key: PRNGKeyArray,
     sample_id: UInt32[Array, " b"],
-    times: Times,
+    times: Flow,
     weight: Float[Array, "b h w 1"] | None = None,
 ) -> Float[Array, " b"]:
-    """The training loss of each row: draw t and noise, interpolate, predict once, compare with the
-    velocity.
-    """
+    """The training loss of each row, at a random time and noise."""
     time_key, noise_key = jax.random.split(key)
     t = sample_times(time_key, sample_id, times)
     noise = sample_noise(noise_key, sample_id, x0.shape[1:])

@@ -13,7 +13,7 @@ from univg_jax.files import write_whole
 
 
 def to_float(images: Any) -> Any:
-    """uint8 in 0..255 -> float32 in [-1, 1]; of numpy or JAX, inside jit too. Floats stay as they are."""
+    """uint8 in 0..255 -> float32 in [-1, 1], of numpy or JAX; floats stay as they are."""
     return images.astype(np.float32) / 127.5 - 1 if images.dtype == np.uint8 else images
 
 

@@ -1,7 +1,8 @@
-"""The settings of a run: one frozen dataclass a section, every default stated once. Loads without JAX.
+"""The settings of a run: one frozen dataclass a section, every default stated once.
 
 `experiments/base.py` makes the complete `ConfigDict` from these, stages and users change it, and
-`Config.of` gives the library what it reads. Values that no data is needed to judge are checked here.
+`Config.of` gives the library what it reads. Values are checked here as far as no data is needed.
+Loads without JAX.
 """
 
 import dataclasses
@@ -163,7 +164,7 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Sizes of the mesh's axes. -1 is the rest; of `data` and `fsdp` both may be (`sharding.make_mesh`)."""
+    """Sizes of the mesh's axes; -1 is the rest, and `data` and `fsdp` may both be (`make_mesh`)."""
 
     data: int = -1
     fsdp: int = -1
@@ -206,7 +207,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """Scales of classifier-free guidance: none (one pass), text (two), or text and image (three)."""
+    """Scales of guidance: none (one pass), text (two passes), or text and image (three)."""
 
     text: float | None = None
     image: float | None = None
@@ -222,7 +223,7 @@ class Sampler:
 
     `shift` spaces the times as in training (SD3). `rescale` in [0, 1] pulls the guided velocity's
     standard deviation back to the conditional one's (arXiv 2305.08891, section 3.4). Guidance acts
-    for `interval[0] <= t <= interval[1]` only (arXiv 2404.07724); outside, the full condition alone.
+    for `interval[0] <= t <= interval[1]` only (arXiv 2404.07724), else the full condition alone.
     """
 
     solver: str = "euler"
@@ -316,7 +317,7 @@ class Config:
         return _section(cls, values, "config")
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dicts, as `of` takes them and config.json has them. Scales that are None are left out."""
+        """Nested dicts, as `of` takes them and config.json has them; no scales that are None."""
         result = dataclasses.asdict(self)
         for scales in result["sampling"]["guidance"].values():
             for name in [name for name, scale in scales.items() if scale is None]:

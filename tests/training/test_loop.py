@@ -7,52 +7,22 @@ import os
 import pathlib
 import signal
 import time
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from jax import monitoring
 
 from tests import helpers
-from univg_jax import checkpoint, sharding, writers
-from univg_jax.training.loop import NonFiniteLossError, Step
-from univg_jax.training.preemption import Preempted
+from univg_jax import sharding, writers
+from univg_jax.errors import NonFiniteLossError, Preempted, UserError
+from univg_jax.training import loop
+from univg_jax.workdir import list_steps
 
 
-@pytest.fixture(scope="module")
-def parts():
-    conditioner, frozen = helpers.tiny_conditioner()
-    return conditioner, frozen, helpers.tiny_model(conditioner)
-
-
-def run(
-    parts,
-    workdir,
-    *,
-    stream=None,
-    config=None,
-    mesh=None,
-    preview=None,
-    validation=None,
-    profile=None,
-):
-    conditioner, frozen, model = parts
-    return train.train(
-        config or helpers.tiny_config(),
-        workdir=workdir,
-        stream=stream or helpers.CountingStream(),
-        model=model,
-        conditioner=conditioner,
-        frozen=frozen,
-        task_names=helpers.TASKS,
-        validation=validation or {"t2i": [helpers.batch(1000)], "ie": [helpers.batch(1001)]},
-        preview=preview,
-        mesh=mesh,
-        profile=profile,
-    )
+def run(workdir, *, config=None, **options):
+    return helpers.train_tiny(config or helpers.tiny_config(), workdir, **options)
 
 
 def assert_equal_bits(a, b):
@@ -60,11 +30,11 @@ def assert_equal_bits(a, b):
 
 
 @pytest.fixture(scope="module")
-def finished(parts, tmp_path_factory):
+def finished(tmp_path_factory):
     """An uninterrupted run: its folder, stream and final state."""
     workdir = tmp_path_factory.mktemp("finished")
     stream = helpers.CountingStream()
-    state = run(parts, workdir, stream=stream)
+    state = run(workdir, stream=stream)
     return workdir, stream, jax.device_get(state)
 
 
@@ -85,12 +55,12 @@ class KilledStream(helpers.CountingStream):
 
 
 @pytest.mark.parametrize("after", [3, 5])
-def test_killed_and_resumed_equals_uninterrupted_bitwise(parts, finished, tmp_path, after):
+def test_killed_and_resumed_equals_uninterrupted_bitwise(finished, tmp_path, after):
     _, uninterrupted, expected = finished
     first, second = KilledStream(after), helpers.CountingStream()
     with pytest.raises(Killed):
-        run(parts, tmp_path, stream=first)
-    state = run(parts, tmp_path, stream=second)
+        run(tmp_path, stream=first)
+    state = run(tmp_path, stream=second)
     assert_equal_bits(state, expected)
     resumed = 6 - len(second.seen) // 8
     assert resumed == after // 2 * 2  # the last multiple of save_every
@@ -121,16 +91,16 @@ class TerminatedStream(helpers.CountingStream):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_loses_nothing_and_repeats_nothing(parts, finished, tmp_path):
+def test_sigterm_loses_nothing_and_repeats_nothing(finished, tmp_path):
     _, uninterrupted, expected = finished
     first, at_restore, second = TerminatedStream(5), TerminatedStream(), helpers.CountingStream()
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted, match="step 5 is saved"):
-        run(parts, tmp_path, stream=first)
+        run(tmp_path, stream=first)
     with pytest.raises(Preempted, match="step 5 is saved"):
-        run(parts, tmp_path, stream=at_restore)
+        run(tmp_path, stream=at_restore)
     assert signal.getsignal(signal.SIGTERM) == handler
-    state = run(parts, tmp_path, stream=second)
+    state = run(tmp_path, stream=second)
     assert_equal_bits(state, expected)
     assert first.seen + at_restore.seen + second.seen == uninterrupted.seen
     assert at_restore.seen == []
@@ -139,21 +109,21 @@ def test_sigterm_loses_nothing_and_repeats_nothing(parts, finished, tmp_path):
     assert [row["step"] for row in rows if "val/loss/ie" in row] == [3, 6]
 
 
-def test_sigterm_while_samples_are_drawn(parts, tmp_path):
-    def preview(params, frozen, folder):
+def test_sigterm_while_sampling(tmp_path):
+    def preview(params, folder):
         os.kill(os.getpid(), signal.SIGTERM)
         return {"samples/t2i": np.zeros((4, 4, 3), np.uint8)}
 
     config = _with(helpers.tiny_config(), sample_every=2)
     with pytest.raises(Preempted, match="step 3 is saved"):
-        run(parts, tmp_path, config=config, preview=preview)
-    assert checkpoint.list_steps(tmp_path)[-1] == 3
+        run(tmp_path, config=config, preview=preview)
+    assert list_steps(tmp_path)[-1] == 3
 
 
-def test_a_finished_run_restores_and_does_nothing(parts, finished):
+def test_a_finished_run_restores_and_does_nothing(finished):
     workdir, _, expected = finished
     stream = helpers.CountingStream()
-    assert_equal_bits(run(parts, workdir, stream=stream), expected)
+    assert_equal_bits(run(workdir, stream=stream), expected)
     assert stream.seen == []
 
 
@@ -222,48 +192,10 @@ class LateStream(helpers.CountingStream):
         return super().__next__()
 
 
-def test_a_batch_that_the_device_waits_for_is_time_of_data(parts, tmp_path):
-    run(parts, tmp_path, stream=LateStream())
+def test_a_batch_that_the_device_waits_for_is_time_of_data(tmp_path):
+    run(tmp_path, stream=LateStream())
     rows = writers.read_metrics(tmp_path / "metrics.jsonl")
     assert all(row["seconds/data"] >= LateStream.PAUSE for row in rows), rows
-
-
-def test_goodput_counts_a_step_that_was_lost_and_made_again_once(tmp_path, monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now))
-    metrics = {name: jnp.ones(()) for name in ("loss", "grad_norm", "param_norm")}
-    metrics |= {name: jnp.ones(2) for name in ("loss_sum", "count")}
-
-    def attempt(*, start, stop):
-        """3 s to start, then for every step 1 s of data, 4 s of step and 2 s of saving, which its
-        row is before.
-        """
-        nonlocal now
-        history = train.History(epath.Path(tmp_path), helpers.TASKS)
-        history.resume(start)
-        writer = writers.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=start)
-        for name, duration in [
-            ("start", 3),
-            *[("data", 1), ("step", 4), ("log", 0), ("save", 2)] * (stop - start),
-        ]:
-            now += duration
-            history.lap(name)
-            if name == "step":
-                start += 1
-                history.add(start, metrics)
-            elif name == "log":
-                writer.write_scalars(start, history.scalars(start))
-                writer.flush()
-        writer.write_scalars(start, history.rest())
-        writer.flush()
-
-    attempt(start=0, stop=3)
-    attempt(start=2, stop=3)  # step 3 was not saved
-    rows = writers.read_metrics(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert rows[-1]["time"] == (3 + 3 * 7) + (3 + 1 * 7)
-    assert rows[-1]["goodput"] == 3 * 4 / rows[-1]["time"]
-    assert rows[1]["steps_per_second"] == 1 / 5  # of the loop: not of saving
 
 
 class TwoShapes(helpers.CountingStream):
@@ -273,6 +205,9 @@ class TwoShapes(helpers.CountingStream):
         super().__init__()
         self.compiled, self.before = compiled, None
 
+    def specs(self):
+        return [helpers.SHAPE.spec(8), helpers.SHAPE.spec(16)]
+
     def __next__(self):
         if self.before is None:
             self.before = list(self.compiled)
@@ -280,7 +215,7 @@ class TwoShapes(helpers.CountingStream):
         return helpers.batch(self.position, size=8 * (1 + self.position % 2))
 
 
-def test_every_shape_is_compiled_before_the_first_batch_and_never_again(parts, tmp_path):
+def test_every_shape_is_compiled_before_the_first_batch_and_never_again(tmp_path):
     compiled = []
 
     def note(event, _, *, fun_name="", **__):
@@ -295,7 +230,6 @@ def test_every_shape_is_compiled_before_the_first_batch_and_never_again(parts, t
             "ie": [helpers.batch(1002, size=16)],
         }
         run(
-            parts,
             tmp_path,
             stream=stream,
             validation=validation,
@@ -307,8 +241,8 @@ def test_every_shape_is_compiled_before_the_first_batch_and_never_again(parts, t
         assert stream.before.count(name) == compiled.count(name) == times, name
 
 
-def test_a_trace_is_written_and_changes_nothing(parts, finished, tmp_path):
-    state = run(parts, tmp_path, profile=range(2, 4))
+def test_a_trace_is_written_and_changes_nothing(finished, tmp_path):
+    state = run(tmp_path, profile=range(2, 4))
     assert_equal_bits(state, finished[2])
     (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
@@ -328,11 +262,8 @@ def test_a_trace_is_written_and_changes_nothing(parts, finished, tmp_path):
 @pytest.mark.parametrize(
     "axes", [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)]
 )
-def test_devices_do_not_change_the_loss(parts, axes):
-    conditioner, frozen, model = parts
-    step = Step(
-        config=helpers.tiny_config(), model=model, conditioner=conditioner, task_names=helpers.TASKS
-    )
+def test_devices_do_not_change_the_loss(axes):
+    step, frozen = helpers.tiny_step(helpers.tiny_config())
 
     def losses(mesh):
         jax.set_mesh(mesh)
@@ -352,13 +283,12 @@ def test_devices_do_not_change_the_loss(parts, axes):
     np.testing.assert_allclose(losses(sharding.make_mesh(**axes)), one, rtol=2e-5)
 
 
-def test_accumulation_equals_the_whole_batch(parts):
-    conditioner, frozen, model = parts
+def test_accumulation_equals_the_whole_batch():
 
     def first_update(accumulate):
         config = helpers.tiny_config()
         config.optim.accumulate = accumulate
-        step = Step(config=config, model=model, conditioner=conditioner, task_names=helpers.TASKS)
+        step, frozen = helpers.tiny_step(config)
         state = step.init(jax.random.key(0), frozen, helpers.batch())
         return jax.jit(step.update)(state, frozen, helpers.batch())[1]
 
@@ -369,11 +299,8 @@ def test_accumulation_equals_the_whole_batch(parts):
     np.testing.assert_allclose(parts_["loss_sum"], whole["loss_sum"], rtol=1e-5)
 
 
-def test_rows_that_are_not_valid_count_nowhere(parts):
-    conditioner, frozen, model = parts
-    step = Step(
-        config=helpers.tiny_config(), model=model, conditioner=conditioner, task_names=helpers.TASKS
-    )
+def test_rows_that_are_not_valid_count_nowhere():
+    step, frozen = helpers.tiny_step(helpers.tiny_config())
     state = step.init(jax.random.key(0), frozen, helpers.batch())
     full = helpers.batch()
     valid, target = full.valid.copy(), full.target.copy()
@@ -388,11 +315,10 @@ def test_rows_that_are_not_valid_count_nowhere(parts):
     assert one["count"].sum() == 5
 
 
-def test_one_batch_overfits(parts):
-    conditioner, frozen, model = parts
+def test_one_batch_overfits():
     config = helpers.tiny_config()
     config.optim.lr = 1e-2
-    step = Step(config=config, model=model, conditioner=conditioner, task_names=helpers.TASKS)
+    step, frozen = helpers.tiny_step(config)
     state = jax.jit(step.init)(jax.random.key(0), frozen, helpers.batch())
     update = jax.jit(step.update)
     losses = []
@@ -404,45 +330,58 @@ def test_one_batch_overfits(parts):
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
 
 
-def test_relative_paths_will_do(parts, finished, tmp_path, monkeypatch):
+def test_relative_paths_will_do(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = _with(helpers.tiny_config(), steps=1)
     config.init_from.path = os.path.relpath(finished[0])
-    run(parts, "here", config=config)
-    assert checkpoint.list_steps("here") == (1,)
+    run("here", config=config)
+    assert list_steps("here") == (1,)
 
 
-def test_hand_off_takes_the_average_and_starts_a_new_optimizer(parts, finished, tmp_path):
+def test_hand_off_takes_the_average_and_starts_a_new_optimizer(finished, tmp_path):
     workdir, _, previous = finished
     config = helpers.tiny_config()
     config.init_from.path = str(workdir)
     config.optim.lr = 0.0
     config.train.steps = 1
-    state = jax.device_get(run(parts, tmp_path, config=config))
+    state = jax.device_get(run(tmp_path, config=config))
     assert_equal_bits(state.params, previous.ema)
     assert int(state.step) == 1
 
 
-def test_hand_off_rejects_undeclared_parameters(parts, finished, tmp_path):
-    conditioner, frozen, _ = parts
+def test_hand_off_rejects_undeclared_parameters(finished, tmp_path):
     config = helpers.tiny_config()
     config.init_from.path = str(finished[0])
-    deeper = helpers.tiny_model(conditioner, depth=3)
-    with pytest.raises(ValueError, match="blocks"):
-        run((conditioner, frozen, deeper), tmp_path, config=config)
+    with pytest.raises(UserError, match="blocks"):
+        run(tmp_path, config=config, model=dict(depth=3))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(parts, tmp_path):
+def test_another_runs_whole_state_may_be_resumed(finished, tmp_path):
+    """A fork goes on with the other run's optimizer, step and place in the data."""
+    config = _with(helpers.tiny_config(), steps=8)
+    longer = run(tmp_path / "longer", config=config)
+    config.init_from.update(dict(path=str(finished[0]), which="state"))
+    stream = helpers.CountingStream()
+    assert_equal_bits(run(tmp_path / "fork", config=config, stream=stream), longer)
+    assert stream.seen == list(range(6 * 8, 8 * 8))
 
-    config = helpers.tiny_config()
-    conditioner, frozen, model = parts
-    broken = dict(frozen, codec=dict(frozen["codec"]))
-    run(parts, tmp_path, config=_with(config, steps=2))
+
+def test_a_run_that_is_past_its_last_step_is_refused(finished):
+    """It must not restart, and must not end as if it had been made."""
+    with pytest.raises(UserError, match=r"is at step 6, past train\.steps=4"):
+        run(finished[0], config=_with(helpers.tiny_config(), steps=4))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
+    run(tmp_path, config=_with(helpers.tiny_config(), steps=2))
+
     # From here on the codec is broken, as by a bad cast: the loss is NaN from step 3 on.
-    broken["codec"]["mean"] = jnp.full_like(broken["codec"]["mean"], jnp.nan)
+    def broken(frozen):
+        frozen["codec"]["mean"] = jnp.full_like(frozen["codec"]["mean"], jnp.nan)
+
     with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 3 \(tasks t2i, ie\)"):
-        run((conditioner, broken, model), tmp_path, config=_with(helpers.tiny_config(), steps=6))
-    assert checkpoint.list_steps(tmp_path) == (2,)
+        run(tmp_path, change_frozen=broken)
+    assert list_steps(tmp_path) == (2,)
 
 
 def _with(config, **train_fields):
@@ -450,30 +389,27 @@ def _with(config, **train_fields):
     return config
 
 
-def test_previews_are_drawn_from_the_average(parts, tmp_path):
-    drawn = []
+def test_previews_show_the_average(tmp_path):
+    made = []
 
-    def preview(params, frozen, folder):
-        drawn.append((jax.device_get(params), pathlib.Path(folder).name))
+    def preview(params, folder):
+        made.append((jax.device_get(params), pathlib.Path(folder).name))
         return {"samples/t2i": np.zeros((4, 4, 3), np.uint8)}
 
     config = _with(helpers.tiny_config(), steps=2, sample_every=2)
-    state = run(parts, tmp_path, config=config, preview=preview)
-    (params, folder), *rest = drawn
+    state = run(tmp_path, config=config, preview=preview)
+    (params, folder), *rest = made
     assert not rest
     assert folder == "0000002"
     assert_equal_bits(params, state.ema)
 
 
-def test_validation_repeats_itself(finished, parts):
+def test_validation_repeats_itself(finished):
     """The same rows, times and noise: a run's last validation is reproduced from its checkpoint."""
     workdir, _, state = finished
-    conditioner, frozen, model = parts
-    step = Step(
-        config=helpers.tiny_config(), model=model, conditioner=conditioner, task_names=helpers.TASKS
-    )
+    step, frozen = helpers.tiny_step(helpers.tiny_config())
     mesh = sharding.make_mesh(data=-1)
-    again = train.evaluate(
+    again = loop.validation_losses(
         jax.jit(step.validate), state.ema, frozen, {"ie": [helpers.batch(1001)]}, mesh
     )
     logged = writers.read_metrics(workdir / "metrics.jsonl")[-1]["val/loss/ie"]

@@ -1,4 +1,4 @@
-"""Which steps a trace is of; tests/test_train.py has the trace itself."""
+"""Which steps a trace is of; tests/training/test_loop.py has the trace itself."""
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ def test_nonsense(text):
 def traced(trace, steps):
     with trace:
         for step in steps:
-            if trace.turns(step):
-                trace.turn()
+            if trace.is_due(step):
+                trace.toggle()
             jax.block_until_ready(jnp.sin(jnp.ones(8)))
 
 

@@ -1,4 +1,4 @@
-"""What a run did since the last written row: mean losses, shares of the tasks, where the time went."""
+"""What a run did since the last row: mean losses, shares of the tasks, where the time went."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
-        """Charges the time inside the block to `activity`, or to what `self.activity` is at its end."""
+        """Charges the time inside the block to `activity`, or `self.activity` at its end."""
         before = self.activity
         self.switch(activity)
         try:
@@ -87,7 +87,7 @@ class History:
         self._step_seconds = sum(row.get("seconds/step", 0.0) for row in kept)
 
     def add(self, step: int, metrics: Mapping[str, Array]) -> None:
-        """Fetches one step's metrics. Raises NonFiniteLossError unless loss and gradient are finite."""
+        """Fetches one step's metrics. Raises NonFiniteLossError for a NaN or infinite one."""
         values = jax.device_get(dict(metrics))
         for name in ("loss", "grad_norm"):
             if not np.isfinite(values[name]):

@@ -56,7 +56,7 @@ class PendingMetrics:
         self._newest: tuple[int, dict[str, Array]] | None = None
 
     def put(self, step: int, metrics: dict[str, Array]) -> None:
-        """Takes the metrics of a step that was just dispatched; fetches those of the step before."""
+        """Takes the metrics of the step just dispatched; fetches those of the step before."""
         before, self._newest = self._newest, (step, metrics)
         if before is not None:
             self._history.add(*before)
@@ -110,9 +110,12 @@ def train(
     shardings = sharding.tree_shardings(abstract, mesh)
     abstract = sharding.with_shardings(abstract, shardings)
 
-    # The programs, all compiled before the first batch is taken, one for each kind of batch. Calling
-    # a jitted function later finds what was compiled for its shapes here.
-    init = jax.jit(lambda key: step_fns.init(key, frozen, specs[0]), out_shardings=shardings)
+    # The programs, one for each kind of batch, all compiled before the first batch is taken. Calls
+    # of the jitted functions below find what was compiled for their shapes here.
+    def init(key: jax.Array) -> TrainState:
+        return step_fns.init(key, frozen, specs[0])
+
+    init = jax.jit(init, out_shardings=shardings)
     update = step_fns.compiled_update(shardings)
     validate = jax.jit(step_fns.validate, out_shardings=sharding.replicated(mesh))
     checkpointer = Checkpointer(workdir, keep=c.keep)
@@ -148,8 +151,8 @@ def train(
     def is_due(step: int, every: int) -> bool:
         return step > start and (step == c.steps or step % every == 0)
 
-    # The loop. DO NOT CHANGE THE ORDER: evaluate, write the row, save, next batch, update. So what is
-    # saved at step n is the state after n updates together with the position after n batches, and a
+    # The loop. DO NOT CHANGE THE ORDER: evaluate, write the row, save, next batch, update. With it
+    # a checkpoint of step n has the state after n updates and the position after n batches, and a
     # resumed run, which starts at the top, sees exactly what the uninterrupted one saw.
     bar = tqdm(
         total=c.steps,

@@ -1,4 +1,4 @@
-"""SIGTERM, which a cloud sends before it takes a machine away: the step is saved, all processes end."""
+"""SIGTERM, which a cloud sends before it takes a machine away: save the step, and end."""
 
 import itertools
 import signal

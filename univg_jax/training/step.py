@@ -48,7 +48,7 @@ class TrainStep:
         return optim.make_optimizer(self.config.optim, total_steps=self.config.train.steps)
 
     def init(self, key: PRNGKeyArray, frozen: PyTree, batch: Batch) -> TrainState:
-        """Parameters drawn from `key`, an optimizer at rest, an average that starts at the parameters.
+        """Random parameters, an optimizer at rest, an average that starts at the parameters.
 
         Only the shapes of `frozen` and `batch` matter: arrays or `ShapeDtypeStruct`s.
         """
@@ -58,7 +58,7 @@ class TrainStep:
         return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state, ema=ema)
 
     def encode(self, frozen: PyTree, batch: Batch) -> tuple[Float[Array, "b h w c"], Conditions]:
-        """What the frozen encoders make of a batch: the target latents and the model's conditions."""
+        """The target latents and the model's conditions, by the frozen encoders."""
         return (
             self.conditioner.target_latents(frozen, batch),
             self.conditioner.conditions(frozen, batch),
@@ -67,7 +67,7 @@ class TrainStep:
     def loss_weights(
         self, x0: Float[Array, "b h w c"], source: Float[Array, "b h w c"], batch: Batch
     ) -> Float[Array, "b h w 1"] | None:
-        """Weights of changed regions, for the tasks of `flow.weight_changes`; None where none asks."""
+        """Weights of changed regions, for the tasks of `flow.weight_changes`; else None."""
         tasks = [self.task_names.index(name) for name in self.config.flow.weight_changes]
         if not tasks:
             return None
@@ -124,7 +124,7 @@ class TrainStep:
     def compiled_update(
         self, shardings: PyTree, *, encoded: bool = False
     ) -> Callable[..., tuple[TrainState, dict]]:
-        """`update` (or `update_encoded`) as a program that replaces a state laid out as `shardings`."""
+        """`update` (or `update_encoded`) as a program that replaces its state."""
         mesh = jax.tree.leaves(shardings)[0].mesh
         return jax.jit(
             self.update_encoded if encoded else self.update,
@@ -134,7 +134,7 @@ class TrainStep:
         )
 
     def validate(self, params: PyTree, frozen: PyTree, batch: Batch) -> dict[str, Array]:
-        """Sums of the loss of each task over eight fixed times, with noise fixed by the sample id."""
+        """Sums of each task's loss over eight fixed times, with noise fixed by the sample id."""
         key = jax.random.key(self.config.seed)
         x0, conditions = self.encode(frozen, batch)
 

@@ -1,0 +1,149 @@
+"""One command as several processes, one a host: `jax.distributed`, with clear errors.
+
+A process that fails must not wait for the others. It says why and exits. JAX's coordination service
+ends the others: at once if the failed one was process 0, else when its heartbeats have been missing
+for `HEARTBEAT` seconds.
+"""
+
+import os
+import socket
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from univg_jax import sharding
+from univg_jax.errors import UnreachableError, UserError
+
+ENVIRONMENT = "UNIVG_DISTRIBUTED"
+TIMEOUT = 300  # seconds for all processes to start: hosts of a pod start minutes apart
+HEARTBEAT = 100  # seconds
+
+
+def start(
+    *,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = TIMEOUT,
+) -> None:
+    """Joins the other processes, if there are any; call it before JAX's backend is first used.
+
+    `distributed`, or the variable `UNIVG_DISTRIBUTED`, takes the addresses from the environment
+    (Cloud TPU, GKE, SLURM, Open MPI). Otherwise the three others name them: where process 0
+    listens, how many processes there are, and which one this is.
+
+    Raises UserError for arguments that do not fit together, UnreachableError if the coordinator's
+    port is taken or it does not answer within `timeout` seconds. If other processes never come, JAX
+    ends this one.
+    """
+    given = {
+        "--coordinator": coordinator,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        if distributed or os.environ.get(ENVIRONMENT, "0") not in ("", "0"):
+            _initialize(timeout)
+        return
+    if missing:
+        raise UserError(f"{', '.join(given)} go together; missing: {', '.join(missing)}")
+    if distributed:
+        raise UserError(f"--distributed finds what {', '.join(given)} say: give one or the other")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator={coordinator}: expected HOST:PORT")
+    if num_processes < 1:
+        raise UserError(f"--num_processes={num_processes}: expected at least 1")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id={process_id}: expected 0 to {num_processes - 1}, "
+            f"since --num_processes={num_processes}"
+        )
+    # JAX itself aborts where no coordinator answers, and may crash where its port is taken.
+    if process_id > 0:
+        _wait_for(host.strip("[]"), int(port), timeout)
+    else:
+        _check_free(int(port))
+    _initialize(
+        timeout,
+        coordinator_address=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+    )
+
+
+def is_one_of_several() -> bool:
+    """Whether this process works with others."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def exit_now(code: int) -> None:
+    """Ends this process at once if it is one of several; does nothing otherwise.
+
+    An ordinary exit would wait for the others at JAX's shutdown barrier.
+    """
+    if not is_one_of_several():
+        return
+    if jax.process_index() == 0:
+        # Often all processes fail for one reason. The coordinator's end would silence the others.
+        time.sleep(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _wait_for(host: str, port: int, timeout: int) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UnreachableError(
+                    f"--coordinator={host}:{port} does not answer for {timeout} s: {error}"
+                ) from None
+        time.sleep(0.2)
+
+
+def _check_free(port: int) -> None:
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise UnreachableError(
+            f"--coordinator: port {port} of this host cannot be had: {error.strerror}"
+        ) from None
+
+
+def _initialize(timeout: int, **addresses: str | int) -> None:
+    try:
+        jax.distributed.initialize(
+            **addresses, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT
+        )
+    except (ValueError, OSError) as error:  # OSError: no answer from what looked like a cloud
+        if addresses:
+            raise
+        raise UserError(
+            f"--distributed: the environment does not say who the other processes are ({error})"
+        ) from None
+    if jax.default_backend() == "cpu" and jax.process_count() > 1:
+        # Only process 0 would find its programs in the cache, and be ahead of the others by more
+        # than the 30 s below.
+        jax.config.update("jax_enable_compilation_cache", False)
+    # All processes have just arrived. This first collective opens the channels between CPU devices
+    # now, because they must open within 30 s of each other: after one-sided work, or a compilation
+    # on a busy machine, they might not.
+    multihost_utils.sync_global_devices("univg_jax.distributed")
+    ones = sharding.shard_batch(np.ones(jax.local_device_count()), sharding.make_mesh())
+    jax.block_until_ready(jax.jit(jnp.sum)(ones))
+    logging.info(
+        "process %d of %d, %d devices in all",
+        *(jax.process_index(), jax.process_count(), jax.device_count()),
+    )

@@ -1,0 +1,323 @@
+"""A trained model, ready: load it, then one method a task.
+
+    pipeline = Pipeline.load("runs/stage3")
+    image = pipeline.generate("a red fox in the snow", seed=7)
+    winter = pipeline.edit(image, "make it snow")
+
+The command line, evaluation and the previews of a training all go through `Pipeline`, so what is
+measured is what users get.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import PyTree, UInt8
+from PIL import Image
+
+from data_pipelines import records
+from data_pipelines.collate import Collator, Row
+from data_pipelines.tasks import TASKS
+from data_pipelines.tokenizer import Tokenizer
+from univg_jax import assembly, checkpoint, encoders, sharding
+from univg_jax.batch import Batch, BatchShape
+from univg_jax.errors import NotFoundError, UserError, check_name
+from univg_jax.images import to_uint8
+from univg_jax.sampling import NULL_CONDITIONS, Generator, guidance_weights
+from univg_jax.settings import Config
+from univg_jax.workdir import CHECKPOINTS
+
+Picture = Image.Image | np.ndarray | str | os.PathLike
+Pixels = UInt8[np.ndarray, "b h w 3"]
+
+MAX_BATCH = 8  # images that a list is cut into, where the devices do not ask for more
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A trained model with all that it needs to make images.
+
+    `step` is the checkpoint's. In a run of several processes every process makes the same calls,
+    and `generate_batch` takes and gives each process its own rows.
+    """
+
+    config: Config
+    params: PyTree
+    frozen: PyTree  # parameters of the encoders
+    mesh: jax.sharding.Mesh
+    generator: Generator
+    collator: Collator
+    path: str = ""
+    step: int = 0
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        step: int | None = None,
+        ema: bool = True,
+        sampling: Mapping[str, Any] | None = None,
+        pretrained: str | None = None,
+    ) -> "Pipeline":
+        """The run in a workdir, at its newest sound checkpoint or at `step`.
+
+        `path` may also be a checkpoint, `workdir/checkpoints/STEP`, and may be `gs://`. `ema=False`
+        takes the raw parameters instead of their average. `sampling` replaces values of the run's
+        `sampling` settings, such as `{"steps": 20}`. `pretrained` is where pretrained encoders lie,
+        if no longer where the run found them.
+
+        Parameters are split as in training where that mesh fits the devices at hand, else over all
+        of them. Raises UserError if there is no checkpoint, or what is there does not fit together.
+        """
+        if step is not None:
+            path = checkpoint.workdir_of(path) / CHECKPOINTS / str(step)
+        stored = checkpoint.load_config(path)
+        stored["sampling"] = {**stored["sampling"], **(sampling or {})}
+        stored["data"]["text_cache"] = ""  # it has the prompts of the training only
+        if pretrained is not None:
+            stored["conditioning"]["folder"] = pretrained
+        config = Config.of(stored)
+        try:
+            mesh = assembly.make_mesh(config)
+        except UserError:
+            mesh = sharding.make_mesh(data=1, fsdp=-1)
+        found = encoders.load(
+            checkpoint.workdir_of(path), folder=config.conditioning.folder, mesh=mesh
+        )
+        model = assembly.make_model(config, found.conditioner)
+        pipeline = cls(
+            config=config,
+            params=None,
+            frozen=found.frozen,
+            mesh=mesh,
+            generator=assembly.make_generator(config, model, found.conditioner),
+            collator=Collator(
+                tokenizer=assembly.make_tokenizer(config), shape=BatchShape.of(config.data)
+            ),
+            path=os.fspath(path),
+            step=checkpoint.step_of(path),
+        )
+        abstract = jax.eval_shape(pipeline._init_params, jax.random.key(0))
+        params = checkpoint.load_params(
+            path,
+            which="ema" if ema else "params",
+            abstract=abstract,
+            shardings=sharding.tree_shardings(abstract, mesh),
+        )
+        return dataclasses.replace(pipeline, params=params)
+
+    # One method a task. Pictures are paths, PIL images or numpy uint8 [h w 3]; they are cropped to
+    # the square that the model was trained on. A list of any argument makes a list of images.
+
+    def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
+        """Text to image. Options as in `run`."""
+        return self.run("t2i", prompt=prompt, **options)
+
+    def edit(self, image: Picture, instruction: str, **options: Any) -> Any:
+        """The image changed as the instruction says. Options as in `run`."""
+        return self.run("ie", image=image, prompt=instruction, **options)
+
+    def inpaint(self, image: Picture, mask: Picture, prompt: str = "", **options: Any) -> Any:
+        """The image with what is white in `mask` made anew; the rest keeps its pixels."""
+        return self.run("ip", image=image, mask=mask, prompt=prompt, **options)
+
+    def layout(self, canvas: Picture, prompt: str, **options: Any) -> Any:
+        """A picture laid out as the canvas of colored blocks that the prompt names."""
+        return self.run("lg", image=canvas, prompt=prompt, **options)
+
+    def depth(self, image: Picture, **options: Any) -> Any:
+        """The depth of the image as a picture, near is bright."""
+        return self.run("depth", image=image, **options)
+
+    def pose(self, image: Picture, **options: Any) -> Any:
+        """The skeleton of the person in the image, as a picture."""
+        return self.run("pose", image=image, **options)
+
+    def segment(self, image: Picture, expression: str, **options: Any) -> Any:
+        """The mask of what the expression refers to, white on black."""
+        return self.run("seg", image=image, prompt=expression, **options)
+
+    def identity(self, face: Picture, prompt: str, **options: Any) -> Any:
+        """A picture of the person with this face, who is `<p>` in the prompt."""
+        return self.run("id", face=face, prompt=prompt, **options)
+
+    def run(
+        self,
+        task: str,
+        *,
+        prompt: str | Sequence[str] = "",
+        image: Picture | Sequence[Picture] | None = None,
+        mask: Picture | Sequence[Picture] | None = None,
+        face: Picture | Sequence[Picture] | None = None,
+        seed: int | Sequence[int] = 0,
+        callback: Callable[[int], Any] | None = None,
+    ) -> Image.Image | list[Image.Image]:
+        """The answer to any task; a list of them if any argument is a list.
+
+        Lists must be of one length, and single values stand for every image. An image is a function
+        of its inputs and its seed, whatever list it is in: with a single `seed`, image i of a list
+        has seed + i. `callback(n)` is called when n steps of the solver are done.
+
+        Raises UserError for a task that the run was not trained on, a missing or superfluous input,
+        or one that cannot be read.
+        """
+        check_name(task, TASKS, what="task")
+        check_name(task, self.tasks, what=f"task of {self.path or 'this run'}:")
+        inputs = dict(prompt=prompt, image=image, mask=mask, face=face)
+        lists = {k: v for k, v in {**inputs, "seed": seed}.items() if isinstance(v, list | tuple)}
+        count = len(next(iter(lists.values()))) if lists else 1
+        if any(len(values) != count for values in lists.values()):
+            lengths = ", ".join(f"{name} {len(values)}" for name, values in lists.items())
+            raise UserError(f"lists of different lengths: {lengths}")
+        if not count:
+            return []
+        seeds = list(seed) if "seed" in lists else [seed + i for i in range(count)]
+        examples = []
+        for i in range(count):
+            given = {k: v[i] if k in lists else v for k, v in inputs.items()}
+            pictures = {k: read_picture(v, k) for k, v in given.items() if k != "prompt"}
+            examples.append(
+                TASKS[task].from_inputs(
+                    prompt=given["prompt"], **pictures, resolution=self.config.data.resolution
+                )
+            )
+        rows = [Row(example=example, task=task, sample_id=0) for example in examples]
+        pixels = self._generate_rows(rows, task, seeds, callback)
+        if task == "ip":  # what is kept is the input's own pixels
+            pixels = [
+                np.where(e.mask > 0, made, e.source)
+                for e, made in zip(examples, pixels, strict=True)
+            ]
+        images = [Image.fromarray(p) for p in pixels]
+        return images if lists else images[0]
+
+    def _generate_rows(
+        self,
+        rows: Sequence[Row],
+        task: str,
+        seeds: Sequence[int],
+        callback: Callable[[int], Any] | None,
+    ) -> list[UInt8[np.ndarray, "h w 3"]]:
+        """Images of any number of rows, in batches of one size that the devices can share."""
+        unit = self.rows
+        size = min(-(-len(rows) // unit) * unit, max(unit, MAX_BATCH // unit * unit))
+        images: list[np.ndarray] = []
+        for start in range(0, len(rows), size):
+            part, its_seeds = list(rows[start : start + size]), list(seeds[start : start + size])
+            padding = size - len(part)
+            batch = self.collator(part + part[-1:] * padding)
+            made = self.generate_batch(
+                batch, task, seed=its_seeds + its_seeds[-1:] * padding, callback=callback
+            )
+            images += list(made[: len(part)])
+        return images
+
+    def generate_batch(
+        self,
+        batch: Batch,
+        task: str,
+        *,
+        seed: int | Sequence[int] = 0,
+        callback: Callable[[int], Any] | None = None,
+    ) -> Pixels:
+        """Images for this process's rows of a batch of one task: guidance, solver and decoder.
+
+        The noise of a row is a function of (seed, its sample id); `seed` may be one for each row.
+        `callback(n)` is called when n steps of the solver are done, in a run of one process.
+        """
+        seeds = np.broadcast_to(np.asarray(seed), (batch.size,))
+        if not (np.issubdtype(seeds.dtype, np.integer) and np.all((seeds >= 0) & (seeds < 2**32))):
+            raise UserError(f"seed={seed}: expected whole numbers from 0 to {2**32 - 1}")
+        weights = guidance_weights(self.config.sampling.guidance.get(task))
+        drops = NULL_CONDITIONS[: len(weights)]
+        passes = [self.collator.drop_conditions(batch, drop) for drop in drops]
+        on_step = None
+        # A callback would make the program of this process differ from those of the others.
+        if callback is not None and jax.process_count() == 1:
+            done = iter(range(1, self.config.sampling.steps + 1))
+            on_step = lambda: callback(next(done))  # noqa: E731
+        with jax.set_mesh(self.mesh):
+            passes, seeds = sharding.shard_batch((passes, seeds.astype(np.uint32)), self.mesh)
+            images = self.generator(
+                self.params, self.frozen, passes, weights=weights, seeds=seeds, on_step=on_step
+            )
+            return to_uint8(sharding.local_rows(images, self.mesh))
+
+    def reconstruct(self, batch: Batch) -> Pixels:
+        """What the codec makes of the targets, for this process's rows."""
+        with jax.set_mesh(self.mesh):
+            target = sharding.shard_batch(batch.target, self.mesh)
+            return to_uint8(sharding.local_rows(self._reconstruct(self.frozen, target), self.mesh))
+
+    @functools.cached_property
+    def _reconstruct(self) -> Callable[[PyTree, jax.Array], jax.Array]:
+        conditioner = self.generator.conditioner
+        return jax.jit(
+            lambda frozen, images: conditioner.decode(frozen, conditioner.encode(frozen, images))
+        )
+
+    def untrained(self, *, seed: int) -> "Pipeline":
+        """The same model at its initialization.
+
+        Its output layer is zero, so one step of any solver is the whole flow.
+        """
+        shardings = jax.tree.map(lambda x: x.sharding, self.params)
+        with jax.set_mesh(self.mesh):
+            init = jax.jit(self._init_params, out_shardings=shardings)
+            params = init(jax.random.key(seed))
+        sampler = dataclasses.replace(self.generator.sampler, steps=1)
+        generator = dataclasses.replace(self.generator, sampler=sampler)
+        return dataclasses.replace(self, params=params, generator=generator)
+
+    def _init_params(self, key: jax.Array) -> PyTree:
+        spec = self.collator.shape.spec(1)
+        encoded = self.generator.conditioner.encoded_spec(self.frozen, spec)
+        return self.generator.model.init_params(key, *encoded)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The text encoder's tokenizer."""
+        return self.collator.tokenizer
+
+    @property
+    def rows(self) -> int:
+        """The rows of each process in the smallest batch that divides over all devices."""
+        return jax.local_device_count()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that the model was trained on, in the order of TASKS."""
+        trained = self.config.tasks
+        return tuple(name for name in TASKS if name in trained and trained[name].weight > 0)
+
+
+def read_picture(picture: Picture | None, name: str) -> UInt8[np.ndarray, "h w 3"] | None:
+    """RGB pixels of a path, a PIL image or an array; turned upright, transparency over white.
+
+    `name` says in the message which input cannot be read. Raises UserError.
+    """
+    if picture is None:
+        return None
+    if isinstance(picture, np.ndarray):
+        if picture.ndim == 2:
+            picture = np.repeat(picture[..., None], 3, axis=-1)
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+            raise UserError(
+                f"{name} is {picture.dtype} {list(picture.shape)}, expected uint8 [h, w, 3]"
+            )
+        return picture
+    if isinstance(picture, Image.Image):
+        return records.rgb(picture)
+    path = epath.Path(picture)
+    if not path.is_file():
+        raise NotFoundError(f"{name}={os.fspath(picture)} does not exist")
+    try:
+        return records.decode({"image": path.read_bytes()})["image"]
+    except UserError as error:
+        raise UserError(f"{name}={os.fspath(picture)}: {error}") from None
