@@ -85,7 +85,8 @@ class Collator:
         text = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), embedding
         )
-        return dataclasses.replace(spec, text=text)
+        # Inside eval_shape, because `Batch` takes arrays only, not their shapes.
+        return jax.eval_shape(lambda batch, t: dataclasses.replace(batch, text=t), spec, text)
 
     def drop_conditions(self, batch: Batch, drop: Drop | Sequence[Drop]) -> Batch:
         """`batch` with conditions withheld: the same for all rows, or one choice per row.

@@ -23,7 +23,8 @@ from univg_jax.errors import check_name
 from univg_jax.settings import Config
 
 
-class HeldOut(Sequence[Record]):
+# Not `Sequence[Record]`: whoever checks that type at run time would read records for it.
+class HeldOut(Sequence):
     """The first `num` (None: all) records of a split that suit a task, center-cropped, all fields.
 
     They come in the stored order, the task's sources one after another, the same on every host.

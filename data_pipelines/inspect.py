@@ -1,4 +1,4 @@
-"""What a config trains on, as one HTML page: rows of its stream beside the labels of their records."""
+"""A page of what a config trains on: rows of its stream beside the labels of their records."""
 
 import collections
 import dataclasses
@@ -82,12 +82,12 @@ def write_inspection(
         lstrip_blocks=True,
     )
     page = environment.get_template("inspect.html").render(
-        name=config.get("name", "config"),
+        name=config.name,
         data=config.data,
         seed=config.seed,
         cards=cards,
         shares=shares,
-        largest=max(max(realised, wanted) for _, _, realised, wanted in shares),
+        largest=max(max(realized, expected) for _, _, realized, expected in shares),
         total=total,
         quarantined=stream.counters()["quarantined"],
     )
@@ -112,7 +112,7 @@ def _card(row: Row, num_tokens: int, tokenizer: Tokenizer) -> _Card:
         origin=f"{source.name}[{index}]",
         prompt=text,
         num_tokens=int(tokens.text_mask.sum()),
-        truncated=bool(getattr(tokens, "num_truncated", 0)),
+        truncated=tokens.num_truncated > 0,
         drop=row.drop,
         pictures=[
             _Picture(name=name, url=data_uri(png_bytes(image, optimize=True)))

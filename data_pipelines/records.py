@@ -1,8 +1,7 @@
-"""What a stored example is: a dict of named fields, each with one TFDS feature and one decoded
-form.
+"""The fields of a stored example: each has one TFDS feature and one decoded form.
 
-A dataset stores the fields that it has; a task names the fields that it needs
-(`data_pipelines.tasks`), and any dataset that has them serves it. Images are stored as encoded
+A record is a dict of fields. A dataset stores the fields that it has. A task names the fields that
+it needs (`data_pipelines.tasks`), and any dataset that has them serves it. Images are stored as encoded
 bytes (PNG or JPEG), and decoded by `decode` to numpy:
 
 | field | stored as | decoded |
@@ -10,7 +9,7 @@ bytes (PNG or JPEG), and decoded by `decode` to numpy:
 | image, source | RGB, 8 bit | uint8 [h w 3] |
 | caption, instruction | text | str |
 | edit_mask | PNG, 8 bit, 255 = changed by the edit | uint8 [h w], 0 or 1 |
-| depth | PNG, 16 bit, millimetres | float32 [h w], metres |
+| depth | PNG, 16 bit, millimeters | float32 [h w], meters |
 | boxes | [k, 4] | float32 [k 4]: x0 y0 x1 y1 in [0, 1] of width and height |
 | phrases | [k] text | list[str]: the noun phrase of each box, a substring of `caption` |
 | masks | [k] PNG, 8 bit, 255 = object | uint8 [k h w], 0 or 1 |
@@ -29,26 +28,23 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-from univg_jax.errors import check_name
+from univg_jax.errors import UserError, check_name
 
 MAX_PIXELS = 64 * 2**20  # a picture that unpacks to more is taken for a decompression bomb
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """How a field is stored and read: `feature` makes its TFDS feature, `decode(stored, name)` its
-    decoded form.
-    """
+    """`feature` makes a field's TFDS feature, and `decode(stored, name)` its decoded form."""
 
     feature: Callable[[], Any]
     decode: Callable[[Any, str], Any]
 
 
 def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a stored record (encoded bytes, as TFDS reads it with image decoding skipped) into its
-    decoded form.
+    """Decodes a stored record: encoded bytes, as TFDS reads it with image decoding skipped.
 
-    Raises ValueError naming the field: unknown, truncated or unreadable, or of the wrong shape.
+    Raises UserError, with the field's name, if it is unknown, unreadable or of the wrong shape.
     """
     result = {}
     for name, stored in raw.items():
@@ -58,21 +54,21 @@ def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def family_features(names: Iterable[str]) -> Any:
     """The `tfds.features.FeaturesDict` of a dataset that stores these fields."""
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets as tfds  # only a build needs it
 
     return tfds.features.FeaturesDict({name: FEATURES[name]() for name in names})
 
 
 def _open(data: Any, name: str) -> Image.Image:
-    """The picture of `data`, wholly read (its first frame) and turned upright."""
+    """The picture in `data` (its first frame), decoded to its end and turned upright."""
     try:
         picture = Image.open(io.BytesIO(bytes(data)))
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
         picture.load()
         return ImageOps.exif_transpose(picture)
-    # Pillow raises SyntaxError for broken PNG chunks, and a Warning, where warnings are errors, for
-    # bombs.
+    # Pillow raises SyntaxError for broken PNG chunks, and warns of decompression bombs, which is a
+    # raised Warning where warnings are errors.
     except (
         OSError,
         SyntaxError,
@@ -82,14 +78,15 @@ def _open(data: Any, name: str) -> Image.Image:
         Warning,
         Image.DecompressionBombError,
     ) as error:
-        raise ValueError(f"record field {name!r} is not a readable image: {error}") from error
+        raise UserError(f"record field {name!r} is not a readable image: {error}") from error
 
 
 def _rgb(data: Any, name: str) -> UInt8[np.ndarray, "h w 3"]:
     """8-bit RGB of any picture: 16-bit gray is scaled, transparency is laid over white."""
     picture = _open(data, name)
     if picture.mode.startswith("I") or picture.mode == "F":
-        gray = np.asarray(picture, np.float64) / (257 if picture.mode != "F" else 1)  # 65535 -> 255
+        # 16 bits to 8: 65535 / 257 = 255. A float picture is taken to be in 0..255 already.
+        gray = np.asarray(picture, np.float64) / (1 if picture.mode == "F" else 257)
         gray = np.clip(np.rint(gray), 0, 255).astype(np.uint8)
         return np.repeat(gray[..., None], 3, axis=-1)
     if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
@@ -105,7 +102,7 @@ def _mask(data: Any, name: str) -> UInt8[np.ndarray, "h w"]:
 def _masks(data: Any, name: str) -> UInt8[np.ndarray, "k h w"]:
     masks = [_mask(item, name) for item in data]
     if len({mask.shape for mask in masks}) > 1:
-        raise ValueError(
+        raise UserError(
             f"record field {name!r} has masks of different sizes: {[mask.shape for mask in masks]}"
         )
     return np.stack(masks) if masks else np.zeros((0, 0, 0), np.uint8)
@@ -114,8 +111,9 @@ def _masks(data: Any, name: str) -> UInt8[np.ndarray, "k h w"]:
 def _depth(data: Any, name: str) -> Float32[np.ndarray, "h w"]:
     picture = _open(data, name)
     if not picture.mode.startswith("I"):
-        raise ValueError(
-            f"record field {name!r} has mode {picture.mode}; expected a 16-bit gray PNG, millimetres"
+        raise UserError(
+            f"record field {name!r} has mode {picture.mode}; "
+            "expected a 16-bit gray PNG, millimeters"
         )
     return (np.asarray(picture).astype(np.float64) / 1000).astype(np.float32)
 
@@ -124,7 +122,7 @@ def _text(data: Any, name: str) -> str:
     try:
         return data.decode("utf-8") if isinstance(data, bytes) else str(data)
     except UnicodeDecodeError as error:
-        raise ValueError(f"record field {name!r} is not UTF-8: {error}") from error
+        raise UserError(f"record field {name!r} is not UTF-8: {error}") from error
 
 
 def _texts(data: Any, name: str) -> list[str]:
@@ -136,11 +134,11 @@ def _numbers(
 ) -> Float32[np.ndarray, "rows columns"]:
     values = np.asarray(data, np.float32)
     if values.ndim != 2 or values.shape[1] != columns or rows not in (None, values.shape[0]):
-        raise ValueError(
+        raise UserError(
             f"record field {name!r} has shape {values.shape}; expected ({rows or 'k'}, {columns})"
         )
     if not np.isfinite(values).all():
-        raise ValueError(f"record field {name!r} has a value that is not finite")
+        raise UserError(f"record field {name!r} has a value that is not finite")
     return values
 
 
@@ -157,7 +155,7 @@ def _person(data: Any, name: str) -> int:
     return int(data)
 
 
-# TFDS is imported when a feature is made: reading a record does not need it.
+# TFDS is imported only where a feature is made: to decode a record it is not needed.
 def _image_feature() -> Any:
     from tensorflow_datasets import features
 
@@ -203,7 +201,7 @@ FIELDS: dict[str, Field] = {
     "depth": Field(_depth_feature, _depth),
     "boxes": Field(lambda: _tensor_feature((None, 4), np.float32), _boxes),
     "phrases": Field(lambda: _sequence_feature(_text_feature), _texts),
-    # TFDS cannot skip the decoding of a sequence of images: the masks are bytes to it.
+    # TFDS cannot skip the decoding of a sequence of images, so for TFDS the masks are plain bytes.
     "masks": Field(lambda: _tensor_feature((None,), np.bytes_), _masks),
     "expressions": Field(lambda: _sequence_feature(_text_feature), _texts),
     "joints": Field(lambda: _tensor_feature((17, 3), np.float32), _joints),

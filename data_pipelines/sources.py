@@ -1,4 +1,4 @@
-"""Where records come from: random access to a dataset that TFDS wrote, or to a list in memory."""
+"""Where records come from: random access to a dataset that TFDS wrote, or to any other `Source`."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -8,7 +8,7 @@ from etils import epath
 
 from data_pipelines import records
 from data_pipelines.transforms import Record
-from univg_jax.errors import check_name
+from univg_jax.errors import NotFoundError, UserError, check_name
 
 _IMAGE_FIELDS = ("image", "source", "edit_mask", "depth", "masks", "face")
 
@@ -28,7 +28,10 @@ class Source(Protocol):
 
 
 class MemorySource:
-    """Records in a list."""
+    """Records in a list: to try a task or a model on a few examples without writing a dataset.
+
+    `make_stream(config, sources={"scenes": MemorySource("scenes", records)}, ...)` trains on them.
+    """
 
     def __init__(self, name: str, items: Sequence[Record]):
         self.name, self._items = name, items
@@ -45,9 +48,7 @@ class MemorySource:
 
 
 class TfdsSource:
-    """Records that TFDS wrote as ArrayRecord; images stay encoded until `read` decodes those it
-    needs.
-    """
+    """Records that TFDS wrote as ArrayRecord; `read` decodes only the fields it is asked for."""
 
     def __init__(self, name: str, builder: tfds.core.DatasetBuilder, split: str):
         self.name = f"{name}/{split}"
@@ -67,12 +68,14 @@ class TfdsSource:
 
 
 def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
-    """The dataset in folder `name`, taken as a path of its own or below `data_dir`, at whatever
-    depth TFDS put it.
+    """The dataset in the folder `name` below `data_dir`, or in the folder `name` itself.
+
+    TFDS puts a dataset at most two folders deeper (config and version); of several versions the
+    newest is opened.
 
     Raises:
-      FileNotFoundError: no dataset is there; names the nearest that is.
-      ValueError: the dataset has no such split, or the split is empty.
+      NotFoundError: no dataset is there; names the nearest that is.
+      UserError: the dataset has no such split, or the split is empty.
     """
     folders = [epath.Path(data_dir) / name] if data_dir else []
     folders.append(epath.Path(name))
@@ -82,27 +85,26 @@ def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
                 datasets = {d.parent if _version(d) else d for d in found}
                 if len(datasets) > 1:
                     inside = ", ".join(sorted(d.name for d in datasets))
-                    raise ValueError(
-                        f"{folder} holds several datasets ({inside}): name one of them"
-                    )
+                    raise UserError(f"{folder} holds several datasets ({inside}): name one of them")
                 builder = tfds.builder_from_directory(max(found, key=_version))
                 check_name(split, builder.info.splits, what=f"split of {folder}:")
                 source = TfdsSource(name, builder, split)
                 if not len(source):
-                    raise ValueError(f"split {split!r} of {folder} is empty")
+                    raise UserError(f"split {split!r} of {folder} is empty")
                 return source
     parent = folders[0].parent
     siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.exists() else []
     try:
         check_name(folders[0].name, siblings, what="dataset")
-    except ValueError as error:
-        raise FileNotFoundError(f"no dataset at {folders[0]}: {error}") from None
-    raise FileNotFoundError(
+    except UserError as error:
+        raise NotFoundError(f"no dataset at {folders[0]}: {error}") from None
+    raise NotFoundError(
         f"no dataset at {folders[0]}: it has no dataset_info.json; an unfinished build?"
     )
 
 
 def _version(folder: epath.Path) -> tuple[int, ...]:
-    """(1, 10, 0) of TFDS's folder 1.10.0; nothing of any other."""
-    parts = folder.name.split(".")
-    return tuple(map(int, parts)) if len(parts) == 3 and all(p.isdigit() for p in parts) else ()
+    """(1, 10, 0) for TFDS's folder 1.10.0; an empty tuple for a folder that is no version."""
+    numbers = folder.name.split(".")
+    is_version = len(numbers) == 3 and all(number.isdigit() for number in numbers)
+    return tuple(map(int, numbers)) if is_version else ()

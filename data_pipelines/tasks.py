@@ -227,7 +227,7 @@ def _layout(record: Record, rng: np.random.Generator) -> Example:
     boxes = record["boxes"]
     sides = boxes[:, 2:] - boxes[:, :2]
     places = _places(record["caption"], record["phrases"])
-    # The crop may have cut a box away. A box of less than half a pixel rounds to no block.
+    # The crop may have cut a box away, or down to less than half a pixel.
     shown = [
         k
         for k in range(len(boxes))
@@ -235,7 +235,7 @@ def _layout(record: Record, rng: np.random.Generator) -> Example:
     ]
     if not shown:
         raise UnsuitableRecord("no box inside the image whose phrase stands in the caption")
-    # There are as many blocks as colors: of more boxes the largest are shown, in their stored order.
+    # A color names one block. Of more boxes than colors the largest are shown, in stored order.
     shown = sorted(sorted(shown, key=lambda k: -sides[k].prod())[: len(renderings.PALETTE)])
     colors = rng.permutation(list(renderings.PALETTE))[: len(shown)].tolist()
     named: dict[int, list[str]] = {}
@@ -254,7 +254,7 @@ def _layout(record: Record, rng: np.random.Generator) -> Example:
 def _places(caption: str, phrases: list[str]) -> list[int | None]:
     """Where in the caption each phrase ends, None for a phrase that is not there.
 
-    Longer phrases take their places first, so that "a cat" does not take the start of "a catfish".
+    Longer phrases take their places first, so that "a dog" does not take the start of "a dog house".
     Equal phrases take successive places. If there are more of them than places (two boxes for one
     "two pigs"), they share the last place.
     """

@@ -1,4 +1,4 @@
-"""Prompts -> token ids, on hosts, by Hugging Face `tokenizers` (no transformers, no torch).
+"""Prompts -> token ids, on hosts, with Hugging Face `tokenizers` (no transformers, no torch).
 
 Task tags (`<t2i>`) are plain text to the tokenizer. `<p>` is one position: the frozen encoder reads
 the word "person" there, a natural context, and `identity_slot` tells the model which embedding to
@@ -18,6 +18,7 @@ from tokenizers import normalizers, pre_tokenizers, processors
 
 from data_pipelines.tasks import PLACEHOLDER
 from univg_jax.batch import Text
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.pretrained import pretrained_folder
 
 STAND_IN = "person"
@@ -29,7 +30,7 @@ CLIP_WORDS = (
 CLIP_SPECIALS = dict(
     bos_token=CLIP_START, eos_token=CLIP_END, unk_token=CLIP_END, pad_token=CLIP_END
 )
-PADS = ("[PAD]", "<pad>", CLIP_END)  # of BERT, T5, CLIP, where a folder does not say
+PADS = ("[PAD]", "<pad>", CLIP_END)  # of BERT, T5, CLIP: tried where a folder names none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,27 +46,27 @@ class TokenizedText:
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What makes a row of token ids of a prompt."""
+    """Turns a prompt into a row of `num_tokens` token ids."""
 
     def __call__(self, text: str, num_tokens: int) -> TokenizedText: ...
 
 
 class EncoderTokenizer:
-    """The tokenizer of one encoder: a row is closed by the end token even if truncated, then
-    padded.
+    """The tokenizer of one encoder: a row ends with the end token, even if truncated, then padding.
 
-    `tokenizer` has padding enabled, which names the pad token. A truncated prompt is logged once a
-    process and counted in `num_truncated`. Raises ValueError if truncation would cut off a `<p>`,
-    or if not even the start and end tokens fit.
+    `tokenizer` has padding enabled, which names the pad token. Each process logs its first
+    truncated prompt; `num_truncated` says how many tokens a prompt lost. Raises UserError if
+    truncation would cut off a `<p>`, or if not even the start and end tokens fit.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self._pad = tokenizer.padding["pad_id"]
-        tokenizer.no_truncation()  # ours keeps the end token and never drops `<p>`
+        # `__call__` truncates and pads itself: it keeps the end token and never drops a `<p>`.
+        tokenizer.no_truncation()
         tokenizer.no_padding()
         stand_in = tokenizer.encode(STAND_IN, add_special_tokens=False).ids
         if not stand_in:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer has no token of the word {STAND_IN!r} to stand in for {PLACEHOLDER}"
             )
         self._stand_in = stand_in[0]
@@ -83,20 +84,23 @@ class EncoderTokenizer:
 
     def __call__(self, text: str, num_tokens: int) -> TokenizedText:
         if num_tokens < self._num_special:
-            raise ValueError(
-                f"num_tokens={num_tokens}: a prompt has {self._num_special} special tokens beside its text"
+            raise UserError(
+                f"num_tokens={num_tokens}: "
+                f"a prompt has {self._num_special} special tokens beside its text"
             )
         ids = np.asarray(self._tokenizer.encode(text).ids, np.int32)
         num_truncated = max(len(ids) - num_tokens, 0)
         if num_truncated:
             if (ids[num_tokens - 1 :] == self._placeholder).any():
-                raise ValueError(
-                    f"prompt {text!r} has {len(ids)} tokens: cut to num_tokens={num_tokens} it would lose "
-                    f"{PLACEHOLDER}; shorten it, or raise data.num_tokens if the encoder has more positions"
+                raise UserError(
+                    f"prompt {text!r} has {len(ids)} tokens: "
+                    f"cut to num_tokens={num_tokens} it would lose {PLACEHOLDER}; "
+                    "shorten it, or raise data.num_tokens if the encoder has more positions"
                 )
             logging.log_first_n(
                 logging.WARNING,
-                "prompt %r has %d tokens, of which %d are kept; further truncated prompts are not reported",
+                "prompt %r has %d tokens, of which %d are kept; "
+                "further truncated prompts are not reported",
                 *(1, text, len(ids), num_tokens),
             )
             ids = np.append(ids[: num_tokens - 1], ids[-1])
@@ -113,53 +117,54 @@ class EncoderTokenizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SD3Tokenizer:
-    """A prompt for Stable Diffusion 3's encoders as one row: CLIP's 77 positions, then T5's
-    `num_tokens` - 77.
+    """A prompt for Stable Diffusion 3's encoders: CLIP's 77 positions, then T5's, in one row.
 
-    Position i of the row is position i of SD3's text embedding (arXiv 2403.03206, figure 2). Both
-    its CLIPs read the same ids, padded as CLIP-L's are; only where `text_mask` is False does bigG
-    expect its own pad token, id 0. One difference stays: bigG's own tokenizer takes a "!" in a
-    prompt, its pad token, for padding, and here it is read as CLIP-L reads it.
+    Position i of the row is position i of SD3's text embedding (arXiv 2403.03206, figure 2). T5
+    gets `num_tokens` - 77 positions. Both CLIPs read the same ids, padded as CLIP-L's are; only
+    where `text_mask` is False does bigG expect its own pad token, id 0. One difference remains:
+    bigG's own tokenizer takes a "!" in a prompt, its pad token, for padding. Here it is read as
+    CLIP-L reads it.
 
-    `num_truncated` is the sum over both parts. Raises ValueError for fewer than 77 tokens, for more
-    without a `t5`, and if either part would lose a `<p>`.
+    `num_truncated` is the sum of both encoders' numbers. Raises UserError for fewer than 77 tokens,
+    for more without a `t5`, and if either encoder would lose a `<p>`.
     """
 
     clip: EncoderTokenizer  # of CLIP-L
     t5: EncoderTokenizer | None = None  # not asked where num_tokens is 77
 
     def __call__(self, text: str, num_tokens: int) -> TokenizedText:
-        rest = num_tokens - CLIP_POSITIONS
-        if rest < 0 or (rest and self.t5 is None):
-            wanted = (
-                f"must be {CLIP_POSITIONS} without T5"
-                if self.t5 is None
-                else f"CLIP takes {CLIP_POSITIONS} of it"
-            )
-            raise ValueError(f"num_tokens={num_tokens}: {wanted}")
-        parts = [self.clip(text, CLIP_POSITIONS), *([self.t5(text, rest)] if rest else [])]
+        t5_positions = num_tokens - CLIP_POSITIONS
+        if self.t5 is None and t5_positions != 0:
+            raise UserError(f"num_tokens={num_tokens}: must be {CLIP_POSITIONS} without T5")
+        if t5_positions < 0:
+            raise UserError(f"num_tokens={num_tokens}: CLIP takes {CLIP_POSITIONS} of it")
+        texts = [self.clip(text, CLIP_POSITIONS)]
+        if t5_positions:
+            texts.append(self.t5(text, t5_positions))
         return TokenizedText(
-            tokens=np.concatenate([part.tokens for part in parts]),
-            text_mask=np.concatenate([part.text_mask for part in parts]),
-            identity_slot=np.concatenate([part.identity_slot for part in parts]),
-            num_truncated=sum(part.num_truncated for part in parts),
+            tokens=np.concatenate([t.tokens for t in texts]),
+            text_mask=np.concatenate([t.text_mask for t in texts]),
+            identity_slot=np.concatenate([t.identity_slot for t in texts]),
+            num_truncated=sum(t.num_truncated for t in texts),
         )
 
 
 def load_tokenizer(name_or_folder: str = "minilm") -> Tokenizer:
-    """The tokenizer of a pretrained model's name or folder (tokenizer.json, or CLIP's vocab.json
-    and merges.txt), or of an SD3 pipeline's folder (its tokenizer, tokenizer_2 and, if it is there,
-    tokenizer_3).
+    """The tokenizer of a pretrained model, by its name or local folder.
 
-    Raises FileNotFoundError for a missing file, ValueError for one that is not a tokenizer.
+    A folder has tokenizer.json, or CLIP's vocab.json and merges.txt. That of an SD3 pipeline has
+    folders tokenizer, tokenizer_2 and, with T5, tokenizer_3.
+
+    Raises NotFoundError for a missing file, UserError for one that is not a tokenizer.
     """
     folder = pretrained_folder(name_or_folder)
     if not (folder / "tokenizer").is_dir():
         return EncoderTokenizer(_read(folder))
     clip, second = (EncoderTokenizer(_read(folder / name)) for name in ("tokenizer", "tokenizer_2"))
     if clip.vocabulary != second.vocabulary:
-        raise ValueError(
-            f"{folder}: tokenizer and tokenizer_2 differ in their vocabularies; SD3's CLIPs share one"
+        raise UserError(
+            f"{folder}: tokenizer and tokenizer_2 differ in their vocabularies; "
+            "SD3's CLIPs share one"
         )
     t5 = (
         EncoderTokenizer(_read(folder / "tokenizer_3"))
@@ -176,11 +181,9 @@ def _read(folder: Path) -> tokenizers.Tokenizer:
         None,
     )
     if file is None:
-        raise FileNotFoundError(
-            f"{folder} has no tokenizer.json, nor CLIP's vocab.json and merges.txt"
-        )
+        raise NotFoundError(f"{folder} has no tokenizer.json, nor CLIP's vocab.json and merges.txt")
     if file.name == "vocab.json" and not (folder / "merges.txt").is_file():
-        raise FileNotFoundError(f"{folder} has no merges.txt beside its vocab.json")
+        raise NotFoundError(f"{folder} has no merges.txt beside its vocab.json")
     try:
         tokenizer = (
             tokenizers.Tokenizer.from_file(str(file))
@@ -190,29 +193,27 @@ def _read(folder: Path) -> tokenizers.Tokenizer:
         config = _json(folder / "tokenizer_config.json")
         if file.name == "vocab.json":
             config = CLIP_SPECIALS | config
-        # the older of two ways to say which tokens are special, and how
+        # The older of two ways in which a folder says which tokens are special.
         if "added_tokens_decoder" not in config:
             config |= _json(folder / "special_tokens_map.json")
         _add_special_tokens(tokenizer, config)
         usual = (pad for pad in PADS if tokenizer.token_to_id(pad) is not None)
         pad = _content(config.get("pad_token") or next(usual, PADS[0]))
         if (pad_id := tokenizer.token_to_id(pad)) is None:
-            raise ValueError(f"its vocabulary has no pad token {pad!r}")
+            raise UserError(f"its vocabulary has no pad token {pad!r}")
         tokenizer.enable_padding(pad_id=pad_id, pad_token=pad)
-    except Exception as error:  # the Rust library raises bare Exceptions
-        raise ValueError(f"{file} is not a tokenizer: {error}") from None
+    except Exception as error:  # The Rust library raises bare Exceptions.
+        raise UserError(f"{file} is not a tokenizer: {error}") from None
     return tokenizer
 
 
 def _clip(folder: Path) -> tokenizers.Tokenizer:
-    """CLIP's tokenizer: lower-cased words as bytes, merged pair by pair (arXiv 2103.00020, section
-    2.4).
-    """
+    """CLIP's tokenizer: lower-cased words as bytes, merged in pairs (arXiv 2103.00020, 2.4)."""
     vocab, merges = tokenizers.models.BPE.read_file(
         str(folder / "vocab.json"), str(folder / "merges.txt")
     )
     if not {CLIP_START, CLIP_END} <= vocab.keys():
-        raise ValueError(f"CLIP's vocabulary has {CLIP_START} and {CLIP_END}")
+        raise UserError(f"CLIP's vocabulary has {CLIP_START} and {CLIP_END}")
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             vocab,
@@ -244,28 +245,24 @@ def _clip(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _add_special_tokens(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
-    """Keeps the special tokens of `config` whole wherever a text spells them, as transformers does."""
+    """Keeps the special tokens of `config` whole wherever a text has them, as transformers does."""
     named = [
         config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     ]
     tokens = filter(None, [*named, *config.get("added_tokens_decoder", {}).values()])
-    # of one token's several entries the last holds
-    wanted = {_content(token): token for token in tokens}
-    there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for content, token in wanted.items():
-        if content not in there and tokenizer.token_to_id(content) is not None:
-            how = (
-                {key: value for key, value in token.items() if key != "__type"}
-                if isinstance(token, dict)
-                else {}
-            )
-            tokenizer.add_special_tokens(
-                [tokenizers.AddedToken(**how | dict(content=content, special=True))]
-            )
+    # A token may have several entries; as in transformers, the last one counts.
+    special = {_content(token): token for token in tokens}
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for content, token in special.items():
+        if content not in added and tokenizer.token_to_id(content) is not None:
+            options = dict(token) if isinstance(token, dict) else {}
+            options.pop("__type", None)  # the name of a Python class, no option of the token
+            options |= dict(content=content, special=True)
+            tokenizer.add_special_tokens([tokenizers.AddedToken(**options)])
 
 
 def _content(token: Any) -> str:
-    """The text of a special token, which stands alone or with how it is matched."""
+    """The text of a special token, which is a string or a dict with options of its matching."""
     return token["content"] if isinstance(token, dict) else token
 
 
@@ -273,4 +270,4 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text("utf-8")) if file.is_file() else {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file.name} is not JSON: {error}") from None
+        raise UserError(f"{file.name} is not JSON: {error}") from None

@@ -1,9 +1,8 @@
-"""Image operations on records, in numpy: geometry moves image, masks, depth, boxes and joints
-together.
+"""Image operations on records, in numpy: image, masks, depth, boxes and joints move together.
 
-Boxes and joints are relative to width and height, so a resize leaves them alone and only a crop
-or a flip moves them. Lists that run in parallel (boxes, phrases, masks, expressions) keep their
-length: what a crop pushes outside becomes an empty box, an empty mask, an invisible joint.
+Boxes and joints are relative to width and height, so only a crop moves them, and a resize does not.
+Parallel lists (boxes and phrases, masks and expressions) keep their length: what a crop pushes
+outside becomes an empty box, an empty mask or an invisible joint.
 """
 
 from typing import Any
@@ -14,16 +13,15 @@ from jaxtyping import UInt8
 
 Record = dict[str, Any]
 
-# COCO-17 joints come as nose, then (left, right) pairs.
-_MIRRORED_JOINTS = [0, *(i + d for i in range(1, 17, 2) for d in (1, 0))]
 _PLANES = ("image", "source", "edit_mask", "depth")
 
 
 def resize_and_crop(
     record: Record, *, resolution: int, rng: np.random.Generator | None = None
 ) -> Record:
-    """The largest square of the image, at a random place (`rng`) or the center (None), `resolution`
-    pixels wide.
+    """The image's largest square, at a random place (`rng`) or the center (None), resized.
+
+    The result is `resolution` pixels wide, with all planes, boxes and joints moved along.
     """
     height, width = record["image"].shape[:2]
     if height == width == resolution:
@@ -41,18 +39,17 @@ def resize_and_crop(
 
 
 def crop(record: Record, *, top: int, left: int, height: int, width: int) -> Record:
-    """The window of `height` x `width` pixels at (`top`, `left`); boxes are clipped to it."""
+    """The window of `height` x `width` pixels at (`top`, `left`); boxes are clipped to it.
+
+    Raises ValueError for a window that is empty or leaves the image.
+    """
     full_height, full_width = record["image"].shape[:2]
-    if (
-        top < 0
-        or left < 0
-        or top + height > full_height
-        or left + width > full_width
-        or height < 1
-        or width < 1
-    ):
+    rows_inside = 0 <= top < top + height <= full_height
+    columns_inside = 0 <= left < left + width <= full_width
+    if not (rows_inside and columns_inside):
         raise ValueError(
-            f"crop of {height}x{width} at ({top}, {left}) leaves the image of {full_height}x{full_width}"
+            f"crop of {height}x{width} at ({top}, {left}) "
+            f"leaves the image of {full_height}x{full_width}"
         )
     scale = np.array([full_width / width, full_height / height], np.float32)
     shift = np.array([left / width, top / height], np.float32)
@@ -77,9 +74,8 @@ def crop(record: Record, *, top: int, left: int, height: int, width: int) -> Rec
 
 
 def resize(record: Record, *, height: int, width: int) -> Record:
-    """All planes at `height` x `width`: images antialiased, masks by majority, depth by nearest
-    pixel.
-    """
+    """All planes at another size: images antialiased, masks by majority, depth by nearest pixel."""
+    # A mean of depths on both sides of an edge would be a depth where there is nothing.
     out = dict(record)
     for name in ("image", "source"):
         if name in record:
@@ -96,27 +92,10 @@ def resize(record: Record, *, height: int, width: int) -> Record:
     return out
 
 
-def flip(record: Record) -> Record:
-    """The mirror image, left joints renamed right. Only for records whose text names no side."""
-    out = dict(record)
-    for name in _PLANES:
-        if name in record:
-            out[name] = np.ascontiguousarray(record[name][:, ::-1])
-    if "masks" in record:
-        out["masks"] = np.ascontiguousarray(record["masks"][:, :, ::-1])
-    if "boxes" in record:
-        x0, y0, x1, y1 = record["boxes"].T
-        out["boxes"] = np.stack([1 - x1, y0, 1 - x0, y1], axis=1).astype(np.float32)
-    if "joints" in record:
-        x, y, visible = record["joints"][_MIRRORED_JOINTS].T
-        out["joints"] = np.stack([1 - x, y, visible], axis=1).astype(np.float32)
-    return out
-
-
 def resize_image(
     image: UInt8[np.ndarray, "h w 3"], *, height: int, width: int
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """`image` at another size: pixel-area averages where it shrinks, cubic where it grows."""
+    """`image` at another size: means over pixel areas where it shrinks, cubic where it grows."""
     if image.shape[:2] == (height, width):
         return image
     shrinks = height <= image.shape[0] and width <= image.shape[1]
@@ -140,10 +119,10 @@ def _resize_mask(
 def sample_hole(
     rng: np.random.Generator, *, height: int, width: int
 ) -> UInt8[np.ndarray, "{height} {width} 1"]:
-    """A mask to fill in (1 = hole): rectangles or brush strokes inside, or everything round a kept
-    window.
+    """A random mask for in- and outpainting, 1 = to fill in.
 
-    Covers at least one pixel and never the whole image.
+    Rectangles or brush strokes inside the image, or everything around a window that is kept. It
+    covers at least one pixel and never the whole image.
     """
     hole = np.zeros((height, width), np.uint8)
     kind = rng.choice(["rectangles", "strokes", "outside"], p=[0.4, 0.3, 0.3])
@@ -159,18 +138,20 @@ def sample_hole(
     else:
         hole[:] = 1
         (top, bottom), (left, right) = _span(rng, height, 0.4, 0.8), _span(rng, width, 0.4, 0.8)
-        # Half of the time the window keeps two whole edges: the image grows to one side only.
+        # Half of the time the window spans the whole height or width: the image then grows along
+        # one axis only.
         if rng.random() < 0.5:
             top, bottom, left, right = [(0, height, left, right), (top, bottom, 0, width)][
                 rng.integers(2)
             ]
         hole[top:bottom, left:right] = 0
-    if hole.all():  # strokes can cover a tiny image
+    if hole.all():  # Strokes can cover a tiny image.
         hole[: max(1, height // 4)] = 0
     return hole[..., None]
 
 
 def _span(rng: np.random.Generator, size: int, least: float, most: float) -> tuple[int, int]:
+    """A random interval (start, end) in `size` pixels, `least` to `most` of it long."""
     length = min(size - 1, max(1, round(rng.uniform(least, most) * size))) if size > 1 else 1
     start = int(rng.integers(size - length + 1))
     return start, start + length

@@ -72,21 +72,6 @@ def test_a_box_moves_with_its_mask(record, resolution, seed, center):
     assert out["caption"] == record["caption"]
 
 
-@settings(max_examples=30, deadline=None)
-@given(record=records())
-def test_flip_moves_everything_and_twice_is_the_identity(record):
-    once = transforms.flip(record)
-    assert_consistent(once)
-    # What was the left shoulder at the left edge is the right shoulder at the right edge.
-    np.testing.assert_allclose(once["joints"][6, 0], 1 - record["joints"][5, 0], atol=1e-6)
-    twice = transforms.flip(once)
-    for name in ("image", "masks", "depth"):
-        np.testing.assert_array_equal(twice[name], record[name])
-    # 1 - (1 - x) rounds in float32
-    np.testing.assert_allclose(twice["boxes"], record["boxes"], atol=1e-6)
-    np.testing.assert_allclose(twice["joints"], record["joints"], atol=1e-6)
-
-
 def test_a_crop_hides_joints_and_empties_boxes_outside_it():
     record = make_record(40, 80, (60, 5, 75, 20))
     out = transforms.crop(record, top=0, left=0, height=40, width=40)

@@ -6,6 +6,7 @@ its options are known where the artwork is not installed.
 """
 
 import dataclasses
+from typing import Any
 
 from etils import epath
 
@@ -20,7 +21,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _option(default: int, text: str) -> int:
+def _option(default: int, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 

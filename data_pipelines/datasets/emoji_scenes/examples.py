@@ -1,4 +1,4 @@
-"""The dataset as a pure function (build, family, split, index) -> record, in any process and order."""
+"""The dataset as a pure function: (build, family, split, index) -> record, in any process."""
 
 import dataclasses
 import functools
