@@ -9,32 +9,35 @@ import pytest
 
 from tests.helpers import ENCODERS, ENCODERS_WITH_FACES, images, prepare_encoders, unused
 from tests.sd3_folder import write_image_encoder, write_sd3
-from univg_jax.batch import fake_batch
+from univg_jax import encoders
+from univg_jax.batch import BatchShape, fake_batch
+from univg_jax.errors import UserError
+from univg_jax.settings import Conditioning
 
-SPEC = dict(batch_size=4, resolution=16, num_tokens=10, face_resolution=16)
+SHAPE = BatchShape(height=16, width=16, num_tokens=10, face=16)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
-    return workdir, *prepare_encoders(ENCODERS_WITH_FACES, workdir)
+    prepared = prepare_encoders(ENCODERS_WITH_FACES, tmp_path_factory.mktemp("run"))
+    return prepared.conditioner, prepared.frozen
 
 
 @pytest.fixture(scope="module")
 def batch():
-    batch = fake_batch(**SPEC)
+    batch = fake_batch(shape=SHAPE, batch_size=4)
     face = np.random.default_rng(1).integers(0, 256, batch.face.shape, dtype=np.uint8)
     return dataclasses.replace(batch, face=face, has_face=np.array([True, False, True, False]))
 
 
 @pytest.fixture(scope="module")
 def conditions(run, batch):
-    _, conditioner, frozen = run
+    conditioner, frozen = run
     return jax.jit(conditioner.conditions)(frozen, batch)
 
 
 def test_shapes_follow_the_properties(run, batch, conditions):
-    _, c, frozen = run
+    c, frozen = run
     assert conditions.cond_latents.shape == (
         4,
         16 // c.downsampling,
@@ -48,8 +51,16 @@ def test_shapes_follow_the_properties(run, batch, conditions):
     assert jax.jit(c.target_latents)(frozen, batch).shape == conditions.cond_latents.shape
 
 
+def test_shapes_are_known_without_parameters_or_data(run, batch, conditions):
+    c, frozen = run
+    planned = encoders.abstract(Conditioning(**ENCODERS_WITH_FACES)).frozen
+    expected = jax.eval_shape(lambda: (c.target_latents(frozen, batch), conditions))
+    assert c.encoded_spec(planned, SHAPE.spec(4)) == expected
+    assert c.encoded_spec(frozen, batch) == expected
+
+
 def test_absent_parts_are_zero_and_present_ones_are_not(run, batch, conditions):
-    _, c, frozen = run
+    c, frozen = run
     absent = ~batch.has_source
     assert (np.asarray(conditions.cond_latents)[absent] == 0).all()
     # A black source is something else than no source.
@@ -64,7 +75,7 @@ def test_absent_parts_are_zero_and_present_ones_are_not(run, batch, conditions):
 
 
 def test_a_latent_cell_touched_by_the_hole_is_generated(run, batch):
-    _, c, frozen = run
+    c, frozen = run
     mask = np.zeros((4, 16, 16, 1), np.uint8)
     mask[0, 5, 3] = 1
     mask[1, 4:8, 8:12] = 1
@@ -75,7 +86,7 @@ def test_a_latent_cell_touched_by_the_hole_is_generated(run, batch):
 
 
 def test_bytes_and_floats_encode_alike_and_decode_stays_in_range(run):
-    _, c, frozen = run
+    c, frozen = run
     x = images()[:2]
     a, b = c.encode(frozen, x), c.encode(frozen, jnp.asarray(x, jnp.float32) / 127.5 - 1)
     np.testing.assert_array_equal(a, b)
@@ -83,7 +94,7 @@ def test_bytes_and_floats_encode_alike_and_decode_stays_in_range(run):
 
 
 def test_encoders_are_frozen(run, batch):
-    _, c, frozen = run
+    c, frozen = run
 
     def loss(frozen):
         leaves = [*jax.tree.leaves(c.conditions(frozen, batch)), c.target_latents(frozen, batch)]
@@ -93,11 +104,12 @@ def test_encoders_are_frozen(run, batch):
 
 
 def test_without_an_identity_encoder_faces_have_no_width(tmp_path, batch):
-    c, frozen = prepare_encoders(ENCODERS, tmp_path, portraits=unused)
+    prepared = prepare_encoders(ENCODERS, tmp_path, portraits=unused)
+    c, frozen = prepared.conditioner, prepared.frozen
     assert c.face_dim is None
     assert set(frozen) == {"text", "codec"}
     assert jax.eval_shape(c.conditions, frozen, batch).face_emb.shape == (4, 0)
-    with pytest.raises(ValueError, match="no identity encoder"):
+    with pytest.raises(UserError, match="no identity encoder"):
         c.identify(frozen, batch.face)
 
 
@@ -105,7 +117,8 @@ def test_faces_through_clip(tmp_path, batch):
     folder = write_sd3(tmp_path / "sd3")
     write_image_encoder(folder / "image_encoder")
     config = {**ENCODERS, "folder": str(folder), "identity": dict(kind="clip")}
-    conditioner, frozen = prepare_encoders(config, tmp_path / "run", portraits=unused)
+    prepared = prepare_encoders(config, tmp_path / "run", portraits=unused)
+    conditioner, frozen = prepared.conditioner, prepared.frozen
     assert conditioner.face_dim == 6
     faces = np.random.default_rng(2).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
     found = np.asarray(conditioner.identify(frozen, faces))

@@ -27,16 +27,18 @@ from univg_jax.models.identity import ClipIdentity, IdentityEncoder
 from univg_jax.models.text import ClipText, SD3Text, SentenceText
 
 Frozen = Mapping[str, PyTree]  # 'text', 'codec', 'identity' -> the parameters of that encoder
+TextEncoder = SentenceText | ClipText | SD3Text
 Images = UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]  # in [0, 255], or in [-1, 1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditioner:
-    """The modules of the frozen encoders; every method is a pure function of their parameters
-    `frozen`.
+    """The modules of the frozen encoders.
+
+    Every method is a pure function of their parameters `frozen`.
     """
 
-    text: SentenceText | ClipText | SD3Text
+    text: TextEncoder
     codec: PatchCodec | KLCodec
     identity: IdentityEncoder | ClipIdentity | None = None
 

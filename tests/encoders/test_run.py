@@ -1,10 +1,10 @@
 """How a run gets, keeps and hands on its frozen encoders."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
@@ -12,39 +12,48 @@ from data_pipelines.tokenizer import load_tokenizer
 from tests.helpers import ENCODERS, ENCODERS_WITH_FACES, prepare_encoders, unused
 from tests.sd3_folder import write_sd3
 from univg_jax import encoders, sharding
+from univg_jax.errors import NotFoundError, UserError
+from univg_jax.interop.diffusers import load_transformer
+from univg_jax.interop.inception import load_inception
+from univg_jax.settings import Conditioning
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, *prepare_encoders(ENCODERS_WITH_FACES, workdir)
+    return workdir, prepare_encoders(ENCODERS_WITH_FACES, workdir)
 
 
 def test_a_second_start_and_a_load_fit_nothing(run):
-    workdir, conditioner, frozen = run
-    for again, params in (
-        prepare_encoders(
-            ml_collections.ConfigDict(ENCODERS_WITH_FACES), workdir, images=unused, portraits=unused
-        ),
+    workdir, first = run
+    for again in (
+        prepare_encoders(ENCODERS_WITH_FACES, workdir, images=unused, portraits=unused),
         encoders.load(str(workdir)),
     ):
-        assert again == conditioner
-        jax.tree.map(np.testing.assert_array_equal, params, frozen)
+        assert again.conditioner == first.conditioner
+        jax.tree.map(np.testing.assert_array_equal, again.frozen, first.frozen)
+
+
+def test_parameters_that_are_skipped_are_not_read(run):
+    workdir, first = run
+    loaded = encoders.load(workdir, skip=("text",))
+    assert loaded.conditioner == first.conditioner
+    assert set(loaded.frozen) == {"codec", "identity"}
 
 
 def test_a_stage_takes_over_the_codec_and_fits_what_is_new(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    _, one = prepare_encoders(ENCODERS, first)
+    one = prepare_encoders(ENCODERS, first).frozen
     # a checkpoint inside the run says as much as the run's folder
     checkpoint = first / "checkpoints" / "100"
     checkpoint.mkdir(parents=True)
-    _, two = prepare_encoders(ENCODERS_WITH_FACES, second, init_from=checkpoint, images=unused)
+    two = prepare_encoders(ENCODERS_WITH_FACES, second, init_from=checkpoint, images=unused).frozen
     jax.tree.map(np.testing.assert_array_equal, one["codec"], two["codec"])
     assert "identity" in two
     other = {**ENCODERS, "codec": dict(kind="linear", channels=6)}
-    with pytest.raises(ValueError, match=r"another codec encoder .*: channels is 8, asked for 6"):
+    with pytest.raises(UserError, match=r"another codec encoder .*: channels is 8, asked for 6"):
         prepare_encoders(other, tmp_path / "third", init_from=first)
-    with pytest.raises(FileNotFoundError, match=r"no encoders/encoders\.json"):
+    with pytest.raises(NotFoundError, match=r"no encoders/encoders\.json"):
         prepare_encoders(
             ENCODERS, tmp_path / "fourth", init_from=tmp_path / "nowhere" / "at" / "all"
         )
@@ -60,8 +69,8 @@ def test_a_killed_fit_is_done_again(tmp_path):
         "text",
         "codec",
     }
-    _, frozen = prepare_encoders(ENCODERS_WITH_FACES, tmp_path, images=unused)
-    assert "identity" in frozen
+    again = prepare_encoders(ENCODERS_WITH_FACES, tmp_path, images=unused)
+    assert "identity" in again.frozen
 
 
 @pytest.mark.parametrize(
@@ -76,12 +85,15 @@ def test_a_killed_fit_is_done_again(tmp_path):
             dict(codec=dict(kind="linear", ptach=4)),
             r"unknown conditioning\.codec option 'ptach'; did you mean 'patch'",
         ),
-        (dict(idenity=None), r"unknown conditioning part 'idenity'; did you mean 'identity'\?"),
         (dict(codec=None), r"conditioning\.codec is missing; expected one of: linear, vae"),
+        (
+            dict(text=dict(kind="minilm", dtype="flaot32")),
+            r"unknown conditioning\.text\.dtype 'flaot32'; did you mean 'float32'\?",
+        ),
     ],
 )
 def test_unknown_names_suggest_the_nearest(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare_encoders({**ENCODERS, **change}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -93,10 +105,9 @@ def test_text_encoders_of_a_pipeline_alone_and_together(tmp_path, kind, length, 
     config = dict(
         folder=str(write_sd3(tmp_path / "sd3")), text=dict(kind=kind), codec=dict(kind="vae")
     )
-    tokenizer = load_tokenizer(encoders.tokenizer_folder(config))
-    conditioner, frozen = prepare_encoders(
-        config, tmp_path / "run", images=unused, portraits=unused
-    )
+    tokenizer = load_tokenizer(encoders.tokenizer_folder(Conditioning(**config)))
+    prepared = prepare_encoders(config, tmp_path / "run", images=unused, portraits=unused)
+    conditioner, frozen = prepared.conditioner, prepared.frozen
     assert (conditioner.text_dim, conditioner.pooled_dim) == dims
     one, two = (tokenizer(text, length) for text in ("a cat", "it"))
     tokens, mask = np.stack([one.tokens, two.tokens]), np.stack([one.text_mask, two.text_mask])
@@ -106,7 +117,7 @@ def test_text_encoders_of_a_pipeline_alone_and_together(tmp_path, kind, length, 
     assert np.abs(text.pooled[0] - text.pooled[1]).max() > 1e-3  # it reads the prompt
     # SD3's weights attend to the padding, single encoders do not.
     np.testing.assert_array_equal(text.mask, np.ones_like(mask) if kind == "sd3" else mask)
-    module, params = encoders.load_text(config)
+    module, params = encoders.load_text(Conditioning(**config))
     assert module == conditioner.text
     jax.tree.map(np.testing.assert_array_equal, params, frozen["text"])
 
@@ -116,10 +127,9 @@ def test_sd3_without_t5_keeps_the_width_that_its_transformer_reads(tmp_path):
     for name in ("text_encoder_3", "tokenizer_3"):
         (folder / name).rename(tmp_path / name)
     config = dict(folder=str(folder), text=dict(kind="sd3"), codec=dict(kind="vae"))
-    conditioner, frozen = prepare_encoders(
-        config, tmp_path / "run", images=unused, portraits=unused
-    )
-    row = load_tokenizer(encoders.tokenizer_folder(config))("a cat", 77)
+    prepared = prepare_encoders(config, tmp_path / "run", images=unused, portraits=unused)
+    conditioner, frozen = prepared.conditioner, prepared.frozen
+    row = load_tokenizer(encoders.tokenizer_folder(Conditioning(**config)))("a cat", 77)
     text = conditioner.embed_text(frozen, row.tokens[None], row.text_mask[None])
     assert text.emb.shape == (1, 77, conditioner.text_dim) == (1, 77, 4096)
     assert np.abs(text.emb[..., :20]).max() > 0  # both CLIPs' states, then zeros
@@ -129,7 +139,7 @@ def test_sd3_without_t5_keeps_the_width_that_its_transformer_reads(tmp_path):
 def test_changed_weights_and_options_are_noticed(tmp_path):
     prepare_encoders(ENCODERS, tmp_path)
     with pytest.raises(
-        ValueError, match=r"another codec encoder .*: whiten is 0\.5, asked for 1\.0"
+        UserError, match=r"another codec encoder .*: whiten is 0\.5, asked for 1\.0"
     ):
         prepare_encoders({**ENCODERS, "codec": dict(ENCODERS["codec"], whiten=1.0)}, tmp_path)
     file = tmp_path / "encoders" / "codec.safetensors"
@@ -137,17 +147,17 @@ def test_changed_weights_and_options_are_noticed(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(
-        ValueError, match="not the weights of the codec encoder that the run was trained with"
+        UserError, match="not the weights of the codec encoder that the run was trained with"
     ):
         encoders.load(tmp_path)
     record = tmp_path / "encoders" / "encoders.json"
     records = json.loads(record.read_text())
     records["text"]["sha256"] = "0" * 64
     record.write_text(json.dumps(records))
-    with pytest.raises(ValueError, match="not the weights of the text encoder"):
+    with pytest.raises(UserError, match="not the weights of the text encoder"):
         encoders.load(tmp_path)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
+    with pytest.raises(NotFoundError, match="is not the folder of a run"):
         encoders.load(tmp_path / "elsewhere")
 
 
@@ -155,25 +165,39 @@ def shapes(frozen):
     return jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), frozen)
 
 
+@pytest.mark.parametrize("address", ["gs://bucket/sd3", Path("gs://bucket/sd3")])
+def test_a_bucket_of_pretrained_weights_is_refused_in_one_line(tmp_path, address):
+    config = Conditioning(folder=str(address), text="sd3", codec="vae")
+    message = r"^gs:/+bucket/sd3: pretrained weights .* local disks only; copy the folder to one$"
+    for use in (encoders.check, encoders.abstract, encoders.load_text, encoders.tokenizer_folder):
+        with pytest.raises(UserError, match=message):
+            use(config)
+    with pytest.raises(UserError, match=message):
+        load_transformer(address)
+    with pytest.raises(UserError, match=message):
+        load_inception(address)
+
+
 def test_abstract_encoders_are_those_that_a_run_prepares(run, tmp_path):
     """Of the embedded kinds without any data, of a pipeline's folder without reading it."""
-    _, prepared, frozen = run
-    planned, abstract = encoders.abstract(ENCODERS_WITH_FACES)
-    assert planned == prepared
-    assert shapes(abstract) == shapes(frozen)
+    _, prepared = run
+    planned = encoders.abstract(Conditioning(**ENCODERS_WITH_FACES))
+    assert planned.conditioner == prepared.conditioner
+    assert shapes(planned.frozen) == shapes(prepared.frozen)
     sd3 = dict(
         folder=str(write_sd3(tmp_path / "sd3")),
         text=dict(kind="sd3", dtype="bfloat16"),
         codec="vae",
     )
-    prepared, frozen = prepare_encoders(sd3, tmp_path / "pipeline", images=unused, portraits=unused)
-    planned, abstract = encoders.abstract(sd3)
-    assert planned == prepared
-    assert shapes(abstract) == shapes(frozen)
+    prepared = prepare_encoders(sd3, tmp_path / "pipeline", images=unused, portraits=unused)
+    planned = encoders.abstract(Conditioning(**sd3))
+    assert planned.conditioner == prepared.conditioner
+    assert shapes(planned.frozen) == shapes(prepared.frozen)
 
 
 def test_without_its_folder_a_pipeline_is_planned_as_published():
-    planned, abstract = encoders.abstract(dict(text="sd3", codec="vae", identity="clip"))
+    published = encoders.abstract(Conditioning(text="sd3", codec="vae", identity="clip"))
+    planned, abstract = published.conditioner, published.frozen
     assert (planned.text_dim, planned.pooled_dim, planned.latent_channels) == (4096, 2048, 16)
     # CLIP L/14, CLIP bigG/14 and T5 XXL's encoder, as their model cards say: 123M, 695M, 4.76B.
     sizes = {

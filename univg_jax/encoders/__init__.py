@@ -1,6 +1,7 @@
 """The frozen encoders of a run: which kinds there are (`kinds`), and those of one run (`run`)."""
 
 from univg_jax.encoders.run import (
+    Encoders,
     abstract,
     check,
     load,
@@ -11,6 +12,7 @@ from univg_jax.encoders.run import (
 )
 
 __all__ = [
+    "Encoders",
     "abstract",
     "check",
     "load",

@@ -42,6 +42,10 @@ class KLCodec(nn.Module):
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         return self.vae.decode(latents)
 
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+        """The images as the latents keep them; its `init` makes all parameters."""
+        return self.decode(self.encode(images))
+
 
 class PatchCodec(nn.Module):
     """The linear codec: `apply({'params': p}, images, method='encode')`, `method='decode'`; `p`
