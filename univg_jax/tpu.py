@@ -1,10 +1,10 @@
 """The generations of Cloud TPU: what a device can do, and what the compiler is told about it.
 
 Peaks are those that Google publishes for a chip (cloud.google.com/tpu/docs, the pages v4, v5e, v5p,
-v6e and tpu7x; bf16 without sparsity; the interconnect's bidirectional figure halved, since a device
-sends and receives at once). HBM is what the compiler itself lets a program use, which is less than
-the published capacity. Network cards are published for hosts of v5e (2 x 100 Gbit/s) and v6e (4 x
-200); the others' shares are our assumption.
+v6e and tpu7x), in bf16 without sparsity. The published bandwidth of the interconnect counts both
+directions; here it is halved, since a device sends and receives at the same time. HBM is what the
+compiler lets a program use, which is less than the published capacity. Network cards are published
+for hosts of v5e (2 x 100 Gbit/s) and v6e (4 x 200); the figures of the others are assumptions.
 """
 
 import dataclasses
@@ -12,25 +12,28 @@ import os
 import pathlib
 from typing import Any
 
+import jax
+
 GIB = 2**30
-_GOOGLE = "0x1ae0"  # the vendor of a TPU on the PCI bus
 SOURCE = "cloud.google.com/tpu/docs, of bf16 without sparsity"
+_GOOGLE = "0x1ae0"  # the vendor of a TPU on the PCI bus
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """Of one device, as libtpu counts them: a chip of v4 or tpu7x is two, and has twice of all
-    this.
+    """What one device can do, by libtpu's count of devices.
+
+    A chip of v4 or tpu7x is two devices, so it can do twice as much.
     """
 
     name: str
-    kind: str  # `device_kind` of its devices
-    sides: int  # of the torus of a slice
-    flops: float  # a second, bf16
+    kind: str  # `jax.Device.device_kind`
+    sides: int  # dimensions of a slice's torus: 2 or 3
+    flops: float  # a second, in bf16
     hbm: float  # bytes that a program may use
     hbm_bandwidth: float  # bytes a second
-    ici_bandwidth: float  # bytes a second, received over all links together
-    dcn_bandwidth: float  # bytes a second, the device's share of its host's network cards
+    ici_bandwidth: float  # bytes a second, received over all links to other chips together
+    dcn_bandwidth: float  # bytes a second, a device's share of its host's network cards
 
 
 CHIPS: dict[str, Chip] = {
@@ -89,47 +92,48 @@ CHIPS: dict[str, Chip] = {
     )
 }
 
-# Options of the compiler for a training step, per platform, each with its reason. They go with the
-# program (`jax.jit(compiler_options=...)`), so that no environment variable has to be right on
-# every host.
+# Options of the compiler for a training step, per platform. They go with the program
+# (`jax.jit(compiler_options=...)`), so that no environment variable has to be set on every host.
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "tpu": {
-        # Without these six a gather of weights becomes an all-reduce of zeros: twice its traffic,
-        # nothing beside it.
+        # The first two make gathers of weights asynchronous all-gathers. By default the compiler
+        # writes such a gather as an all-reduce of arrays that are zero outside a device's own
+        # shard: twice the traffic, and nothing can run beside it.
         "xla_tpu_prefer_async_allgather_to_allreduce": True,
         "xla_enable_async_all_gather": "true",
-        # Collectives run beside the products that do not need them, over as many of those as it
-        # takes.
+        # The other four let a collective run beside products that do not need its result. Fusion
+        # interleaves the two, all-gathers included; several steps spread one collective over as
+        # many products as it takes; overlap on the tensor core lets the scheduler use them.
         "xla_tpu_enable_async_collective_fusion": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
         "xla_tpu_overlap_compute_collective_tc": True,
     },
     "gpu": {
-        # Weights of the next layer are gathered while this one computes.
+        # The weights of the next layer are gathered while this one computes.
         "xla_gpu_enable_latency_hiding_scheduler": True,
     },
 }
 
 
 def silence_if_absent() -> None:
-    """On a machine without TPUs, tells libtpu what it would look for there in vain, and raise an
-    alarm about.
+    """Tells libtpu not to search for TPUs on a machine that has none.
+
+    libtpu would otherwise ask the cloud's metadata server what kind of host it is on, wait for an
+    answer that does not come, and log errors. The host's type is then taken from the environment;
+    which type it names does not matter, since nothing runs on it. Values that are already set stay.
     """
-    if any(
-        path.read_text().strip() == _GOOGLE
-        for path in pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
-    ):
+    vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
+    if any(path.read_text().strip() == _GOOGLE for path in vendors):
         return
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # two compilations at once need no device to themselves
+    # libtpu refuses to load twice, to protect the devices; compiling alone uses none.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
-def compiler_options(device: Any) -> dict[str, Any]:
+def compiler_options(device: jax.Device) -> dict[str, Any]:
     """What a training step on such devices is compiled with."""
-    return COMPILER_OPTIONS.get(
-        "gpu" if device.platform in ("cuda", "rocm") else device.platform, {}
-    )
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return COMPILER_OPTIONS.get(platform, {})

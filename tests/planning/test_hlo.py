@@ -1,5 +1,5 @@
 """Counts against programs whose numbers are known: a CPU compiles them; TPU programs are in
-`tests/test_plan.py`.
+`test_plan.py`.
 """
 
 import jax

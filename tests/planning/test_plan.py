@@ -13,22 +13,24 @@ from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import pods
+from univg_jax import configs
 from univg_jax.cli import plan as cli
-from univg_jax.cli.config import load_config
 from univg_jax.cli.main import main
-from univg_jax.planning import plan
+from univg_jax.errors import UserError
+from univg_jax.planning import search
+from univg_jax.planning.plan import Plan, Program, compile_plan
+from univg_jax.planning.topology import open_topology
 
 pytestmark = pytest.mark.xdist_group("libtpu")  # the compiler takes both cores: one after another
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 STAGE1 = str(ROOT / "experiments" / "stage1_t2i.py")
 SMALL = ("model.overrides.depth=2", "model.overrides.dtype=bfloat16")
 
 
-def compiled(spec: str, topology: str, *overrides: str) -> plan.Plan:
-    return cli.compile_for(
-        load_config(f"{STAGE1}:{spec}", overrides), plan.open_topology(topology), quick=True
-    )
+def compiled(spec: str, topology: str, *overrides: str) -> Plan:
+    config = configs.load(f"{STAGE1}:{spec}", overrides)
+    return compile_plan(config, open_topology(topology), quick=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +44,7 @@ def _no_cache():
 
 
 @pytest.fixture(scope="module")
-def small() -> plan.Plan:
+def small() -> Plan:
     return compiled("size=tiny,res=256", "v5e:2x2", *SMALL)
 
 
@@ -81,7 +83,7 @@ def test_over_the_memory_says_by_how_much_and_what_helps():
     assert not program.fits
     assert not found.fits
     assert program.peak == pytest.approx(found.chip.hbm + program.over)
-    advice = cli.advice(found, program)
+    advice = search.advice(found, program)
     assert f"over the HBM by {program.over / 2**30:.2f} GiB" in advice
     assert "remat=full" in advice
     assert "accumulate" in advice
@@ -149,25 +151,20 @@ def test_bad_input_is_one_line(arguments, message, capsys):
 
 
 class LinearMemory:
-    """Programs whose memory is a line in the rows of a device, and what was compiled of them."""
+    """Compiles programs whose memory is a line in the rows of a device, and records the rows."""
 
-    def __init__(self, at_rest: float, a_row: float, *, hbm: float, batch: int) -> None:
-        self.at_rest, self.a_row, self.hbm, self.batch, self.compiled = (
-            at_rest,
-            a_row,
-            hbm,
-            batch,
-            [],
-        )
+    def __init__(self, at_rest: float, a_row: float, *, hbm: float) -> None:
+        self.at_rest, self.a_row, self.hbm = at_rest, a_row, hbm
+        self.compiled: list[int] = []
 
-    def __call__(self, topology, *overrides):
-        batch = int(overrides[0].removeprefix("data.batch_size=")) if overrides else self.batch
+    def __call__(self, config, topology):
+        batch = config.data.batch_size
         rows = batch // 4
         self.compiled.append(rows)
         peak = int(self.at_rest + rows * self.a_row)
-        program = plan.Program(name="train", peak=peak, over=max(peak - self.hbm, 0.0))
+        program = Program(name="train", peak=peak, over=max(peak - self.hbm, 0.0))
         chip = topology.chip
-        return plan.Plan(
+        return Plan(
             config="", topology="", chip=chip, devices=4, mesh=dict(data=1, fsdp=4, tensor=1), model={}, optimizer={},
             parameters=0, batch=batch, encoders=False, replicated=(), programs=(program,),
         )  # fmt: skip
@@ -176,36 +173,34 @@ class LinearMemory:
 @given(largest=st.integers(0, 3000), start=st.integers(1, 200), at_rest=st.floats(0, 0.9))
 @settings(deadline=None, max_examples=50)
 def test_max_batch_finds_the_largest_with_few_programs(largest, start, at_rest):
-    topology = plan.open_topology("v5e:2x2")
+    topology = open_topology("v5e:2x2")
     hbm = topology.chip.hbm
-    compile_ = LinearMemory(
-        at_rest * hbm, (1 - at_rest) * hbm / (largest + 0.5), hbm=hbm, batch=4 * start
-    )
-    config = load_config(f"{STAGE1}:size=tiny", [f"data.batch_size={4 * start}"])
-    assert cli.max_batch(config, topology, compile_) == 4 * largest
+    compile_ = LinearMemory(at_rest * hbm, (1 - at_rest) * hbm / (largest + 0.5), hbm=hbm)
+    config = configs.load(f"{STAGE1}:size=tiny", [f"data.batch_size={4 * start}"])
+    assert search.max_batch(config, topology, compile_) == 4 * largest
     assert len(compile_.compiled) == len(set(compile_.compiled))
     # At worst it grows fourfold, then halves; memory that is a line needs a few.
     assert len(compile_.compiled) <= 8 + 2 * math.log2(max(largest, start) + 1)
 
 
 def test_sweep_ranks_what_fits_by_its_roofline():
-    topology = plan.open_topology("v5e:4x4")
-    config = load_config(f"{STAGE1}:size=tiny", ["data.batch_size=64"])
+    topology = open_topology("v5e:4x4")
+    config = configs.load(f"{STAGE1}:size=tiny", ["data.batch_size=64"])
     tried = []
 
-    def compile_(topology, *overrides):
-        varied = load_config(f"{STAGE1}:size=tiny", ["data.batch_size=64", *overrides])
-        fsdp, tensor, remat = varied.mesh.fsdp, varied.mesh.tensor, varied.model.overrides.remat
+    def compile_(config, topology):
+        fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
+        remat = config.model.overrides["remat"]
         tried.append((fsdp, tensor, remat))
         fits = tensor == 1 and remat != "none"
         seconds = {"compute": 2.0 - 1 / fsdp, "HBM": dict(minimal=0.5, full=1.95).get(remat, 0.0)}
-        return plan.Plan(
+        return Plan(
             config="", topology="", chip=topology.chip, devices=16, mesh=dict(data=16 // fsdp // tensor, fsdp=fsdp),
             model=dict(remat=remat), optimizer={}, parameters=0, batch=64, encoders=False, replicated=(),
-            programs=(plan.Program(name="train", over=0.0 if fits else 1.0, seconds=seconds if fits else {}),),
+            programs=(Program(name="train", over=0.0 if fits else 1.0, seconds=seconds if fits else {}),),
         )  # fmt: skip
 
-    plans = cli.sweep(config, topology, compile_)
+    plans = search.sweep(config, topology, compile_)
     fitting = [p for p in plans if p.fits]
     assert plans[: len(fitting)] == fitting
     rooflines = [p.programs[0].roofline for p in fitting]
@@ -223,9 +218,9 @@ def test_sweep_ranks_what_fits_by_its_roofline():
     # Offloading only where nothing else fits.
     assert {tensor for _, tensor, remat in tried if remat == "offload"} == {2}
 
-    odd = load_config(f"{STAGE1}:size=tiny", ["data.batch_size=7"])
-    with pytest.raises(ValueError, match=r"batch_size=7 divides over no mesh of v5e:4x4"):
-        cli.sweep(odd, topology, compile_)
+    odd = configs.load(f"{STAGE1}:size=tiny", ["data.batch_size=7"])
+    with pytest.raises(UserError, match=r"batch_size=7 divides over no mesh of v5e:4x4"):
+        search.sweep(odd, topology, compile_)
 
 
 @pytest.mark.slow
@@ -251,7 +246,7 @@ def test_remat_policies_compile(remat, small):
 def test_every_recommended_pod_fits_and_computes_little_twice(pod, size, res):
     found = compiled(f"size={size},res={res},pod={pod}", pods.TOPOLOGIES[pod])
     (program,) = found.programs
-    assert program.fits, cli.advice(found, program)
+    assert program.fits, search.advice(found, program)
     assert found.replicated == ()
     assert program.flops <= (1.05 if found.model["remat"] == "none" else 1.35) * program.model_flops
     # The compiler pads shards to whole tiles, and on v6e makes all-reduces of the modulations'

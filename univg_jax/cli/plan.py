@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from etils import epath
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from univg_jax import configs, runtime, tpu
 from univg_jax.cli import flags
 from univg_jax.errors import UserError, check_name
+from univg_jax.files import write_whole
 from univg_jax.planning import search
 from univg_jax.planning.plan import Plan, Program, compile_plan
 from univg_jax.planning.search import format_bytes
@@ -107,9 +107,7 @@ def run(args: argparse.Namespace) -> None:
             report["max_batch"][topology.name] = largest
             print(f"{topology.name}: the largest batch that fits is {largest}")
     if args.json:
-        out = epath.Path(args.json)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1))
+        write_whole(args.json, json.dumps(report, indent=1))
 
 
 def print_plans(plans: list[Plan]) -> None:

@@ -39,7 +39,7 @@ class Shape:
 
     @property
     def in_hbm(self) -> bool:
-        """Whether it is in HBM; layouts name other memories: S(1) is on the chip, S(5) the host's."""
+        """Whether it is in HBM: layouts name other memories, S(1) on the chip, S(5) the host's."""
         return "S(" not in self.layout
 
 

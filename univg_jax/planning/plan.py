@@ -1,15 +1,15 @@
-"""What a config would cost on a TPU that is not here: its real programs, compiled for it ahead of
-time.
+"""What a config costs on a TPU that is not here: its real programs, compiled ahead of time.
 
-libtpu compiles for any topology it knows on any Linux machine. From each program come its memory,
-FLOPs, and collectives (`univg_jax.planning.hlo`); with the chip's published peaks (`univg_jax.tpu`) they
-bound a step's time from below:
+libtpu compiles for any topology that it knows, on any Linux machine. Each program gives its memory,
+FLOPs and collectives (`planning.hlo`). With the chip's published peaks (`univg_jax.tpu`) they bound
+a step's time from below and the model FLOPs utilization (MFU) from above:
 
-    roofline = max(FLOPs / peak, HBM bytes / HBM bandwidth, ICI bytes / ICI bandwidth, DCN bytes /
-    DCN bandwidth) MFU <= model FLOPs / (peak x roofline)
+    roofline = max(FLOPs / peak, HBM bytes / HBM bandwidth,
+                   ICI bytes / ICI bandwidth, DCN bytes / DCN bandwidth)
+    MFU     <= model FLOPs / (peak x roofline)
 
-Model FLOPs are `MMDiT.matmul_flops`: without recomputation, padding or encoders. All figures are of
-one device.
+ICI joins the chips of a slice, and DCN, the data center network, joins slices. Model FLOPs are
+`MMDiT.matmul_flops`: without recomputation, padding or encoders. All figures are of one device.
 """
 
 import dataclasses
@@ -17,65 +17,58 @@ import functools
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
+import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from jaxtyping import PyTree
 
-from univg_jax import sharding, tpu
-from univg_jax.batch import Batch, batch_spec
-from univg_jax.conditioning import Conditioner
-from univg_jax.errors import check_name
-from univg_jax.planning import hlo
-from univg_jax.sampling import Generator
-from univg_jax.training.loop import VALIDATION_TIMES, Step
+from data_pipelines.tasks import TASKS
+from univg_jax import assembly, encoders, sharding, tpu
+from univg_jax.batch import Batch, BatchShape, Conditions
+from univg_jax.errors import UserError, check_name
+from univg_jax.planning import hlo, traffic
+from univg_jax.planning.topology import Topology
+from univg_jax.sampling import Generator, guidance_weights
+from univg_jax.settings import Config
+from univg_jax.training.step import VALIDATION_TIMES, TrainState, TrainStep, num_parameters
 
-PROGRAMS = ("train", "sampling", "evaluation")
-LARGE = 4 * 2**20  # bytes; a larger leaf that lies whole on every device is reported
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Topology:
-    """Devices to compile for: `v5p:4x4x4`, or `v6e:16x16*2` for two slices that a data center
-    network joins.
-    """
-
-    name: str
-    chip: tpu.Chip
-    slices: int
-    devices: Sequence[Any]
+# Bytes from which a leaf is reported that every device holds whole, though it could be split.
+MIN_REPORTED_BYTES = 4 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """One compiled program, per device and run. Memory in bytes; `over` is by how much it does not
-    fit, else 0.
+    """One run of a compiled program on one device. Memory is in bytes.
+
+    A program that does not fit has `over` above 0, and no counts.
     """
 
     name: str
     arguments: int = 0
     temporaries: int = 0
-    peak: int = 0  # all at once: arguments, temporaries and results when they are most, and code
-    over: float = 0.0
+    peak: int = 0  # the most that is in use at one time: arguments, temporaries, results and code
+    over: float = 0.0  # bytes of memory that are missing
     model_flops: float = 0.0
     flops: float = 0.0
-    memory_bytes: float = 0.0
-    collectives: tuple[hlo.Collective, ...] = ()
+    memory_bytes: float = 0.0  # to and from HBM
+    collectives: tuple[traffic.Collective, ...] = ()
     ideal_wire_bytes: float = 0.0
-    # lower bounds, by what bounds
+    # Lower bounds of the time, by what bounds it: compute, HBM, ICI, DCN.
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    compile_seconds: float = 0.0
+    compile_seconds: float = 0.0  # with tracing and counting
 
     @property
     def fits(self) -> bool:
+        """Whether the compiler found room for it."""
         return self.over == 0
 
     @property
     def wire_bytes(self) -> float:
+        """What the device receives from others at least."""
         return sum(c.wire_bytes for c in self.collectives)
 
     @property
@@ -85,12 +78,12 @@ class Program:
 
     @property
     def bound(self) -> str:
-        """What the roofline is made of."""
+        """What makes the roofline: compute, HBM, ICI or DCN."""
         return max(self.seconds, key=self.seconds.get) if self.seconds else ""
 
     @property
     def intensity(self) -> float:
-        """FLOPs for each byte of HBM."""
+        """FLOPs for each byte of HBM traffic."""
         return self.flops / max(self.memory_bytes, 1.0)
 
 
@@ -103,12 +96,12 @@ class Plan:
     chip: tpu.Chip
     devices: int
     mesh: dict[str, int]
-    model: dict[str, Any]  # remat, attention, dtype
-    optimizer: dict[str, Any]  # name, mu_dtype
+    model: dict[str, str]  # remat, attention, dtype
+    optimizer: dict[str, str]  # name, mu_dtype
     parameters: int
     batch: int
     encoders: bool  # whether they are part of the train step
-    replicated: tuple[str, ...]  # leaves larger than LARGE that lie whole on every device
+    replicated: tuple[str, ...]  # names of large leaves that every device holds whole
     programs: tuple[Program, ...]
 
     @property
@@ -118,110 +111,86 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether all programs fit."""
         return all(program.fits for program in self.programs)
 
     def mfu_bound(self, program: Program) -> float:
-        """The share of the peak that model FLOPs can reach."""
-        return (
-            program.model_flops / (self.chip.flops * program.roofline) if program.roofline else 0.0
-        )
+        """The largest share of the chip's peak that model FLOPs can reach; 0 if it does not fit."""
+        possible = self.chip.flops * program.roofline
+        return program.model_flops / possible if possible else 0.0
 
-
-def open_topology(name: str) -> Topology:
-    """The devices of `GENERATION:AxBxC`, or of N slices of them, `GENERATION:AxBxC*N`. Raises
-    ValueError for others.
-    """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", name)
-    if found is None:
-        raise ValueError(
-            f"topology {name!r} should read GENERATION:AxB or AxBxC, as v5p:4x4x4, with *N for N slices"
-        )
-    generation, shape, slices = found[1], found[2], int(found[3] or 1)
-    chip = tpu.CHIPS[check_name(generation, tpu.CHIPS, what="TPU generation")]
-    if len(shape.split("x")) != chip.sides:
-        sides = "AxBxC"[: 2 * chip.sides - 1]
-        raise ValueError(
-            f"topology {name!r}: a slice of {generation} is {sides}; N slices are {generation}:{sides}*N"
-        )
-    tpu.silence_if_absent()
-    try:
-        described = topologies.get_topology_desc(
-            f"{generation}:{shape}", platform="tpu", num_slices=slices
-        )
-    except Exception as error:
-        if "libtpu" in str(error) and "not" in str(error).lower() and "found" in str(error).lower():
-            raise ValueError(
-                "planning needs libtpu, the compiler: pip install 'univg_jax[tpu]' (Linux)"
-            ) from None
-        raise ValueError(f"libtpu knows no topology {name}: {str(error).splitlines()[0]}") from None
-    return Topology(name=name, chip=chip, slices=slices, devices=described.devices)
+    def to_json(self) -> dict[str, Any]:
+        """All fields, and what follows from them, as JSON takes them."""
+        result = dataclasses.asdict(self) | {"fits": self.fits, "rows": self.rows}
+        for row, program in zip(result["programs"], self.programs, strict=True):
+            row |= {
+                "fits": program.fits,
+                "wire_bytes": program.wire_bytes,
+                "roofline_seconds": program.roofline,
+                "bound": program.bound,
+                "intensity": program.intensity,
+                "mfu_bound": self.mfu_bound(program),
+            }
+            for shown, collective in zip(row["collectives"], program.collectives, strict=True):
+                shown["wire_bytes"] = collective.wire_bytes
+        return result
 
 
 def compile_plan(
-    config: ConfigDict,
+    config: Config,
     topology: Topology,
     *,
-    conditioner: Conditioner,
-    frozen: Any,
-    generator: Generator,
-    passes: int,
-    task_names: Sequence[str],
     programs: Iterable[str] = ("train",),
-    encoders: bool = False,
+    with_encoders: bool = False,
     quick: bool = False,
 ) -> Plan:
     """Compiles `programs` of `config` for `topology`.
 
-    `frozen` are the shapes of the encoders' parameters (`encoders.abstract`); `encoders` says
-    whether they are in the train step, else it begins from latents and embeddings. `passes` is how
-    many guided passes sampling takes. `quick` asks the compiler for less effort: in a third of the
-    time, the same products and collectives, with memory and its traffic some percent off. Raises
-    ValueError for a mesh or a batch that does not fit the devices.
+    `with_encoders` says whether the frozen encoders are part of the train step; otherwise it begins
+    from latents and embeddings. `quick` asks the compiler for less effort. It then takes a third of
+    the time and gives the same products and collectives; memory and its traffic are off by some
+    percent. Raises UserError for a mesh or a batch that does not fit the devices.
     """
-    model = generator.model
+    found = encoders.abstract(config.conditioning)
+    model = assembly.make_model(config, found.conditioner)
+    width = model.backbone.hidden_dim
     mesh = sharding.make_mesh(
-        **config.mesh, width=model.backbone.hidden_dim, devices=topology.devices
+        **dataclasses.asdict(config.mesh), width=width, devices=topology.devices
     )
-    if config.data.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise ValueError(
+    if config.data.batch_size % sharding.num_row_shards(mesh):
+        raise UserError(
             f"data.batch_size={config.data.batch_size} does not divide over data x fsdp = "
             f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices"
         )
-    before = jax.sharding.get_mesh()
-    jax.set_mesh(mesh)
-    try:
-        compiler = _Compiler(
-            config=config,
-            topology=topology,
-            mesh=mesh,
-            step=Step(
-                config=config, model=model, conditioner=conditioner, task_names=tuple(task_names)
-            ),
-            frozen=frozen,
-            generator=generator,
-            passes=passes,
-            encoders=encoders,
-            quick=quick,
-        )
+    compiler = _Compiler(
+        config=config,
+        topology=topology,
+        mesh=mesh,
+        step=TrainStep(
+            config=config, model=model, conditioner=found.conditioner, task_names=tuple(TASKS)
+        ),
+        frozen=sharding.with_shardings(found.frozen, sharding.tree_shardings(found.frozen, mesh)),
+        with_encoders=with_encoders,
+        quick=quick,
+    )
+    with jax.set_mesh(mesh):
         return compiler.plan(programs)
-    finally:
-        jax.set_mesh(before)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Compiler:
-    config: ConfigDict
+    """The programs of one config on one topology. All arrays are shapes with shardings."""
+
+    config: Config
     topology: Topology
     mesh: Mesh
-    step: Step
-    frozen: Any
-    generator: Generator
-    passes: int
-    encoders: bool
+    step: TrainStep
+    frozen: PyTree
+    with_encoders: bool
     quick: bool
 
     def plan(self, programs: Iterable[str]) -> Plan:
-        state = self.state
+        kinds = {"train": self.train, "sampling": self.sampling, "evaluation": self.evaluation}
         backbone = self.step.model.backbone
         return Plan(
             config=self.config.name,
@@ -235,61 +204,39 @@ class _Compiler:
                 dtype=str(jnp.dtype(backbone.dtype)),
             ),
             optimizer=dict(name=self.config.optim.name, mu_dtype=self.config.optim.mu_dtype),
-            parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+            parameters=num_parameters(self.state.params),
             batch=self.config.data.batch_size,
-            encoders=self.encoders,
-            replicated=tuple(
-                leaf.path
-                for tree in (state, self.placed_frozen)
-                for leaf in sharding.leaf_specs(
-                    tree, jax.tree.map(lambda x: x.sharding, tree), larger_than=LARGE
-                )
-                if not any(leaf.spec) and self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
-            ),
-            programs=tuple(
-                getattr(self, check_name(name, PROGRAMS, what="program"))() for name in programs
-            ),
-        )
-
-    def batch(self, size: int) -> Batch:
-        c = self.config.data
-        shape = dict(
-            resolution=c.resolution, num_tokens=c.num_tokens, face_resolution=c.face_resolution
-        )
-        return sharding.with_shardings(
-            batch_spec(batch_size=size, **shape), sharding.batch_sharding(self.mesh)
+            encoders=self.with_encoders,
+            replicated=self._replicated(),
+            programs=tuple(kinds[check_name(name, kinds, what="program")]() for name in programs),
         )
 
     @functools.cached_property
     def train_batch(self) -> Batch:
-        return self.batch(self.config.data.batch_size)
+        return self._batch(self.config.data.batch_size)
 
     @functools.cached_property
-    def placed_frozen(self) -> Any:
-        return sharding.with_shardings(self.frozen, sharding.tree_shardings(self.frozen, self.mesh))
-
-    @functools.cached_property
-    def encoded(self) -> Any:
-        shapes = jax.eval_shape(self.step.encode, self.frozen, self.train_batch)
+    def encoded(self) -> tuple[jax.ShapeDtypeStruct, Conditions]:
+        """The latents and conditions of a training batch."""
+        shapes = self.step.conditioner.encoded_spec(self.frozen, self.train_batch)
         return sharding.with_shardings(shapes, sharding.batch_sharding(self.mesh))
 
     @functools.cached_property
-    def state(self) -> Any:
-        # The key is made inside: on this mesh nothing can be computed.
+    def state(self) -> TrainState:
+        # The key is made inside `eval_shape`: the devices of this mesh do not exist.
         shapes = jax.eval_shape(
-            lambda *inputs: self.step.init(jax.random.key(0), *inputs),
-            self.frozen,
-            self.train_batch,
+            lambda: self.step.init(jax.random.key(0), self.frozen, self.train_batch)
         )
         return sharding.with_shardings(shapes, sharding.tree_shardings(shapes, self.mesh))
 
     def train(self) -> Program:
+        """One update."""
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        inputs = (self.placed_frozen,) if self.encoders else self.encoded
+        inputs = (self.frozen,) if self.with_encoders else self.encoded
         rows = self.config.data.batch_size / self.mesh.size
         return self._compile(
             "train",
-            self.step.compiled_update(shardings, encoded=not self.encoders),
+            self.step.compiled_update(shardings, encoded=not self.with_encoders),
             (self.state, *inputs, self.train_batch),
             model_flops=rows * self._model_flops(train=True),
             ideal=self._ideal_wire_bytes(train=True),
@@ -302,39 +249,55 @@ class _Compiler:
         return self._compile(
             "evaluation",
             jax.jit(self.step.validate),
-            (self.state.params, self.placed_frozen, self.train_batch),
+            (self.state.params, self.frozen, self.train_batch),
             model_flops=rows * times * self._model_flops(train=False),
             ideal=times * self._ideal_wire_bytes(train=False),
         )
 
     def sampling(self) -> Program:
-        """The whole of sampling one row a device: encoders, all steps of the solver, the decoder."""
-        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        whole = sharding.replicated(self.mesh)
-        evaluations = self.generator.sampler.steps * (
-            2 if self.generator.sampler.solver == "heun" else 1
+        """Images for one row a device: encoders, all steps of the solver, the decoder.
+
+        It takes the passes of the task that has most.
+        """
+        sampling = self.config.sampling
+        generator = assembly.make_generator(self.config, self.step.model, self.step.conditioner)
+        rows = sharding.num_row_shards(self.mesh)
+        passes = max(
+            len(guidance_weights(sampling.guidance.get(task))) for task in self.config.tasks
         )
-        weights = jax.ShapeDtypeStruct((self.passes,), jnp.float32, sharding=whole)
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        whole, split = sharding.replicated(self.mesh), sharding.batch_sharding(self.mesh)
+        weights = jax.ShapeDtypeStruct((passes,), jnp.float32, sharding=whole)
+        seeds = jax.ShapeDtypeStruct((rows,), jnp.uint32, sharding=split)
+        evaluations = sampling.steps * (2 if sampling.solver == "heun" else 1)
+        model_flops = passes * evaluations * self._model_flops(train=False)
         return self._compile(
             "sampling",
-            jax.jit(functools.partial(Generator.generate, self.generator)),
-            (
-                self.state.ema,
-                self.placed_frozen,
-                (self.batch(rows),) * self.passes,
-                weights,
-                jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-            ),
-            model_flops=rows
-            / self.mesh.size
-            * self.passes
-            * evaluations
-            * self._model_flops(train=False),
+            jax.jit(functools.partial(Generator.generate, generator)),
+            (self.state.ema, self.frozen, (self._batch(rows),) * passes, weights, seeds),
+            model_flops=rows / self.mesh.size * model_flops,
             ideal=evaluations * self._ideal_wire_bytes(train=False),
         )
 
+    def _batch(self, size: int) -> Batch:
+        shapes = BatchShape.of(self.config.data).spec(size)
+        return sharding.with_shardings(shapes, sharding.batch_sharding(self.mesh))
+
+    def _replicated(self) -> tuple[str, ...]:
+        if self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] == 1:
+            return ()  # nothing is to be split
+        return tuple(
+            leaf.path
+            for tree in (self.state, self.frozen)
+            for leaf in sharding.leaf_specs(
+                tree,
+                jax.tree.map(lambda x: x.sharding, tree),
+                larger_than=MIN_REPORTED_BYTES,
+            )
+            if not any(leaf.spec)
+        )
+
     def _model_flops(self, *, train: bool) -> float:
+        """FLOPs of the model for one row at one time."""
         latents, conditions = self.encoded
         _, height, width, _ = latents.shape
         return self.step.model.backbone.matmul_flops(
@@ -342,84 +305,94 @@ class _Compiler:
         )
 
     def _ideal_wire_bytes(self, *, train: bool) -> float:
-        """What fully sharded training has to move, in the dtype of the computation.
+        """Bytes that a device must receive with fully sharded parameters, in the compute dtype.
 
-        For each part of the batch all weights gathered forwards and backwards and all gradients
-        scattered; then shards summed over `data`. Without training, all weights gathered once.
+        With W bytes of weights on a group of `fsdp` devices, each micro-batch of training gathers
+        all weights forwards and backwards and scatters all gradients, 3 (fsdp-1)/fsdp W. The
+        gradients' shards are then summed over `data`: an all-reduce, 2 (data-1)/data W/fsdp.
+        Without training, all weights are gathered once.
         """
         data, fsdp = self.mesh.shape["data"], self.mesh.shape["fsdp"]
         itemsize = jnp.dtype(self.step.model.backbone.dtype).itemsize
-        size = (
-            sum(x.size for x in jax.tree.leaves(self.state.params))
-            * itemsize
-            / self.mesh.shape["tensor"]
-        )
+        size = num_parameters(self.state.params) * itemsize / self.mesh.shape["tensor"]
         moves = 3 * self.config.optim.accumulate if train else 1
         over_data = 2 * (data - 1) / data * size / fsdp if train else 0.0
         return moves * (fsdp - 1) / fsdp * size + over_data
 
     def _compile(
-        self, name: str, function: Any, inputs: tuple, *, model_flops: float, ideal: float
+        self,
+        name: str,
+        function: Callable[..., PyTree],
+        inputs: tuple,
+        *,
+        model_flops: float,
+        ideal: float,
     ) -> Program:
         begin = time.monotonic()
-        chip = self.topology.chip
         lowered = function.trace(*inputs).lower(lowering_platforms=("tpu",))
+        options = {"exec_time_optimization_effort": -1.0} if self.quick else None
         try:
-            compiled = lowered.compile(
-                {"exec_time_optimization_effort": -1.0} if self.quick else None
-            )
+            compiled = lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
-            if (temporaries := _exhausted(str(error))) is None:
+            if (temporaries := _temporaries_over_memory(str(error))) is None:
                 raise
-            arguments = sum(
-                math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-                for x in jax.tree.leaves(inputs)
-            )
-            used = arguments + temporaries
-            return Program(
-                name=name,
-                arguments=arguments,
-                temporaries=temporaries,
-                peak=used,
-                over=max(used - chip.hbm, 1.0),
-                model_flops=model_flops,
-                ideal_wire_bytes=ideal,
-                compile_seconds=time.monotonic() - begin,
-            )
-        seconds = time.monotonic() - begin
+            found = self._refused(inputs, temporaries)
+        else:
+            found = self._measured(compiled)
+        return Program(
+            name=name,
+            model_flops=model_flops,
+            ideal_wire_bytes=ideal,
+            compile_seconds=time.monotonic() - begin,
+            **found,
+        )
+
+    def _refused(self, inputs: tuple, temporaries: int) -> dict[str, Any]:
+        """What is known of a program that does not fit: its memory."""
+        arguments = sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+            for x in jax.tree.leaves(inputs)
+        )
+        peak = arguments + temporaries
+        over = max(peak - self.topology.chip.hbm, 1.0)
+        return dict(arguments=arguments, temporaries=temporaries, peak=peak, over=over)
+
+    def _measured(self, compiled: jax.stages.Compiled) -> dict[str, Any]:
+        """Memory, counts and lower bounds of the time of a program that fits."""
+        chip = self.topology.chip
         counts = hlo.count(compiled.as_text())
         memory = compiled.memory_analysis()
         slice_size = self.mesh.size // self.topology.slices
         between = sum(c.wire_bytes for c in counts.collectives if c.crosses(slice_size))
         within = sum(c.wire_bytes for c in counts.collectives if not c.crosses(slice_size))
-        return Program(
-            name=name,
+        return dict(
             arguments=memory.argument_size_in_bytes,
             # Not `temp_size_in_bytes`: it exceeds the HBM for programs that the compiler accepts.
             temporaries=memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
             peak=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
-            model_flops=model_flops,
             flops=counts.flops,
             memory_bytes=counts.memory_bytes,
             collectives=counts.collectives,
-            ideal_wire_bytes=ideal,
             seconds={
                 "compute": counts.flops / chip.flops,
                 "HBM": counts.memory_bytes / chip.hbm_bandwidth,
                 "ICI": within / chip.ici_bandwidth,
                 "DCN": between / chip.dcn_bandwidth,
             },
-            compile_seconds=seconds,
         )
 
 
-def _exhausted(message: str) -> int | None:
-    """The bytes of temporaries of a program that does not fit, from the compiler's message; None of
-    another message.
+def _temporaries_over_memory(message: str) -> int | None:
+    """Bytes of temporaries of a program that does not fit, from the compiler's error message.
+
+    The message is the only place where the compiler says them, in one of two wordings:
+
+        RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries
+        (125.73G) exceeds available HBM (15.75G).
+        RESOURCE_EXHAUSTED: ... Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.
+
+    None for any other message.
     """
-    found = re.search(
-        r"RESOURCE_EXHAUSTED.*?(?:[Uu]sed |\()([\d.]+)([KMGT])(?: of|\) exceeds)",
-        message,
-        re.DOTALL,
-    )
+    wording = r"RESOURCE_EXHAUSTED.*?(?:[Uu]sed |\()([\d.]+)([KMGT])(?: of|\) exceeds)"
+    found = re.search(wording, message, re.DOTALL)
     return found and int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])

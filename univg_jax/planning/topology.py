@@ -1,0 +1,55 @@
+"""TPU slices by name: the devices that libtpu describes on a machine that has none."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+from univg_jax import tpu
+from univg_jax.errors import UserError, check_name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Devices to compile for: `v5p:4x4x4`, or `v6e:16x16*2` for two slices joined by DCN."""
+
+    name: str
+    chip: tpu.Chip
+    slices: int
+    devices: Sequence[jax.Device]
+
+
+def open_topology(name: str) -> Topology:
+    """The devices of `GENERATION:AxBxC`, or of N slices of them, `GENERATION:AxBxC*N`.
+
+    Raises UserError for any other name, and where libtpu is not installed.
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", name)
+    if found is None:
+        raise UserError(
+            f"topology {name!r} should read GENERATION:AxB or AxBxC, as v5p:4x4x4, "
+            "with *N for N slices"
+        )
+    generation, shape, slices = found[1], found[2], int(found[3] or 1)
+    chip = tpu.CHIPS[check_name(generation, tpu.CHIPS, what="TPU generation")]
+    if len(shape.split("x")) != chip.sides:
+        sides = "AxBxC"[: 2 * chip.sides - 1]
+        raise UserError(
+            f"topology {name!r}: a slice of {generation} is {sides}; "
+            f"N slices are {generation}:{sides}*N"
+        )
+    tpu.silence_if_absent()
+    try:
+        described = topologies.get_topology_desc(
+            f"{generation}:{shape}", platform="tpu", num_slices=slices
+        )
+    except Exception as error:  # libtpu's class of errors differs by version
+        message = str(error).splitlines()[0]
+        if all(word in str(error).lower() for word in ("libtpu", "not", "found")):
+            raise UserError(
+                "planning needs libtpu, the compiler: pip install 'univg_jax[tpu]' (Linux)"
+            ) from None
+        raise UserError(f"libtpu knows no topology {name}: {message}") from None
+    return Topology(name=name, chip=chip, slices=slices, devices=described.devices)
