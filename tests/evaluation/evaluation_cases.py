@@ -1,10 +1,12 @@
-"""Small scenes of colored squares, as records, and a stand-in for the batch that generators
-receive.
-"""
+"""Small scenes of colored squares, as records, and batches and systems without a model."""
 
-from types import SimpleNamespace
+import dataclasses
 
 import numpy as np
+
+from univg_jax.batch import Batch, BatchShape, fake_batch
+from univg_jax.evaluation.benchmark import Cases
+from univg_jax.evaluation.benchmarks.emoji_scenes import BENCHMARK
 
 COLORS = {"apple": (220, 40, 40), "frog": (40, 180, 60), "car": (40, 80, 220)}
 SKIES = {"blue": (150, 200, 250), "pink": (250, 200, 210)}
@@ -38,11 +40,19 @@ def scene(seed: int, size: int = 48) -> dict:
     }
 
 
-def stack(rows) -> SimpleNamespace:
-    """What a generator needs of a batch: targets, sample ids, validity."""
-    return SimpleNamespace(
+def make_cases(task: str, records, **options) -> Cases:
+    """Cases of the size of the scenes."""
+    fields = BENCHMARK.tasks[task].needs_fields
+    return Cases(task, records, resolution=48, fields=fields, **options)
+
+
+def stack(rows) -> Batch:
+    """A batch with the rows' targets, ids and validity; the rest is random."""
+    shape = BatchShape(height=48, width=48, num_tokens=4, face=8)
+    return dataclasses.replace(
+        fake_batch(shape=shape, batch_size=len(rows)),
         target=np.stack([row.example.target for row in rows]),
-        sample_id=np.array([row.sample_id for row in rows]),
+        sample_id=np.array([row.sample_id for row in rows], np.uint32),
         valid=np.array([row.valid for row in rows]),
     )
 

@@ -1,5 +1,4 @@
-"""Metrics as sums and counts: every number is a `Ratio`, and ratios add, so shards merge without
-bias.
+"""Metrics as sums and counts: each is a `Ratio`, and ratios add, so shards merge without bias.
 
 A metric of one example is `Ratio(total, count)`. Adding the ratios of all examples and dividing
 last gives the metric of the set, however the examples were spread over processes; the mean of
@@ -22,13 +21,14 @@ from jaxtyping import Bool, Float, Num, UInt8
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """`total / count` entry by entry; `value` is the mean over the entries that counted anything."""
+    """Sums and counts, by entry; `value` is the mean of total / count over entries with a count."""
 
     total: Float[np.ndarray, " k"]
     count: Float[np.ndarray, " k"]
 
     @classmethod
     def of(cls, total: float | np.ndarray, count: float | np.ndarray = 1.0) -> "Ratio":
+        """The ratio of numbers or of vectors, in float64."""
         total, count = np.broadcast_arrays(
             np.atleast_1d(np.asarray(total, float)), np.asarray(count, float)
         )
@@ -47,13 +47,12 @@ class Ratio:
 
 
 def merge(ratios: Iterable[Ratio]) -> Ratio:
-    """The sum of `ratios`, correctly rounded: any order and any grouping of the same rows agree
-    bitwise.
-    """
+    """The sum of `ratios`, correctly rounded: the same bits in any order."""
     ratios = list(ratios)
     if not ratios:
         return Ratio.of(0.0, 0.0)
 
+    # math.fsum rounds once, at the end: plain addition would depend on the order of the shards.
     def columns(rows: list[np.ndarray]) -> np.ndarray:
         return np.array([math.fsum(column) for column in zip(*rows)])
 
@@ -77,17 +76,13 @@ def l1(
 
 
 def psnr(prediction: UInt8[np.ndarray, "h w 3"], target: UInt8[np.ndarray, "h w 3"]) -> Ratio:
-    """10 log10(255² / MSE) in dB, with the MSE floored at one level in a thousand pixels (78.1 dB
-    at most).
-    """
+    """10 log10(255² / MSE) in dB; the MSE is at least 0.001, so that equal images score 78.1 dB."""
     mse = np.mean((prediction.astype(float) - target.astype(float)) ** 2)
     return Ratio.of(10 * np.log10(255**2 / max(float(mse), 1e-3)))
 
 
 def mean_iou(prediction: Bool[np.ndarray, "h w"], target: Bool[np.ndarray, "h w"]) -> Ratio:
-    """I / U of one image, for the mean over images; an empty union scores 0 (EVAL: RefCOCO
-    convention).
-    """
+    """I / U of one image, for the mean over images; an empty union scores 0, as in RefCOCO."""
     union = np.sum(prediction | target)
     return Ratio.of(np.sum(prediction & target) / max(union, 1))
 
@@ -112,9 +107,7 @@ def box_iou(box: Float[np.ndarray, "4"], other: Float[np.ndarray, "4"]) -> float
 def best_box_iou(
     boxes: Float[np.ndarray, "k 4"], detections: list[Float[np.ndarray, "_ 4"]]
 ) -> Float[np.ndarray, " k"]:
-    """For each box the IoU of its best detection; `detections[i]` are those of the class of
-    `boxes[i]`.
-    """
+    """The IoU of each box with its best detection; `detections[i]` have the class of `boxes[i]`."""
     return np.array(
         [max((box_iou(b, d) for d in found), default=0.0) for b, found in zip(boxes, detections)]
     )
@@ -125,8 +118,9 @@ def align_depth(
     target: Num[np.ndarray, "h w"],
     valid: Bool[np.ndarray, "h w"] | None = None,
 ) -> Float[np.ndarray, "h w"]:
-    """`s * prediction + o` with (s, o) = argmin sum over valid pixels of (s p + o - g)², clipped to
-    the target's range.
+    """The prediction p, scaled and shifted to fit the target g, and clipped to the target's range.
+
+        s p + o,   (s, o) = argmin sum over valid pixels of (s p + o - g)²
 
     A constant prediction aligns to the mean of the target.
     """
@@ -149,8 +143,9 @@ def depth_errors(
     target: Num[np.ndarray, "h w"],
     valid: Bool[np.ndarray, "h w"] | None = None,
 ) -> dict[str, Ratio]:
-    """AbsRel = mean |p - g| / g and delta1 = share of max(p/g, g/p) < 1.25, after `align_depth`;
-    valid means g > 0.
+    """Errors of depth p against g over valid pixels (default: g > 0), after `align_depth`.
+
+    abs_rel = mean |p - g| / g        delta1 = share of max(p/g, g/p) < 1.25
     """
     valid = target > 0 if valid is None else valid
     if not valid.any():
@@ -170,8 +165,9 @@ def pck(
     box_size: float,
     threshold: float = 0.1,
 ) -> Ratio:
-    """Hits (distance < threshold x box size) and visible joints, one entry a joint. A NaN
-    prediction is a miss.
+    """Hits (distance < threshold x box size) and visible joints, one entry a joint.
+
+    A NaN prediction is a miss.
     """
     with np.errstate(invalid="ignore"):
         hit = np.linalg.norm(prediction.astype(float) - target, axis=-1) < threshold * box_size
@@ -179,8 +175,9 @@ def pck(
 
 
 def recall_at_1(scores: Float[np.ndarray, " n"], true_index: int = 0) -> Ratio:
-    """1 if the true candidate scores highest; one of m tied at the top counts 1/m, so that chance
-    stays chance.
+    """1 if the true candidate scores highest, 1/m if it shares the top with m - 1 others.
+
+    So a scorer that gives every candidate the same score is at chance.
     """
     top = scores == scores.max()
     return Ratio.of(float(top[true_index]) / float(top.sum()))
@@ -190,3 +187,8 @@ def cosine(a: Num[np.ndarray, " d"], b: Num[np.ndarray, " d"]) -> Ratio:
     """a . b / (|a| |b|); 0 if either is zero."""
     norms = np.linalg.norm(a.astype(float)) * np.linalg.norm(b.astype(float))
     return Ratio.of(float(a.astype(float) @ b.astype(float)) / norms if norms > 0 else 0.0)
+
+
+def unit_vectors(x: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:
+    """Rows scaled to length 1; a zero row stays zero."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)

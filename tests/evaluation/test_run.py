@@ -1,43 +1,33 @@
-"""The runner: the same numbers however the cases are batched or sharded, files where promised,
-nothing done twice.
-"""
+"""The same numbers however cases are batched or sharded, and nothing is done twice."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import processes
 from tests.evaluation import evaluation_cases as data
-from univg_jax.evaluation.benchmarks import draw_cases
-from univg_jax.evaluation.runner import evaluate
-from univg_jax.evaluation.scorers import Scorers
+from univg_jax.errors import UserError
+from univg_jax.evaluation.benchmarks.emoji_scenes import BENCHMARK
+from univg_jax.evaluation.run import evaluate_systems
 
 TASKS = ("ie", "seg", "depth")
 
 
-def run(out, *, batch_size=4, count=7, settings=None, model=data.blurred, **systems):
+def run(out, *, batch_size=4, count=7, settings=None, model=data.blurred, tasks=TASKS, **systems):
     records = [data.scene(i) for i in range(20)]
-    return evaluate(
-        {t: draw_cases(t, records[:count], resolution=48) for t in TASKS},
-        train={t: draw_cases(t, records[10:], resolution=48) for t in TASKS},
-        systems={
-            "model": model,
-            "untrained": data.noise,
-            "real": lambda batch: batch.target,
-            **systems,
-        },
+    return evaluate_systems(
+        BENCHMARK,
+        {"model": model, "untrained": data.noise, "real": lambda batch: batch.target, **systems},
+        cases={t: data.make_cases(t, records[:count]) for t in tasks},
+        train={t: data.make_cases(t, records[10:]) for t in tasks},
         collate=data.stack,
-        scorers=Scorers(),
+        scorers={},
         settings=settings or {"checkpoint_step": 3, "seed": 0},
         out=out,
         batch_size=batch_size,
-        samples=2,
+        num_samples=2,
         progress=False,
     )
 
@@ -92,53 +82,66 @@ def test_results_of_the_same_settings_are_kept(tmp_path):
     assert len(calls) > 2 * done
 
 
+def test_an_interrupted_evaluation_goes_on_with_the_next_task(tmp_path):
+    calls = []
+
+    def fails_at_depth(batch):
+        calls.append(len(batch.sample_id))
+        if len(calls) == 5:  # two batches of each task
+            raise KeyboardInterrupt
+        return data.blurred(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, model=fails_at_depth)
+    assert list(json.loads((tmp_path / "results.json").read_text())["tasks"]) == ["ie", "seg"]
+    results = run(tmp_path, model=fails_at_depth)
+    assert len(calls) == 7
+    assert list(results["tasks"]) == list(TASKS)
+
+
 def test_bad_calls_are_named(tmp_path):
     with pytest.raises(ValueError, match="'model'"):
-        evaluate(
+        evaluate_systems(
+            BENCHMARK,
             {},
+            cases={},
             train={},
-            systems={},
             collate=data.stack,
-            scorers=Scorers(),
+            scorers={},
             settings={},
             out=tmp_path,
             batch_size=1,
         )
+    with pytest.raises(UserError, match="no example of task 'ie'"):
+        run(tmp_path, count=0)
+    with pytest.raises(UserError, match="needs the scorer 'scene'"):
+        run(tmp_path, tasks=("t2i",))
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(UserError, match="not the results of an evaluation"):
+        run(tmp_path)
+
+
+PROGRAM = """
+import sys
+from tests import processes
+processes.join()
+from tests.evaluation.test_run import run
+run(sys.argv[1])
+"""
 
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one_bitwise(tmp_path):
-    program = textwrap.dedent(
-        """
-        import sys, jax
-        from univg_jax.evaluation import runner
-        from tests.evaluation.test_runner import run
-        rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-        jax.distributed.initialize(f"localhost:{port}", 2, rank)
-        run(out)
-        """
-    )
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd(), "XLA_FLAGS": ""}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), str(port), str(tmp_path / "two")],
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    processes.run([1, 1], str(tmp_path / "two"), program=("-c", PROGRAM))
     run(tmp_path / "one")
     one, two = (
         json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")
     )
     assert one == two
-    images = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.png"))
-    assert images == sorted(
-        p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*.png")
-    )
-    assert all(
-        (tmp_path / "one" / p).read_bytes() == (tmp_path / "two" / p).read_bytes() for p in images
-    )
+    images = [
+        sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.png"))
+        for name in ("one", "two")
+    ]
+    assert images[0] == images[1]
+    for path in images[0]:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()

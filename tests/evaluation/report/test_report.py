@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.evaluation.test_runner import run
-from univg_jax.evaluation.report import explain, write_report
-from univg_jax.evaluation.sheet import write_sheet
+from tests.evaluation.test_run import run
+from univg_jax.errors import NotFoundError, UserError
+from univg_jax.evaluation.report import TaskResult, write_report, write_sheet
+from univg_jax.evaluation.report.wording import explain
 
 
 @pytest.fixture
@@ -117,13 +118,38 @@ def test_the_codec_is_blamed_only_when_it_fails_too():
     }
     for codec, blamed in ((0.4, True), (0.9, False)):
         task["systems"]["codec"] = {"m": {"value": codec}}
-        assert ("codec is the limit" in " ".join(explain(task, 100.0, 0.5))) is blamed
+        assert (
+            "codec is the limit"
+            in " ".join(explain(TaskResult(task), images_seen=100.0, share_seen=0.5))
+        ) is blamed
 
 
 def test_unfinished_stage_is_named(finished):
     (finished / "stage2" / "summary.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"stage2/summary\.json is missing"):
+    with pytest.raises(NotFoundError, match=r"stage2/summary\.json is missing"):
         write(finished)
+
+
+def test_a_broken_file_is_named(finished):
+    for name in ("stage1/metrics.jsonl", "evaluation/results.json"):
+        path = finished / name
+        content = path.read_text()
+        path.write_text(content[:-9])
+        with pytest.raises(UserError, match=f"{name} is not JSON"):
+            write(finished)
+        path.write_text(content)
+
+
+def test_a_task_without_trivial_answers_is_reported_too(finished):
+    path = finished / "evaluation" / "results.json"
+    results = json.loads(path.read_text())
+    task = results["tasks"]["ie"]
+    del task["systems"]["trivial"], task["beats"]["trivial"]
+    task["trivial"] = {"chosen": None, "all": {}}
+    path.write_text(json.dumps(results))
+    page, report = write(finished)
+    assert "was not compared with any trivial answer" in page
+    assert report["tasks"]["ie"]["trivial"] is None
 
 
 def test_contact_sheet_shows_the_pictures_themselves(finished):

@@ -1,0 +1,150 @@
+"""What a benchmark is: its tasks, how an answer to each is scored, and what a model has to beat.
+
+A benchmark is one module of `evaluation/benchmarks/` with a `BENCHMARK`. The runner is given that
+object and knows nothing else about it. For every task the benchmark has *answers that need no
+model*, which are pictures like a model's and are scored by the same code:
+
+* trivial answers, made from training examples at most. The best of them is what a model must beat;
+* references, which may use the truth, and show what a metric does not measure.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from data_pipelines import tasks, transforms
+from data_pipelines.tasks import TASKS
+from data_pipelines.transforms import Record
+from univg_jax.errors import UserError
+from univg_jax.evaluation.metrics import Ratio
+from univg_jax.evaluation.scorers import PROTOCOLS, Scorers
+from univg_jax.settings import Config
+
+Image = UInt8[np.ndarray, "h w 3"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One held-out example. Its `index` keys its noise and names its files."""
+
+    index: int
+    task: str
+    record: Record  # at the example's size
+    example: tasks.Example
+
+    @property
+    def prompt(self) -> str:
+        """The text that the text encoder is given."""
+        return tasks.prompt(self.task, self.example.text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cases(Sequence[Case]):
+    """The cases of a task, each made from its record only when it is indexed.
+
+    So a process decodes the cases of its own rows, and only those that it works on are in memory.
+    Random choices of an example are keyed by (seed, index). `fields` are the record fields that
+    scoring needs beside those of the task. Indexing raises UserError where a record lacks a field.
+    """
+
+    task: str
+    records: Sequence[Record]
+    _: dataclasses.KW_ONLY
+    resolution: int
+    seed: int = 0
+    fields: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Case:
+        task, where = TASKS[self.task], f"case {index} of task {self.task!r}"
+        record = self.records[index]
+        tasks.check(record, (*task.needs, *self.fields), where=where)
+        record = transforms.resize_and_crop(record, resolution=self.resolution)
+        rng = np.random.default_rng((self.seed, index))
+        example = task.example(record, rng, self.resolution, where=where, center=True)
+        return Case(index=index, task=self.task, record=record, example=example)
+
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        """The texts of all cases, for which each is read once and not kept."""
+        return [case.example.text for case in self]
+
+
+ScoreFn = Callable[[Case, Image], dict[str, Ratio]]
+AnswerFn = Callable[[Case], Image]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How a number is shown, and which of two is better."""
+
+    label: str
+    better: Literal["higher", "lower"]
+    percent: bool = False
+
+    def improves(self, value: float, other: float) -> bool:
+        """Whether `value` is strictly better; a NaN beats nothing and is not beaten."""
+        return value > other if self.better == "higher" else value < other
+
+    def best(self, values: Mapping[str, float]) -> str:
+        """The name of the best value, the first of equals; of a NaN only if all are."""
+        names = [name for name, value in values.items() if not math.isnan(value)] or list(values)
+        return functools.reduce(lambda a, b: b if self.improves(values[b], values[a]) else a, names)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkTask:
+    """How one task of a benchmark is scored.
+
+    `make_score(scorers, cases)` is called once and returns `score(case, image)`, which has the sums
+    and counts of each metric. `make_trivial(train)` makes the trivial answers from training cases.
+    `chance(cases)` has the expected values of guessing, where they are numbers and not pictures.
+    """
+
+    title: str
+    metrics: Mapping[str, Metric]  # the first is the primary one
+    make_score: Callable[[Scorers, Cases], ScoreFn]
+    make_trivial: Callable[[Cases], dict[str, AnswerFn]]
+    chance: Callable[[Cases], dict[str, float]] = lambda cases: {}
+    references: Mapping[str, AnswerFn] = dataclasses.field(default_factory=dict)
+    needs_fields: tuple[str, ...] = ()  # of the records, beside those of the task
+    needs_scorers: tuple[str, ...] = ()  # names of protocols
+    difficulty: str = ""  # what makes the task hard: a likely reason if a model fails
+    note: str = ""  # how to read the numbers
+
+    @property
+    def primary(self) -> str:
+        """The name of the metric that decides which answer is better."""
+        return next(iter(self.metrics))
+
+    def score_fn(self, scorers: Scorers, cases: Cases) -> ScoreFn:
+        """`make_score`, once all scorers are there. Raises UserError naming one that is missing."""
+        for name in self.needs_scorers:
+            if name not in scorers:
+                raise UserError(f"{self.title} needs the scorer {name!r}: {PROTOCOLS[name]}")
+        return self.make_score(scorers, cases)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A set of tasks with their cases.
+
+    `cases(config, task, split=..., num=...)` are the first `num` cases of a split, read as needed;
+    `config.data.dir` says where. `fingerprint(config)` is a text that changes when the data does;
+    it is made without reading pictures. `open_scorers(pipeline, needs=..., progress=...)` opens the
+    scorers with those names; all processes call it. Raise `version` when numbers would change.
+    """
+
+    name: str
+    version: int
+    tasks: Mapping[str, BenchmarkTask]
+    cases: Callable[..., Cases]
+    fingerprint: Callable[[Config], str]
+    open_scorers: Callable[..., Scorers]

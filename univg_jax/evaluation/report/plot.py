@@ -1,0 +1,105 @@
+"""The plot of a stage's losses, as SVG that stands in the page and follows its colors."""
+
+import html
+import io
+import re
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from univg_jax.evaluation.report.read import Stage
+
+# Each task has one color throughout the page, readable on white and on black. A task that is not
+# named here takes a spare one.
+COLORS = {
+    "t2i": "#3b82f6",
+    "ie": "#e8720c",
+    "ip": "#12a594",
+    "lg": "#9a6bff",
+    "depth": "#c9a100",
+    "pose": "#e5484d",
+    "seg": "#46a758",
+    "id": "#d6409f",
+}
+SPARE_COLORS = ("#0ea5b7", "#8d8d8d", "#a06a42", "#6e56cf")
+# matplotlib draws in these two colors, and the page puts its own in their place, so that the plots
+# follow the reader's light or dark mode.
+INK, FAINT = "#010203", "#030201"
+
+
+def color_of(task: str) -> str:
+    """A task's color, the same on every page."""
+    return COLORS.get(task) or SPARE_COLORS[sum(map(ord, task)) % len(SPARE_COLORS)]
+
+
+def loss_plot(run: Stage) -> str:
+    """The loss of all tasks (thick) and of each (thin), with validation losses as dots."""
+    style = {
+        "svg.fonttype": "none",
+        # The ids in two plots of one page must differ, and be the same in the next report.
+        "svg.hashsalt": run.summary["stage"],
+        "font.size": 9,
+        "axes.edgecolor": FAINT,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(4.8, 2.6), layout="constrained")
+        _draw_losses(figure.add_subplot(), run)
+        buffer = io.StringIO()
+        # Without a date, so that the same run gives the same page.
+        no_metadata = {"Date": None, "Creator": None}
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    label = html.escape(f"Loss of stage {run.summary['stage']} over its steps", quote=True)
+    return _inline(buffer.getvalue(), label=label)
+
+
+def _draw_losses(axes: Axes, run: Stage) -> None:
+    heights: list[float] = []
+    names = {key: None for row in run.rows for key in row if key.startswith("loss/")}
+    for task in (name.removeprefix("loss/") for name in names):
+        steps, values = run.series(f"loss/{task}")
+        color, smooth = color_of(task), _smooth(values)
+        axes.plot(steps, smooth, color=color, lw=1.1, alpha=0.85, solid_capstyle="round")
+        axes.plot(*run.series(f"val/loss/{task}"), "o", color=color, ms=3, mec="none")
+        heights += [*smooth]
+    steps, values = run.series("loss")
+    if len(steps):
+        axes.plot(steps, _smooth(values), color=INK, lw=2.2, solid_capstyle="round")
+        heights += [*_smooth(values)]
+    if heights:
+        # The first losses are far above all others and would flatten the curves.
+        low, high = np.percentile(heights, [0, 98])
+        margin = 0.08 * max(high - low, 1e-6)
+        axes.set_ylim(max(low - margin, 0), high + margin)
+    axes.set_xlabel("step")
+    axes.grid(axis="y", color=FAINT, lw=0.6)
+    axes.tick_params(length=0)
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
+
+
+def _inline(svg: str, *, label: str) -> str:
+    """matplotlib's SVG file as an element of a page: without a fixed size, in the page's colors."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", svg, count=1)
+    svg = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", svg, count=1)
+    # Names such as patch_1 are in every plot of the page, and nothing refers to them.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
+    svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--line)")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def _smooth(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """A centered mean over a twentieth of the points."""
+    half = len(values) // 40
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])

@@ -1,0 +1,51 @@
+"""A contact sheet of an evaluation: the first held-out examples of every task as one picture."""
+
+import io
+import textwrap
+from collections.abc import Mapping
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from matplotlib.figure import Figure
+from PIL import Image
+
+from univg_jax.evaluation.report.read import Json, read_sample
+from univg_jax.files import write_whole
+
+COLUMNS = 4
+KINDS = ("input", "target", "output")
+
+
+def write_sheet(results: Json, evaluation: epath.PathLike, path: epath.PathLike) -> None:
+    """Writes the PNG `path` with a row for each task, of input, target and output side by side.
+
+    `results` are those in the folder `evaluation`, which has the pictures. Raises NotFoundError if
+    one is gone.
+    """
+    tasks = results["tasks"]
+    figure = Figure(figsize=(12, 1.4 * len(tasks)), dpi=100, layout="constrained")
+    axes = figure.subplots(len(tasks), COLUMNS, squeeze=False)
+    for row, (name, task) in zip(axes, tasks.items(), strict=True):
+        for axis in row:
+            axis.set_axis_off()
+        samples = task["samples"][:COLUMNS]
+        for axis, sample in zip(row, samples, strict=False):
+            axis.imshow(_side_by_side(evaluation, sample), interpolation="nearest")
+            axis.set_title(textwrap.fill(sample["prompt"], 44), fontsize=7, loc="left")
+        kinds = ", ".join(kind for kind in KINDS if samples and samples[0].get(kind))
+        label = f"{name}\n{kinds}"
+        row[0].text(-0.04, 0.5, label, transform=row[0].transAxes, fontsize=7, ha="right")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_whole(path, buffer.getvalue())
+
+
+def _side_by_side(
+    evaluation: epath.PathLike, sample: Mapping[str, str]
+) -> UInt8[np.ndarray, "h w 3"]:
+    pngs = [read_sample(evaluation, sample[kind]) for kind in KINDS if sample.get(kind)]
+    pictures = [np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in pngs]
+    gap = np.full((len(pictures[0]), 1, 3), 255, np.uint8)
+    spaced = [piece for picture in pictures for piece in (picture, gap)]
+    return np.concatenate(spaced[:-1], axis=1)

@@ -1,0 +1,118 @@
+"""The words of a report: numbers as people read them, and why a task fails."""
+
+import math
+from collections.abc import Mapping
+
+from univg_jax.evaluation.benchmark import Metric
+from univg_jax.evaluation.report.read import TaskResult
+
+
+def headline(tasks: Mapping[str, TaskResult]) -> dict[str, str | list[str]]:
+    """What was reached, in a sentence, and the titles of the tasks that fail."""
+    failed = [task.entry["title"].lower() for task in tasks.values() if not task.beats_both]
+    if not tasks:
+        return {"text": "No task was evaluated", "failed": []}
+    count = len(tasks) - len(failed)
+    subject = f"{count} of {len(tasks)} tasks beat" if failed else "Every task beats"
+    return {
+        "text": f"{subject} both the untrained model and the trivial baseline",
+        "failed": failed,
+    }
+
+
+def format_value(value: int | float | None, metric: Metric) -> str:
+    """A metric's value: in percent where the metric says so, else to three decimals."""
+    if value is None or not math.isfinite(value):
+        return "n/a"
+    if metric.percent:
+        return f"{100 * value:.1f}\u00a0%"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def explain(task: TaskResult, *, images_seen: int | float, share_seen: int | float) -> list[str]:
+    """Why a task fails, in plain sentences from its numbers; empty if it beats both opponents.
+
+    `images_seen` is how many training images of the task the model saw, `share_seen` their share of
+    all that it saw.
+    """
+
+    def show(value: int | float | None) -> str:
+        return format_value(value, task.metric)
+
+    trivial_name = task.entry["trivial"]["chosen"]
+    opponents = {
+        "untrained": "the untrained model",
+        "trivial": f"“{trivial_name}”" if trivial_name else "any trivial answer",
+    }
+    sentences = []
+    for opponent, name in opponents.items():
+        other = task.value(opponent)
+        if task.beats(opponent):
+            continue
+        if math.isfinite(other):
+            sentences.append(f"{show(task.value('model'))} does not beat {name} at {show(other)}.")
+        else:
+            sentences.append(f"It was not compared with {name}.")
+    if not sentences:
+        return []
+    model, trivial, codec = (task.value(s) for s in ("model", "trivial", "codec"))
+    error = task.error()
+    if _is_no_better(task.metric, codec, trivial):
+        sentences.append(
+            f"Nor does the codec's reconstruction of the true answer ({show(codec)}): "
+            "the codec is the limit here, not the model."
+        )
+    elif error and abs(model - trivial) < 2 * error:
+        sentences.append(
+            "The difference to the trivial baseline is below two standard errors of the model's "
+            f"value ({show(error)}, {task.entry['examples']} examples)."
+        )
+    if images_seen:
+        sentences.append(
+            f"The task saw {images_seen:,.0f} training images, "
+            f"{100 * share_seen:.0f} % of all that were shown."
+        )
+    else:
+        sentences.append("No stage of this run trained the task.")
+    if task.entry.get("difficulty"):
+        sentences.append(f"A likely reason, not measured: {task.entry['difficulty']}")
+    return sentences
+
+
+def caveats(task: TaskResult) -> list[str]:
+    """Lines beside the verdict: the references, and the metrics in which the model is no better."""
+    lines = []
+    model = task.value("model")
+    for name in task.references:
+        value = task.reference(name)
+        words = "" if task.metric.improves(model, value) else "not better than "
+        lines.append(f"{words}{name}: {format_value(value, task.metric)}")
+    for name, metric in task.metrics.items():
+        model, trivial = task.value("model", name), task.value("trivial", name)
+        if name != task.primary and _is_no_better(metric, model, trivial):
+            lines.append(f"not better in {metric.label}: {format_value(model, metric)}")
+    return lines
+
+
+def _is_no_better(metric: Metric, value: float, other: float) -> bool:
+    """Both were measured, and `value` does not improve on `other`."""
+    measured = math.isfinite(value) and math.isfinite(other)
+    return measured and not metric.improves(value, other)
+
+
+def format_duration(seconds: int | float) -> str:
+    """Seconds as people say them: `8.3 s`, `4 min 10 s`, `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, remainder = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {remainder} s" if minutes < 10 else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_count(n: int) -> str:
+    """A number to three figures: `5.8 M`."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return str(n)

@@ -1,0 +1,289 @@
+"""Evaluation of a trained model on a benchmark, beside what it has to beat.
+
+`evaluate` makes the systems of a `Pipeline` and opens the benchmark's data and scorers.
+`evaluate_systems` runs any systems: it generates (`generate`), scores (`score`), and keeps what is
+finished, so that a killed evaluation goes on with the next task.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from data_pipelines.tasks import TASKS
+from univg_jax import assembly
+from univg_jax.errors import UserError, check_name
+from univg_jax.evaluation import generate, score
+from univg_jax.evaluation import scorers as scorers_lib
+from univg_jax.evaluation.benchmark import AnswerFn, Benchmark, BenchmarkTask, Cases, ScoreFn
+from univg_jax.evaluation.generate import Collate, System
+from univg_jax.evaluation.scorers import Scorers, local_mesh
+from univg_jax.files import write_whole
+from univg_jax.pipeline import Pipeline
+
+VERSION = 3  # of the arithmetic and of the results' keys: results of another one are not reused
+NUM_TRAIN = 256  # training cases that trivial answers are made from
+
+
+def evaluate(
+    pipeline: Pipeline,
+    benchmark: Benchmark,
+    *,
+    out: epath.PathLike,
+    tasks: Sequence[str] | None = None,
+    split: str = "test",
+    num_examples: int = 64,
+    batch_size: int = 32,
+    seed: int = 0,
+    data_dir: epath.PathLike | None = None,
+    settings: Mapping[str, Any] | None = None,
+    num_samples: int = 6,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Scores a pipeline on a benchmark, with its untrained self, its codec and the true answers.
+
+    All processes call it. `tasks` are by default those that the model was trained on and the
+    benchmark has; `num_examples` is for each. `batch_size` is global. `data_dir` replaces the
+    folder of the run's own data. `settings` are stored with the results, beside those that the
+    pipeline knows. See `evaluate_systems` for what is written to `out`, and returned.
+
+    Raises UserError for an unknown task, a split that is missing, a batch size that does not divide
+    over the devices, or a scorer that cannot be had.
+    """
+    config = pipeline.config
+    if data_dir is not None:
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, dir=str(data_dir))
+        )
+        pipeline = dataclasses.replace(pipeline, config=config)
+    devices = pipeline.rows * jax.process_count()
+    if batch_size < 1 or batch_size % devices:
+        raise UserError(f"batch size {batch_size}: expected a multiple of {devices} devices")
+    for name in tasks or ():
+        check_name(name, config.tasks, what="task of this run:")
+        check_name(name, benchmark.tasks, what=f"task of {benchmark.name}:")
+    chosen = [name for name in benchmark.tasks if name in (tasks or pipeline.tasks)]
+    assembly.prepare_data(config)
+    cases = {name: benchmark.cases(config, name, split=split, num=num_examples) for name in chosen}
+    train = {name: benchmark.cases(config, name, split="train", num=NUM_TRAIN) for name in chosen}
+    needs = {need: None for name in chosen for need in benchmark.tasks[name].needs_scorers}
+    fingerprint = hashlib.sha256(benchmark.fingerprint(config).encode()).hexdigest()[:12]
+    return evaluate_systems(
+        benchmark,
+        pipeline_systems(pipeline, seed=seed),
+        cases=cases,
+        train=train,
+        collate=pipeline.collator,
+        scorers=benchmark.open_scorers(pipeline, needs=tuple(needs), progress=progress),
+        settings={
+            **_settings(pipeline, given=settings or {}, seed=seed),
+            "split": split,
+            "dataset": fingerprint,
+        },
+        out=out,
+        batch_size=batch_size,
+        num_samples=num_samples,
+        progress=progress,
+    )
+
+
+def pipeline_systems(pipeline: Pipeline, *, seed: int) -> dict[str, System]:
+    """What is measured of a pipeline: the model and what is compared with it.
+
+    `untrained` is the model at its initialization. `codec` is the reconstruction of the true answer
+    and `real` the true answer itself: what no model with this codec, or with these scorers, passes.
+    """
+    names = list(TASKS)
+
+    def model(pipeline: Pipeline) -> System:
+        return lambda batch: pipeline.generate_batch(batch, names[int(batch.task[0])], seed=seed)
+
+    return {
+        "model": model(pipeline),
+        "untrained": model(pipeline.untrained(seed=seed)),
+        "codec": pipeline.reconstruct,
+        "real": lambda batch: np.asarray(batch.target),
+    }
+
+
+def _settings(pipeline: Pipeline, *, given: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What a result has to say of how its images were made, in the order in which it is shown."""
+    sampling = pipeline.config.to_dict()["sampling"]
+    return {
+        "checkpoint": pipeline.path,
+        "step": pipeline.step,
+        **given,
+        **{key: sampling[key] for key in ("solver", "steps", "shift", "rescale", "interval")},
+        "guidance": sampling["guidance"],
+        "seed": seed,
+    }
+
+
+def evaluate_systems(
+    benchmark: Benchmark,
+    systems: Mapping[str, System],
+    *,
+    cases: Mapping[str, Cases],
+    train: Mapping[str, Cases],
+    collate: Collate,
+    scorers: Scorers,
+    settings: Mapping[str, Any],
+    out: epath.PathLike,
+    batch_size: int,
+    num_samples: int = 6,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Scores systems on cases, by task; returns what process 0 writes to `out/results.json`.
+
+    All processes call it. `systems` must have "model"; a system is any function that makes an image
+    of each row of a batch. Trivial answers are made from the cases `train`. `settings` say how the
+    images were made: a task whose results for the same settings are in `out` already is not run
+    again. The model's images are written to `out/<task>/NNN.png`, the first `num_samples` with
+    their input and target.
+
+    Raises UserError for a task that the benchmark does not have, or that has no case, a scorer that
+    is absent, a batch size that does not divide over the processes, or an unreadable results.json.
+    """
+    if "model" not in systems:
+        raise ValueError(f"systems must have 'model', got {', '.join(systems) or 'none'}")
+    for name in cases:
+        check_name(name, benchmark.tasks, what=f"task of {benchmark.name}:")
+        if not len(cases[name]):
+            raise UserError(f"no example of task {name!r} to evaluate")
+    out, settings = epath.Path(out), {**settings, "scorers": scorers_lib.digest(scorers)}
+    results = _read_results(out / "results.json", settings)
+    version = [VERSION, benchmark.name, benchmark.version, sorted(systems), settings]
+    keys = {name: _hash([*version, name, len(cases[name])]) for name in cases}
+    todo = [n for n in cases if results["tasks"].get(n, {}).get("key") != keys[n]]
+    total = sum(len(cases[name]) * len(systems) for name in todo)
+    quiet = not (progress and total and jax.process_index() == 0)
+    with tqdm(total=total, unit="image", disable=quiet) as bar:
+        job = _Job(
+            systems=systems,
+            collate=collate,
+            scorers=scorers,
+            out=out,
+            batch_size=batch_size,
+            num_samples=num_samples,
+            bar=bar,
+        )
+        for name in todo:
+            bar.set_description(f"evaluate {name}")
+            result = _evaluate_task(
+                job, benchmark.tasks[name], cases=cases[name], train=train[name]
+            )
+            results["tasks"][name] = {"key": keys[name], **result}
+            # In the order of `cases`, whichever were finished before.
+            results["tasks"] = {n: results["tasks"][n] for n in cases if n in results["tasks"]}
+            if jax.process_index() == 0:
+                write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+    return results
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What all tasks of an evaluation share."""
+
+    systems: Mapping[str, System]
+    collate: Collate
+    scorers: Scorers
+    out: epath.Path
+    batch_size: int
+    num_samples: int
+    bar: tqdm
+
+
+Key = tuple[str, str]  # ("systems", "model"), ("trivial", "a copy of the source"), ...
+
+
+def _evaluate_task(job: _Job, task: BenchmarkTask, *, cases: Cases, train: Cases) -> dict[str, Any]:
+    """The entry of one task in results.json."""
+    with local_mesh():
+        score_fn = task.score_fn(job.scorers, cases)
+        template = score_fn(cases[0], cases[0].example.target)
+        answers = {("trivial", name): answer for name, answer in task.make_trivial(train).items()}
+    answers |= {("references", name): answer for name, answer in task.references.items()}
+    rows = _score_cases(job, cases, score_fn=score_fn, answers=answers)
+
+    summaries: dict[str, dict[str, score.Summary]] = collections.defaultdict(dict)
+    # Not in the order of `rows`: a process may have no rows, and all must gather the same thing.
+    for kind, name in [*(("systems", name) for name in job.systems), *answers]:
+        gathered = score.gather(rows[kind, name], count=len(cases), template=template)
+        summaries[kind][name] = score.summarize(gathered)
+    if chance := task.chance(cases):
+        summaries["trivial"]["chance"] = {
+            metric: {"value": value, "stderr": None, "count": 0.0}
+            for metric, value in chance.items()
+        }
+    verdict = score.verdict(task, systems=summaries["systems"], trivial=summaries["trivial"])
+    return {
+        "title": task.title,
+        "metric": task.primary,
+        "metrics": {name: dataclasses.asdict(metric) for name, metric in task.metrics.items()},
+        "examples": len(cases),
+        "systems": verdict["systems"],
+        "trivial": verdict["trivial"],
+        "references": dict(summaries["references"]),
+        "beats": verdict["beats"],
+        "difficulty": task.difficulty,
+        "note": task.note,
+        "samples": [_sample(cases, i) for i in range(min(job.num_samples, len(cases)))],
+    }
+
+
+def _score_cases(
+    job: _Job, cases: Cases, *, score_fn: ScoreFn, answers: Mapping[Key, AnswerFn]
+) -> Mapping[Key, dict[int, score.Scores]]:
+    """The scores of this process's cases, by what answered and case index.
+
+    All systems answer a batch before the next one is read, so that each case is decoded once. The
+    model's images are written on the way.
+    """
+    rows: dict[Key, dict[int, score.Scores]] = collections.defaultdict(dict)
+    for batch in generate.case_batches(cases, collate=job.collate, batch_size=job.batch_size):
+        images: dict[Key, Sequence[np.ndarray]] = {}
+        for name, system in job.systems.items():
+            images["systems", name] = batch.images(system)
+            job.bar.update(len(batch.cases) * jax.process_count())
+        with local_mesh():
+            for key, answer in answers.items():
+                images[key] = [answer(case) for case in batch.cases]
+            for key, pictures in images.items():
+                for case, image in zip(batch.cases, pictures, strict=True):
+                    rows[key][case.index] = score_fn(case, image)
+        for case, image in zip(batch.cases, images["systems", "model"], strict=True):
+            with_case = case.index < job.num_samples
+            generate.write_pictures(job.out, case, image, with_case=with_case)
+    return rows
+
+
+def _sample(cases: Cases, index: int) -> dict[str, str]:
+    """A case's prompt and the names of its pictures."""
+    case = cases[index]
+    kinds = (*generate.case_pictures(case), "output")
+    return {"prompt": case.prompt} | {kind: generate.picture_name(case, kind) for kind in kinds}
+
+
+def _read_results(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The results that `path` holds already, without those of other settings."""
+    blank = {"settings": settings, "tasks": {}}
+    if not path.exists():
+        return blank
+    try:
+        found = json.loads(path.read_text())
+        same = found["settings"] == json.loads(json.dumps(settings))
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the results of an evaluation: move it away") from None
+    return found if same else blank
+
+
+def _hash(content: Any) -> str:
+    """16 digits that name what a task's result depends on."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,74 @@
+"""The scorers that benchmarks use, each behind a protocol that has a name.
+
+A benchmark lists the names that it needs and is given a `Scorers` with them, so it does not know
+which network answers. Each file beside this one implements one or more of the protocols.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypedDict
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from univg_jax import sharding
+
+# Unit vectors of sentences, and of the faces in pictures of any size.
+TextEmbedder = Callable[[list[str]], Float[np.ndarray, "b d"]]
+FaceEmbedder = Callable[[UInt8[np.ndarray, "b h w 3"]], Float[np.ndarray, "b e"]]
+
+
+class SceneScorer(Protocol):
+    """Names the objects in pictures of scenes, and embeds pictures where captions are."""
+
+    noun_of: Callable[[str], str]  # of a phrase: "two red apples" -> "apple"
+
+    @property
+    def digest(self) -> str:
+        """Changes when any weight does."""
+        ...
+
+    def detect(self, image: UInt8[np.ndarray, "h w 3"]) -> Mapping[str, Float[np.ndarray, "_ 4"]]:
+        """Boxes x0 y0 x1 y1 in [0, 1] of every noun that is seen."""
+        ...
+
+    def embed(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b d"]:
+        """The caption embedding that a picture suggests, to compare with `center`'s."""
+        ...
+
+    def center(self, text_embeddings: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:
+        """Caption embeddings less their mean over the training captions."""
+        ...
+
+
+class Scorers(TypedDict, total=False):
+    """The scorers at hand, by the names of their protocols."""
+
+    text_embed: TextEmbedder
+    face_embed: FaceEmbedder
+    scene: SceneScorer
+
+
+PROTOCOLS = {  # what to do about one that is missing
+    "text_embed": "the run's own text encoder (`scorers.embedders`)",
+    "face_embed": "the run has no face encoder, set conditioning.identity, e.g. dict(kind='lda')",
+    "scene": "a scene scorer fitted on the data (`scorers.scene`)",
+}
+
+
+def digest(scorers: Scorers) -> str:
+    """Names in a result the scorers that have weights of their own: their digests, or `none`."""
+    digests = [scorer.digest for scorer in scorers.values() if hasattr(scorer, "digest")]
+    return ", ".join(digests) or "none"
+
+
+def local_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Context with no multi-process mesh: each process scores only its own rows.
+
+    A scorer runs on as many pictures as its process has, which differs between processes, so a
+    program over the mesh of all of them would wait for calls that never come.
+    """
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(sharding.make_mesh(data=1, devices=jax.local_devices()[:1]))

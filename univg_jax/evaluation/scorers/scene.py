@@ -1,0 +1,261 @@
+"""The scene scorer: what a generated scene shows, by models fitted on the data's own exact labels.
+
+No public detector or CLIP knows a 48-pixel emoji scene, so this data brings its own scorer:
+
+* a small network names every pixel (`segmenter`), trained on the masks of the train split;
+* a ridge regression W = (X'X + lambda I)^-1 X'Y, in closed form, maps the picture's features X
+  (what is where, and coarse colors) to the sentence embedding Y of its caption.
+
+Both are deterministic and are cached beside the dataset. They know this data only and make
+mistakes, so their score on the real held-out pictures stands beside every number as its ceiling.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+
+import cv2
+import jax
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Bool, Float, Int, UInt8
+from tqdm import tqdm
+
+from data_pipelines.sources import Source
+from univg_jax.evaluation.scorers import TextEmbedder, local_mesh, segmenter
+from univg_jax.evaluation.scorers.segmenter import DEFAULT_FIT, RESOLUTION, FitOptions, Params
+from univg_jax.files import write_whole
+
+VERSION = 1  # of the fit: part of the cache's key
+
+Images = UInt8[np.ndarray, "b h w 3"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FittedSceneScorer:
+    """The `SceneScorer` of a network and a ridge regression. It scores pictures at `RESOLUTION`."""
+
+    nouns: tuple[str, ...]  # noun i is class i + 1; class 0 is background
+    noun_of: Callable[[str], str]  # "two red apples" -> "apple"
+    segmenter: Params
+    ridge: Params  # feature_mean, feature_scale, weights, text_mean
+
+    def segment(self, images: Images) -> Float[np.ndarray, "b r r k"]:
+        """The probability of each class at every pixel; class i + 1 is `nouns[i]`."""
+        return segmenter.probabilities(self.segmenter, _resize(images))
+
+    def detect(
+        self, image: UInt8[np.ndarray, "h w 3"], *, min_area: float = 0.004
+    ) -> dict[str, Float[np.ndarray, "_ 4"]]:
+        """Boxes in [0, 1] of every noun: its connected regions above `min_area` of the image.
+
+        Gaps of one pixel within an object do not split it.
+        """
+        labels = self.segment(image[None])[0].argmax(-1)
+        return {
+            noun: boxes
+            for index, noun in enumerate(self.nouns, start=1)
+            if len(boxes := _component_boxes(labels == index, min_area=min_area))
+        }
+
+    def embed(self, images: Images) -> Float[np.ndarray, "b d"]:
+        """The predicted caption embedding less the mean caption's, to compare with `center`'s."""
+        ridge, features = self.ridge, _features(_resize(images), self.segment(images))
+        return (features - ridge["feature_mean"]) / ridge["feature_scale"] @ ridge["weights"]
+
+    def center(self, text_embeddings: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:
+        """Caption embeddings less the mean of the training captions.
+
+        All captions share that mean, so it would only hide the differences that pictures show.
+        """
+        return text_embeddings - self.ridge["text_mean"]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 (12 digits) of the nouns and every weight."""
+        return hashlib.sha256(self._to_bytes()).hexdigest()[:12]
+
+    def save(self, path: epath.PathLike) -> None:
+        """Writes the nouns and the weights as safetensors."""
+        write_whole(path, self._to_bytes())
+
+    @classmethod
+    def load(cls, path: epath.PathLike, *, noun_of: Callable[[str], str]) -> "FittedSceneScorer":
+        """The scorer that `save` wrote."""
+        # safetensors: eight bytes with the header's length, the header as JSON, the tensors.
+        raw = epath.Path(path).read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        groups: dict[str, Params] = {"segmenter": {}, "ridge": {}}
+        for name, value in safetensors.numpy.load(raw).items():
+            group, _, leaf = name.partition("/")
+            groups[group][leaf] = value
+        nouns = tuple(json.loads(header["__metadata__"]["nouns"]))
+        return cls(nouns=nouns, noun_of=noun_of, **groups)
+
+    def _to_bytes(self) -> bytes:
+        groups = {"segmenter": self.segmenter, "ridge": self.ridge}
+        tensors = {
+            f"{group}/{name}": np.asarray(value)
+            for group, tree in groups.items()
+            for name, value in sorted(tree.items())
+        }
+        return safetensors.numpy.save(tensors, {"nouns": json.dumps(self.nouns)})
+
+
+def open_scene_scorer(
+    source: Source,
+    *,
+    noun_of: Callable[[str], str],
+    embed_text: TextEmbedder,
+    cache_dir: epath.PathLike,
+    key: str,
+    options: FitOptions = DEFAULT_FIT,
+    progress: bool = True,
+) -> FittedSceneScorer:
+    """The scorer fitted on `source`, or read from `cache_dir` if it was fitted before.
+
+    The name of the cached file is a hash of `key`, which says what the data is, and of the options:
+    data or options that changed never meet an old scorer. All processes call it; process 0 fits.
+    """
+    settings = [VERSION, RESOLUTION, segmenter.WIDTHS, options.steps, options.batch_size]
+    settings += [options.max_records, options.seed, key]
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    cache = epath.Path(cache_dir) / f"scene_scorer-{digest}.safetensors"
+
+    def fitted() -> FittedSceneScorer:
+        if cache.exists():
+            return FittedSceneScorer.load(cache, noun_of=noun_of)
+        with local_mesh():
+            scorer = fit_scene_scorer(
+                source, noun_of=noun_of, embed_text=embed_text, options=options, progress=progress
+            )
+        scorer.save(cache)
+        return scorer
+
+    if jax.process_index() == 0:
+        fitted()
+    # The others read what process 0 wrote, or fit the same where they do not share its disk.
+    multihost_utils.sync_global_devices("univg_jax.scene_scorer")
+    return fitted()
+
+
+def fit_scene_scorer(
+    source: Source,
+    *,
+    noun_of: Callable[[str], str],
+    embed_text: TextEmbedder,
+    options: FitOptions = DEFAULT_FIT,
+    progress: bool = True,
+) -> FittedSceneScorer:
+    """The scorer of records with an image, a caption, phrases and their masks; deterministic."""
+    chosen = np.random.default_rng(options.seed).permutation(len(source))[: options.max_records]
+    fields = ("image", "caption", "phrases", "masks")
+    records = [
+        source.read(int(i), fields)
+        for i in tqdm(chosen, "scorer: reading scenes", disable=not progress)
+    ]
+    nouns = tuple(sorted({noun_of(phrase) for r in records for phrase in r["phrases"]}))
+    classes = {noun: i for i, noun in enumerate(nouns, start=1)}
+    images = np.concatenate([_resize(r["image"][None]) for r in records])
+    labels = np.stack(
+        [_label_map(r["masks"], [classes[noun_of(p)] for p in r["phrases"]]) for r in records]
+    )
+    params = segmenter.fit(
+        images, labels, classes=len(nouns) + 1, options=options, progress=progress
+    )
+    scorer = FittedSceneScorer(nouns=nouns, noun_of=noun_of, segmenter=params, ridge={})
+    features = _features(images, scorer.segment(images))
+    captions, caption_of = np.unique([r["caption"] for r in records], return_inverse=True)
+    text = np.asarray(embed_text(captions.tolist()), float)[caption_of]
+    return dataclasses.replace(scorer, ridge=_fit_ridge(features, text))
+
+
+def _component_boxes(mask: Bool[np.ndarray, "r r"], *, min_area: float) -> Float[np.ndarray, "_ 4"]:
+    """Boxes of the connected regions that cover at least `min_area` of the picture."""
+    closed = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+    count, regions = cv2.connectedComponents(closed, connectivity=8)
+    h, w = mask.shape
+    boxes = []
+    for region in range(1, count):  # 0 is the rest of the image
+        ys, xs = np.nonzero((regions == region) & mask)
+        if len(ys) >= max(min_area * mask.size, 1):
+            boxes.append([xs.min() / w, ys.min() / h, (xs.max() + 1) / w, (ys.max() + 1) / h])
+    return np.array(boxes, float).reshape(-1, 4)
+
+
+def _resize(images: Images) -> UInt8[np.ndarray, "b r r 3"]:
+    if images.shape[1:3] == (RESOLUTION, RESOLUTION):
+        return images
+    mode = cv2.INTER_AREA if images.shape[1] > RESOLUTION else cv2.INTER_LINEAR
+    return np.stack(
+        [cv2.resize(image, (RESOLUTION, RESOLUTION), interpolation=mode) for image in images]
+    )
+
+
+def _label_map(masks: UInt8[np.ndarray, "n h w"], classes: list[int]) -> Int[np.ndarray, "r r"]:
+    """The class of every pixel at `RESOLUTION`. Where objects overlap, the smallest one counts."""
+    labels = np.zeros((RESOLUTION, RESOLUTION), np.int32)
+    for i in sorted(range(len(masks)), key=lambda i: -int(masks[i].sum())):
+        mask = cv2.resize(
+            masks[i].astype(np.float32), (RESOLUTION, RESOLUTION), interpolation=cv2.INTER_AREA
+        )
+        labels[mask >= 0.5] = classes[i]
+    return labels
+
+
+def _features(
+    images: UInt8[np.ndarray, "b r r 3"], probabilities: Float[np.ndarray, "b r r k"]
+) -> Float[np.ndarray, "b f"]:
+    """Features of pictures: what is in them, roughly where, and in which colors.
+
+    Of each class its area, its highest probability and its area on a 3x3 grid; the mean color of
+    each noun; the colors of the picture on a 6x6 grid.
+    """
+    b, r, _, k = probabilities.shape
+    p = probabilities.astype(float)
+    colors = images.astype(float) / 255
+    area = p.mean((1, 2))
+    grid = np.sqrt(p.reshape(b, 3, r // 3, 3, r // 3, k).mean((2, 4)))
+    # The square root spreads the small areas: presence matters more than size.
+    named = np.einsum("bhwk,bhwc->bkc", p[..., 1:], colors - 0.5) / r**2
+    coarse = colors.reshape(b, 6, r // 6, 6, r // 6, 3).mean((2, 4))
+    peaks = p.reshape(b, -1, k).max(1)
+    groups = [np.sqrt(area), peaks, grid, np.sign(named) * np.sqrt(np.abs(named)), coarse]
+    return np.concatenate([group.reshape(b, -1) for group in groups], axis=1)
+
+
+def _fit_ridge(features: Float[np.ndarray, "n f"], text: Float[np.ndarray, "n d"]) -> Params:
+    """Ridge regression of centered text on standardized features; lambda by generalized
+    cross-validation.
+
+    GCV(lambda) = |Y - H Y|² / (n - tr H)², H = X (X'X + lambda I)^-1 X', from one
+    eigendecomposition.
+    """
+    mean, scale, text_mean = features.mean(0), features.std(0) + 1e-3, text.mean(0)
+    x, y = (features - mean) / scale, text - text_mean
+    n = len(x)
+    values, vectors = np.linalg.eigh(x.T @ x)
+    values = np.maximum(values, 0)
+    projected = vectors.T @ (x.T @ y)
+
+    def gcv(penalty: float) -> float:
+        solution = projected / (values + penalty)[:, None]
+        # |Y - XW|² = |Y|² - 2 <X'Y, W> + <W, X'X W>, all in the eigenbasis.
+        residual = (
+            np.sum(y**2) - 2 * np.sum(projected * solution) + np.sum(values[:, None] * solution**2)
+        )
+        return residual / (n - np.sum(values / (values + penalty))) ** 2
+
+    penalty = min((n * 10.0**e for e in (-4, -3, -2, -1, 0, 1)), key=gcv)
+    weights = vectors @ (projected / (values + penalty)[:, None])
+    tree = {
+        "feature_mean": mean,
+        "feature_scale": scale,
+        "weights": weights,
+        "text_mean": text_mean,
+    }
+    return {name: value.astype(np.float32) for name, value in tree.items()}
