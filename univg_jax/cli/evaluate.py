@@ -8,7 +8,8 @@ from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmarks import BENCHMARKS, open_benchmark
-from univg_jax.evaluation.run import evaluate, table
+from univg_jax.evaluation.run import evaluate
+from univg_jax.evaluation.score import table
 from univg_jax.pipeline import Pipeline
 
 

@@ -5,8 +5,7 @@ import json
 
 from etils import epath
 
-from univg_jax.evaluation.report import write_report
-from univg_jax.evaluation.sheet import write_sheet
+from univg_jax.evaluation.report import write_report, write_sheet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
