@@ -1,19 +1,18 @@
-"""How to spend the memory of a pod: remat and gradient accumulation for each model size and
-resolution.
+"""Remat and gradient accumulation for each pod, model size and resolution.
 
-At the paper's batch of 512 the batch never changes, only how a device gets through its rows.
-`minimal` writes less to HBM than `none`, which is the bound wherever the interconnect is not; there
-`none` computes less in the same time. BUILD.md has what `univg plan` says about each; `python
-tools/plans.py` makes that table.
+The batch is always the paper's 512; what differs is how a device gets through its rows. `minimal`
+writes less to HBM than `none`, and HBM is the bound except where the interconnect is. In those
+places `none` takes no more time and computes less. BUILD.md shows what `univg plan` says about each
+recommendation, in a table that `python tools/plans.py` makes.
 """
 
 from ml_collections import ConfigDict
 
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, check_name
 
 RESOLUTIONS = (256, 512, 1024)
-# Accelerator types as Google Cloud names them (a v5p's number counts two cores a chip), and their
-# shapes.
+# Shapes by accelerator type, as Google Cloud names it. The number of a v5p counts cores, and a chip
+# has two.
 TOPOLOGIES = {
     "v5e-16": "v5e:4x4",
     "v5e-64": "v5e:8x8",
@@ -71,17 +70,17 @@ RECOMMENDED = {
 
 
 def fit(config: ConfigDict, pod: str) -> None:
-    """Sets what `pod` needs, in place. Raises ValueError for a pod, a size or a resolution that is
-    not in the table.
+    """Sets what `pod` needs, in place.
+
+    Raises UserError for a pod, a size or a resolution that is not in the table.
     """
-    if pod not in RECOMMENDED:
-        raise UserError(f"pod={pod!r} is not one of {', '.join(RECOMMENDED)}")
-    sizes, size, resolution = RECOMMENDED[pod], config.model.size, config.data.resolution
+    size, resolution = config.model.size, config.data.resolution
+    sizes = RECOMMENDED[check_name(pod, RECOMMENDED, what="pod")]
     if size not in sizes or resolution not in RESOLUTIONS:
-        known = f"sizes {', '.join(sizes)} at {', '.join(map(str, RESOLUTIONS))} px"
+        listed = f"sizes {', '.join(sizes)} at {', '.join(map(str, RESOLUTIONS))} px"
         raise UserError(
-            f"pod={pod}: size={size},res={resolution} has no recommendation, only {known}; plan your own"
+            f"pod={pod}: size={size},res={resolution} has no recommendation, only {listed}; "
+            "plan your own"
         )
-    config.model.overrides.remat, config.optim.accumulate = sizes[size][
-        RESOLUTIONS.index(resolution)
-    ]
+    remat, accumulate = sizes[size][RESOLUTIONS.index(resolution)]
+    config.model.overrides.remat, config.optim.accumulate = remat, accumulate

@@ -51,7 +51,7 @@ ENTRY %main (a: bf16[30,8,64], b: bf16[30,16,64]) -> bf16[30,8,16] {
   %b = bf16[30,16,64]{2,1,0} parameter(1)
   ROOT %c = bf16[30,8,16]{2,1,0} convolution(%a, %b), window={size=30 stride=29 lhs_dilate=30}, dim_labels=0bf_0oi->0bf
 }
-"""
+"""  # noqa: E501
 
 
 def test_a_batched_product_as_a_tpu_writes_it_counts_the_taps_that_meet_an_input():
@@ -115,6 +115,32 @@ def test_collectives_by_kind_group_and_bytes():
     # Devices 0 to 3 are the first row of the mesh: over data a group spans 4.
     assert found["all-reduce"].crosses(4)
     assert not found["all-gather"].crosses(4)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        "replica_groups={{0,2,4,6},{1,3,5,7}}, use_global_device_ids=true",
+        "replica_groups=[2,4]<=[4,2]T(1,0), use_global_device_ids=true",
+        "replica_groups=mesh['data'=4,'fsdp'=2] {'data'}, use_global_device_ids=true",
+    ],
+)
+def test_groups_are_read_in_each_of_their_three_notations(groups):
+    text = f"""HloModule test
+
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}}
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %y = f32[8]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add
+}}
+"""
+    (found,) = hlo.count(text).collectives
+    assert (found.kind, found.group, found.span, found.bytes) == ("all-reduce", 4, 6, 32)
 
 
 def test_memory_counts_the_slice_of_an_array_that_a_loop_reads():

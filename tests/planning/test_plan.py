@@ -8,17 +8,14 @@ import pathlib
 
 import jax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import pods
 from univg_jax import configs
 from univg_jax.cli import plan as cli
 from univg_jax.cli.main import main
-from univg_jax.errors import UserError
 from univg_jax.planning import search
-from univg_jax.planning.plan import Plan, Program, compile_plan
+from univg_jax.planning.plan import Plan, compile_plan
 from univg_jax.planning.topology import open_topology
 
 pytestmark = pytest.mark.xdist_group("libtpu")  # the compiler takes both cores: one after another
@@ -148,79 +145,6 @@ def test_bad_input_is_one_line(arguments, message, capsys):
     assert main(["plan", f"--config={STAGE1}:size=tiny,res=256", *arguments]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
-
-
-class LinearMemory:
-    """Compiles programs whose memory is a line in the rows of a device, and records the rows."""
-
-    def __init__(self, at_rest: float, a_row: float, *, hbm: float) -> None:
-        self.at_rest, self.a_row, self.hbm = at_rest, a_row, hbm
-        self.compiled: list[int] = []
-
-    def __call__(self, config, topology):
-        batch = config.data.batch_size
-        rows = batch // 4
-        self.compiled.append(rows)
-        peak = int(self.at_rest + rows * self.a_row)
-        program = Program(name="train", peak=peak, over=max(peak - self.hbm, 0.0))
-        chip = topology.chip
-        return Plan(
-            config="", topology="", chip=chip, devices=4, mesh=dict(data=1, fsdp=4, tensor=1), model={}, optimizer={},
-            parameters=0, batch=batch, encoders=False, replicated=(), programs=(program,),
-        )  # fmt: skip
-
-
-@given(largest=st.integers(0, 3000), start=st.integers(1, 200), at_rest=st.floats(0, 0.9))
-@settings(deadline=None, max_examples=50)
-def test_max_batch_finds_the_largest_with_few_programs(largest, start, at_rest):
-    topology = open_topology("v5e:2x2")
-    hbm = topology.chip.hbm
-    compile_ = LinearMemory(at_rest * hbm, (1 - at_rest) * hbm / (largest + 0.5), hbm=hbm)
-    config = configs.load(f"{STAGE1}:size=tiny", [f"data.batch_size={4 * start}"])
-    assert search.max_batch(config, topology, compile_) == 4 * largest
-    assert len(compile_.compiled) == len(set(compile_.compiled))
-    # At worst it grows fourfold, then halves; memory that is a line needs a few.
-    assert len(compile_.compiled) <= 8 + 2 * math.log2(max(largest, start) + 1)
-
-
-def test_sweep_ranks_what_fits_by_its_roofline():
-    topology = open_topology("v5e:4x4")
-    config = configs.load(f"{STAGE1}:size=tiny", ["data.batch_size=64"])
-    tried = []
-
-    def compile_(config, topology):
-        fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
-        remat = config.model.overrides["remat"]
-        tried.append((fsdp, tensor, remat))
-        fits = tensor == 1 and remat != "none"
-        seconds = {"compute": 2.0 - 1 / fsdp, "HBM": dict(minimal=0.5, full=1.95).get(remat, 0.0)}
-        return Plan(
-            config="", topology="", chip=topology.chip, devices=16, mesh=dict(data=16 // fsdp // tensor, fsdp=fsdp),
-            model=dict(remat=remat), optimizer={}, parameters=0, batch=64, encoders=False, replicated=(),
-            programs=(Program(name="train", over=0.0 if fits else 1.0, seconds=seconds if fits else {}),),
-        )  # fmt: skip
-
-    plans = search.sweep(config, topology, compile_)
-    fitting = [p for p in plans if p.fits]
-    assert plans[: len(fitting)] == fitting
-    rooflines = [p.programs[0].roofline for p in fitting]
-    assert rooflines == sorted(rooflines)
-    assert fitting[0].mesh == dict(data=4, fsdp=4)
-    assert fitting[0].model["remat"] in ("minimal", "full")
-    assert {(fsdp, tensor) for fsdp, tensor, _ in tried} == {
-        (16, 1),
-        (8, 1),
-        (4, 1),
-        (8, 2),
-        (4, 2),
-        (2, 2),
-    }
-    # Offloading only where nothing else fits.
-    assert {tensor for _, tensor, remat in tried if remat == "offload"} == {2}
-
-    odd = configs.load(f"{STAGE1}:size=tiny", ["data.batch_size=7"])
-    with pytest.raises(UserError, match=r"batch_size=7 divides over no mesh of v5e:4x4"):
-        search.sweep(odd, topology, compile_)
 
 
 @pytest.mark.slow
