@@ -99,11 +99,11 @@ def _scale(task: TaskResult) -> list[View]:
         return []
     best = values[task.metric.best(values)]
     worst = max(values.values(), key=lambda value: abs(value - best))
-    span = (best - worst) or 1.0
+    span = abs(best - worst) or 1.0
     return [
         {
             "system": system,
-            "percent": round(100 * (value - worst) / span, 2),
+            "percent": round(100 * abs(value - worst) / span, 2),
             "value": format_value(value, task.metric),
         }
         for system, value in values.items()
