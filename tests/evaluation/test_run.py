@@ -1,27 +1,35 @@
 """The same numbers however cases are batched or sharded, and nothing is done twice."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests import processes
+from data_pipelines.collate import Collator
+from data_pipelines.tokenizer import TokenizedText
+from tests import helpers, processes
 from tests.evaluation import evaluation_cases as data
+from univg_jax import sharding
 from univg_jax.errors import UserError
+from univg_jax.evaluation.benchmark import Cases
 from univg_jax.evaluation.benchmarks.emoji_scenes import BENCHMARK
-from univg_jax.evaluation.run import evaluate_systems
+from univg_jax.evaluation.run import Evaluator, evaluate
+from univg_jax.pipeline import Pipeline
+from univg_jax.sampling import Generator
+from univg_jax.settings import Config
 
 TASKS = ("ie", "seg", "depth")
 
 
 def run(out, *, batch_size=4, count=7, settings=None, model=data.blurred, tasks=TASKS, **systems):
     records = [data.scene(i) for i in range(20)]
-    return evaluate_systems(
-        BENCHMARK,
-        {"model": model, "untrained": data.noise, "real": lambda batch: batch.target, **systems},
-        cases={t: data.make_cases(t, records[:count]) for t in tasks},
-        train={t: data.make_cases(t, records[10:]) for t in tasks},
+    systems = {"model": model, "untrained": data.noise, "real": lambda b: b.target, **systems}
+    evaluator = Evaluator(
+        benchmark=BENCHMARK,
+        systems={name: system for name, system in systems.items() if system},
         collate=data.stack,
         scorers={},
         settings=settings or {"checkpoint_step": 3, "seed": 0},
@@ -30,6 +38,11 @@ def run(out, *, batch_size=4, count=7, settings=None, model=data.blurred, tasks=
         num_samples=2,
         progress=False,
     )
+    cases, train = (
+        {task: data.make_cases(task, chosen) for task in tasks}
+        for chosen in (records[:count], records[10:])
+    )
+    return evaluator.run(cases, train=train)
 
 
 def test_results_and_files(tmp_path):
@@ -100,18 +113,8 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_task(tmp_path):
 
 
 def test_bad_calls_are_named(tmp_path):
-    with pytest.raises(ValueError, match="'model'"):
-        evaluate_systems(
-            BENCHMARK,
-            {},
-            cases={},
-            train={},
-            collate=data.stack,
-            scorers={},
-            settings={},
-            out=tmp_path,
-            batch_size=1,
-        )
+    with pytest.raises(ValueError, match="systems must have 'model'"):
+        run(tmp_path, model=None)
     with pytest.raises(UserError, match="no example of task 'ie'"):
         run(tmp_path, count=0)
     with pytest.raises(UserError, match="needs the scorer 'scene'"):
@@ -145,3 +148,89 @@ def test_two_processes_agree_with_one_bitwise(tmp_path):
     assert images[0] == images[1]
     for path in images[0]:
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
+
+
+# --- of a pipeline ---
+
+TOY = dataclasses.replace(
+    BENCHMARK,
+    name="toy",
+    cases=lambda config, task, *, split, num: Cases(
+        task,
+        [data.scene(i + 100 * (split == "train")) for i in range(min(num, 9))],
+        resolution=config.data.resolution,
+        fields=BENCHMARK.tasks[task].needs_fields,
+    ),
+    fingerprint=lambda config: config.data.dir,
+    open_scorers=lambda pipeline, *, needs, progress: {},
+)
+
+
+def tokenize(text: str, num_tokens: int) -> TokenizedText:
+    """Lengths of words as tokens."""
+    tokens = np.array([*map(len, text.split()), *[0] * num_tokens], np.int32)[:num_tokens]
+    blank = np.zeros(num_tokens, bool)
+    return TokenizedText(tokens=tokens, text_mask=tokens > 0, identity_slot=blank, num_truncated=0)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    """A model at its initialization."""
+    config = helpers.tiny_config().to_dict()
+    config["data"] |= {"resolution": 16, "dataset": "", "dir": "nowhere"}
+    config["sampling"]["steps"] = 1
+    config = Config.of(config)
+    conditioner, frozen = helpers.tiny_conditioner()
+    generator = Generator(
+        model=helpers.tiny_model(conditioner),
+        conditioner=conditioner,
+        sampler=config.sampling.sampler,
+    )
+    blank = Pipeline(
+        config=config,
+        params=None,
+        frozen=frozen,
+        mesh=sharding.make_mesh(data=-1),
+        generator=generator,
+        collator=Collator(tokenizer=tokenize, shape=helpers.SHAPE),
+        path="run",
+        step=7,
+    )
+    init = jax.jit(blank._init_params, out_shardings=sharding.replicated(blank.mesh))
+    with jax.set_mesh(blank.mesh):
+        return dataclasses.replace(blank, params=init(jax.random.key(1)))
+
+
+def test_a_pipeline_is_compared_with_its_untrained_self_its_codec_and_the_truth(pipeline, tmp_path):
+    results = evaluate(
+        pipeline,
+        TOY,
+        out=tmp_path,
+        tasks=["ie"],
+        batch_size=8,
+        data_dir="elsewhere",
+        settings={"parameters": "ema"},
+        progress=False,
+    )
+    settings = results["settings"]
+    assert settings["checkpoint"] == "run"
+    assert (settings["step"], settings["parameters"], settings["split"]) == (7, "ema", "test")
+    assert settings["steps"] == 1
+    (task,) = results["tasks"].values()
+    assert task["examples"] == 9
+    assert list(task["systems"]) == ["model", "untrained", "codec", "real", "trivial"]
+    values = {name: entry["l1"]["value"] for name, entry in task["systems"].items()}
+    assert values["real"] == 0 < values["codec"] < values["model"]
+    assert len(list((tmp_path / "ie").glob("???.png"))) == 9
+    again = evaluate(pipeline, TOY, out=tmp_path, tasks=["ie"], batch_size=8, progress=False)
+    assert again["settings"]["dataset"] != settings["dataset"], "it was of other data"
+
+
+def test_what_a_pipeline_cannot_be_evaluated_on_is_named(pipeline, tmp_path):
+    with pytest.raises(UserError, match="batch size 12: expected a multiple of 8 devices"):
+        evaluate(pipeline, TOY, out=tmp_path, batch_size=12)
+    with pytest.raises(UserError, match="unknown task of this run: 'pose'"):
+        evaluate(pipeline, TOY, out=tmp_path, tasks=["pose"])
+    few = dataclasses.replace(TOY, tasks={"t2i": TOY.tasks["t2i"]})
+    with pytest.raises(UserError, match="unknown task of toy: 'ie'"):
+        evaluate(pipeline, few, out=tmp_path, tasks=["ie"])

@@ -1,8 +1,8 @@
 """Evaluation of a trained model on a benchmark, beside what it has to beat.
 
-`evaluate` makes the systems of a `Pipeline` and opens the benchmark's data and scorers.
-`evaluate_systems` runs any systems: it generates (`generate`), scores (`score`), and keeps what is
-finished, so that a killed evaluation goes on with the next task.
+`evaluate` makes the systems of a `Pipeline` and opens the benchmark's data and scorers. `Evaluator`
+runs any systems: it generates (`generate`), scores (`score`), and keeps what is finished, so that a
+killed evaluation goes on with the next task.
 """
 
 import collections
@@ -52,7 +52,7 @@ def evaluate(
     All processes call it. `tasks` are by default those that the model was trained on and the
     benchmark has; `num_examples` is for each. `batch_size` is global. `data_dir` replaces the
     folder of the run's own data. `settings` are stored with the results, beside those that the
-    pipeline knows. See `evaluate_systems` for what is written to `out`, and returned.
+    pipeline knows. See `Evaluator.run` for what is written to `out`, and returned.
 
     Raises UserError for an unknown task, a split that is missing, a batch size that does not divide
     over the devices, or a scorer that cannot be had.
@@ -75,11 +75,9 @@ def evaluate(
     train = {name: benchmark.cases(config, name, split="train", num=NUM_TRAIN) for name in chosen}
     needs = {need: None for name in chosen for need in benchmark.tasks[name].needs_scorers}
     fingerprint = hashlib.sha256(benchmark.fingerprint(config).encode()).hexdigest()[:12]
-    return evaluate_systems(
-        benchmark,
-        pipeline_systems(pipeline, seed=seed),
-        cases=cases,
-        train=train,
+    evaluator = Evaluator(
+        benchmark=benchmark,
+        systems=pipeline_systems(pipeline, seed=seed),
         collate=pipeline.collator,
         scorers=benchmark.open_scorers(pipeline, needs=tuple(needs), progress=progress),
         settings={
@@ -92,6 +90,7 @@ def evaluate(
         num_samples=num_samples,
         progress=progress,
     )
+    return evaluator.run(cases, train=train)
 
 
 def pipeline_systems(pipeline: Pipeline, *, seed: int) -> dict[str, System]:
@@ -126,142 +125,126 @@ def _settings(pipeline: Pipeline, *, given: Mapping[str, Any], seed: int) -> dic
     }
 
 
-def evaluate_systems(
-    benchmark: Benchmark,
-    systems: Mapping[str, System],
-    *,
-    cases: Mapping[str, Cases],
-    train: Mapping[str, Cases],
-    collate: Collate,
-    scorers: Scorers,
-    settings: Mapping[str, Any],
-    out: epath.PathLike,
-    batch_size: int,
-    num_samples: int = 6,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Scores systems on cases, by task; returns what process 0 writes to `out/results.json`.
-
-    All processes call it. `systems` must have "model"; a system is any function that makes an image
-    of each row of a batch. Trivial answers are made from the cases `train`. `settings` say how the
-    images were made: a task whose results for the same settings are in `out` already is not run
-    again. The model's images are written to `out/<task>/NNN.png`, the first `num_samples` with
-    their input and target.
-
-    Raises UserError for a task that the benchmark does not have, or that has no case, a scorer that
-    is absent, a batch size that does not divide over the processes, or an unreadable results.json.
-    """
-    if "model" not in systems:
-        raise ValueError(f"systems must have 'model', got {', '.join(systems) or 'none'}")
-    for name in cases:
-        check_name(name, benchmark.tasks, what=f"task of {benchmark.name}:")
-        if not len(cases[name]):
-            raise UserError(f"no example of task {name!r} to evaluate")
-    out, settings = epath.Path(out), {**settings, "scorers": scorers_lib.digest(scorers)}
-    results = _read_results(out / "results.json", settings)
-    version = [VERSION, benchmark.name, benchmark.version, sorted(systems), settings]
-    keys = {name: _hash([*version, name, len(cases[name])]) for name in cases}
-    todo = [n for n in cases if results["tasks"].get(n, {}).get("key") != keys[n]]
-    total = sum(len(cases[name]) * len(systems) for name in todo)
-    quiet = not (progress and total and jax.process_index() == 0)
-    with tqdm(total=total, unit="image", disable=quiet) as bar:
-        job = _Job(
-            systems=systems,
-            collate=collate,
-            scorers=scorers,
-            out=out,
-            batch_size=batch_size,
-            num_samples=num_samples,
-            bar=bar,
-        )
-        for name in todo:
-            bar.set_description(f"evaluate {name}")
-            result = _evaluate_task(
-                job, benchmark.tasks[name], cases=cases[name], train=train[name]
-            )
-            results["tasks"][name] = {"key": keys[name], **result}
-            # In the order of `cases`, whichever were finished before.
-            results["tasks"] = {n: results["tasks"][n] for n in cases if n in results["tasks"]}
-            if jax.process_index() == 0:
-                write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
-    return results
+Key = tuple[str, str]  # who answered: ("systems", "model"), ("trivial", "a copy of the source")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What all tasks of an evaluation share."""
+class Evaluator:
+    """Scores systems on cases of a benchmark. All processes make the same one and call `run`.
 
+    `systems` must have "model"; a system is any function that makes an image of each row of a
+    batch. `settings` say how the images were made, and are stored with the results.
+    """
+
+    benchmark: Benchmark
     systems: Mapping[str, System]
     collate: Collate
     scorers: Scorers
-    out: epath.Path
-    batch_size: int
-    num_samples: int
-    bar: tqdm
+    settings: Mapping[str, Any]
+    out: epath.PathLike
+    batch_size: int  # global
+    num_samples: int = 6  # cases whose input and target are written, too
+    progress: bool = True
 
+    def run(self, cases: Mapping[str, Cases], *, train: Mapping[str, Cases]) -> dict[str, Any]:
+        """Scores the cases of each task; returns what process 0 writes to `out/results.json`.
 
-Key = tuple[str, str]  # ("systems", "model"), ("trivial", "a copy of the source"), ...
+        Trivial answers are made from the cases `train`. A task whose results for the same settings
+        are in `out` already is not run again. The model's images are written to
+        `out/<task>/NNN.png`.
 
+        Raises UserError for a task that the benchmark does not have or that has no case, a scorer
+        that is absent, a batch size that does not divide over the processes, or an unreadable
+        results.json.
+        """
+        if "model" not in self.systems:
+            raise ValueError(f"systems must have 'model', got {', '.join(self.systems) or 'none'}")
+        for name in cases:
+            check_name(name, self.benchmark.tasks, what=f"task of {self.benchmark.name}:")
+            if not len(cases[name]):
+                raise UserError(f"no example of task {name!r} to evaluate")
+        path = epath.Path(self.out) / "results.json"
+        settings = {**self.settings, "scorers": scorers_lib.digest(self.scorers)}
+        results = _read_results(path, settings)
+        version = [VERSION, self.benchmark.name, self.benchmark.version, sorted(self.systems)]
+        keys = {name: _hash([*version, settings, name, len(cases[name])]) for name in cases}
+        todo = [n for n in cases if results["tasks"].get(n, {}).get("key") != keys[n]]
+        total = sum(len(cases[name]) * len(self.systems) for name in todo)
+        quiet = not (self.progress and total and jax.process_index() == 0)
+        with tqdm(total=total, unit="image", disable=quiet) as bar:
+            for name in todo:
+                bar.set_description(f"evaluate {name}")
+                task = self.benchmark.tasks[name]
+                result = self._evaluate(task, cases[name], train=train[name], bar=bar)
+                results["tasks"][name] = {"key": keys[name], **result}
+                # In the order of `cases`, whichever were finished before.
+                results["tasks"] = {n: results["tasks"][n] for n in cases if n in results["tasks"]}
+                if jax.process_index() == 0:
+                    write_whole(path, json.dumps(results, indent=1) + "\n")
+        return results
 
-def _evaluate_task(job: _Job, task: BenchmarkTask, *, cases: Cases, train: Cases) -> dict[str, Any]:
-    """The entry of one task in results.json."""
-    with local_mesh():
-        score_fn = task.score_fn(job.scorers, cases)
-        template = score_fn(cases[0], cases[0].example.target)
-        answers = {("trivial", name): answer for name, answer in task.make_trivial(train).items()}
-    answers |= {("references", name): answer for name, answer in task.references.items()}
-    rows = _score_cases(job, cases, score_fn=score_fn, answers=answers)
-
-    summaries: dict[str, dict[str, score.Summary]] = collections.defaultdict(dict)
-    # Not in the order of `rows`: a process may have no rows, and all must gather the same thing.
-    for kind, name in [*(("systems", name) for name in job.systems), *answers]:
-        gathered = score.gather(rows[kind, name], count=len(cases), template=template)
-        summaries[kind][name] = score.summarize(gathered)
-    if chance := task.chance(cases):
-        summaries["trivial"]["chance"] = {
-            metric: {"value": value, "stderr": None, "count": 0.0}
-            for metric, value in chance.items()
-        }
-    verdict = score.verdict(task, systems=summaries["systems"], trivial=summaries["trivial"])
-    return {
-        "title": task.title,
-        "metric": task.primary,
-        "metrics": {name: dataclasses.asdict(metric) for name, metric in task.metrics.items()},
-        "examples": len(cases),
-        "systems": verdict["systems"],
-        "trivial": verdict["trivial"],
-        "references": dict(summaries["references"]),
-        "beats": verdict["beats"],
-        "difficulty": task.difficulty,
-        "note": task.note,
-        "samples": [_sample(cases, i) for i in range(min(job.num_samples, len(cases)))],
-    }
-
-
-def _score_cases(
-    job: _Job, cases: Cases, *, score_fn: ScoreFn, answers: Mapping[Key, AnswerFn]
-) -> Mapping[Key, dict[int, score.Scores]]:
-    """The scores of this process's cases, by what answered and case index.
-
-    All systems answer a batch before the next one is read, so that each case is decoded once. The
-    model's images are written on the way.
-    """
-    rows: dict[Key, dict[int, score.Scores]] = collections.defaultdict(dict)
-    for batch in generate.case_batches(cases, collate=job.collate, batch_size=job.batch_size):
-        images: dict[Key, Sequence[np.ndarray]] = {}
-        for name, system in job.systems.items():
-            images["systems", name] = batch.images(system)
-            job.bar.update(len(batch.cases) * jax.process_count())
+    def _evaluate(
+        self, task: BenchmarkTask, cases: Cases, *, train: Cases, bar: tqdm
+    ) -> dict[str, Any]:
+        """The entry of one task in results.json."""
         with local_mesh():
-            for key, answer in answers.items():
-                images[key] = [answer(case) for case in batch.cases]
-            for key, pictures in images.items():
-                for case, image in zip(batch.cases, pictures, strict=True):
-                    rows[key][case.index] = score_fn(case, image)
-        for case, image in zip(batch.cases, images["systems", "model"], strict=True):
-            with_case = case.index < job.num_samples
-            generate.write_pictures(job.out, case, image, with_case=with_case)
-    return rows
+            score_fn = task.score_fn(self.scorers, cases)
+            template = score_fn(cases[0], cases[0].example.target)
+            trivial = task.make_trivial(train)
+        answers = {("trivial", name): answer for name, answer in trivial.items()}
+        answers |= {("references", name): answer for name, answer in task.references.items()}
+        rows = self._score(cases, score_fn=score_fn, answers=answers, bar=bar)
+
+        summaries: dict[str, dict[str, score.Summary]] = collections.defaultdict(dict)
+        # Not in the order of `rows`: a process may have none, and all must gather the same thing.
+        for kind, name in [*(("systems", name) for name in self.systems), *answers]:
+            gathered = score.gather(rows[kind, name], count=len(cases), template=template)
+            summaries[kind][name] = score.summarize(gathered)
+        if chance := task.chance(cases):
+            summaries["trivial"]["chance"] = {
+                metric: {"value": value, "stderr": None, "count": 0.0}
+                for metric, value in chance.items()
+            }
+        verdict = score.verdict(task, systems=summaries["systems"], trivial=summaries["trivial"])
+        return {
+            "title": task.title,
+            "metric": task.primary,
+            "metrics": {name: dataclasses.asdict(metric) for name, metric in task.metrics.items()},
+            "examples": len(cases),
+            "systems": verdict["systems"],
+            "trivial": verdict["trivial"],
+            "references": dict(summaries["references"]),
+            "beats": verdict["beats"],
+            "difficulty": task.difficulty,
+            "note": task.note,
+            "samples": [_sample(cases, i) for i in range(min(self.num_samples, len(cases)))],
+        }
+
+    def _score(
+        self, cases: Cases, *, score_fn: ScoreFn, answers: Mapping[Key, AnswerFn], bar: tqdm
+    ) -> Mapping[Key, dict[int, score.Scores]]:
+        """The scores of this process's cases, by who answered and case index.
+
+        All systems answer a batch before the next one is read, so that each case is decoded once.
+        The model's images are written on the way.
+        """
+        rows: dict[Key, dict[int, score.Scores]] = collections.defaultdict(dict)
+        batches = generate.case_batches(cases, collate=self.collate, batch_size=self.batch_size)
+        for batch in batches:
+            images: dict[Key, Sequence[np.ndarray]] = {}
+            for name, system in self.systems.items():
+                images["systems", name] = batch.images(system)
+                bar.update(len(batch.cases) * jax.process_count())
+            with local_mesh():
+                for key, answer in answers.items():
+                    images[key] = [answer(case) for case in batch.cases]
+                for key, pictures in images.items():
+                    for case, image in zip(batch.cases, pictures, strict=True):
+                        rows[key][case.index] = score_fn(case, image)
+            for case, image in zip(batch.cases, images["systems", "model"], strict=True):
+                with_case = case.index < self.num_samples
+                generate.write_pictures(epath.Path(self.out), case, image, with_case=with_case)
+        return rows
 
 
 def _sample(cases: Cases, index: int) -> dict[str, str]:
