@@ -137,9 +137,7 @@ run(sys.argv[1])
 def test_two_processes_agree_with_one_bitwise(tmp_path):
     processes.run([1, 1], str(tmp_path / "two"), program=("-c", PROGRAM))
     run(tmp_path / "one")
-    one, two = (
-        json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")
-    )
+    one, two = ((tmp_path / name / "results.json").read_text() for name in ("one", "two"))
     assert one == two
     images = [
         sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.png"))

@@ -37,10 +37,8 @@ def gather(rows: Mapping[int, Scores], *, count: int, template: Scores) -> dict[
             name: np.ascontiguousarray(values).view(np.float64).sum(axis=0)
             for name, values in gathered.items()
         }
-    return {
-        name: [Ratio(*row) for row in values.reshape(count, 2, -1)]
-        for name, values in table.items()
-    }
+    # The template's order, which the gathering of a pytree does not keep.
+    return {name: [Ratio(*row) for row in table[name].reshape(count, 2, -1)] for name in template}
 
 
 def _pack(

@@ -229,11 +229,11 @@ def _features(
 
 
 def _fit_ridge(features: Float[np.ndarray, "n f"], text: Float[np.ndarray, "n d"]) -> Params:
-    """Ridge regression of centered text on standardized features; lambda by generalized
-    cross-validation.
+    """Ridge regression of centered text Y on standardized features X, with the best penalty lambda.
 
-    GCV(lambda) = |Y - H Y|² / (n - tr H)², H = X (X'X + lambda I)^-1 X', from one
-    eigendecomposition.
+    That is the one of least generalized cross-validation error, from one eigendecomposition:
+
+        GCV(lambda) = |Y - H Y|² / (n - tr H)²,   H = X (X'X + lambda I)^-1 X'
     """
     mean, scale, text_mean = features.mean(0), features.std(0) + 1e-3, text.mean(0)
     x, y = (features - mean) / scale, text - text_mean
