@@ -11,7 +11,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -65,7 +67,7 @@ class CachedTokenizer:
                     f"{folder} has the embeddings of another text encoder: {key} is {found!r}, "
                     f"this run's {wanted!r}; make it anew (univg data cache)"
                 )
-        self._copies: tempfile.TemporaryDirectory | None = None
+        self._copies: epath.Path | None = None
         self._places: dict[bytes, tuple[Any, int]] = {}  # prompt -> open file, row in it
         for name in stored["files"]:
             try:
@@ -95,8 +97,10 @@ class CachedTokenizer:
             return os.fspath(path)
         # Rows are read one at a time from a file that is mapped into memory, which only a local
         # file can be. So a bucket's files are copied, for as long as this tokenizer lives.
-        self._copies = self._copies or tempfile.TemporaryDirectory(prefix="univg_cache_")
-        copy = epath.Path(self._copies.name) / path.name
+        if self._copies is None:
+            self._copies = epath.Path(tempfile.mkdtemp(prefix="univg_cache_"))
+            weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
+        copy = self._copies / path.name
         path.copy(copy)
         return os.fspath(copy)
 

@@ -1,8 +1,8 @@
 """The fields of a stored example: each has one TFDS feature and one decoded form.
 
 A record is a dict of fields. A dataset stores the fields that it has. A task names the fields that
-it needs (`data_pipelines.tasks`), and any dataset that has them serves it. Images are stored as encoded
-bytes (PNG or JPEG), and decoded by `decode` to numpy:
+it needs (`data_pipelines.tasks`), and any dataset that has them serves it. Images are stored as
+encoded bytes (PNG or JPEG), and `decode` makes numpy arrays of them:
 
 | field | stored as | decoded |
 |---|---|---|
@@ -82,8 +82,12 @@ def _open(data: Any, name: str) -> Image.Image:
 
 
 def _rgb(data: Any, name: str) -> UInt8[np.ndarray, "h w 3"]:
-    """8-bit RGB of any picture: 16-bit gray is scaled, transparency is laid over white."""
-    picture = _open(data, name)
+    return to_rgb(_open(data, name))
+
+
+def to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """8-bit RGB of any picture, upright: 16-bit gray is scaled, transparency is laid over white."""
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         # 16 bits to 8: 65535 / 257 = 255. A float picture is taken to be in 0..255 already.
         gray = np.asarray(picture, np.float64) / (1 if picture.mode == "F" else 257)

@@ -1,17 +1,16 @@
-"""Labels as images and back: what the model draws for depth, pose and masks, and the layout canvas
-it reads.
+"""Labels as images and back: depth, pose and masks that a model generates, layouts that it reads.
 
-Every `render_*` makes an RGB picture that survives a lossy codec; its `decode_*` reads a picture
-that a model drew (blurred, noisy, off in color) back into the label.
+Every `render_*` makes an RGB picture that survives a lossy codec. Its `decode_*` reads a picture
+that a model generated (blurred, noisy, off in color) back into the label.
 
-* depth: gray, near is bright: `log(FAR/d) / log(FAR/NEAR)`, NEAR = 0.5 m, FAR = 80 m; black stands
-  for unknown too.
-* mask: white on black; a pixel belongs to the mask where its mean channel is at least
+* depth: gray, near is bright: `log(FAR/d) / log(FAR/NEAR)`, NEAR = 0.5 m, FAR = 80 m. Unknown depth
+  is black, like FAR.
+* mask: white on black. A pixel belongs to the mask if the mean of its channels is at least
   MASK_THRESHOLD.
-* pose: one line a limb on black, each limb in a color of its own (`LIMBS`), and a white dot for the
-  nose. Lines from ears to shoulders show the head and close the trunk. Eyes are not drawn (at 48 px
-  the whole head is two lines wide); decoded, they lie between ears and nose, on the level of the
-  ears.
+* pose: one line per limb on black, each limb in its own color (`LIMBS`), and a white dot for the
+  nose. Lines from ears to shoulders show the head and close the trunk. Eyes are not drawn, because
+  at 48 px the whole head is two lines wide. Decoded eyes lie between ears and nose, on the level of
+  the ears.
 * layout: filled boxes in named colors (`PALETTE`) on mid-gray, large ones first.
 """
 
@@ -41,15 +40,16 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 
 def render_depth(depth: Float32[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
     """Depth in meters (0 or not finite = unknown) as a gray picture, near bright."""
-    known = np.isfinite(depth) & (depth > 0)
-    meters = np.clip(np.where(known, depth, FAR), NEAR, FAR)
+    is_known = np.isfinite(depth) & (depth > 0)
+    meters = np.clip(np.where(is_known, depth, FAR), NEAR, FAR)
     gray = np.log(FAR / meters) / np.log(FAR / NEAR)
     return np.repeat(np.round(gray * 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def decode_depth(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w"]:
-    """The depth that `render_depth` drew, in its meters: `FAR (NEAR/FAR)^gray`. From a model:
-    relative depth.
+    """The depth that `render_depth` drew, in meters: `FAR (NEAR/FAR)^gray`.
+
+    What a model generates is in meters only as far as the model knows the scale.
     """
     gray = image.astype(np.float32).mean(axis=-1) / 255
     return (FAR * (NEAR / FAR) ** gray).astype(np.float32)
@@ -68,7 +68,7 @@ def decode_mask(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
 def render_layout(
     boxes: Float32[np.ndarray, "k 4"], colors: Sequence[str], *, resolution: int
 ) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
-    """Each box filled with its color of PALETTE, the largest at the back, at least one pixel each."""
+    """Each box filled with its PALETTE color, the largest at the back, each at least a pixel."""
     canvas = np.full((resolution, resolution, 3), GRAY, np.uint8)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     for k in np.argsort(-area, kind="stable"):
@@ -95,17 +95,15 @@ LEFT_WRIST, RIGHT_WRIST, LEFT_HIP, RIGHT_HIP, LEFT_KNEE, RIGHT_KNEE, LEFT_ANKLE,
 
 @dataclasses.dataclass(frozen=True)
 class Limb:
-    """A line between two joints, or a dot on one, and its color. Colors that touch are far apart in
-    hue.
-    """
+    """A line between two joints, or a dot on one. Limbs that touch have colors far apart in hue."""
 
     start: int
     end: int
     color: tuple[int, int, int]
 
 
-# In drawing order: head and trunk first, so that arms in front of them stay whole. Twelve hues, 30
-# degrees apart.
+# In drawing order: head and trunk first, so that arms in front of them stay whole. The hues of the
+# twelve lines are 30 degrees apart.
 LIMBS = (
     Limb(LEFT_SHOULDER, LEFT_EAR, (128, 255, 0)),
     Limb(RIGHT_SHOULDER, RIGHT_EAR, (255, 0, 128)),
@@ -123,17 +121,15 @@ LIMBS = (
 )
 _COLORS = np.array([limb.color for limb in LIMBS], np.float32) / 255
 _EYES = ((LEFT_EYE, LEFT_EAR, RIGHT_EAR), (RIGHT_EYE, RIGHT_EAR, LEFT_EAR))
-_THICKNESS = 0.055  # of the image's side
-_DOT = 1.4  # lines' thickness
-_OVERSAMPLING = 4
+_THICKNESS = 0.055  # of a line, as a fraction of the image's side
+_DOT = 1.4  # diameter of the nose's dot, as a multiple of a line's thickness
+_OVERSAMPLING = 4  # drawn larger and averaged, for smooth edges
 
 
 def render_pose(
     joints: Float32[np.ndarray, "17 3"], *, resolution: int
 ) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
-    """The skeleton of x, y in [0, 1] and visibility; a limb is drawn where both of its joints are
-    visible.
-    """
+    """The skeleton of joints (x, y in [0, 1], visibility): limbs with both joints visible."""
     size = resolution * _OVERSAMPLING
     canvas = np.zeros((size, size, 3), np.uint8)
     points = np.round(joints[:, :2] * size - 0.5).astype(int)
@@ -146,12 +142,11 @@ def render_pose(
 
 
 def decode_pose(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "17 3"]:
-    """Joints (x, y in [0, 1], confidence in [0, 1]) of one skeleton that `render_pose` or a model
-    drew.
+    """Joints (x, y, confidence, all in [0, 1]) of one skeleton, from `render_pose` or a model.
 
-    Each pixel is split between limbs by color; a limb is the largest blob of its color, its ends
-    are the extremes of the blob along its principal axis. Which end is which joint is chosen so
-    that limbs meet where they share a joint; a shared joint is the mean of the ends that meet in
+    Each pixel is split between limbs by color. A limb is the largest blob of its color, and its
+    ends are the extremes of the blob along its principal axis. Which end is which joint is chosen
+    so that limbs meet where they share a joint. A shared joint is the mean of the ends that meet in
     it. A joint that no limb shows has confidence 0 and lies at the center of the image.
     """
     height, width = image.shape[:2]
@@ -166,8 +161,8 @@ def decode_pose(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "17 3"
             if j in (LIMBS[k].start, LIMBS[k].end)
         ]
         if meeting:
-            # The limb in front reaches half a thickness past the joint; it hides as much of those
-            # behind it.
+            # A line's round end reaches half a thickness past the joint. The limb in front shows
+            # this end, and hides as much of the limbs behind it.
             front, half = meeting[-1][0], _THICKNESS * width / 2
             points = [segments[k].end(side, -half if k == front else half) for k, side in meeting]
             if j == NOSE:
@@ -176,8 +171,8 @@ def decode_pose(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "17 3"
             joints[j, 2] = max(segments[k].confidence for k, _ in meeting)
     for eye, ear, other in _EYES:
         if joints[ear, 2] > 0 and joints[NOSE, 2] > 0:
-            # Two fifths of the way to the ear from the nose, or from its foot on the line through
-            # both ears.
+            # Two fifths of the way from the nose to the ear. If both ears are seen, from the point
+            # on the line through them that is nearest to the nose.
             root = joints[NOSE, :2]
             if joints[other, 2] > 0 and (along := joints[ear, :2] - joints[other, :2]).any():
                 root = joints[ear, :2] + along * ((root - joints[ear, :2]) @ along) / (
@@ -190,15 +185,15 @@ def decode_pose(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "17 3"
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """What is seen of a limb: from `low` to `high` along an axis through its center, in pixels."""
+    """What is seen of a limb: a stretch of a line through its center, in pixels."""
 
     center: Float[np.ndarray, "2"]
-    axis: Float[np.ndarray, "2"]
-    reach: tuple[float, float]
+    axis: Float[np.ndarray, "2"]  # the line's direction, of length 1
+    reach: tuple[float, float]  # where the stretch begins and ends, from the center along the axis
     confidence: float
 
     def end(self, side: int, extra: float = 0.0) -> Float[np.ndarray, "2"]:
-        """One of both ends, `extra` pixels further out."""
+        """The first (side 0) or last (1) point of the stretch, `extra` pixels further out."""
         return self.center + (self.reach[side] + (extra if side else -extra)) * self.axis
 
 
@@ -207,7 +202,7 @@ def _find_limbs(image: UInt8[np.ndarray, "h w 3"]) -> dict[int, _Segment]:
     pixels = cv2.GaussianBlur(
         image.astype(np.float32) / 255, (0, 0), _THICKNESS * image.shape[1] / 4
     )
-    # How much of limb k's color is in a pixel, and what of the pixel it leaves unexplained.
+    # `amount`: least-squares share of limb k's color in a pixel. `miss`: what it does not explain.
     amount = np.clip(pixels @ _COLORS.T / (_COLORS**2).sum(axis=1), 1e-3, 1)
     miss = np.linalg.norm(pixels[:, :, None] - amount[..., None] * _COLORS, axis=-1) / amount
     nearest = np.arange(len(LIMBS)) == miss.argmin(axis=-1)[..., None]
@@ -221,7 +216,8 @@ def _find_limbs(image: UInt8[np.ndarray, "h w 3"]) -> dict[int, _Segment]:
         masses = np.bincount(labels.ravel(), weights=weight.ravel(), minlength=count)
         masses[0] = 0
         blob = int(masses.argmax())
-        if masses[blob] < 0.5 * thickness**2:  # fringes where two colors blend into a third
+        # Where two limbs meet, their colors blend into that of a third: a small fringe, no limb.
+        if masses[blob] < 0.5 * thickness**2:
             continue
         y, x = np.nonzero(labels == blob)
         mass = weight[y, x]
@@ -232,6 +228,7 @@ def _find_limbs(image: UInt8[np.ndarray, "h w 3"]) -> dict[int, _Segment]:
         along = (points - center) @ axis
         order = np.argsort(along)
         cumulative = np.cumsum(mass[order]) / mass.sum()
+        # Not the minimum and maximum, which a single stray pixel would move.
         low, high = np.interp([0.01, 0.99], cumulative, along[order])
         confidence = float(min(1, np.average(mass, weights=mass)))
         found[k] = _Segment(center=center, axis=axis, reach=(low, high), confidence=confidence)
@@ -239,8 +236,9 @@ def _find_limbs(image: UInt8[np.ndarray, "h w 3"]) -> dict[int, _Segment]:
 
 
 def _orient(segments: dict[int, _Segment]) -> dict[int, bool]:
-    """For each segment whether its first end is its limb's `end`: the choice that brings shared
-    joints together.
+    """For each segment, whether its first point is its limb's `end` rather than its `start`.
+
+    Of all combinations this is the one in which the ends that share a joint are closest together.
     """
     names = [k for k in segments if LIMBS[k].start != LIMBS[k].end]
     both = [

@@ -254,9 +254,9 @@ def _layout(record: Record, rng: np.random.Generator) -> Example:
 def _places(caption: str, phrases: list[str]) -> list[int | None]:
     """Where in the caption each phrase ends, None for a phrase that is not there.
 
-    Longer phrases take their places first, so that "a dog" does not take the start of "a dog house".
-    Equal phrases take successive places. If there are more of them than places (two boxes for one
-    "two pigs"), they share the last place.
+    Longer phrases take their places first: "a dog" must not take the start of "a dog house". Equal
+    phrases take successive places. If there are more of them than places (two boxes for one "two
+    pigs"), they share the last place.
     """
     taken = np.zeros(len(caption) + 1, bool)
     last: dict[str, int] = {}

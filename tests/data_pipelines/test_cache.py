@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from data_pipelines.cache import RECORD, CachedTokenizer, write_cache
-from data_pipelines.mixture import Row, collate, drop_conditions
+from data_pipelines.collate import Collator, Row
 from data_pipelines.tasks import Example, prompt
 from data_pipelines.tokenizer import load_tokenizer
-from univg_jax.batch import Text
+from univg_jax.batch import BatchShape, Text
+from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError
 
 TOKENIZER = load_tokenizer()
 NUM_TOKENS = 12
+SHAPE = BatchShape(height=8, width=8, num_tokens=NUM_TOKENS, face=8)
 IDENTITY = dict(kind="minilm", sha256="abc", num_tokens=NUM_TOKENS)
 TEXTS = [
     prompt("t2i", ""),
@@ -27,17 +29,18 @@ def embed(tokens, text_mask) -> Text:
     return Text(emb=emb.astype(np.float32), mask=text_mask, pooled=emb.sum(1).astype(np.float32))
 
 
+def write(folder) -> None:
+    """Six prompts in files of four, in batches of two."""
+    rows = [TOKENIZER(text, NUM_TOKENS) for text in TEXTS]
+    row_bytes = NUM_TOKENS * (2 * 4 + 1) + 2 * 4 + 16
+    options = dict(embed=embed, identity=IDENTITY, batch_size=2, file_bytes=4 * row_bytes)
+    assert write_cache(folder, rows, **options) == 6
+    assert len(list(folder.glob("*.safetensors"))) == 2
+
+
 @pytest.fixture
 def folder(tmp_path):
-    rows = [TOKENIZER(text, NUM_TOKENS) for text in TEXTS]
-    # Batches and files of uneven sizes: 6 rows in files of 4, in batches of 3.
-    assert (
-        write_cache(
-            tmp_path / "cache", rows, embed=embed, identity=IDENTITY, batch_size=3, file_rows=4
-        )
-        == 6
-    )
-    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    write(tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -58,36 +61,35 @@ def test_batches_carry_them_also_where_the_text_is_dropped(folder):
         Row(example=Example(target=blank, text=f"{count} pigs"), task="t2i", sample_id=i, drop=drop)
         for i, (count, drop) in enumerate([("two", "none"), ("five", "text"), ("one", "image")])
     ]
-    batch = collate(rows, tokenizer=cached, resolution=8, num_tokens=NUM_TOKENS, face_resolution=8)
-    without = drop_conditions(batch, "both", tokenizer=cached)
+    collator = Collator(tokenizer=cached, shape=SHAPE)
+    batch = collator(rows)
+    without = collator.drop_conditions(batch, "both")
     for made in (batch, without):
         want = embed(made.tokens, made.text_mask)
         np.testing.assert_array_equal(made.text.emb, want.emb)
         np.testing.assert_array_equal(made.text.pooled, want.pooled)
     assert (without.text.emb == without.text.emb[:1]).all()  # the tag's
-    assert (
-        collate(
-            rows, tokenizer=TOKENIZER, resolution=8, num_tokens=NUM_TOKENS, face_resolution=8
-        ).text
-        is None
-    )
+    assert Collator(tokenizer=TOKENIZER, shape=SHAPE)(rows).text is None
 
 
 def test_what_is_missing_stale_or_unfinished_is_an_error(folder, tmp_path):
     cached = CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
-    with pytest.raises(ValueError, match=r"no embedding of the prompt '<t2i> six pigs'"):
+    with pytest.raises(UserError, match=r"no embedding of the prompt '<t2i> six pigs'"):
         cached(prompt("t2i", "six pigs"), NUM_TOKENS)
     with pytest.raises(
         ValueError, match=r"another text encoder: sha256 is 'abc', this run's 'def'"
     ):
         CachedTokenizer(TOKENIZER, folder, identity=IDENTITY | dict(sha256="def"))
-    with pytest.raises(FileExistsError, match="has a cache"):
+    with pytest.raises(AlreadyExistsError, match="has a cache"):
         write_cache(folder, [], embed=embed, identity=IDENTITY)
-    with pytest.raises(FileNotFoundError, match=r"no cache\.json: not a finished cache"):
+    with pytest.raises(NotFoundError, match=r"no cache\.json: not a finished cache"):
         CachedTokenizer(TOKENIZER, tmp_path, identity=IDENTITY)
     part = folder / json.loads((folder / RECORD).read_text())["files"][1]
     part.write_bytes(part.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"00001\.safetensors is not a readable part"):
+    with pytest.raises(UserError, match=r"00001\.safetensors is not a readable part"):
+        CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
+    (folder / RECORD).write_text("{")
+    with pytest.raises(UserError, match=r"cache\.json is not JSON"):
         CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
 
 
@@ -99,3 +101,16 @@ def test_a_killed_build_leaves_no_cache(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_cache(tmp_path, rows, embed=killed, identity=IDENTITY)
     assert not (tmp_path / RECORD).exists()
+
+
+def test_a_cache_in_a_bucket_is_written_and_read_there(bucket):
+    write(bucket / "new" / "cache")
+    cached = CachedTokenizer(TOKENIZER, str(bucket / "new" / "cache"), identity=IDENTITY)
+    for text in TEXTS:
+        plain = TOKENIZER(text, NUM_TOKENS)
+        want = embed(plain.tokens[None], plain.text_mask[None])
+        np.testing.assert_array_equal(cached(text, NUM_TOKENS).embedding.emb, want.emb)
+    with pytest.raises(AlreadyExistsError):
+        write_cache(str(bucket / "new" / "cache"), [], embed=embed, identity=IDENTITY)
+    with pytest.raises(NotFoundError, match=r"gs://bucket/other has no cache\.json"):
+        CachedTokenizer(TOKENIZER, "gs://bucket/other", identity=IDENTITY)

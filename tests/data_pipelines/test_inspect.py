@@ -2,41 +2,37 @@ import base64
 import html
 import io
 import re
-import types
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 from data_pipelines import inspect
 from data_pipelines.sources import MemorySource
+from data_pipelines.tokenizer import TokenizedText
+from univg_jax.settings import Config
 
 
-def tokenize(text: str, num_tokens: int) -> types.SimpleNamespace:
+def tokenize(text: str, num_tokens: int) -> TokenizedText:
+    """Words as tokens."""
     filled = np.arange(num_tokens) < len(text.split())
-    return types.SimpleNamespace(
-        tokens=filled.astype(np.int32), text_mask=filled, identity_slot=np.zeros_like(filled)
+    return TokenizedText(
+        tokens=filled.astype(np.int32),
+        text_mask=filled,
+        identity_slot=np.zeros_like(filled),
+        num_truncated=0,
     )
 
 
-def make_config() -> ConfigDict:
-    c = ConfigDict(dict(seed=0, name="toy & co"))
-    c.tasks = {
-        name: dict(weight=weight, sources=("toy",))
-        for name, weight in dict(t2i=3.0, lg=1.0, pose=1.0).items()
+def make_config() -> Config:
+    weights = dict(t2i=3.0, lg=1.0, pose=1.0)
+    tasks = {
+        name: dict(weight=weight, sources=("toy",), drop_text=0.0, drop_image=0.0, drop_both=0.0)
+        for name, weight in weights.items()
     }
-    c.tasks.lg.drop_text = 0.5
-    c.data = dict(
-        dir="",
-        resolution=16,
-        num_tokens=8,
-        face_resolution=4,
-        batch_size=4,
-        read_threads=0,
-        prefetch=0,
-    )
-    return c
+    tasks["lg"]["drop_text"] = 0.5
+    data = dict(dir="", resolution=16, num_tokens=8, face_resolution=4, batch_size=4)
+    return Config.of(dict(seed=0, name="toy & co", tasks=tasks, data=data))
 
 
 def make_record(k: int) -> dict:
@@ -85,6 +81,6 @@ def test_prompts_are_escaped_and_withheld_conditions_named(page):
 
 def test_the_histogram_has_the_shares(page):
     shares = re.findall(r"([\d.]+)% of ([\d.]+)%", page)
-    assert [wanted for _, wanted in shares] == ["60.0", "20.0", "20.0"]
+    assert [expected for _, expected in shares] == ["60.0", "20.0", "20.0"]
     # 512 rows of a golden rotation: at most two rows off
-    assert all(abs(float(realised) - float(wanted)) < 0.5 for realised, wanted in shares)
+    assert all(abs(float(realized) - float(expected)) < 0.5 for realized, expected in shares)

@@ -3,6 +3,7 @@ import pytest
 
 from data_pipelines import renderings, tasks
 from data_pipelines.tasks import TASKS
+from univg_jax.errors import UserError
 
 SIZE = 16
 
@@ -225,7 +226,7 @@ BOX = np.array([[0.1, 0.1, 0.5, 0.5]], np.float32)
     ],
 )
 def test_a_wrong_record_is_named_with_its_field(task, changes, message):
-    with pytest.raises(ValueError, match=r"^toy/train\[7\]: ") as error:
+    with pytest.raises(UserError, match=r"^toy/train\[7\]: ") as error:
         example(task, **changes)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -236,11 +237,94 @@ def test_a_missing_field_is_named(task):
     for field in TASKS[task].needs[1:]:
         record = make_record()
         del record[field]
-        with pytest.raises(ValueError, match=f"record: field '{field}' is missing"):
+        with pytest.raises(UserError, match=f"record: field '{field}' is missing"):
             TASKS[task].example(record, np.random.default_rng(0), SIZE)
 
 
 def test_an_unknown_task_suggests_the_nearest():
     assert tasks.find("seg") is TASKS["seg"]
-    with pytest.raises(ValueError, match="unknown task 'dept'; did you mean 'depth'"):
+    with pytest.raises(UserError, match="unknown task 'dept'; did you mean 'depth'"):
         tasks.find("dept")
+
+
+# --- a user's inputs ---
+
+PICTURE = np.full((20, 30, 3), 90, np.uint8)
+FACE = np.full((9, 9, 3), 40, np.uint8)
+
+
+def from_inputs(task: str, **inputs) -> tasks.Example:
+    return TASKS[task].from_inputs(resolution=SIZE, **inputs)
+
+
+def test_each_task_says_what_it_takes_from_a_user():
+    table = {name: (task.inputs, task.needs_prompt) for name, task in TASKS.items()}
+    assert table == {
+        "t2i": ((), True),
+        "ie": (("image",), True),
+        "ip": (("image", "mask"), False),
+        "lg": (("image",), True),
+        "depth": (("image",), False),
+        "pose": (("image",), False),
+        "seg": (("image",), True),
+        "id": (("face",), True),
+    }
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_users_inputs_have_the_form_of_a_training_example(task):
+    given = dict(image=PICTURE, mask=np.full((40, 40), 255, np.uint8), face=FACE)
+    inputs = {name: given[name] for name in TASKS[task].inputs}
+    made = from_inputs(task, prompt=" <p> smiles ", **inputs)
+    trained = example(task, caption="<p> and a pig and an apple")
+    assert made.text == "<p> smiles"
+    assert not made.target.any()
+    for name in ("target", "source", "mask"):
+        a, b = getattr(made, name), getattr(trained, name)
+        assert (a is None) == (b is None)
+        assert a is None or (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert (made.face is None) == (trained.face is None)
+
+
+def test_a_picture_is_cropped_to_its_centered_square():
+    wide = np.zeros((SIZE, 3 * SIZE, 3), np.uint8)
+    wide[:, SIZE : 2 * SIZE] = 200
+    made = from_inputs("depth", image=wide)
+    np.testing.assert_array_equal(made.source, np.full((SIZE, SIZE, 3), 200, np.uint8))
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_a_mask_may_have_another_size_than_the_image(channels):
+    mask = np.zeros((2 * SIZE, 2 * SIZE, *channels), np.uint8)
+    mask[: SIZE // 2] = 255
+    made = from_inputs("ip", image=PICTURE, mask=mask)
+    np.testing.assert_array_equal(made.mask[: SIZE // 4], 1)
+    np.testing.assert_array_equal(made.mask[SIZE // 4 :], 0)
+    np.testing.assert_array_equal(
+        made.source, np.where(made.mask > 0, renderings.GRAY, 90) * np.ones(3, int)
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs", "message"),
+    [
+        ("t2i", dict(), "task 't2i' needs a prompt"),
+        ("ie", dict(prompt="  ", image=PICTURE), "task 'ie' needs a prompt"),
+        ("ie", dict(prompt="make it snow"), "task 'ie' needs an image"),
+        ("ip", dict(image=PICTURE), "task 'ip' needs a mask"),
+        ("t2i", dict(prompt="a pig", image=PICTURE), "task 't2i' takes no image"),
+        ("depth", dict(image=PICTURE, face=FACE), "task 'depth' takes no face"),
+        ("id", dict(prompt="<p> smiles"), "task 'id' needs a face"),
+        ("id", dict(prompt="a person", face=FACE), "prompt 'a person' has no <p>"),
+        (
+            "ip",
+            dict(image=PICTURE, mask=np.full((8, 8), 127, np.uint8)),
+            "the mask has no white pixel: nothing to generate",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit_a_task_are_named(task, inputs, message):
+    with pytest.raises(UserError) as error:
+        from_inputs(task, **inputs)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

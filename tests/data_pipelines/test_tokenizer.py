@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.tokenizer import SD3Tokenizer, load_tokenizer
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.pretrained import pretrained_folder
 
 TOKENIZER = load_tokenizer()
@@ -64,14 +65,14 @@ def test_truncation_never_drops_the_placeholder():
 
 
 def test_errors(tmp_path):
-    with pytest.raises(ValueError, match="num_tokens=1"):
+    with pytest.raises(UserError, match="num_tokens=1"):
         TOKENIZER("a", 1)
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
+    with pytest.raises(NotFoundError, match=r"no tokenizer\.json"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a tokenizer"):
+    with pytest.raises(UserError, match="is not a tokenizer"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="did you mean 'minilm'"):
+    with pytest.raises(NotFoundError, match="did you mean 'minilm'"):
         load_tokenizer("minilmm")
 
 
@@ -275,9 +276,9 @@ def test_sd3_truncates_each_part(sd3):
     assert text.num_truncated == (82 - 77) + (81 - 9)
     assert text.tokens[76] == CLIP[END]
     assert text.tokens[-1] == 1
-    with pytest.raises(ValueError, match="cut to num_tokens=9 it would lose <p>"):
+    with pytest.raises(UserError, match="cut to num_tokens=9 it would lose <p>"):
         load(sd3)("it " * 20 + "<p>", 77 + 9)
-    with pytest.raises(ValueError, match="cut to num_tokens=77 it would lose <p>"):
+    with pytest.raises(UserError, match="cut to num_tokens=77 it would lose <p>"):
         load(sd3)("it " * 80 + "<p>", 77 + 100)
 
 
@@ -287,12 +288,12 @@ def test_sd3_without_t5(tmp_path):
     tokenizer = load(tmp_path)
     assert tokenizer("a cat", 77).text_mask.sum() == 4
     for num_tokens in (76, 78):
-        with pytest.raises(ValueError, match=f"num_tokens={num_tokens}: must be 77 without T5"):
+        with pytest.raises(UserError, match=f"num_tokens={num_tokens}: must be 77 without T5"):
             tokenizer("a cat", num_tokens)
 
 
 def test_sd3_needs_room_for_clip(sd3):
-    with pytest.raises(ValueError, match="num_tokens=76: CLIP takes 77 of it"):
+    with pytest.raises(UserError, match="num_tokens=76: CLIP takes 77 of it"):
         load(sd3)("a cat", 76)
 
 

@@ -1,8 +1,6 @@
-"""The embedded data set: exact labels, grammatical text, held-out combinations, the same bytes by
-any processes.
-"""
+"""The embedded dataset: exact labels, grammatical text, held-out combinations, one build."""
 
-import io
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +8,6 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from data_pipelines import records
 from data_pipelines.datasets import emoji_scenes
@@ -24,6 +21,7 @@ from data_pipelines.datasets.emoji_scenes import (
     splits,
     sprites,
 )
+from univg_jax.errors import UserError
 
 BUILD = examples.Build(resolution=48, num_scenes=200, seed=3, nouns=10)
 IMAGES = ("image", "source", "edit_mask", "depth", "face")
@@ -36,7 +34,7 @@ def decoded(
 
 
 def read(data_dir, family: str, split: str) -> list[dict]:
-    builder = tfds.builder_from_directory(emoji_scenes.family_dir(data_dir, family))
+    builder = tfds.builder_from_directory(data_dir / family)
     skip = {name: tfds.decode.SkipDecoding() for name in IMAGES if name in builder.info.features}
     return [records.decode(record) for record in builder.as_data_source(split, decoders=skip)]
 
@@ -49,7 +47,7 @@ def read(data_dir, family: str, split: str) -> list[dict]:
 def test_scene_labels_are_exact(index, resolution):
     build = examples.Build(resolution=resolution, num_scenes=200, seed=1, nouns=40)
     record = decoded("scenes", index, build=build)
-    spec, _ = examples.draw_scene(build, "train", index)
+    spec, _ = examples.sample_scene(build, "train", index)
     assert record["image"].shape == (resolution, resolution, 3)
     assert (
         len(record["boxes"])
@@ -176,7 +174,7 @@ def test_edit_mask_is_exactly_what_differs(index):
 def test_every_kind_of_edit_occurs_in_every_split():
     starts = {"remove", "add", "replace", "swap", "change", "make", "move"}
     for split in examples.SPLITS:
-        said = [examples.draw_edit(BUILD, split, k).instruction for k in range(28)]
+        said = [examples.sample_edit(BUILD, split, k).instruction for k in range(28)]
         assert {instruction.split()[0] for instruction in said} == starts
 
 
@@ -218,12 +216,12 @@ def test_held_out_combinations_are_never_trained(nouns):
     held = splits.held_out(build.noun_names)
     assert held["validation"].isdisjoint(held["test"])
     for index in range(80):
-        trained = [examples.draw_scene(build, "train", index)[0]]
-        edit = examples.draw_edit(build, "train", index)
+        trained = [examples.sample_scene(build, "train", index)[0]]
+        edit = examples.sample_edit(build, "train", index)
         for spec in (*trained, edit.before, edit.after):
             assert splits.combinations(spec).isdisjoint(held["validation"] | held["test"])
         for split, other in (("validation", "test"), ("test", "validation")):
-            shown = splits.combinations(examples.draw_scene(build, split, index)[0])
+            shown = splits.combinations(examples.sample_scene(build, split, index)[0])
             assert shown & held[split]
             assert not shown & held[other]
 
@@ -273,7 +271,7 @@ def test_person_has_another_picture_of_the_same_face():
 
 
 def test_portrait_shows_the_wall_of_its_caption():
-    portrait = portraits.draw_portraits(np.random.default_rng(0), 5)[0]
+    portrait = portraits.sample_portraits(np.random.default_rng(0), 5)[0]
     image = portraits.render_portrait(portrait, seed=0, resolution=64)
     assert tuple(image[2, 2]) == portraits.WALLS[portrait.wall]
     assert portrait.caption.endswith(f"{portrait.wall} wall")
@@ -282,20 +280,24 @@ def test_portrait_shows_the_wall_of_its_caption():
 # --- the build -----------------------------------------------------------------------------------
 
 
+OPTIONS = emoji_scenes.Options(resolution=24, num_scenes=80, nouns=8)
+TINY = emoji_scenes.Options(resolution=16, num_scenes=8, nouns=4)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("emoji")
-    emoji_scenes.build(data_dir, resolution=24, num_scenes=80, nouns=8, progress=False, processes=1)
+    emoji_scenes.build(data_dir, OPTIONS, progress=False, processes=1)
     return data_dir
 
 
 def test_build_reads_back_through_tfds(built):
     wanted = examples.Build(resolution=24, num_scenes=80, seed=0, nouns=8)
-    for family in examples.FAMILIES:
+    for family, fields in emoji_scenes.FAMILIES.items():
         for split in examples.SPLITS:
             stored = read(built, family, split)
             assert len(stored) == wanted.count(family, split) >= 16
-            assert set(stored[0]) == set(examples.FIELDS[family])
+            assert set(stored[0]) == set(fields)
     expected = decoded("scenes", 0, build=wanted)
     (found,) = (
         r for r in read(built, "scenes", "train") if np.array_equal(r["image"], expected["image"])
@@ -305,118 +307,45 @@ def test_build_reads_back_through_tfds(built):
 
 
 def test_build_does_not_depend_on_processes(built, tmp_path):
-    emoji_scenes.build(tmp_path, resolution=24, num_scenes=80, nouns=8, progress=False, processes=2)
+    emoji_scenes.build(tmp_path, OPTIONS, progress=False, processes=2)
     files = sorted(path.relative_to(built) for path in built.rglob("*array_record*"))
-    assert len(files) == len(examples.FAMILIES) * len(examples.SPLITS)
+    assert len(files) == len(emoji_scenes.FAMILIES) * len(examples.SPLITS)
     for file in files:
         assert (built / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
 
-def test_build_is_idempotent_and_resumes_by_family(tmp_path):
-    arguments = dict(resolution=16, num_scenes=1, nouns=4, progress=False)
-    emoji_scenes.build(tmp_path, **arguments)
-    stamp = (tmp_path / "edits" / "dataset_info.json").stat().st_mtime_ns
-    (tmp_path / "scenes" / "dataset_info.json").unlink()  # as if it had not been finished
-    (tmp_path / ".scenes.unfinished" / "rest").mkdir(parents=True)
-    emoji_scenes.build(tmp_path, **arguments)
-    assert len(read(tmp_path, "scenes", "train")) == 16
-    assert (tmp_path / "edits" / "dataset_info.json").stat().st_mtime_ns == stamp
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["build.json", *examples.FAMILIES]
-    )
-
-
-def test_interrupted_build_does_not_look_finished(tmp_path, monkeypatch):
-    arguments = dict(resolution=16, num_scenes=8, nouns=4, progress=False)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("data_pipelines.datasets.emoji_scenes.builder.draw_chunk", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            emoji_scenes.build(tmp_path, **arguments)
-    assert not emoji_scenes.family_dir(tmp_path, "scenes").exists()
-    emoji_scenes.build(tmp_path, **arguments)
-    assert read(tmp_path, "scenes", "validation")
+def test_a_build_of_before_is_complete(built):
+    """Its record of arguments is compared key by key."""
+    expected = dict(resolution=24, num_scenes=80, seed=0, nouns=8, version="1.0.0")
+    assert json.loads((built / "build.json").read_text()) == expected
+    stamps = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
+    emoji_scenes.build(built, OPTIONS, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == stamps
 
 
 def test_another_build_is_refused(built):
-    with pytest.raises(ValueError, match="num_scenes=80, not 81"):
-        emoji_scenes.build(built, resolution=24, num_scenes=81, nouns=8, progress=False)
+    with pytest.raises(UserError, match="num_scenes=80, not 81"):
+        emoji_scenes.build(built, dataclasses.replace(OPTIONS, num_scenes=81), progress=False)
     assert json.loads((built / "build.json").read_text())["num_scenes"] == 80
+
+
+def test_all_nouns_are_the_default(tmp_path):
+    emoji_scenes.build(tmp_path, dataclasses.replace(TINY, nouns=0), progress=False)
+    assert json.loads((tmp_path / "build.json").read_text())["nouns"] == len(sprites.WHITELIST)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("resolution", 8), ("num_scenes", 0), ("nouns", 3), ("nouns", 1000), ("seed", -1)],
 )
-def test_arguments_out_of_range_name_themselves(tmp_path, field, value):
-    arguments = dict(resolution=24, num_scenes=8, nouns=4, seed=0) | {field: value}
-    with pytest.raises(ValueError, match=f"{field} is {value}"):
-        emoji_scenes.build(tmp_path, progress=False, **arguments)
+def test_options_out_of_range_name_themselves(tmp_path, field, value):
+    options = dataclasses.replace(TINY, **{field: value})
+    with pytest.raises(UserError, match=f"{field} is {value}"):
+        emoji_scenes.build(tmp_path, options, progress=False)
 
 
-def test_other_seeds_draw_other_records():
+def test_other_seeds_give_other_records():
     other = examples.Build(resolution=48, num_scenes=200, seed=4, nouns=10)
-    for family in examples.FAMILIES:
+    for family in emoji_scenes.FAMILIES:
         a, b = (examples.example(build, family, "train", 0) for build in (BUILD, other))
         assert a["image"] != b["image"]
-
-
-# --- records -------------------------------------------------------------------------------------
-
-
-def encoded(picture: Image.Image, kind: str = "PNG", **how) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **how)
-    return buffer.getvalue()
-
-
-def test_decode_makes_rgb_of_any_picture():
-    red = Image.new("RGB", (6, 4), (255, 0, 0))
-    palette = red.quantize(4)
-    clear = Image.new("RGBA", (6, 4), (0, 0, 0, 0))
-    deep = Image.fromarray(np.full((4, 6), 0x8080, np.uint16))
-    cases = {
-        "rgb": (encoded(red), (255, 0, 0)),
-        "palette": (encoded(palette), (255, 0, 0)),
-        "alpha over white": (encoded(clear), (255, 255, 255)),
-        "gray with alpha": (encoded(Image.new("LA", (6, 4), (10, 255))), (10, 10, 10)),
-        "16 bit": (encoded(deep), (128, 128, 128)),
-        "cmyk": (encoded(red.convert("CMYK"), "JPEG", quality=100), (254, 0, 0)),
-    }
-    for name, (data, color) in cases.items():
-        image = records.decode({"image": data})["image"]
-        assert image.shape == (4, 6, 3), name
-        assert image.dtype == np.uint8
-        # JPEG rounds in another color space: two steps.
-        assert np.abs(image.astype(int) - color).max() <= (2 if name == "cmyk" else 0), name
-
-
-def test_decode_turns_upright_by_exif():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    assert records.decode({"image": encoded(Image.new("RGB", (6, 4)), "JPEG", exif=exif)})[
-        "image"
-    ].shape == (6, 4, 3)
-
-
-def test_decode_names_what_is_wrong():
-    data = encoded(
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8))
-    )
-    for broken in (data[: len(data) // 2], b"", b"not an image", None):
-        with pytest.raises(ValueError, match="'source' is not a readable image"):
-            records.decode({"source": broken})
-    with pytest.raises(ValueError, match="'joints' has shape"):
-        records.decode({"joints": np.zeros((15, 3))})
-    with pytest.raises(ValueError, match="'depth' has mode RGB"):
-        records.decode({"depth": encoded(Image.new("RGB", (4, 4)))})
-    with pytest.raises(ValueError, match="did you mean 'caption'"):
-        records.decode({"captions": "a pig"})
-
-
-def test_features_cover_every_field():
-    features = records.family_features(records.FIELDS)
-    assert set(features) == set(records.FEATURES) == set(records.FIELDS)

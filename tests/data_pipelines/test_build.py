@@ -1,0 +1,124 @@
+"""Builds: resumable, never half done in appearance, on disk or in a bucket."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from data_pipelines import build, records
+from data_pipelines.build import Family, RecordBuilder, build_families
+from data_pipelines.sources import open_source
+from univg_jax.errors import UserError
+from univg_jax.images import png_bytes
+
+ARGUMENTS = dict(shade=7, version="1")
+
+
+class Shades(RecordBuilder, skip_registration=True):
+    """Pictures of one shade."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("dark", "light")]  # noqa: RUF012 (TFDS's own form)
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self, features=records.family_features(["image", "caption"])
+        )
+
+
+def make(shade: int, split: str, indices: range) -> list[dict]:
+    png = png_bytes(np.full((4, 4, 3), shade, np.uint8))
+    return [dict(image=png, caption=f"{split} {index}") for index in indices]
+
+
+def families(make=make) -> list[Family]:
+    counts = dict(train=70, validation=3)
+    return [
+        Family(name=name, counts=counts, make=functools.partial(make, shade))
+        for name, shade in (("dark", 7), ("light", 200))
+    ]
+
+
+def run(out, *, make=make, arguments=ARGUMENTS, processes=1) -> None:
+    build_families(
+        out,
+        families(make),
+        builder=Shades,
+        arguments=arguments,
+        progress=False,
+        processes=processes,
+    )
+
+
+def captions(folder, name: str, split: str) -> list[str]:
+    source = open_source(name, split, data_dir=str(folder))
+    return sorted(source.read(i)["caption"] for i in range(len(source)))
+
+
+def interrupt(shade: int, split: str, indices: range) -> list[dict]:
+    if shade == 200:
+        raise KeyboardInterrupt
+    return make(shade, split, indices)
+
+
+def test_every_record_of_every_family_is_there(tmp_path):
+    run(tmp_path / "new")
+    assert captions(tmp_path / "new", "dark", "train") == sorted(f"train {k}" for k in range(70))
+    assert len(captions(tmp_path / "new", "light", "validation")) == 3
+    found = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert found == ["build.json", "dark", "light"]
+
+
+def test_an_interrupted_family_does_not_look_complete_and_the_others_stay(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, make=interrupt)
+    assert build.is_complete(tmp_path, "dark")
+    assert not build.is_complete(tmp_path, "light")
+    stamp = (tmp_path / "dark" / "dataset_info.json").stat().st_mtime_ns
+    # What a killed process leaves, which has no time to clean up.
+    (tmp_path / ".light.unfinished" / "rest").mkdir(parents=True)
+    (tmp_path / "light").mkdir()
+    run(tmp_path)
+    assert len(captions(tmp_path, "light", "train")) == 70
+    assert (tmp_path / "dark" / "dataset_info.json").stat().st_mtime_ns == stamp
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["build.json", "dark", "light"]
+
+
+def test_other_arguments_are_refused(tmp_path):
+    build.claim(tmp_path, ARGUMENTS)
+    build.claim(tmp_path, ARGUMENTS)
+    with pytest.raises(UserError, match="was built with shade=7, not 8: choose another directory"):
+        build.claim(tmp_path, ARGUMENTS | dict(shade=8))
+    (tmp_path / "build.json").write_text("{")
+    with pytest.raises(UserError, match=r"build\.json is not valid JSON"):
+        build.claim(tmp_path, ARGUMENTS)
+
+
+def test_a_build_into_a_bucket_goes_there(bucket):
+    out = bucket / "data"
+    with pytest.raises(KeyboardInterrupt):
+        run(out, make=interrupt)
+    assert build.is_complete(out, "dark")
+    assert not build.is_complete(out, "light")
+    run(out)
+    assert json.loads((out / "build.json").read_text()) == ARGUMENTS
+    for name in ("dark", "light"):
+        files = sorted(file.name for file in (out / name).iterdir())
+        assert files == [
+            "dataset_info.json",
+            "features.json",
+            "shades-train.array_record-00000-of-00001",
+            "shades-validation.array_record-00000-of-00001",
+        ]
+    with pytest.raises(UserError, match="shade=7, not 8"):
+        run(out, arguments=ARGUMENTS | dict(shade=8))
+
+
+def test_what_a_bucket_gets_are_the_files_of_a_local_build(bucket, tmp_path):
+    run(tmp_path / "local")
+    run(bucket / "data")
+    for file in (tmp_path / "local" / "dark").iterdir():
+        assert (bucket / "data" / "dark" / file.name).read_bytes() == file.read_bytes()
