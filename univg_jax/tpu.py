@@ -96,14 +96,13 @@ CHIPS: dict[str, Chip] = {
 # (`jax.jit(compiler_options=...)`), so that no environment variable has to be set on every host.
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "tpu": {
-        # The first two make gathers of weights asynchronous all-gathers. By default the compiler
-        # writes such a gather as an all-reduce of arrays that are zero outside a device's own
-        # shard: twice the traffic, and nothing can run beside it.
+        # Without these six the compiler writes a gather of weights as an all-reduce of arrays that
+        # are zero outside a device's own shard: twice the traffic, and nothing runs beside it. The
+        # first two ask for asynchronous all-gathers instead.
         "xla_tpu_prefer_async_allgather_to_allreduce": True,
         "xla_enable_async_all_gather": "true",
-        # The other four let a collective run beside products that do not need its result. Fusion
-        # interleaves the two, all-gathers included; several steps spread one collective over as
-        # many products as it takes; overlap on the tensor core lets the scheduler use them.
+        # The other four let a collective run beside products that do not need its result, over as
+        # many of them as it takes.
         "xla_tpu_enable_async_collective_fusion": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
