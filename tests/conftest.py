@@ -26,6 +26,8 @@ install_import_hook(["univg_jax", "data_pipelines"], "beartype.beartype")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.smoke_run import root  # noqa: E402, F401 (a fixture)
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 NO_MESH = jax.sharding.get_mesh()

@@ -1,356 +1,160 @@
-"""The main job through the command line, on real (tiny) data: three stages, samples, evaluation,
-report, bad input.
-"""
+"""A trained model as one object: every task, lists, seeds, and what it refuses."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-
+import jax
 import numpy as np
 import pytest
+from jax import monitoring
 from PIL import Image
 
 from data_pipelines.tasks import TASKS
-from univg_jax import checkpoint
-from univg_jax.cli.main import main
-from univg_jax.writers import read_metrics
+from univg_jax import Pipeline
+from univg_jax.errors import NotFoundError, UserError
 
-# One worker runs this file: its fixture is a whole run.
 pytestmark = pytest.mark.xdist_group("pipeline")
 
-CONFIG = "experiments/emoji.py:preset=smoke,stage="
-FAST = [
-    "--config.train.steps=2",
-    "--config.optim.warmup=1",
-    "--config.train.save_every=1",
-    "--config.train.eval_examples=8",
-]
-FAST += ["--config.sampling.steps=2", "--config.train.sample_examples=2"]
 
-
-def train(stage, root, *more, init_from=""):
-    spec = f"{CONFIG}{stage}" + (f",init_from={init_from}" if init_from else "")
-    data = f"--config.data.dir={root / 'data'}"
-    return main(
-        ["train", f"--config={spec}", f"--workdir={root / f'stage{stage}'}", data, *FAST, *more]
-    )
+@pytest.fixture(scope="module")
+def pipeline(root):
+    return Pipeline.load(root / "stage3")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A folder with the three stages of a run of two steps each."""
-    root = tmp_path_factory.mktemp("run")
-    assert train(1, root) == 0
-    assert train(2, root, init_from=root / "stage1") == 0
-    assert train(3, root, init_from=root / "stage2") == 0
-    return root
-
-
-def test_the_stages_hand_on_their_weights_and_encoders(root):
-    codecs = [
-        (root / f"stage{i}" / "encoders" / "codec.safetensors").read_bytes() for i in (1, 2, 3)
-    ]
-    assert codecs[0] == codecs[1] == codecs[2]
-    params = checkpoint.load_params(root / "stage3")
-    assert set(params) == {"backbone", "identity_projector"}
-    assert set(checkpoint.load_params(root / "stage2")) == {"backbone"}
-
-
-def test_a_run_on_cached_embeddings_is_the_same_without_a_text_encoder(root, tmp_path, capsys):
-    arguments = [f"--config={CONFIG}1", f"--config.data.dir={root / 'data'}", *FAST]
-    assert main(["data", "cache", *arguments, f"--out={tmp_path / 'cache'}"]) == 0
-    cached = [*arguments, f"--config.data.text_cache={tmp_path / 'cache'}"]
-    assert main(["train", *cached, f"--workdir={tmp_path / 'run'}"]) == 0
-    losses = [
-        [
-            (row["step"], row.get("loss"), row.get("val/loss/t2i"))
-            for row in read_metrics(folder / "metrics.jsonl")
-        ]
-        for folder in (root / "stage1", tmp_path / "run")
-    ]
-    # The encoder saw the prompts in other batches: the same to float32's rounding.
-    np.testing.assert_allclose(np.array(losses[0], float), np.array(losses[1], float), rtol=1e-5)
-    capsys.readouterr()
-    assert (
-        main(["train", *cached, f"--workdir={tmp_path / 'other'}", "--config.data.num_tokens=40"])
-        == 1
-    )
-    assert (
-        "embeddings of another text encoder: num_tokens is 36, this run's 40"
-        in capsys.readouterr().err
-    )
-    assert main(["data", "cache", *arguments, f"--out={tmp_path / 'cache'}"]) == 1
-    assert "has a cache; choose another folder" in capsys.readouterr().err
-
-
-def test_each_stage_trains_its_tasks(root):
-    for stage, names in ((1, {"t2i"}), (2, set(TASKS) - {"id"}), (3, set(TASKS))):
-        summary = json.loads((root / f"stage{stage}" / "summary.json").read_text())
-        assert set(summary["weights"]) == names
-        assert set(summary["shares"]) <= names
-        folder = root / f"stage{stage}" / "samples" / "0000002"
-        assert {p.stem for p in folder.iterdir()} == names
-
-
-def test_again_says_that_all_is_done(root, capsys):
-    before = (root / "stage1" / "metrics.jsonl").read_bytes()
-    assert train(1, root) == 0
-    assert "all 2 steps are done" in capsys.readouterr().out
-    assert (root / "stage1" / "metrics.jsonl").read_bytes() == before
+def picture():
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / "image.png")
+def mask():
     mask = np.zeros((40, 50), np.uint8)
     mask[10:30, 20:40] = 255
-    Image.fromarray(mask).save(folder / "mask.png")
-    return folder
+    return mask
 
 
-SAMPLES = {
-    "t2i": ["--prompt=a pig on grass"],
-    "ie": ["--prompt=remove the pig", "--image=image.png"],
-    "ip": ["--image=image.png", "--mask=mask.png"],
-    "lg": ["--prompt=a pig (red block) on grass", "--image=image.png"],
-    "depth": ["--image=image.png"],
-    "pose": ["--image=image.png"],
-    "seg": ["--prompt=the pig", "--image=image.png"],
-    "id": ["--prompt=a portrait of <p> smiling", "--face=image.png"],
-}
+def pixels(image):
+    return np.asarray(image)
 
 
-def sample(root, pictures, task, arguments, out):
-    files = [
-        a.replace("=image.png", f"={pictures}/image.png").replace(
-            "=mask.png", f"={pictures}/mask.png"
-        )
-        for a in arguments
+def test_loading_sets_no_global_mesh(pipeline, picture):
+    assert jax.sharding.get_mesh().empty
+    pipeline.depth(picture)
+    assert jax.sharding.get_mesh().empty
+
+
+def test_one_method_a_task(pipeline, picture, mask, tmp_path):
+    picture.save(tmp_path / "a.png")
+    images = [
+        pipeline.generate("a pig on grass"),
+        pipeline.edit(picture, "remove the pig"),
+        pipeline.inpaint(picture, mask, "a pig"),
+        pipeline.layout(picture, "a pig (red block) on grass"),
+        pipeline.depth(str(tmp_path / "a.png")),
+        pipeline.pose(np.asarray(picture)),
+        pipeline.segment(tmp_path / "a.png", "the pig"),
+        pipeline.identity(picture, "a portrait of <p>"),
     ]
-    return main(
-        ["sample", f"--checkpoint={root / 'stage3'}", f"--task={task}", f"--out={out}", *files]
-    )
+    assert len(images) == len(TASKS)
+    assert {(type(image), image.size, image.mode) for image in images} == {
+        (Image.Image, (32, 32), "RGB")
+    }
 
 
-@pytest.mark.parametrize("task", list(SAMPLES))
-def test_every_task_samples_a_picture(root, pictures, tmp_path, task):
-    out = tmp_path / "out.png"
-    assert sample(root, pictures, task, SAMPLES[task], out) == 0
-    assert np.asarray(Image.open(out)).shape == (32, 32, 3)
+def test_paths_pil_and_numpy_are_the_same_input(pipeline, picture, tmp_path):
+    picture.save(tmp_path / "a.png")
+    given = (picture, np.asarray(picture), tmp_path / "a.png", picture.convert("RGBA"))
+    a, *others = (pixels(pipeline.edit(image, "remove it")) for image in given)
+    for other in others:
+        np.testing.assert_array_equal(a, other)
 
 
-def test_inpainting_keeps_what_is_not_masked(root, pictures, tmp_path):
-    assert sample(root, pictures, "ip", SAMPLES["ip"], tmp_path / "out.png") == 0
-    from data_pipelines.transforms import resize_and_crop
-
-    image = np.asarray(Image.open(pictures / "image.png"))
-    mask = np.asarray(Image.open(pictures / "mask.png").convert("RGB"))
-    image, mask = (resize_and_crop({"image": x}, resolution=32)["image"] for x in (image, mask))
-    kept = mask.mean(-1) <= 127
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png"))[kept], image[kept])
-
-
-def test_a_seed_gives_one_picture(root, pictures, tmp_path):
-    def picture(name, *more):
-        assert sample(root, pictures, "t2i", [*SAMPLES["t2i"], *more], tmp_path / name) == 0
-        return (tmp_path / name).read_bytes()
-
-    assert picture("a.png") == picture("b.png")
-    assert picture("a.png") != picture("c.png", "--seed=1")
+def test_an_image_does_not_depend_on_its_list(pipeline):
+    prompts = ["a pig on grass", "a cat on sand", "a dog"]
+    together = pipeline.generate(prompts, seed=5)
+    assert len(together) == 3
+    for i, prompt in enumerate(prompts):
+        alone = pipeline.generate(prompt, seed=5 + i)
+        # Float32 in another order may carry a value over the edge between two of the 256 levels.
+        assert np.abs(pixels(together[i]).astype(int) - pixels(alone)).max() <= 1
+    many = pipeline.generate("a pig", seed=list(range(11)))
+    assert len(many) == 11, "more than a batch"
+    assert len({image.tobytes() for image in many}) == 11
+    assert pipeline.generate([]) == []
 
 
-def test_evaluation_and_report(root, capsys):
-    arguments = [
-        "evaluate",
-        f"--checkpoint={root / 'stage3'}",
-        "--benchmark=emoji_scenes",
-        f"--out={root / 'evaluation'}",
-    ]
-    # Those that need no scene scorer, whose fit has tests of its own.
-    names = ["ie", "ip", "depth", "pose", "seg", "id"]
-    assert main([*arguments, "--examples=4", "--batch_size=8", f"--tasks={','.join(names)}"]) == 0
-    results = json.loads((root / "evaluation" / "results.json").read_text())
-    assert list(results["tasks"]) == names
-    assert all(name in capsys.readouterr().out for name in names[:1])
-    for task in results["tasks"].values():
-        assert {"model", "untrained", "trivial", "codec"} <= set(task["systems"])
-    stages = ",".join(str(root / f"stage{i}") for i in (1, 2, 3))
-    assert (
-        main(
-            ["report", f"--stages={stages}", f"--evaluation={root / 'evaluation'}", f"--out={root}"]
-        )
-        == 0
-    )
-    assert (root / "samples.png").stat().st_size > 0
-    report = json.loads((root / "report.json").read_text())
-    assert [stage["steps"] for stage in report["stages"].values()] == [2, 2, 2]
-    page = (root / "report.html").read_text()
-    assert "http" not in page.replace("http://www.w3.org", "")  # self-contained
-    assert all(task["title"] in page for task in results["tasks"].values())
+def test_inpainting_keeps_the_pixels_outside_the_mask(pipeline, mask):
+    image = np.random.default_rng(1).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    hole = np.zeros((32, 32), np.uint8)
+    hole[8:16, 8:16] = 255
+    made = pixels(pipeline.inpaint(image, hole))
+    np.testing.assert_array_equal(made[hole == 0], image[hole == 0])
+    assert (made[hole > 0] != image[hole > 0]).any()
 
 
-def error_line(capsys):
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1, captured.err
-    return lines[0]
+def test_progress_is_told_and_compiles_nothing_anew(pipeline):
+    compiled = []
+
+    def note(event, _, *, fun_name="", **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(fun_name)
+
+    first, second = [], []
+    silent = pixels(pipeline.generate("a pig"))
+    heard = pixels(pipeline.generate("a pig", callback=first.append))
+    monitoring.register_event_duration_secs_listener(note)
+    try:
+        pipeline.generate("a cat", callback=second.append)
+    finally:
+        monitoring.unregister_event_duration_listener(note)
+    assert first == second == [1, 2]
+    assert "jit(generate)" not in compiled
+    assert np.abs(silent.astype(int) - heard).max() <= 1
+
+
+def test_steps_and_parameters_are_chosen_at_loading(root):
+    newest = Pipeline.load(root / "stage3")
+    assert (newest.step, newest.config.sampling.steps) == (2, 2)
+    first = Pipeline.load(root / "stage3", step=1, sampling={"steps": 3}, ema=False)
+    assert (first.step, first.config.sampling.steps) == (1, 3)
+    assert first.generator.sampler.steps == 3
+    same = Pipeline.load(root / "stage3" / "checkpoints" / "1", sampling={"steps": 3}, ema=False)
+    np.testing.assert_array_equal(pixels(first.generate("a")), pixels(same.generate("a")))
+
+
+def test_an_untrained_model_is_the_same_but_for_its_parameters(pipeline):
+    untrained = pipeline.untrained(seed=0)
+    shapes = lambda p: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), p.params)  # noqa: E731
+    assert shapes(untrained) == shapes(pipeline)
+    assert untrained.generate("a pig").size == (32, 32)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("call", "message"),
     [
-        (["--task=dept", "--image=image.png"], "unknown task 'dept'; did you mean 'depth'?"),
-        (["--task=t2i"], "task t2i needs --prompt"),
-        (["--task=id", "--prompt=a portrait", "--face=image.png"], "has no <p>"),
-        (["--task=ie", "--prompt=remove it"], "task ie needs --image"),
-        (["--task=depth", "--image=nowhere.png"], "--image=nowhere.png does not exist"),
-        (["--task=t2i", "--prompt=x", "--image=image.png"], "task t2i takes no --image"),
-        (["--task=t2i", "--prompt=x", "--out=x.jpg"], "should end in .png"),
+        (lambda p, _: p.generate(" "), "task 't2i' needs a prompt"),
+        (lambda p, _: p.run("dept"), "unknown task 'dept'; did you mean 'depth'?"),
+        (lambda p, i: p.identity(i, "a portrait"), "has no <p>"),
+        (lambda p, i: p.run("t2i", prompt="a", image=i), "takes no image"),
+        (lambda p, i: p.inpaint(i, np.zeros((4, 4), np.uint8)), "no white pixel"),
+        (lambda p, _: p.depth("nowhere.png"), "image=nowhere.png does not exist"),
+        (lambda p, _: p.depth(np.zeros((4, 4, 3))), "image is float64 [4, 4, 3], expected uint8"),
+        (lambda p, _: p.depth(__file__), "is not a readable image"),
+        (lambda p, _: p.generate(["a", "b"], seed=[1]), "lists of different lengths"),
+        (lambda p, _: p.generate("a", seed=-1), "expected whole numbers from 0"),
     ],
 )
-def test_bad_input_of_sample(root, pictures, tmp_path, capsys, arguments, message):
-    out = [] if any(a.startswith("--out") for a in arguments) else [f"--out={tmp_path}/out.png"]
-    files = [a.replace("=image.png", f"={pictures}/image.png") for a in arguments]
-    assert main(["sample", f"--checkpoint={root / 'stage3'}", *out, *files]) == 1
-    assert message in error_line(capsys)
-    assert not list(tmp_path.iterdir())
+def test_what_cannot_be_is_one_line(pipeline, picture, call, message):
+    with pytest.raises(UserError) as error:
+        call(pipeline, picture)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_task_that_the_run_was_not_trained_on(root, pictures, tmp_path, capsys):
-    arguments = [
-        "--task=id",
-        "--prompt=<p>",
-        f"--face={pictures}/image.png",
-        f"--out={tmp_path}/o.png",
-    ]
-    assert main(["sample", f"--checkpoint={root / 'stage2'}", *arguments]) == 1
-    assert "unknown task of" in error_line(capsys)
-
-
-def test_a_checkpoint_that_is_not_there(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    for path, message in (("absent", "does not exist"), ("empty", "no steps")):
-        arguments = [
-            "sample",
-            f"--checkpoint={tmp_path / path}",
-            "--task=t2i",
-            "--prompt=x",
-            f"--out={tmp_path}/o.png",
-        ]
-        assert main(arguments) == 1
-        assert message in error_line(capsys)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["--config.optim.lrate=1"], "unknown config key 'optim.lrate'; did you mean 'optim.lr'?"),
-        (["--config.optim.name=adam"], "'adam'; did you mean 'adamw'?"),
-        (["--config.model.overrides.dept=3"], "did you mean 'depth'?"),
-        (["--config.model.size=xxl"], "did you mean 'xl'?"),
-        (["--config.sampling.solver=eulr"], "did you mean 'euler'?"),
-        (["--config.tasks.t2i.weight=-1"], "expected a finite number >= 0"),
-        (["--config.tasks.t2i.sources=('scene',)"], "did you mean 'scenes'?"),
-        (["--profile=2:1"], "--profile=2:1: expected START:STOP with 0 <= START < STOP <= 2"),
-        (["--config.init_from.path=/nowhere"], "no checkpoint in /nowhere: it does not exist"),
-        (["--config.data.dataset=emoji"], "data.dir"),
-    ],
-)
-def test_bad_input_of_train_leaves_no_workdir(root, tmp_path, capsys, overrides, message):
-    data = f"--config.data.dir={root / 'data'}"
-    if "dataset" in overrides[0]:
-        data = "--config.data.dir=/nowhere"
-    arguments = [
-        "train",
-        f"--config={CONFIG}1",
-        f"--workdir={tmp_path / 'w'}",
-        data,
-        *FAST,
-        *overrides,
-    ]
-    assert main(arguments) == 1
-    assert message in error_line(capsys)
-    assert not (tmp_path / "w").exists()
-
-
-def test_a_workdir_of_another_config_is_left_alone(root, capsys):
-    before = {p: p.stat().st_mtime_ns for p in (root / "stage1").rglob("*")}
-    assert train(1, root, "--config.optim.lr=0.5") == 1
-    assert "belongs to another config: optim.lr is 0.5" in error_line(capsys)
-    assert {p: p.stat().st_mtime_ns for p in (root / "stage1").rglob("*")} == before
-
-
-def test_checkpoint_commands(root, tmp_path, capsys):
-    assert main(["checkpoint", "list", str(root / "stage1")]) == 0
-    assert capsys.readouterr().out.split() == ["1", "2"]
-    assert main(["checkpoint", "copy", str(root / "stage1"), f"--out={tmp_path / 'copy'}"]) == 0
-    assert main(["checkpoint", "verify", str(tmp_path / "copy")]) == 0
-    assert "step 2: sound" in capsys.readouterr().out
-    shard = max(
-        (tmp_path / "copy" / "checkpoints" / "2" / "state").rglob("d/*"),
-        key=lambda p: p.stat().st_size,
-    )
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    assert main(["checkpoint", "verify", str(tmp_path / "copy")]) == 1
-    assert "damaged" in capsys.readouterr().err
-
-
-def test_data_inspect_writes_a_page(root, tmp_path):
-    out = tmp_path / "page.html"
-    data = f"--config.data.dir={root / 'data'}"
-    assert (
-        main(["data", "inspect", f"--config={CONFIG}3", data, f"--out={out}", "--examples=2"]) == 0
-    )
-    assert "a portrait of &lt;p&gt;" in out.read_text()
-
-
-def command(root, workdir, *more):
-    data = f"--config.data.dir={root / 'data'}"
-    fast = [f for f in FAST if "train.steps" not in f] + [
-        "--config.train.steps=8",
-        "--config.train.eval_every=8",
-    ]
-    return [
-        sys.executable,
-        "-m",
-        "univg_jax",
-        "train",
-        f"--config={CONFIG}1",
-        f"--workdir={workdir}",
-        data,
-        *fast,
-        *more,
-    ]
-
-
-@pytest.mark.slow
-def test_killed_process_resumes_bitwise(root, tmp_path):
-    """SIGKILL in the middle of a real run, then the same command again: as if nothing had happened."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    subprocess.run(command(root, tmp_path / "whole"), check=True, env=env, capture_output=True)
-    process = subprocess.Popen(
-        command(root, tmp_path / "killed"), env=env, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "killed" / "checkpoints" / "2").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert max(checkpoint.list_steps(tmp_path / "killed")) < 8
-    subprocess.run(command(root, tmp_path / "killed"), check=True, env=env, capture_output=True)
-    for which in ("params", "ema", "opt_state"):
-        whole, resumed = (
-            checkpoint.load_params(tmp_path / name, which=which) for name in ("whole", "killed")
-        )
-        import jax
-
-        jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), jax.device_get(resumed))
+def test_bad_arguments_of_load(root, tmp_path):
+    with pytest.raises(NotFoundError, match="does not exist"):
+        Pipeline.load(tmp_path / "nowhere")
+    with pytest.raises(NotFoundError, match="no step 7"):
+        Pipeline.load(root / "stage1", step=7)
+    with pytest.raises(UserError, match="did you mean 'steps'"):
+        Pipeline.load(root / "stage1", sampling={"step": 4})
+    with pytest.raises(UserError, match="unknown task of"):
+        Pipeline.load(root / "stage1").depth(np.zeros((4, 4, 3), np.uint8))

@@ -229,7 +229,8 @@ class Pipeline:
         """Images for this process's rows of a batch of one task: guidance, solver and decoder.
 
         The noise of a row is a function of (seed, its sample id); `seed` may be one for each row.
-        `callback(n)` is called when n steps of the solver are done, in a run of one process.
+        `callback(n)` is called when n steps of the solver are done; of several processes all or
+        none must have one.
         """
         seeds = np.broadcast_to(np.asarray(seed), (batch.size,))
         if not (np.issubdtype(seeds.dtype, np.integer) and np.all((seeds >= 0) & (seeds < 2**32))):
@@ -237,15 +238,10 @@ class Pipeline:
         weights = guidance_weights(self.config.sampling.guidance.get(task))
         drops = NULL_CONDITIONS[: len(weights)]
         passes = [self.collator.drop_conditions(batch, drop) for drop in drops]
-        on_step = None
-        # A callback would make the program of this process differ from those of the others.
-        if callback is not None and jax.process_count() == 1:
-            done = iter(range(1, self.config.sampling.steps + 1))
-            on_step = lambda: callback(next(done))  # noqa: E731
         with jax.set_mesh(self.mesh):
             passes, seeds = sharding.shard_batch((passes, seeds.astype(np.uint32)), self.mesh)
             images = self.generator(
-                self.params, self.frozen, passes, weights=weights, seeds=seeds, on_step=on_step
+                self.params, self.frozen, passes, weights=weights, seeds=seeds, on_step=callback
             )
             return to_uint8(sharding.local_rows(images, self.mesh))
 
@@ -313,7 +309,7 @@ def read_picture(picture: Picture | None, name: str) -> UInt8[np.ndarray, "h w 3
             )
         return picture
     if isinstance(picture, Image.Image):
-        return records.rgb(picture)
+        return records.to_rgb(picture)
     path = epath.Path(picture)
     if not path.is_file():
         raise NotFoundError(f"{name}={os.fspath(picture)} does not exist")

@@ -16,18 +16,15 @@ The last row is v(null, null) + s_I [v(I, null) - v(null, null)] + s_T [v(I, T) 
 (InstructPix2Pix, arXiv 2211.09800, equation 3). The full condition always comes first.
 """
 
-import contextlib
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int32, PyTree, UInt32
+from jaxtyping import Array, Float, PyTree, UInt32
 
-from univg_jax.batch import Batch
+from univg_jax.batch import Batch, Conditions
 from univg_jax.conditioning import Conditioner
 from univg_jax.flow import sample_noise, shift_times
 from univg_jax.models.univg import UniVG
@@ -80,61 +77,31 @@ def guided_velocity(
     return v
 
 
-def solve(
-    v: Velocity,
-    noise: Float[Array, "b h w c"],
-    sampler: Sampler,
-    *,
-    listener: Int32[Array, ""] | None = None,
-) -> Float[Array, "b h w c"]:
-    """Integrates dx/dt = v(x, t) from t = 1 to t = 0 in `sampler.steps` steps; returns x at t = 0.
-
-    After each step the host calls the listener (`listening`), for progress.
-    """
+def solver_times(sampler: Sampler) -> Float[Array, "s 2"]:
+    """The intervals (t, next t) of the solver's steps, from t = 1 down to t = 0."""
     times = shift_times(jnp.linspace(1.0, 0.0, sampler.steps + 1), sampler.shift)
+    return jnp.stack([times[:-1], times[1:]], axis=-1)
 
-    def step(
-        x: Float[Array, "b h w c"], interval: Float[Array, "2"]
-    ) -> tuple[Float[Array, "b h w c"], None]:
-        t, t_next = interval
-        slope = v(x, t)
-        if sampler.solver == "heun":
-            slope = (slope + v(x + (t_next - t) * slope, t_next)) / 2
-        x = x + (t_next - t) * slope
-        if listener is not None:
-            # An element of x is an argument so that the call does not come before the step is done.
-            jax.debug.callback(_notify, listener, x[0, 0, 0, 0])
-        return x, None
 
-    x, _ = jax.lax.scan(step, noise, jnp.stack([times[:-1], times[1:]], axis=-1))
+def solver_step(
+    v: Velocity, x: Float[Array, "b h w c"], interval: Float[Array, "2"], sampler: Sampler
+) -> Float[Array, "b h w c"]:
+    """x at the end of an interval of time, by one step of Euler's or Heun's method."""
+    t, t_next = interval
+    slope = v(x, t)
+    if sampler.solver == "heun":
+        slope = (slope + v(x + (t_next - t) * slope, t_next)) / 2
+    return x + (t_next - t) * slope
+
+
+def solve(v: Velocity, noise: Float[Array, "b h w c"], sampler: Sampler) -> Float[Array, "b h w c"]:
+    """Integrates dx/dt = v(x, t) from t = 1 to t = 0 in `sampler.steps` steps; returns x there."""
+    x, _ = jax.lax.scan(
+        lambda x, interval: (solver_step(v, x, interval, sampler), None),
+        noise,
+        solver_times(sampler),
+    )
     return x
-
-
-# A compiled program calls back into one function, `_notify`, with the number of a listener as an
-# argument. A callback of the caller's own would be a part of the program, and each new one would be
-# compiled anew.
-_listeners: dict[int, Callable[[], object]] = {}
-_listener_numbers = itertools.count()
-
-
-def _notify(listener: Int32[np.ndarray, ""], _: Float[np.ndarray, ""]) -> None:
-    if function := _listeners.get(int(listener)):
-        function()
-
-
-@contextlib.contextmanager
-def listening(function: Callable[[], object] | None) -> Iterator[Int32[np.ndarray, ""] | None]:
-    """The number by which programs that run inside the block call `function`; None for None."""
-    if function is None:
-        yield None
-        return
-    number = next(_listener_numbers)
-    _listeners[number] = function
-    try:
-        yield np.int32(number)
-        jax.effects_barrier()  # the last calls may still be on their way
-    finally:
-        del _listeners[number]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,19 +120,27 @@ class Generator:
         *,
         weights: Sequence[float],
         seeds: UInt32[Array, " b"],
-        on_step: Callable[[], object] | None = None,
+        on_step: Callable[[int], object] | None = None,
     ) -> Float[Array, "b h w 3"]:
         """Images in [-1, 1] for the rows of `passes[0]`; `passes` are the table's conditions.
 
         The noise of a row is a function of (its seed, its sample id), whatever the batch and the
-        devices. `on_step` is called after each step of the solver; of several processes all or none
-        must have it, since their programs must not differ.
+        devices. `on_step(n)` is called when n steps of the solver are done; of several processes
+        all or none must have it, since it makes one program a step of what is one program in all.
         """
         if len(passes) != len(weights):
             raise ValueError(f"{len(weights)} guidance weights for {len(passes)} passes")
-        weights = jnp.asarray(weights, jnp.float32)
-        with listening(on_step) as listener:
-            return self.generate(params, frozen, tuple(passes), weights, seeds, listener)
+        weights, passes = jnp.asarray(weights, jnp.float32), tuple(passes)
+        if on_step is None:
+            return self.generate(params, frozen, passes, weights, seeds)
+        # A callback from inside the one program would keep it out of the cache of compiled
+        # programs, and can stop the devices of a CPU, which wait for each other.
+        x, conditions = self.begin(frozen, passes, seeds)
+        for done, interval in enumerate(solver_times(self.sampler), 1):
+            x = self.advance(params, conditions, weights, x, interval)
+            jax.block_until_ready(x)
+            on_step(done)
+        return self.decode(frozen, x)
 
     @functools.partial(jax.jit, static_argnums=0)
     def generate(
@@ -175,11 +150,18 @@ class Generator:
         passes: tuple[Batch, ...],
         weights: Float[Array, " p"],
         seeds: UInt32[Array, " b"],
-        listener: Int32[Array, ""] | None = None,
     ) -> Float[Array, "b h w 3"]:
         """`__call__` as one program, of arrays only."""
+        noise, conditions = self.begin(frozen, passes, seeds)
+        v = self.velocity(params, conditions, weights)
+        return self.decode(frozen, solve(v, noise, self.sampler))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def begin(
+        self, frozen: PyTree, passes: tuple[Batch, ...], seeds: UInt32[Array, " b"]
+    ) -> tuple[Float[Array, "b h w c"], Conditions]:
+        """The noise at t = 1, and the conditions of all passes, those of a row as neighbors."""
         each = constrain_rows([self.conditioner.conditions(frozen, batch) for batch in passes])
-        # The passes of a row are neighbors, as `guided_velocity` has them.
         stacked = jax.tree.map(
             lambda *xs: jnp.stack(xs, axis=1).reshape(len(xs) * len(xs[0]), *xs[0].shape[1:]), *each
         )
@@ -187,12 +169,33 @@ class Generator:
         noise = jax.vmap(lambda s, i: sample_noise(jax.random.key(s), i[None], shape)[0])(
             seeds, passes[0].sample_id
         )
+        return noise, stacked
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def advance(
+        self,
+        params: PyTree,
+        conditions: Conditions,
+        weights: Float[Array, " p"],
+        x: Float[Array, "b h w c"],
+        interval: Float[Array, "2"],
+    ) -> Float[Array, "b h w c"]:
+        """One step of the solver."""
+        return solver_step(self.velocity(params, conditions, weights), x, interval, self.sampler)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def decode(self, frozen: PyTree, x0: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
+        """Latents to images in [-1, 1]."""
+        return jnp.clip(self.conditioner.decode(frozen, x0), -1.0, 1.0)
+
+    def velocity(
+        self, params: PyTree, conditions: Conditions, weights: Float[Array, " p"]
+    ) -> Velocity:
+        """The guided velocity of the model under these conditions."""
 
         def predict(
             x: Float[Array, "bp h w c"], t: Float[Array, " bp"]
         ) -> Float[Array, "bp h w c"]:
-            return self.model.apply({"params": params}, *constrain_rows((x, t)), stacked)
+            return self.model.apply({"params": params}, *constrain_rows((x, t)), conditions)
 
-        v = guided_velocity(predict, weights, self.sampler)
-        x0 = solve(v, noise, self.sampler, listener=listener)
-        return jnp.clip(self.conditioner.decode(frozen, x0), -1.0, 1.0)
+        return guided_velocity(predict, weights, self.sampler)

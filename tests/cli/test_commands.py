@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.tasks import TASKS
+from tests.smoke_run import CONFIG, FAST, train
 from univg_jax import checkpoint
 from univg_jax.cli.main import main
 from univg_jax.workdir import list_steps
@@ -22,34 +23,6 @@ from univg_jax.writers import read_metrics
 
 # One worker runs this file: its fixture is a whole run.
 pytestmark = pytest.mark.xdist_group("pipeline")
-
-CONFIG = "experiments/emoji.py:preset=smoke,stage="
-FAST = [
-    "--config.train.steps=2",
-    "--config.optim.warmup=1",
-    "--config.train.save_every=1",
-    "--config.train.eval_examples=8",
-]
-FAST += ["--config.sampling.steps=2", "--config.train.sample_examples=2"]
-
-
-def train(stage, root, *more, init_from=""):
-    spec = f"{CONFIG}{stage}" + (f",init_from={init_from}" if init_from else "")
-    data = f"--config.data.dir={root / 'data'}"
-    return main(
-        ["train", f"--config={spec}", f"--workdir={root / f'stage{stage}'}", data, *FAST, *more]
-    )
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A folder with the three stages of a run of two steps each."""
-    root = tmp_path_factory.mktemp("run")
-    assert train(1, root) == 0
-    assert train(2, root, init_from=root / "stage1") == 0
-    assert train(3, root, init_from=root / "stage2") == 0
-    return root
-
 
 def test_the_stages_hand_on_their_weights_and_encoders(root):
     codecs = [

@@ -50,12 +50,11 @@ def run(args: argparse.Namespace) -> None:
         sampling=flags.sampling(args),
         pretrained=args.pretrained,
     )
-    is_single = jax.process_count() == 1
     with tqdm(
         total=pipeline.config.sampling.steps,
         desc=f"sample {args.task}",
         unit="step",
-        disable=not is_single,
+        disable=jax.process_index() != 0,
     ) as bar:
         image = pipeline.run(
             args.task,
