@@ -1,6 +1,8 @@
-"""The house's own rules: imports go one way, configs load without JAX, nothing pulls in TensorFlow."""
+"""The house's own rules: imports go one way, configs load without JAX, commands are outermost."""
 
 import ast
+import functools
+import graphlib
 import importlib.util
 import os
 import pathlib
@@ -10,112 +12,169 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+OURS = ("univg_jax", "data_pipelines", "experiments")
 
-# Each room and the rooms that it may import (docs/decisions.md). A room is a module or package of
-# the first level.
-ALLOWED = {
-    "univg_jax.batch": set(),
-    "univg_jax.errors": set(),
-    "univg_jax.flow": {"univg_jax.errors"},
-    "univg_jax.models": {"univg_jax.batch", "univg_jax.errors", "univg_jax.sharding"},
-    "univg_jax.pretrained": {"univg_jax.errors"},
-    "univg_jax.interop": {"univg_jax.models", "univg_jax.sharding"},
-    "univg_jax.conditioning": {"univg_jax.models", "univg_jax.batch"},
-    "univg_jax.encoders": {
-        "univg_jax.conditioning", "univg_jax.models", "univg_jax.interop", "univg_jax.pretrained", "univg_jax.errors",
-        "univg_jax.sharding",
+# Small rooms that any other may import. They know nothing of models, data or training.
+FOUNDATION = {"errors", "files", "images", "settings", "trees"}
+
+# Each room, and which others it imports besides the foundation. A room is a module or package of
+# the first level; names without a dot are of univg_jax, but for data_pipelines and experiments.
+# Every entry is in use: a test fails for one that is not.
+ALLOWED: dict[str, set[str]] = {
+    # The foundation: these import each other at most.
+    "errors": set(),
+    "files": set(),
+    "images": set(),
+    "settings": set(),
+    "trees": set(),
+    # Ideas of their own.
+    "batch": set(),
+    "checksums": set(),
+    "configs": set(),
+    "flow": set(),
+    "pretrained": set(),
+    "tpu": set(),
+    "workdir": set(),
+    "writers": set(),
+    "runtime": {"tpu"},
+    "sharding": {"batch"},
+    "distributed": {"sharding"},
+    "checkpoint": {"checksums", "sharding", "workdir"},
+    # Networks: ours, weights of others, and what encodes a batch.
+    "models": {"batch", "sharding"},
+    "interop": {"models", "pretrained", "sharding"},
+    "conditioning": {"batch", "models"},
+    "encoders": {"conditioning", "interop", "models", "pretrained", "sharding"},
+    "sampling": {"batch", "conditioning", "flow", "models", "sharding"},
+    # Training never sees a dataset. Only training.initialize knows the weights of others.
+    "training": {
+        *("batch", "checkpoint", "conditioning", "flow", "interop", "models", "sharding"),
+        *("tpu", "writers"),
     },
-    "univg_jax.sampling": {
-        "univg_jax.flow", "univg_jax.conditioning", "univg_jax.models", "univg_jax.batch", "univg_jax.errors",
-        "univg_jax.sharding",
-    },
-    "univg_jax.sharding": {"univg_jax.batch"},
-    "univg_jax.training.optim": {"univg_jax.sharding", "univg_jax.batch", "univg_jax.errors"},
-    "univg_jax.checkpoint": {"univg_jax.sharding"},
-    "univg_jax.writers": set(),
-    "univg_jax.compilation": set(),
-    "univg_jax.training.preemption": set(),
-    "univg_jax.training.profiling": set(),
-    "univg_jax.train": {
-        "univg_jax.flow", "univg_jax.conditioning", "univg_jax.training.optim", "univg_jax.sharding", "univg_jax.batch",
-        "univg_jax.checkpoint", "univg_jax.models", "univg_jax.writers", "univg_jax.interop", "univg_jax.training.profiling",
-        "univg_jax.training.preemption", "univg_jax.tpu",
-    },
-    "univg_jax.evaluation": {
-        "univg_jax.sampling", "univg_jax.conditioning", "univg_jax.batch", "univg_jax.interop", "univg_jax.models",
-        "univg_jax.sharding", "univg_jax.writers", "univg_jax.errors", "data_pipelines",
-    },
-    "univg_jax.planning.hlo": set(),
-    "univg_jax.tpu": set(),
-    "univg_jax.planning.plan": {
-        "univg_jax.train", "univg_jax.sampling", "univg_jax.conditioning", "univg_jax.sharding", "univg_jax.batch",
-        "univg_jax.planning.hlo", "univg_jax.tpu", "univg_jax.errors",
-    },
-    "univg_jax.cli": {"*"},
-    "univg_jax.__main__": {"univg_jax.cli"},
-    "univg_jax": set(),
-    "data_pipelines": {"univg_jax.batch", "univg_jax.pretrained", "univg_jax.errors"},
+    # Data never sees a model.
+    "data_pipelines": {"batch", "pretrained"},
     "experiments": set(),
-}  # fmt: skip
+    # From a config to a run, and from a run to a trained model.
+    "assembly": {
+        *("batch", "conditioning", "data_pipelines", "encoders", "models", "sampling", "sharding"),
+        *("training", "workdir"),
+    },
+    "pipeline": {
+        *("assembly", "batch", "checkpoint", "data_pipelines", "encoders", "sampling", "sharding"),
+        "workdir",
+    },
+    "__init__": {"pipeline"},
+    # What is done with them.
+    "precompute": {"assembly", "batch", "data_pipelines", "encoders"},
+    "previews": {"assembly", "pipeline", "training"},
+    "evaluation": {"assembly", "batch", "conditioning", "data_pipelines", "pipeline", "sharding"},
+    "planning": {
+        *("assembly", "batch", "data_pipelines", "encoders", "models", "sampling", "sharding"),
+        *("tpu", "training"),
+    },
+    "__main__": {"cli"},
+}
+# Commands may import everything. Nothing but the program's entry may import them.
+COMMANDS = "cli"
 
 
 def room(module: str) -> str:
-    parts = module.split(".")
-    return ".".join(parts[:2]) if parts[0] == "univg_jax" else parts[0]
+    """The room of a module's full name."""
+    package, _, inside = module.partition(".")
+    return (inside.split(".")[0] or "__init__") if package == "univg_jax" else package
 
 
-def files():
-    for package in ("univg_jax", "data_pipelines", "experiments"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            yield module.removesuffix(".__init__"), path
+def module_name(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: pathlib.Path) -> set[str]:
-    names = set()
+@functools.cache
+def imports(path: pathlib.Path) -> frozenset[str]:
+    """Everything that a file imports, also inside functions."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             # `from univg_jax import flow` names the module only in its list.
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
+
+
+def files(*folders: str) -> list[pathlib.Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported_rooms() -> dict[str, set[str]]:
+    """What each room imports of the others."""
+    graph: dict[str, set[str]] = {}
+    for path in files(*OURS):
+        here = room(module_name(path))
+        there = {room(name) for name in imports(path) if name.split(".")[0] in OURS}
+        graph[here] = graph.get(here, set()) | (there - {here})
+    return graph
+
+
+def test_rooms_import_what_the_table_allows():
+    for here, there in imported_rooms().items():
+        if here == COMMANDS:
+            continue
+        assert here in ALLOWED, f"{here} is a new room: give it a line in the table"
+        extra = there - ALLOWED[here] - FOUNDATION
+        assert not extra, f"{here} imports {', '.join(sorted(extra))}"
+
+
+def test_the_table_has_no_entry_that_is_not_in_use():
+    found = imported_rooms()
+    for here, there in ALLOWED.items():
+        assert here in found, f"there is no room {here}"
+        assert there <= found[here], f"{here} does not import {', '.join(there - found[here])}"
+
+
+def test_the_foundation_imports_only_itself_and_no_rooms_form_a_circle():
+    found = imported_rooms()
+    for name in FOUNDATION:
+        assert found[name] <= FOUNDATION, f"{name} imports {', '.join(found[name] - FOUNDATION)}"
+    graphlib.TopologicalSorter(found).prepare()  # raises CycleError
+
+
+def test_only_the_entry_and_their_own_tests_import_the_commands():
+    """Whatever a command does can be done with the library."""
+    inside = (ROOT / "univg_jax" / "cli", ROOT / "tests" / "cli")
+    for path in files(*OURS, "benchmarks", "tools", "tests"):
+        if not path.is_relative_to(inside[0]) and not path.is_relative_to(inside[1]):
+            named = [name for name in imports(path) if f"{name}.".startswith("univg_jax.cli.")]
+            assert not named or path.name == "__main__.py", f"{path} imports {', '.join(named)}"
+
+
+def test_of_training_only_initialize_knows_other_projects_weights():
+    for path in files("univg_jax/training"):
+        if path.name != "initialize.py":
+            assert not {name for name in imports(path) if room(name) == "interop"}, path
 
 
 @pytest.mark.parametrize(
-    ("module", "path"), list(files()), ids=lambda x: x if isinstance(x, str) else ""
+    ("package", "rooms"),
+    [
+        ("flax", {"models"}),
+        ("ml_collections", {"experiments", "configs"}),
+        ("torch", set()),
+        ("tensorflow", set()),
+        ("diffusers", set()),
+        ("transformers", set()),
+    ],
 )
-def test_imports_go_one_way(module, path):
-    here = room(module)
-    assert here in ALLOWED, f"{module}: a new room needs a line in the table of allowed imports"
-    for name in imports(path):
-        there = room(name)
-        if name.split(".")[0] in ("univg_jax", "data_pipelines", "experiments") and there != here:
-            assert "*" in ALLOWED[here] or there in ALLOWED[here], f"{module} imports {name}"
+def test_other_packages_stay_in_their_rooms(package, rooms):
+    for path in files(*OURS):
+        if any(name.split(".")[0] == package for name in imports(path)):
+            assert room(module_name(path)) in rooms, f"{path} imports {package}"
 
 
-@pytest.mark.parametrize(
-    ("module", "path"), list(files()), ids=lambda x: x if isinstance(x, str) else ""
-)
-def test_only_models_import_flax_and_nothing_imports_torch_or_tensorflow(module, path):
-    for name in imports(path):
-        first = name.split(".")[0]
-        assert first not in ("torch", "tensorflow", "diffusers", "transformers"), (
-            f"{module} imports {name}"
-        )
-        assert first != "flax" or room(module) == "univg_jax.models", f"{module} imports {name}"
-        if first == "ml_collections":
-            rooms = ("experiments", "cli", "train", "optim", "plan")
-            assert room(module).split(".")[-1] in rooms, f"{module} imports {name}"
-
-
-@pytest.mark.parametrize(
-    "path", sorted((*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py"))), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", files("benchmarks", "tools"), ids=lambda path: path.stem)
 def test_what_scripts_import_of_ours_exists(path):
     """No test runs them, and some need torch."""
     for name in imports(path):
-        if name.split(".")[0] in ("univg_jax", "data_pipelines", "experiments"):
+        if name.split(".")[0] in (*OURS, "benchmarks"):
             module, _, last = name.rpartition(".")
             assert hasattr(importlib.import_module(module), last) or importlib.util.find_spec(
                 name
@@ -129,24 +188,38 @@ def test_groups_reach_the_scheduler(request):
     assert request.node.nodeid.endswith("@house")
 
 
-def run_python(code: str) -> str:
-    return subprocess.run(
+def loads(package: str, code: str) -> bool:
+    """Whether `code`, in a new process, loads a package."""
+    code += f"\nimport sys; print({package!r} in sys.modules)"
+    done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
+    )
+    return done.stdout.strip() == "True"
 
 
-def test_experiments_load_without_jax():
-    code = "import sys, pkgutil, importlib, experiments as e\n"
-    code += "modules = [importlib.import_module(m.name) for m in pkgutil.iter_modules(e.__path__, 'experiments.')]\n"
-    code += "[m.get_config() for m in modules if hasattr(m, 'get_config')]\n"
-    code += "print('jax' in sys.modules)"
-    assert run_python(code).strip() == "False"
+CALL_EVERY_CONFIG = """
+import importlib, pkgutil, experiments
+for found in pkgutil.iter_modules(experiments.__path__, "experiments."):
+    module = importlib.import_module(found.name)
+    if hasattr(module, "get_config"):
+        module.get_config()
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import univg_jax", "import univg_jax.settings", CALL_EVERY_CONFIG],
+    ids=["package", "settings", "experiments"],
+)
+def test_configs_load_without_jax(code):
+    assert not loads("jax", code)
 
 
 def test_no_tensorflow_is_loaded_or_installed_by_the_lock():
-    code = "import sys, univg_jax.train, univg_jax.evaluation.report, data_pipelines.mixture\n"
     # tensorboardX loads torch where it is installed; the lock has none
-    code += "print('tensorflow' in sys.modules)"
-    assert run_python(code).strip() == "False"
+    assert not loads(
+        "tensorflow",
+        "import univg_jax.previews, univg_jax.evaluation.run, univg_jax.evaluation.report",
+    )
     locked = {line.split("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}
     assert not locked & {"tensorflow", "tensorflow-cpu", "tf-nightly", "keras", "torch"}
