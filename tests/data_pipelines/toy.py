@@ -115,9 +115,14 @@ def make_collator(config: ConfigDict | None = None) -> Collator:
     return Collator(tokenizer=tokenize, shape=BatchShape.of(data))
 
 
+OPEN: list[Stream] = []  # conftest.py closes them after each test
+
+
 def stream(config: ConfigDict | None = None, **changes) -> Stream:
     config = Config.of(config or make_config())
-    return make_stream(config, **dict(collator=make_collator(config), sources=sources()) | changes)
+    options = dict(collator=make_collator(config), sources=sources()) | changes
+    OPEN.append(make_stream(config, **options))
+    return OPEN[-1]
 
 
 def join(parts) -> object:
