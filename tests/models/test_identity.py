@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.datasets.emoji_scenes.portraits import draw_portraits, render_portrait
+from data_pipelines.datasets.emoji_scenes.portraits import sample_portraits, render_portrait
 from univg_jax.models.identity import IdentityEncoder, fit_identity_encoder
 
 DIM = 32
@@ -13,7 +13,7 @@ DIM = 32
 
 def portraits(persons: range) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    drawn = [p for person in persons for p in draw_portraits(rng, person)]
+    drawn = [p for person in persons for p in sample_portraits(rng, person)]
     images = np.stack([render_portrait(p, seed=0, resolution=48) for p in drawn])
     return images, np.array([p.person for p in drawn])
 
