@@ -1,6 +1,4 @@
-"""What is said of a scene: captions, the phrase of each box, referring expressions, edit
-instructions.
-"""
+"""The language of a scene: its caption, the phrase of each box, referring expressions."""
 
 from collections.abc import Sequence
 
@@ -13,9 +11,7 @@ _COUNTS = {2: "two", 3: "three"}
 
 
 def with_article(phrase: str) -> str:
-    """`phrase` with "a" or "an" before it, by its first sound (no noun of the whitelist deviates
-    from its spelling).
-    """
+    """`phrase` after "a" or "an", by its first letter, which suits every noun of the whitelist."""
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
@@ -25,8 +21,9 @@ def name(thing: Thing) -> str:
 
 
 def phrases(scene: Scene) -> list[str]:
-    """The noun phrase of each thing, as the caption has it: "a red apple", or "two pigs" for both
-    of them.
+    """The noun phrase of each thing, as the caption has it: "a red apple".
+
+    Things of one name share a phrase: of two pigs both have "two pigs".
     """
     result = []
     for thing in scene.things:
@@ -44,13 +41,11 @@ def setting(ground: str, sky: str) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """ "a red apple and a pig on grass under a blue sky": things from left to right, each kind
-    once.
-    """
-    by_x = np.argsort([thing.x for thing in scene.things], kind="stable")
-    said = phrases(scene)
-    kinds = list(dict.fromkeys(said[k] for k in by_x))
-    return f"{enumeration(kinds)} {setting(scene.ground, scene.sky)}"
+    """ "a red apple and a pig on grass under a blue sky": from left to right, each phrase once."""
+    left_to_right = np.argsort([thing.x for thing in scene.things], kind="stable")
+    phrase_of = phrases(scene)
+    unique = list(dict.fromkeys(phrase_of[k] for k in left_to_right))
+    return f"{enumeration(unique)} {setting(scene.ground, scene.sky)}"
 
 
 def enumeration(items: Sequence[str]) -> str:
@@ -63,24 +58,23 @@ def side(x: float) -> str:
 
 
 def expressions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """For each thing, an expression that is true of it alone, drawn among all such; "" if there is
-    none.
+    """For each thing a random expression that is true of it alone; "" if there is none.
 
-    By noun ("the pig"), by color ("the red apple"), or by place among its like ("the pig on the
-    left").
+    It says the noun ("the pig"), the color ("the red apple") or the place among things of the same
+    noun ("the pig on the left").
     """
     result = []
     for thing in scene.things:
         nouns = [other.noun for other in scene.things]
         names = [name(other) for other in scene.things]
-        alike = [other for other in scene.things if other.noun == thing.noun]
+        same_noun = [other for other in scene.things if other.noun == thing.noun]
         place = side(thing.x)
         options = []
         if nouns.count(thing.noun) == 1:
-            options += [f"the {thing.noun}"] * 2
+            options += [f"the {thing.noun}"] * 2  # the most natural one, so twice as often
         if thing.color and names.count(name(thing)) == 1:
             options.append(f"the {name(thing)}")
-        if len(scene.things) > 1 and sum(side(other.x) == place for other in alike) == 1:
+        if len(scene.things) > 1 and sum(side(other.x) == place for other in same_noun) == 1:
             options.append(f"the {thing.noun} {place}")
         result.append(str(rng.choice(options)) if options else "")
     return result

@@ -1,4 +1,4 @@
-"""Edit pairs: two scenes that differ by one edit, and the instruction that says it."""
+"""Random edits: two scenes that differ by one change, and the instruction for it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,15 +13,17 @@ from data_pipelines.datasets.emoji_scenes.sprites import COLORS, NOUNS
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
+    """A scene before and after an edit, and the instruction for it."""
+
     before: Scene
     after: Scene
     instruction: str
 
 
 def _choose(
-    rng: np.random.Generator, items: list[str], *, but: set[str | None] = frozenset()
+    rng: np.random.Generator, items: list[str], *, excluded: set[str | None] = frozenset()
 ) -> str:
-    return str(rng.choice([item for item in items if item not in but]))
+    return str(rng.choice([item for item in items if item not in excluded]))
 
 
 def _with_things(scene: Scene, *things) -> Scene:
@@ -50,7 +52,7 @@ def _replace(rng: np.random.Generator, nouns: list[str]) -> Edit:
     scene = sample_scene(rng, nouns, count=int(rng.integers(1, 3)), distinct=True)
     k = int(rng.integers(len(scene.things)))
     old = scene.things[k]
-    noun = _choose(rng, nouns, but={thing.noun for thing in scene.things})
+    noun = _choose(rng, nouns, excluded={thing.noun for thing in scene.things})
     new = dataclasses.replace(old, noun=noun, color=paint(rng, noun))
     things = (*scene.things[:k], new, *scene.things[k + 1 :])
     instruction = f"replace the {old.noun} with {captions.with_article(captions.name(new))}"
@@ -70,11 +72,11 @@ def _swap(rng: np.random.Generator, nouns: list[str]) -> Edit:
 def _background(rng: np.random.Generator, nouns: list[str]) -> Edit:
     scene = sample_scene(rng, nouns, count=int(rng.integers(1, 3)), distinct=True)
     if rng.random() < 0.5:
-        ground = _choose(rng, list(GROUNDS), but={scene.ground})
+        ground = _choose(rng, list(GROUNDS), excluded={scene.ground})
         return Edit(
             scene, dataclasses.replace(scene, ground=ground), f"change the background to {ground}"
         )
-    sky = _choose(rng, list(SKIES), but={scene.sky})
+    sky = _choose(rng, list(SKIES), excluded={scene.sky})
     return Edit(scene, dataclasses.replace(scene, sky=sky), f"change the background to a {sky} sky")
 
 
@@ -85,7 +87,7 @@ def _recolor(rng: np.random.Generator, nouns: list[str]) -> Edit:
     )
     k = int(rng.choice([k for k, thing in enumerate(scene.things) if thing.color]))
     old = scene.things[k]
-    color = _choose(rng, list(COLORS), but={old.color})
+    color = _choose(rng, list(COLORS), excluded={old.color})
     things = (*scene.things[:k], dataclasses.replace(old, color=color), *scene.things[k + 1 :])
     return Edit(scene, _with_things(scene, *things), f"make the {old.noun} {color}")
 

