@@ -145,11 +145,9 @@ def claim(out: epath.PathLike, arguments: Mapping[str, Any]) -> None:
         write_whole(path, json.dumps(dict(arguments), indent=2) + "\n")
         return
     try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); remove {out} and build again"
-        ) from None
+        found = dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove {out} and build again") from None
     for name, value in arguments.items():
         if found.get(name) != value:
             raise UserError(

@@ -58,18 +58,19 @@ class CachedTokenizer:
             )
         try:
             stored = json.loads(record.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{record} is not JSON: {error}") from None
-        for key in {**stored["identity"], **identity}:
-            found, wanted = stored["identity"].get(key), identity.get(key)
-            if found != wanted:
+            files, stored_identity = list(stored["files"]), dict(stored["identity"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{record} is damaged: {error}") from None
+        for key in {**stored_identity, **identity}:
+            found, expected = stored_identity.get(key), identity.get(key)
+            if found != expected:
                 raise UserError(
                     f"{folder} has the embeddings of another text encoder: {key} is {found!r}, "
-                    f"this run's {wanted!r}; make it anew (univg data cache)"
+                    f"this run's {expected!r}; make it anew (univg data cache)"
                 )
         self._copies: epath.Path | None = None
         self._places: dict[bytes, tuple[Any, int]] = {}  # prompt -> open file, row in it
-        for name in stored["files"]:
+        for name in files:
             try:
                 file = safe_open(self._local(self._folder / name), framework="np")
                 keys = file.get_tensor("keys")

@@ -47,7 +47,7 @@ class HeldOut(Sequence):
     ):
         self.task = check_name(task, config.tasks, what="task of this config")
         self._resolution = config.data.resolution
-        self._parts: list[tuple[Source, Sequence[int]]] = []  # a source, its suitable records
+        self._suitable: list[tuple[Source, Sequence[int]]] = []  # the records' indices by source
         missing = num
         for name in config.tasks[task].sources:
             source = (sources or {}).get(name)
@@ -59,10 +59,10 @@ class HeldOut(Sequence):
                 indices = list(itertools.islice(suitable, missing))
             elif missing is not None:
                 indices = indices[:missing]
-            self._parts.append((source, indices))
+            self._suitable.append((source, indices))
             if missing is not None:
                 missing -= len(indices)
-        self._ends = list(itertools.accumulate(len(indices) for _, indices in self._parts))
+        self._ends = list(itertools.accumulate(len(indices) for _, indices in self._suitable))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -89,8 +89,8 @@ class HeldOut(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} records")
         number = bisect.bisect_right(self._ends, index)
-        source, indices = self._parts[number]
-        return source, indices[index - self._ends[number]]  # counted from the end of its part
+        source, indices = self._suitable[number]
+        return source, indices[index - self._ends[number]]  # a negative index, from the end
 
     def _example(self, source: Source, stored: int, rng: np.random.Generator) -> Example:
         return TASKS[self.task].example(

@@ -86,7 +86,11 @@ def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
                 if len(datasets) > 1:
                     inside = ", ".join(sorted(d.name for d in datasets))
                     raise UserError(f"{folder} holds several datasets ({inside}): name one of them")
-                builder = tfds.builder_from_directory(max(found, key=_version))
+                newest = max(found, key=_version)
+                try:
+                    builder = tfds.builder_from_directory(newest)
+                except Exception as error:  # whatever TFDS's parsers raise for a damaged file
+                    raise UserError(f"{newest} is no readable dataset: {error}") from None
                 check_name(split, builder.info.splits, what=f"split of {folder}:")
                 source = TfdsSource(name, builder, split)
                 if not len(source):

@@ -6,12 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from data_pipelines.cache import RECORD, CachedTokenizer, write_cache
+from data_pipelines import held_out
+from data_pipelines.cache import RECORD, CachedTokenizer, prompts, write_cache
 from data_pipelines.collate import Collator, Row
+from data_pipelines.datasets import emoji_scenes
+from data_pipelines.mixture import make_stream
 from data_pipelines.tasks import Example, prompt
 from data_pipelines.tokenizer import load_tokenizer
 from univg_jax.batch import BatchShape, Text
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError
+from univg_jax.settings import Config
 
 TOKENIZER = load_tokenizer()
 NUM_TOKENS = 12
@@ -88,9 +92,10 @@ def test_what_is_missing_stale_or_unfinished_is_an_error(folder, tmp_path):
     part.write_bytes(part.read_bytes()[:-8])
     with pytest.raises(UserError, match=r"00001\.safetensors is not a readable part"):
         CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
-    (folder / RECORD).write_text("{")
-    with pytest.raises(UserError, match=r"cache\.json is not JSON"):
-        CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
+    for damaged in ("{", "[]", "{}"):
+        (folder / RECORD).write_text(damaged)
+        with pytest.raises(UserError, match=r"cache\.json is damaged"):
+            CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
 
 
 def test_a_killed_build_leaves_no_cache(tmp_path):
@@ -114,3 +119,27 @@ def test_a_cache_in_a_bucket_is_written_and_read_there(bucket):
         write_cache(str(bucket / "new" / "cache"), [], embed=embed, identity=IDENTITY)
     with pytest.raises(NotFoundError, match=r"gs://bucket/other has no cache\.json"):
         CachedTokenizer(TOKENIZER, "gs://bucket/other", identity=IDENTITY)
+
+
+def test_the_prompts_of_a_run_are_all_that_it_asks_for(tmp_path):
+    options = emoji_scenes.Options(resolution=16, num_scenes=16, nouns=4)
+    emoji_scenes.build(tmp_path / "data", options, progress=False)
+    tasks = dict(
+        t2i=dict(weight=1.0, sources=("scenes",), drop_text=0.5),
+        ie=dict(weight=1.0, sources=("edits",)),
+    )
+    data = dict(dir=str(tmp_path / "data"), resolution=16, num_tokens=32, batch_size=8)
+    config = Config.of(dict(tasks=tasks, data=data, train=dict(eval_examples=5)))
+    rows = prompts(config, TOKENIZER, steps=2)
+    write_cache(tmp_path / "cache", rows, embed=embed, identity={})
+    cached = CachedTokenizer(TOKENIZER, tmp_path / "cache", identity={})
+    collator = Collator(tokenizer=cached, shape=BatchShape.of(config.data))
+    stream = make_stream(config, collator=collator)
+    for _ in range(2):
+        next(stream)
+    stream.close()
+    for name in tasks:
+        options = dict(split="validation", num=5, batch_size=8, collator=collator)
+        (batch,) = held_out.batches(config, name, **options)
+        assert batch.text is not None
+        collator.drop_conditions(batch, "text")

@@ -84,3 +84,15 @@ def test_the_histogram_has_the_shares(page):
     assert [expected for _, expected in shares] == ["60.0", "20.0", "20.0"]
     # 512 rows of a golden rotation: at most two rows off
     assert all(abs(float(realized) - float(expected)) < 0.5 for realized, expected in shares)
+
+
+def test_the_page_may_go_to_a_bucket(bucket):
+    toy = MemorySource("toy", [make_record(k) for k in range(5)])
+    inspect.write_inspection(
+        make_config(),
+        str(bucket / "new" / "page.html"),
+        tokenizer=tokenize,
+        num_examples=1,
+        sources=dict(toy=toy),
+    )
+    assert "toy &amp; co" in (bucket / "new" / "page.html").read_text()

@@ -13,9 +13,7 @@ from data_pipelines.datasets.emoji_scenes.sprites import WHITELIST
 
 
 class EmojiScenes(RecordBuilder):
-    """Scenes, edits, puppets and persons composed from Twemoji and DiceBear artwork; one builder
-    config a family.
-    """
+    """Scenes, edits, puppets and persons composed from Twemoji and DiceBear artwork."""
 
     VERSION = tfds.core.Version(VERSION)
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=family) for family in FAMILIES]  # noqa: RUF012 (TFDS's own form)
