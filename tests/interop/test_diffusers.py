@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import record_parity
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.interop.diffusers import WEIGHTS, load_transformer, save_transformer
 from univg_jax.models.mmdit import MMDiT
 
@@ -97,7 +98,7 @@ def test_sharded_files_hold_the_same(tmp_path):
     assert len(parts) > 3
     assert_same_tree(load_transformer(tmp_path / "many")[1], load_transformer(tmp_path / "one")[1])
     parts[1].unlink()
-    with pytest.raises(FileNotFoundError, match=parts[1].name):
+    with pytest.raises(NotFoundError, match=parts[1].name):
         load_transformer(tmp_path / "many")
 
 
@@ -124,7 +125,7 @@ def test_wrong_tensors_are_listed(tmp_path):
 
     edit(tmp_path, spoil)
     with pytest.raises(
-        ValueError,
+        UserError,
         match=r"missing: proj_out.weight; extra: surplus; misshaped: transformer_blocks.1",
     ) as e:
         load_transformer(tmp_path)
@@ -135,7 +136,7 @@ def test_other_spoiled_folders(tmp_path):
     save_transformer(TINY, random_params(TINY), tmp_path)
     good = (tmp_path / "config.json").read_text()
 
-    def refuses(message, error=ValueError, **config):
+    def refuses(message, error=UserError, **config):
         (tmp_path / "config.json").write_text(json.dumps({**json.loads(good), **config}))
         with pytest.raises(error, match=message):
             load_transformer(tmp_path)
@@ -149,11 +150,11 @@ def test_other_spoiled_folders(tmp_path):
     refuses(r"proj_out.bias \(I32\)")
     (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:-100])
     refuses("not a readable safetensors file")
-    with pytest.raises(FileNotFoundError, match=r"config.json"):
+    with pytest.raises(NotFoundError, match=r"config.json"):
         load_transformer(tmp_path / "nowhere")
     (tmp_path / "transformer").mkdir()
     (tmp_path / "config.json").rename(tmp_path / "transformer" / "config.json")
-    with pytest.raises(FileNotFoundError, match="subfolder transformer has one"):
+    with pytest.raises(NotFoundError, match="subfolder transformer has one"):
         load_transformer(tmp_path)
 
 
@@ -165,9 +166,9 @@ def test_what_diffusers_lacks_is_not_written(tmp_path):
         dict(mlp_ratio=2),
     ):
         model = dataclasses.replace(TINY, **option)
-        with pytest.raises(ValueError, match=f"diffusers has no .* with {next(iter(option))}"):
+        with pytest.raises(UserError, match=f"diffusers has no .* with {next(iter(option))}"):
             save_transformer(model, {}, tmp_path)
-    with pytest.raises(ValueError, match="missing: blocks/image/attn_out/bias"):
+    with pytest.raises(UserError, match="missing: blocks/image/attn_out/bias"):
         save_transformer(TINY, {}, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -269,8 +270,8 @@ def test_forward_and_gradients_equal_diffusers(tmp_path, name, record_property):
         gradient_error = max(gradient_error, error)
         assert error <= 1e-4, f"{jax.tree_util.keystr(path)}: {error}"
     configuration = (
-        f"{heads} heads of {width}, {depth} blocks, patch {patch}, channels {c_in} to {c_out}, qk norm {qk_norm}, "
-        f"latents {h}x{w}, {tokens} text tokens, batch {batch}"
+        f"{heads} heads of {width}, {depth} blocks, patch {patch}, channels {c_in} to {c_out}, "
+        f"qk norm {qk_norm}, latents {h}x{w}, {tokens} text tokens, batch {batch}"
     )
     errors = dict(forward=forward_error, gradient=gradient_error)
     record_parity(

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import record_parity
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.interop.transformers import load_clip_text, load_clip_vision, load_dino
 from univg_jax.sharding import make_mesh
 
@@ -189,7 +190,7 @@ def test_a_tower_of_the_whole_model_is_the_tower(tmp_path):
 
 
 def test_older_config_of_a_tower_goes_first(tmp_path):
-    """As in the published folders of OpenAI's models, where the end token differs between the two."""
+    """As in the published folders of OpenAI's models, whose two configs name other end tokens."""
     config = {k: v for k, v in CONFIGS["text"].items() if k != "eos_token_id"}
     whole = whole_clip(
         tmp_path, dict(text_config=CONFIGS["text"] | dict(eos_token_id=2), text_config_dict=config)
@@ -304,7 +305,7 @@ def test_onto_a_mesh_as_bfloat16(folder, kind):
     ],
 )
 def test_another_family_or_variant_is_refused(folder, kind, config, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         LOAD[kind](folder(kind, config))
 
 
@@ -314,7 +315,7 @@ def test_the_whole_model_needs_its_projections(tmp_path):
         k: v for k, v in load_file(tmp_path / WEIGHTS).items() if k != "text_projection.weight"
     }
     whole_clip(tmp_path, tensors=tensors)
-    with pytest.raises(ValueError, match=r"missing: text_projection\.weight"):
+    with pytest.raises(UserError, match=r"missing: text_projection\.weight"):
         load_clip_text(tmp_path)
 
 
@@ -323,13 +324,13 @@ def test_damaged_files(folder, kind):
     file = folder(kind) / WEIGHTS
     tensors = tensors_of(kind)
     folder(kind, tensors=tensors | {next(iter(tensors)): np.zeros(3, np.int32)})
-    with pytest.raises(ValueError, match="misshaped"):
+    with pytest.raises(UserError, match="misshaped"):
         LOAD[kind](file.parent)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match="not a readable safetensors file"):
         LOAD[kind](file.parent)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"has neither model\.safetensors nor"):
+    with pytest.raises(NotFoundError, match=r"has neither model\.safetensors nor"):
         LOAD[kind](file.parent)
 
 
@@ -496,8 +497,8 @@ def test_text_equals_transformers(tmp_path, name, record_property):
     ours = run(module, params, ids, mask)
     error = worst_error(ours, their_text(reference, ids, mask), mask)
     configuration = (
-        f"{cls}: {heads} heads, width {width}, MLP {mlp}, {depth} layers, {activation}, eps {eps}, end token {end}, "
-        f"{tokens} tokens, batch {batch}{', masked' if masked else ''}"
+        f"{cls}: {heads} heads, width {width}, MLP {mlp}, {depth} layers, {activation}, eps {eps}, "
+        f"end token {end}, {tokens} tokens, batch {batch}{', masked' if masked else ''}"
     )
     record_parity(record_property, network="CLIP text", configuration=configuration, forward=error)
     assert error <= 2e-5
@@ -534,7 +535,8 @@ def test_images_equal_transformers(tmp_path, name, record_property):
     )
     configuration = (
         f"{cls}: {heads} heads, width {width}, MLP {mlp}, {depth} layers, {activation}, "
-        f"{'' if qkv_bias else 'no qkv bias, '}trained at {image} px, patch {patch}, run at {size}, batch {batch}"
+        f"{'' if qkv_bias else 'no qkv bias, '}trained at {image} px, patch {patch}, "
+        f"run at {size}, batch {batch}"
     )
     network = "DINO (ViT)" if cls.startswith("ViT") else "CLIP vision"
     record_parity(record_property, network=network, configuration=configuration, forward=error)

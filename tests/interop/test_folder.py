@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.sd3_folder import write_sd3
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.interop.diffusers import open_transformer, open_vae
 from univg_jax.interop.transformers import open_clip_text, open_t5
 from univg_jax.sharding import make_mesh, tree_shardings
@@ -52,7 +53,7 @@ def test_written_back_is_the_same_and_again_in_several_files(pipeline, tmp_path,
 @pytest.mark.parametrize("name", OPEN)
 def test_every_mesh_holds_the_same_where_the_rules_say(pipeline, name, axes, monkeypatch):
     # these are tiny: nothing may be too small to split
-    monkeypatch.setattr("univg_jax.sharding.SMALL", 0)
+    monkeypatch.setattr("univg_jax.sharding.MIN_SHARDED_SIZE", 0)
     mesh, stored = make_mesh(**axes), OPEN[name](pipeline / name)
     placed = stored.read(mesh=mesh)
     assert_same_tree(jax.device_get(placed), jax.device_get(stored.read()))
@@ -81,7 +82,7 @@ def test_other_parameters_are_not_written(pipeline, tmp_path):
     stored = open_vae(pipeline / "vae")
     params = stored.read()
     del params["decoder"]["conv_out"]["bias"]
-    with pytest.raises(ValueError, match=r"parameters: .*missing: decoder/conv_out/bias"):
+    with pytest.raises(UserError, match=r"parameters: .*missing: decoder/conv_out/bias"):
         stored.write(tmp_path / "out", params)
     assert not (tmp_path / "out").exists()
 
@@ -92,6 +93,6 @@ def test_pickles_are_named_and_never_read(pipeline, tmp_path):
     weights = next(folder.glob("*.safetensors"))
     weights.rename(folder / "diffusion_pytorch_model.bin")
     with pytest.raises(
-        FileNotFoundError, match=r"diffusion_pytorch_model.bin is a pickle, .* never read"
+        NotFoundError, match=r"diffusion_pytorch_model.bin is a pickle, .* never read"
     ):
         open_vae(folder)

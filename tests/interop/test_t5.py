@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.helpers import record_parity
+from univg_jax.errors import UserError
 from univg_jax.interop.transformers import WEIGHTS, load_t5
 from univg_jax.sharding import make_mesh
 
@@ -169,7 +170,7 @@ def test_parts_load_onto_a_mesh(folder, tmp_path):
     ],
 )
 def test_another_family_or_size_is_refused(folder, config, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_t5(folder(config))
 
 
@@ -178,22 +179,22 @@ def test_the_original_t5_is_refused_though_its_config_need_not_say_so(folder):
     file.write_text(
         json.dumps({key: value for key, value in CONFIG.items() if key != "feed_forward_proj"})
     )
-    with pytest.raises(ValueError, match="feed_forward_proj is 'relu'"):
+    with pytest.raises(UserError, match="feed_forward_proj is 'relu'"):
         load_t5(file.parent)
 
 
 def test_positions_of_a_later_layer_are_refused(folder):
     name = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
-    with pytest.raises(ValueError, match=f"extra: {name}"):
+    with pytest.raises(UserError, match=f"extra: {name}"):
         load_t5(folder(weights=tensors() | {name: np.zeros((8, 3), np.float32)}))
 
 
 def test_a_file_of_another_dtype_or_cut_short_is_refused(folder):
-    with pytest.raises(ValueError, match=r"shared.weight \(I32\)"):
+    with pytest.raises(UserError, match=r"shared.weight \(I32\)"):
         load_t5(folder(weights=tensors() | {"shared.weight": np.zeros((50, 12), np.int32)}))
     file = folder() / WEIGHTS
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match="not a readable safetensors file"):
         load_t5(file.parent)
 
 
@@ -256,8 +257,9 @@ def test_parity_with_transformers(tmp_path, name, record_property):
         np.abs(apply(module, params, ids, None) - plain).max() / plain.std(),
     )
     configuration = (
-        f"{type(reference).__name__}: {heads} heads of {head_dim}, width {width}, MLP {mlp}, {depth} layers, "
-        f"{buckets} buckets to {farthest}, {tokens} tokens, batch {batch}, with and without mask"
+        f"{type(reference).__name__}: {heads} heads of {head_dim}, width {width}, MLP {mlp}, "
+        f"{depth} layers, {buckets} buckets to {farthest}, {tokens} tokens, batch {batch}, "
+        "with and without mask"
     )
     record_parity(record_property, network="T5 encoder", configuration=configuration, forward=error)
     assert error <= 2e-5  # float32 sums in another order

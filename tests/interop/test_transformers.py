@@ -11,6 +11,8 @@ import pytest
 import safetensors.numpy
 
 from tests.helpers import record_parity
+from univg_jax.errors import NotFoundError, UserError
+from univg_jax.interop import transformers
 from univg_jax.interop.transformers import load_minilm
 from univg_jax.models.minilm import pool
 from univg_jax.pretrained import pretrained_folder
@@ -80,7 +82,7 @@ def test_lists_missing_extra_and_misshaped_tensors(folder):
     del weights["encoder.layer.0.output.dense.bias"]
     weights["encoder.layer.7.output.dense.bias"] = np.zeros(12, np.float32)
     weights["embeddings.LayerNorm.bias"] = np.zeros(13, np.float32)
-    with pytest.raises(ValueError, match=r"tensors do not fit the network") as error:
+    with pytest.raises(UserError, match=r"tensors do not fit the network") as error:
         load_minilm(folder(weights=weights))
     assert "missing: encoder.layer.0.output.dense.bias;" in str(error.value)
     assert "extra: encoder.layer.7.output.dense.bias;" in str(error.value)
@@ -96,27 +98,38 @@ def test_lists_missing_extra_and_misshaped_tensors(folder):
     ],
 )
 def test_another_family_is_refused(folder, config, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_minilm(folder(config))
 
 
 def test_damaged_folders(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(NotFoundError, match=r"no config\.json"):
         load_minilm(tmp_path)
     file = folder() / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match="not a readable safetensors file"):
         load_minilm(tmp_path)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"has neither model\.safetensors nor"):
+    with pytest.raises(NotFoundError, match=r"has neither model\.safetensors nor"):
         load_minilm(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         load_minilm(tmp_path)
+
+
+def test_the_documentation_of_each_loader_is_a_sentence():
+    loaders = {
+        name: value for name, value in vars(transformers).items() if name.startswith("load_")
+    }
+    assert len(loaders) == 5
+    for name, load in loaders.items():
+        opener = name.replace("load", "open")
+        assert load.__doc__.endswith(f". Returns (module, parameters); see `{opener}`.")
+        assert ",." not in load.__doc__
 
 
 def test_unknown_names_suggest_the_nearest():
-    with pytest.raises(FileNotFoundError, match="did you mean 'minilm'"):
+    with pytest.raises(NotFoundError, match="did you mean 'minilm'"):
         pretrained_folder("minlm")
 
 
@@ -127,10 +140,10 @@ def test_unknown_names_suggest_the_nearest():
 )
 def test_parity_with_transformers(tmp_path, heads, width, depth, mlp, tokens, record_property):
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    reference_transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    reference = transformers.BertModel(
-        transformers.BertConfig(
+    reference = reference_transformers.BertModel(
+        reference_transformers.BertConfig(
             vocab_size=101,
             hidden_size=width,
             num_hidden_layers=depth,

@@ -12,9 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import record_parity
+from univg_jax.errors import UserError
 from univg_jax.interop.diffusers import WEIGHTS, load_vae
-from univg_jax.interop.folder import leaves
 from univg_jax.sharding import make_mesh
+from univg_jax.trees import named_leaves
 
 REFERENCE = Path(__file__).parents[1] / "data" / "vae_reference.npz"
 
@@ -150,7 +151,7 @@ def test_parameters_go_where_they_are_asked(folder):
     mesh = make_mesh(fsdp=8)
     model, params = load_vae(folder, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, mesh=mesh)
     assert model.dtype == jnp.bfloat16
-    for _, leaf in leaves(params):
+    for leaf in named_leaves(params).values():
         assert leaf.dtype == jnp.bfloat16
         assert leaf.sharding.mesh == mesh
 
@@ -158,7 +159,7 @@ def test_parameters_go_where_they_are_asked(folder):
 def test_other_families_and_variants_are_refused(folder):
     def refuses(message, **config):
         (folder / "config.json").write_text(json.dumps(TINY | config))
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             load_vae(folder)
         assert "\n" not in str(error.value)
 

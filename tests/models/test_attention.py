@@ -92,7 +92,7 @@ def test_blocks_are_lanes_wide_and_pad_little(length, largest):
     assert block % attention.LANES == 0
     assert block <= largest
     padded, least = -(-length // block) * block, -(-length // attention.LANES) * attention.LANES
-    assert padded <= attention.PADDING * least
+    assert padded <= attention.MAX_PADDING * least
 
 
 @pytest.mark.parametrize(("kind", "platform", "dtype", "expected"), [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from univg_jax.errors import UserError
 from univg_jax.models.clip import MEAN, STD, CLIPText, CLIPVision, preprocess
 
 SIZES = dict(hidden_dim=16, depth=3, num_heads=2, mlp_dim=32, projection_dim=6)
@@ -65,7 +66,7 @@ def test_masked_tokens_have_no_influence(text_params):
     ("eos_token_id", "ends"), [(49, [3, 1]), (2, [3, 1]), (0, [4, 0]), (8, [0, 5])]
 )
 def test_the_end_token(text_params, eos_token_id, ends):
-    """The first of its id; the first of the largest id for 2; the first token where there is none."""
+    """The first of its id; for id 2 the first of the largest id; without any, the first token."""
     out = run(TEXT.clone(eos_token_id=eos_token_id), text_params, TOKENS)
     np.testing.assert_array_equal(out.pooled, out.last_hidden[jnp.arange(2), jnp.array(ends)])
     np.testing.assert_allclose(
@@ -104,7 +105,7 @@ def test_compute_dtype_is_a_field(module, x):
 
 def test_impossible_inputs_and_fields():
     def refuses(module, x, message):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             jax.eval_shape(module.init, jax.random.key(0), x)
 
     refuses(TEXT, np.zeros((1, 9), np.int32), "9 text tokens, but CLIP has 8 positions")

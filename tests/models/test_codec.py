@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from univg_jax.errors import UserError
 from univg_jax.models.codec import PatchCodec, fit_patch_codec
 
 
@@ -99,12 +100,12 @@ def test_flat_images_stay_finite(whiten):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"codec\.channels=49: a patch of 4 px has 1 to 48"):
+    with pytest.raises(UserError, match=r"codec\.channels=49: a patch of 4 px has 1 to 48"):
         fit_patch_codec(IMAGES, patch=4, channels=49, whiten=0.5)
-    with pytest.raises(ValueError, match=r"codec\.whiten=1\.5: expected 0 to 1"):
+    with pytest.raises(UserError, match=r"codec\.whiten=1\.5: expected 0 to 1"):
         fit_patch_codec(IMAGES, patch=4, channels=16, whiten=1.5)
-    with pytest.raises(ValueError, match="needs images"):
+    with pytest.raises(UserError, match="needs images"):
         fit_patch_codec(IMAGES[:0], patch=4, channels=16, whiten=0.5)
     encode, _ = codec()
-    with pytest.raises(ValueError, match="image of 30 x 32 px: both sides must be a multiple"):
+    with pytest.raises(UserError, match="image of 30 x 32 px: both sides must be a multiple"):
         encode(HELD_OUT[:, :30])

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.datasets.emoji_scenes.portraits import sample_portraits, render_portrait
+from data_pipelines.datasets.emoji_scenes.portraits import render_portrait, sample_portraits
+from univg_jax.errors import UserError
 from univg_jax.models.identity import IdentityEncoder, fit_identity_encoder
 
 DIM = 32
@@ -90,6 +91,6 @@ def test_the_fit_is_deterministic():
 @pytest.mark.parametrize("persons", [[0, 0, 0], [0, 1, 2]])
 def test_too_little_to_learn_from(persons):
     with pytest.raises(
-        ValueError, match=r"at least 2 persons with several portraits each; got 3 portraits"
+        UserError, match=r"at least 2 persons with several portraits each; got 3 portraits"
     ):
         fit_identity_encoder(np.zeros((3, 16, 16, 3), np.uint8), np.array(persons), dim=4)

@@ -16,10 +16,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import record_parity
-from univg_jax.interop.folder import leaves
+from univg_jax.errors import UserError
 from univg_jax.interop.inception import load_inception
 from univg_jax.models.inception import InceptionV3, preprocess
 from univg_jax.sharding import make_mesh
+from univg_jax.trees import named_leaves
 
 REFERENCE = Path(__file__).parents[1] / "data" / "inception_reference.npz"
 EVERY = 16  # of the features and logits is stored
@@ -116,7 +117,7 @@ def test_parameters_go_where_they_are_asked(file):
     mesh = make_mesh(fsdp=8)
     model, params = load_inception(file, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, mesh=mesh)
     assert model.dtype == jnp.bfloat16
-    for _, leaf in leaves(params):
+    for leaf in named_leaves(params).values():
         assert leaf.dtype == jnp.bfloat16
         assert leaf.sharding.mesh == mesh
     kernel = params["Mixed_7c"]["branch3x3dbl_2"]["conv"]["kernel"]
@@ -132,17 +133,17 @@ def test_parameters_go_where_they_are_asked(file):
 def test_a_folder_is_searched(file, tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"")
     with pytest.raises(
-        ValueError,
+        UserError,
         match=r"weights.pth is a pickle, which can run code and is never read; convert it",
     ):
         load_inception(tmp_path)
-    with pytest.raises(ValueError, match="is a pickle"):
+    with pytest.raises(UserError, match="is a pickle"):
         load_inception(tmp_path / "weights.pth")
     (tmp_path / "a.safetensors").symlink_to(file)
     assert isinstance(load_inception(tmp_path)[0], InceptionV3)
     (tmp_path / "b.safetensors").symlink_to(file)
     with pytest.raises(
-        ValueError, match=r"several safetensors files \(a.safetensors, b.safetensors\): name one"
+        UserError, match=r"several safetensors files \(a.safetensors, b.safetensors\): name one"
     ):
         load_inception(tmp_path)
     with pytest.raises(
@@ -160,8 +161,11 @@ def test_wrong_tensors_are_listed(file, tmp_path):
     tensors["Conv2d_1a_3x3.bn.num_batches_tracked"] = np.zeros((), np.int64)  # ignored
     del tensors["Mixed_6e.branch_pool.bn.running_var"]
     save_file(tensors, tmp_path / "x.safetensors")
-    message = r"missing: Mixed_6e.branch_pool.bn.running_var; extra: AuxLogits.fc.bias; misshaped: fc.weight \(expected"
-    with pytest.raises(ValueError, match=message):
+    message = (
+        r"missing: Mixed_6e.branch_pool.bn.running_var; extra: AuxLogits.fc.bias; "
+        r"misshaped: fc.weight \(expected"
+    )
+    with pytest.raises(UserError, match=message):
         load_inception(tmp_path / "x.safetensors")
 
 
@@ -237,7 +241,10 @@ def test_equals_torch_fidelity(file, theirs, name, record_property):
     wanted = theirs.features(x, resized=resized)
     error = max(np.abs(a - b).max() / b.std() for a, b in zip(got, wanted))
     batch, height, width = size
-    configuration = f"{height}x{width} px{' resized to 299' if resized else ''}, batch {batch}; features and logits"
+    configuration = (
+        f"{height}x{width} px{' resized to 299' if resized else ''}, batch {batch}; "
+        "features and logits"
+    )
     record_parity(
         record_property, network="Inception-v3 (FID)", configuration=configuration, forward=error
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.tokenizer import load_tokenizer
+from univg_jax.errors import UserError
 from univg_jax.interop.transformers import load_minilm
 from univg_jax.models.minilm import MiniLM, pool
 from univg_jax.pretrained import pretrained_folder
@@ -80,5 +81,5 @@ def test_compute_dtype_is_a_field():
 
 def test_too_many_tokens():
     model = MiniLM(vocab_size=50, hidden_dim=16, depth=1, num_heads=2, mlp_dim=32, max_tokens=8)
-    with pytest.raises(ValueError, match="9 text tokens, but MiniLM has 8 positions"):
+    with pytest.raises(UserError, match="9 text tokens, but MiniLM has 8 positions"):
         model.init(jax.random.key(0), jnp.zeros((1, 9), jnp.int32), jnp.ones((1, 9), bool))

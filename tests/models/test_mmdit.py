@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from univg_jax import sharding
+from univg_jax.errors import UserError
 from univg_jax.models.layers import modulated_norm, rotate_2d, sincos_table
 from univg_jax.models.mmdit import SIZES, MMDiT, make_mmdit
 from univg_jax.planning import hlo
@@ -181,7 +182,7 @@ def test_sincos_crop_is_central():
     whole = sincos_table(7, 7, dim=8, max_size=7, base_size=3).reshape(7, 7, 8)
     part = sincos_table(3, 5, dim=8, max_size=7, base_size=3).reshape(3, 5, 8)
     np.testing.assert_array_equal(part, whole[2:5, 1:6])
-    with pytest.raises(ValueError, match="pos_embed_max_size=7"):
+    with pytest.raises(UserError, match="pos_embed_max_size=7"):
         sincos_table(8, 3, dim=8, max_size=7, base_size=3)
 
 
@@ -224,7 +225,7 @@ def test_sharing_the_modulation_saves_12_d2_a_block():
     ],
 )
 def test_bad_fields_are_named(build, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build()
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from univg_jax.errors import UserError
 from univg_jax.models.vae import AutoencoderKL, Moments, map_tiles
 
 TINY = AutoencoderKL(
@@ -179,14 +180,14 @@ def test_remat_changes_no_gradient(params):
 
 def test_impossible_fields_and_sizes(params):
     with pytest.raises(
-        ValueError, match=r"images of 6x5 are not divisible into latent cells of 2 pixels"
+        UserError, match=r"images of 6x5 are not divisible into latent cells of 2 pixels"
     ):
         apply(TINY, params, images(6, 5), "encode")
-    with pytest.raises(ValueError, match=r"widths \[10\] do not divide into 4 groups"):
+    with pytest.raises(UserError, match=r"widths \[10\] do not divide into 4 groups"):
         TINY.clone(widths=(8, 10))
     with pytest.raises(
-        ValueError, match="tile_size 9 and tile_overlap 4 must be multiples of the downsampling 2"
+        UserError, match="tile_size 9 and tile_overlap 4 must be multiples of the downsampling 2"
     ):
         TINY.clone(tile_size=9, tile_overlap=4)
-    with pytest.raises(ValueError, match="tile_overlap 8 is not between 0 and tile_size 8"):
+    with pytest.raises(UserError, match="tile_overlap 8 is not between 0 and tile_size 8"):
         TINY.clone(tile_size=8, tile_overlap=8)

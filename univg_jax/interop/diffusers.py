@@ -17,27 +17,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 
+from univg_jax.errors import UserError
 from univg_jax.interop.folder import (
     CONV,
+    MAX_FILE_BYTES,
     Params,
-    PathLike,
     StoredModel,
-    TensorFolder,
     Weight,
-    check_shapes,
-    leaves,
+    check_params,
     loader,
     map_weights,
     open_model,
     read_config,
     write_params,
 )
+from univg_jax.interop.tensors import PathLike, TensorFolder, check_shapes
 from univg_jax.models.layers import sincos_table
 from univg_jax.models.mmdit import MMDiT
 from univg_jax.models.vae import AutoencoderKL
-from univg_jax.trees import path_name
+from univg_jax.trees import map_named, named_leaves
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASS_NAME = "SD3Transformer2DModel"
@@ -77,9 +78,9 @@ BLOCK = {
 
 
 def open_transformer(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
-    """The MM-DiT of a folder of `SD3Transformer2DModel`, of compute dtype `dtype`.
+    """The MM-DiT of a folder of `SD3Transformer2DModel`, with the compute dtype `dtype`.
 
-    Raises what `read_config` and `open_model` raise, and ValueError for a variant that `MMDiT`
+    Raises what `read_config` and `open_model` raise, and UserError for a variant that `MMDiT`
     lacks.
     """
     model = dataclasses.replace(_model_of(folder), dtype=dtype)
@@ -99,70 +100,73 @@ def open_transformer(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredMod
 load_transformer = loader(open_transformer)
 
 
-def transformer_folder(path: PathLike) -> Path | None:
-    """The diffusers folder of a transformer that `path` is, or that the pipeline in `path` has;
-    None for any other.
-    """
-    for folder in (Path(path), Path(path) / "transformer"):
+def transformer_folder(path: epath.PathLike) -> epath.Path | None:
+    """The diffusers folder of a transformer at `path`, or in the pipeline at `path`; else None."""
+    for folder in (epath.Path(path), epath.Path(path) / "transformer"):
         try:
             if path and "_class_name" in json.loads((folder / "config.json").read_text()):
                 return folder
         except (OSError, json.JSONDecodeError):
-            pass
+            pass  # no folder of diffusers; it may be a run of ours
     return None
 
 
 def init_transformer(
     params: Params, model: MMDiT, folder: PathLike, *, mesh: Mesh | None = None
 ) -> Params:
-    """`params` of `model`, begun from SD3's: equal but for input channels that SD3 lacks, whose
-    weights are zero.
+    """Public SD3 weights in place of `params` of `model`, with zeros for input channels SD3 lacks.
 
     So at first the model ignores the image latent and the mask, and is SD3. The position table is
-    no parameter: the model computes its own, and the log says how it lies to theirs. Raises what
-    `open_transformer` raises, and ValueError listing parameters of other names or shapes.
+    not a parameter: the model computes its own, and the log compares it with theirs. It stands here
+    because it is a matter of their layout: the channels are one axis of the patches' kernel.
+
+    Raises what `open_transformer` raises, and UserError listing parameters of other names or
+    shapes.
     """
     stored = open_transformer(folder)
     theirs, p = stored.module, model.patch_size
     kernel = "patch_embed/kernel"
-    expected = {path: tuple(leaf.shape) for path, leaf in leaves(params)}
+    expected = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
     expected[kernel] = (p * p * min(theirs.in_channels, model.in_channels), model.hidden_dim)
-    found = {path: leaf.shape for path, leaf in leaves(stored.abstract)}
-    check_shapes(expected, found, f"init_from {folder}")
-    values = dict(leaves(stored.read(mesh=mesh)))
+    found = {name: leaf.shape for name, leaf in named_leaves(stored.abstract).items()}
+    check_shapes(expected, found, where=f"init_from {folder}")
+    values = named_leaves(stored.read(mesh=mesh))
     added = model.in_channels - theirs.in_channels
     patches = values[kernel].reshape(p, p, theirs.in_channels, -1)
-    values[kernel] = jnp.pad(patches, ((0, 0), (0, 0), (0, added), (0, 0))).reshape(
-        -1, model.hidden_dim
-    )
-    ours, its = ((m.pos_embed_max_size, m.pos_embed_base_size) for m in (model, theirs))
-    same_spacing = ours[0] * its[1] == its[0] * ours[1]
-    table = (
-        "the same" if ours == its else "cropped" if same_spacing and ours[0] < its[0] else "resized"
-    )
+    patches = jnp.pad(patches, ((0, 0), (0, 0), (0, added), (0, 0)))
+    values[kernel] = patches.reshape(-1, model.hidden_dim)
     logging.info(
-        "parameters from %s: %d leaves, %d new input channels at zero; position table %s (tokens a side, extent: %s, "
-        "there %s)", folder, len(values), added, table, ours, its,
+        "parameters from %s: %d leaves, %d new input channels at zero; position table %s",
+        folder, len(values), added, _compare_tables(model, theirs),
     )  # fmt: skip
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: jax.device_put(values[path_name(path)], x.sharding), params
+    return map_named(lambda name, x: jax.device_put(values[name], x.sharding), params)
+
+
+def _compare_tables(model: MMDiT, theirs: MMDiT) -> str:
+    (size, base), (their_size, their_base) = (
+        (m.pos_embed_max_size, m.pos_embed_base_size) for m in (model, theirs)
+    )
+    same_spacing = size * their_base == their_size * base
+    if (size, base) == (their_size, their_base):
+        relation = "the same"
+    else:
+        relation = "cropped" if same_spacing and size < their_size else "resized"
+    return (
+        f"{relation} ({size} tokens a side over an extent of {base}, "
+        f"there {their_size} over {their_base})"
     )
 
 
 def save_transformer(
-    model: MMDiT, params: Params, folder: PathLike, *, max_file_bytes: int = 5 * 10**9
+    model: MMDiT, params: Params, folder: PathLike, *, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
-    """Writes a folder that `SD3Transformer2DModel.from_pretrained` opens, in float32, sharded past
-    `max_file_bytes`.
+    """Writes a folder that `SD3Transformer2DModel.from_pretrained` opens, in float32.
 
-    Raises ValueError where the model uses an option that diffusers lacks, or `params` are not its
-    own.
+    Several files are written if one would exceed `max_file_bytes`. Raises UserError if the model
+    uses an option that diffusers lacks, or `params` are not its own.
     """
     config = _config_of(model)
-    expected = {path: leaf.shape for path, leaf in leaves(_abstract(model))}
-    check_shapes(
-        expected, {path: tuple(value.shape) for path, value in leaves(params)}, "parameters"
-    )
+    check_params(params, _abstract(model))
     write_params(
         folder,
         WEIGHTS,
@@ -198,7 +202,7 @@ def _weights(model: MMDiT) -> dict[str, Weight]:
 
 
 def _unread(model: MMDiT) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and a maker of each tensor that diffusers stores and we do not."""
+    """Tensors that diffusers stores and we do not: their shape, and a function that makes them."""
     d, size = model.hidden_dim, model.pos_embed_max_size
     block = f"transformer_blocks.{model.depth - 1}.attn"
     tensors = {
@@ -220,22 +224,20 @@ def _table(model: MMDiT) -> np.ndarray:
 
 
 def _check_table(model: MMDiT, table: np.ndarray, folder: Path) -> None:
-    """A stored table must be the computed one: to a half-precision file's rounding (bfloat16:
-    2^-9).
-    """
+    """Raises UserError unless the stored position table is the one that the model computes."""
+    # Entries are at most 1, so a file in bfloat16 rounds them by up to 2^-9.
     error = np.abs(table[0].astype(np.float32) - _table(model)).max()
     if not error <= 4e-3:
-        raise ValueError(
-            f"{folder}: {TABLE} is not the sin-cos table of pos_embed_max_size={model.pos_embed_max_size}, "
-            f"base size {model.pos_embed_base_size} (differs by {error:.3g}); no other is supported"
+        raise UserError(
+            f"{folder}: {TABLE} is not the sin-cos table of "
+            f"pos_embed_max_size={model.pos_embed_max_size}, base size "
+            f"{model.pos_embed_base_size} (differs by {error:.3g}); no other is supported"
         )
 
 
 def _model_of(folder: PathLike) -> MMDiT:
-    stored, file = (
-        read_config(folder, key="_class_name", expected=(CLASS_NAME,)),
-        Path(folder) / "config.json",
-    )
+    stored = read_config(folder, key="_class_name", expected=(CLASS_NAME,))
+    file = Path(folder) / "config.json"
     defaults = dict(
         sample_size=128,
         patch_size=2,
@@ -253,14 +255,14 @@ def _model_of(folder: PathLike) -> MMDiT:
     )
     c = {**defaults, **{k: v for k, v in stored.items() if not k.startswith("_")}}
     hidden_dim = c["attention_head_dim"] * c["num_attention_heads"]
-    for bad, why in {
+    for key, is_unsupported in {
         "dual_attention_layers": list(c["dual_attention_layers"]) != [],
         "caption_projection_dim": c["caption_projection_dim"] != hidden_dim,
         "qk_norm": c["qk_norm"] not in (None, "rms_norm"),
         "pos_embed_max_size": not c["pos_embed_max_size"],
     }.items():
-        if why:
-            raise ValueError(f"{file}: {bad}={c[bad]!r} is not supported")
+        if is_unsupported:
+            raise UserError(f"{file}: {key}={c[key]!r} is not supported")
     return MMDiT(
         hidden_dim=hidden_dim,
         depth=c["num_layers"],
@@ -281,8 +283,9 @@ def _config_of(model: MMDiT) -> dict[str, Any]:
         position="sincos", mlp_ratio=4, sandwich_norm=False, shared_adaln=False
     ).items():
         if getattr(model, field) != value:
-            raise ValueError(
-                f"diffusers has no {CLASS_NAME} with {field}={getattr(model, field)!r}, only {value!r}"
+            raise UserError(
+                f"diffusers has no {CLASS_NAME} with {field}={getattr(model, field)!r}, "
+                f"only {value!r}"
             )
     return {
         "_class_name": CLASS_NAME,
@@ -303,8 +306,7 @@ def _config_of(model: MMDiT) -> dict[str, Any]:
     }
 
 
-# Pieces of our module paths -> theirs, in this order; old files name the attention's maps
-# otherwise.
+# Regexes in our module paths -> theirs, applied in this order.
 VAE = (
     (r"^quant$", "quant_conv"),
     (r"^post_quant$", "post_quant_conv"),
@@ -317,6 +319,7 @@ VAE = (
     (r"/norm_out", ".conv_norm_out"),
     (r"/", "."),
 )
+# Files written by old versions of diffusers have other names for the attention's maps.
 OLD_ATTENTION = (
     (r"\.to_q$", ".query"),
     (r"\.to_k$", ".key"),
@@ -326,9 +329,9 @@ OLD_ATTENTION = (
 
 
 def open_vae(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
-    """The VAE of a folder (`AutoencoderKL`: SD 1 to 3, SDXL, Flux), of compute dtype `dtype`.
+    """The VAE of a folder (`AutoencoderKL`: SD 1 to 3, SDXL, Flux), with the compute dtype `dtype`.
 
-    Raises what `read_config` and `open_model` raise, and ValueError for a variant that our
+    Raises what `read_config` and `open_model` raise, and UserError for a variant that our
     `AutoencoderKL` lacks.
     """
     model = _vae_of(folder, dtype=dtype)
@@ -344,7 +347,7 @@ load_vae = loader(open_vae)
 
 def _vae_weights(abstract: Params, *, names: tuple[tuple[str, str], ...]) -> dict[str, Weight]:
     outer = {}
-    for path, _ in leaves(abstract):
+    for path in named_leaves(abstract):
         module = path.rpartition("/")[0]
         outer[module] = module
         for ours, theirs in names:
@@ -353,10 +356,8 @@ def _vae_weights(abstract: Params, *, names: tuple[tuple[str, str], ...]) -> dic
 
 
 def _vae_of(folder: PathLike, *, dtype: Any) -> AutoencoderKL:
-    stored, file = (
-        read_config(folder, key="_class_name", expected=("AutoencoderKL",)),
-        Path(folder) / "config.json",
-    )
+    stored = read_config(folder, key="_class_name", expected=("AutoencoderKL",))
+    file = Path(folder) / "config.json"
     defaults = dict(
         in_channels=3,
         out_channels=3,
@@ -387,7 +388,7 @@ def _vae_of(folder: PathLike, *, dtype: Any) -> AutoencoderKL:
         "latents_std": None,
     }.items():
         if (list(c[key]) if isinstance(c[key], tuple) else c[key]) != supported:
-            raise ValueError(f"{file}: {key}={c[key]!r} is not supported, only {supported!r}")
+            raise UserError(f"{file}: {key}={c[key]!r} is not supported, only {supported!r}")
     return AutoencoderKL(
         latent_channels=c["latent_channels"],
         widths=tuple(c["block_out_channels"]),

@@ -1,38 +1,43 @@
 """Weights of Hugging Face `transformers` folders -> our modules and parameter trees.
 
-`open_*` checks a folder against its config without reading a tensor; `load_*` opens and reads:
-`load(folder, *, dtype, param_dtype, mesh) -> (module, params)` for `module.apply({'params':
-params}, ...)`.
+`open_*(folder, *, dtype)` checks a folder against its config without reading a tensor; `dtype` is
+the compute dtype of the module. All raise what `read_config` and `open_model` raise, and UserError
+for a variant that our module lacks. `load_*(folder, *, dtype, param_dtype, mesh)` opens and reads:
+`(module, params)` for `module.apply({'params': params}, ...)`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from univg_jax.errors import UserError
 from univg_jax.interop.folder import (
     CONV,
     Params,
-    PathLike,
     StoredModel,
-    TensorFolder,
     loader,
     map_weights,
     open_model,
     read_config,
 )
+from univg_jax.interop.tensors import PathLike, TensorFolder
 from univg_jax.models.clip import CLIPText, CLIPVision
 from univg_jax.models.dino import DINO
 from univg_jax.models.minilm import MiniLM
 from univg_jax.models.t5 import T5Encoder
 from univg_jax.models.vit import ACTIVATIONS
 
+Config = dict[str, Any]  # of a config.json
+Encoder = MiniLM | T5Encoder | CLIPText | CLIPVision | DINO
+
 WEIGHTS = "model.safetensors"
 
-# Our module path -> theirs: of the whole network, and of one of its layers.
+# For each network: our module path -> theirs, of the whole and of one layer; and the values that
+# transformers takes for keys that a config.json leaves out.
 BERT = {
     "word_embeddings": "embeddings.word_embeddings.weight",
     "position_embeddings": "embeddings.position_embeddings.weight",
@@ -49,6 +54,19 @@ BERT_LAYER = {
     "mlp/out": "output.dense",
     "mlp_norm": "output.LayerNorm",
 }
+BERT_DEFAULTS = dict(
+    vocab_size=30522,
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    max_position_embeddings=512,
+    type_vocab_size=2,
+    layer_norm_eps=1e-12,
+    hidden_act="gelu",
+    position_embedding_type="absolute",
+)
+
 CLIP_TEXT = {
     "token_embeddings": "embeddings.token_embedding.weight",
     "position_embeddings": "embeddings.position_embedding.weight",
@@ -71,24 +89,6 @@ CLIP_LAYER = {
     "mlp/in": "mlp.fc1",
     "mlp/out": "mlp.fc2",
 }
-VIT = {
-    "embed/class_token": "embeddings.cls_token",
-    "embed/positions": "embeddings.position_embeddings",
-    "embed/patch_embed": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-VIT_LAYER = {
-    "attn_norm": "layernorm_before",
-    "q": "attention.attention.query",
-    "k": "attention.attention.key",
-    "v": "attention.attention.value",
-    "attn_out": "attention.output.dense",
-    "mlp_norm": "layernorm_after",
-    "mlp/in": "intermediate.dense",
-    "mlp/out": "output.dense",
-}
-
-# What a config.json means that leaves a key out, as the towers' configs inside a whole CLIP's may.
 CLIP_TEXT_DEFAULTS = dict(
     vocab_size=49408,
     hidden_size=512,
@@ -111,17 +111,25 @@ CLIP_VISION_DEFAULTS = dict(
     hidden_act="quick_gelu",
     layer_norm_eps=1e-5,
 )
-VIT_DEFAULTS = dict(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_channels=3,
-    image_size=224,
-    patch_size=16,
-    hidden_act="gelu",
-    layer_norm_eps=1e-12,
-    qkv_bias=True,
+
+VIT = {
+    "embed/class_token": "embeddings.cls_token",
+    "embed/positions": "embeddings.position_embeddings",
+    "embed/patch_embed": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+VIT_LAYER = {
+    "attn_norm": "layernorm_before",
+    "q": "attention.attention.query",
+    "k": "attention.attention.key",
+    "v": "attention.attention.value",
+    "attn_out": "attention.output.dense",
+    "mlp_norm": "layernorm_after",
+    "mlp/in": "intermediate.dense",
+    "mlp/out": "output.dense",
+}
+VIT_DEFAULTS = CLIP_VISION_DEFAULTS | dict(
+    patch_size=16, hidden_act="gelu", layer_norm_eps=1e-12, qkv_bias=True
 )
 
 T5 = {
@@ -139,64 +147,54 @@ T5_LAYER = {
     "mlp/in": "layer.1.DenseReluDense.wi_1",
     "mlp/out": "layer.1.DenseReluDense.wo",
 }
+T5_DEFAULTS = dict(
+    vocab_size=32128,
+    d_model=512,
+    d_kv=64,
+    d_ff=2048,
+    num_layers=6,
+    num_heads=8,
+    relative_attention_num_buckets=32,
+    relative_attention_max_distance=128,
+    layer_norm_epsilon=1e-6,
+    feed_forward_proj="relu",
+)
 
 
 def open_minilm(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
-    """The BERT encoder of a folder (config.json, model.safetensors).
+    """The BERT encoder of a folder (`BertModel`, alone or inside a model with a head).
 
-    `dtype` is the compute dtype. The pooler's and position-id tensors are not part of the encoder
-    and are ignored. Raises what `read_config` and `open_model` raise, and ValueError for a variant
-    that `MiniLM` lacks.
+    The pooler's and position-id tensors are not part of the encoder and are ignored.
     """
     config = read_config(folder, key="model_type", expected=("bert",))
-    _require(folder, config, hidden_act="gelu", position_embedding_type="absolute")
+    config = _with_defaults(folder, config, BERT_DEFAULTS)
+    _require(folder, config, hidden_act=("gelu",), position_embedding_type=("absolute",))
     module = MiniLM(
         vocab_size=config["vocab_size"],
-        hidden_dim=config["hidden_size"],
-        depth=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        mlp_dim=config["intermediate_size"],
         max_tokens=config["max_position_embeddings"],
         num_token_types=config["type_vocab_size"],
-        eps=config["layer_norm_eps"],
+        **_block_fields(config),
         dtype=dtype,
     )
-    abstract = _abstract(
-        module, jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.bool_)
-    )
-    prefix = _prefix(folder, "embeddings.word_embeddings.weight", ("", "bert."))
-    weights = map_weights(
-        abstract,
-        outer={ours: prefix + theirs for ours, theirs in BERT.items()},
+    return _open_encoder(
+        folder,
+        module,
+        prefixes=("", "bert."),
+        outer=BERT,
         block=BERT_LAYER,
-        block_name=prefix + "encoder.layer.{}.",
-    )
-    ignored = prefix + r"(embeddings\.position_ids|pooler\.dense\.(weight|bias))"
-    return open_model(
-        folder, WEIGHTS, module=module, abstract=abstract, weights=weights, ignored=ignored
+        block_name="encoder.layer.{}.",
+        ignored=r"(bert\.)?(embeddings\.position_ids|pooler\.dense\.(weight|bias))",
     )
 
 
 def open_t5(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
-    """The encoder of a T5 v1.1 folder, alone (`T5EncoderModel`) or of a whole model,.
+    """The encoder of a T5 v1.1 folder, stored alone (`T5EncoderModel`) or in a whole model.
 
-    `dtype` is the compute dtype. A decoder and its head are ignored. Raises what `read_config` and
-    `open_model` raise, and ValueError for the original T5, whose MLP has no gate.
+    A decoder and its head are ignored. The original T5, whose MLP has no gate, is refused.
     """
-    defaults = dict(
-        vocab_size=32128,
-        d_model=512,
-        d_kv=64,
-        d_ff=2048,
-        num_layers=6,
-        num_heads=8,
-        relative_attention_num_buckets=32,
-        relative_attention_max_distance=128,
-        layer_norm_epsilon=1e-6,
-        feed_forward_proj="relu",
-    )
-    config = defaults | read_config(folder, key="model_type", expected=("t5",))
-    _require(folder, config, feed_forward_proj="gated-gelu")
+    config = read_config(folder, key="model_type", expected=("t5",))
+    config = _with_defaults(folder, config, T5_DEFAULTS)
+    _require(folder, config, feed_forward_proj=("gated-gelu",))
     module = T5Encoder(
         vocab_size=config["vocab_size"],
         hidden_dim=config["d_model"],
@@ -209,100 +207,72 @@ def open_t5(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
         eps=config["layer_norm_epsilon"],
         dtype=dtype,
     )
-    # The encoder's own table, where a file has one, is what it reads; else it shares the model's.
+    # If a file has a table of the encoder's own, transformers reads that, else the shared one.
     own, shared = "encoder.embed_tokens.weight", "shared.weight"
-    words = own if own in TensorFolder(folder, WEIGHTS) else shared
-    abstract = _abstract(module, jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    return open_model(
+    has_own = own in TensorFolder(folder, WEIGHTS)
+    return _open_encoder(
         folder,
-        WEIGHTS,
-        module=module,
-        abstract=abstract,
-        weights=map_weights(
-            abstract,
-            outer=T5 | {"word_embeddings": words},
-            block=T5_LAYER,
-            block_name="encoder.block.{}.",
-        ),
-        unread={shared: (module.vocab_size, module.hidden_dim)} if words == own else None,
+        module,
+        outer=T5 | {"word_embeddings": own if has_own else shared},
+        block=T5_LAYER,
+        block_name="encoder.block.{}.",
+        unread={shared: (module.vocab_size, module.hidden_dim)} if has_own else None,
         ignored=r"decoder\..*|lm_head\.weight",
     )
 
 
 def open_clip_text(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
-    """CLIP's text tower, from its own folder or that of the whole `CLIPModel`.
+    """CLIP's text tower, from its own folder or from that of a whole `CLIPModel`.
 
-    `dtype` is the compute dtype. The projection is there where the file has one; the other tower is
-    ignored. Raises what `read_config` and `open_model` raise, and ValueError for a variant that
-    `CLIPText` lacks.
+    It has a projection if the file has one. The other tower is ignored.
     """
-    config = _clip_config(
-        folder, "text", projection="text_projection.weight", defaults=CLIP_TEXT_DEFAULTS
-    )
-    module = CLIPText(
-        vocab_size=config["vocab_size"],
-        max_tokens=config["max_position_embeddings"],
-        projection_dim=config["projection_dim"],
-        eos_token_id=config["eos_token_id"],
-        **_block_fields(config),
-        dtype=dtype,
-    )
-    return _open_encoder(
-        folder,
-        module,
-        jax.ShapeDtypeStruct((1, 2), jnp.int32),
-        prefixes=("text_model.", ""),
-        outer=CLIP_TEXT,
-        block=CLIP_LAYER,
-        block_name="encoder.layers.{}.",
-        head={"projection": "text_projection"},
-        ignored=r"vision_model\..+|visual_projection\.weight|logit_scale|(text_model\.)?embeddings\.position_ids",
-    )
+
+    def make(config: Config) -> CLIPText:
+        return CLIPText(
+            vocab_size=config["vocab_size"],
+            max_tokens=config["max_position_embeddings"],
+            eos_token_id=config["eos_token_id"],
+            projection_dim=config["projection_dim"],
+            activation=config["hidden_act"],
+            **_block_fields(config),
+            dtype=dtype,
+        )
+
+    return _open_clip(folder, "text", make, defaults=CLIP_TEXT_DEFAULTS, outer=CLIP_TEXT)
 
 
 def open_clip_vision(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
-    """CLIP's image tower, from its own folder or that of the whole `CLIPModel`.
+    """CLIP's image tower, from its own folder or from that of a whole `CLIPModel`.
 
-    `dtype` is the compute dtype. The projection is there where the file has one; the other tower is
-    ignored. Raises what `read_config` and `open_model` raise, and ValueError for a variant that
-    `CLIPVision` lacks.
+    It has a projection if the file has one. The other tower is ignored.
     """
-    config = _clip_config(
-        folder, "vision", projection="visual_projection.weight", defaults=CLIP_VISION_DEFAULTS
-    )
-    module = CLIPVision(
-        image_size=config["image_size"],
-        patch_size=config["patch_size"],
-        projection_dim=config["projection_dim"],
-        **_block_fields(config),
-        dtype=dtype,
-    )
-    return _open_encoder(
-        folder,
-        module,
-        _one_patch(module),
-        prefixes=("vision_model.", ""),
-        outer=CLIP_VISION,
-        block=CLIP_LAYER,
-        block_name="encoder.layers.{}.",
-        head={"projection": "visual_projection"},
-        ignored=r"text_model\..+|text_projection\.weight|logit_scale|(vision_model\.)?embeddings\.position_ids",
-        shapes=_patch_kernel(module),
-    )
+
+    def make(config: Config) -> CLIPVision:
+        return CLIPVision(
+            image_size=config["image_size"],
+            patch_size=config["patch_size"],
+            projection_dim=config["projection_dim"],
+            activation=config["hidden_act"],
+            **_block_fields(config),
+            dtype=dtype,
+        )
+
+    return _open_clip(folder, "vision", make, defaults=CLIP_VISION_DEFAULTS, outer=CLIP_VISION)
 
 
 def open_dino(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
-    """The `ViTModel` of a folder, such as facebook/dino-vits16,.
+    """The `ViTModel` of a folder, such as facebook/dino-vits16.
 
-    `dtype` is the compute dtype. Pooler, classifier and mask token are ignored. Raises what
-    `read_config` and `open_model` raise, and ValueError for a variant that `DINO` lacks.
+    Pooler, classifier and mask token are ignored.
     """
-    config = {**VIT_DEFAULTS, **read_config(folder, key="model_type", expected=("vit",))}
-    _require_encoder(folder, config, defaults=VIT_DEFAULTS)
+    config = read_config(folder, key="model_type", expected=("vit",))
+    config = _with_defaults(folder, config, VIT_DEFAULTS)
+    _require(folder, config, num_channels=(3,), hidden_act=tuple(ACTIVATIONS))
     module = DINO(
         image_size=config["image_size"],
         patch_size=config["patch_size"],
         qkv_bias=config["qkv_bias"],
+        activation=config["hidden_act"],
         **_block_fields(config),
         dtype=dtype,
     )
@@ -310,17 +280,13 @@ def open_dino(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     return _open_encoder(
         folder,
         module,
-        _one_patch(module),
         prefixes=("", "vit."),
         outer=VIT,
         block=VIT_LAYER,
         block_name="encoder.layer.{}.",
-        ignored=r"(vit\.)?(pooler\.dense\.(weight|bias)|embeddings\.mask_token)|classifier\.(weight|bias)",
-        shapes=_patch_kernel(module)
-        | {
-            "embed/class_token": ((1, 1, d), (0, 1, 2)),
-            "embed/positions": ((1, 1 + side**2, d), (0, 1, 2)),
-        },
+        shapes={"embed/class_token": (1, 1, d), "embed/positions": (1, 1 + side**2, d)},
+        ignored=r"(vit\.)?(pooler\.dense\.(weight|bias)|embeddings\.mask_token)"
+        r"|classifier\.(weight|bias)",
     )
 
 
@@ -328,114 +294,115 @@ load_minilm, load_t5, load_dino = loader(open_minilm), loader(open_t5), loader(o
 load_clip_text, load_clip_vision = loader(open_clip_text), loader(open_clip_vision)
 
 
-def _clip_config(
-    folder: PathLike, tower: str, *, projection: str, defaults: dict[str, Any]
-) -> dict[str, Any]:
-    """The config of one tower; `projection_dim` is None where the tower stands alone, without
-    `projection`.
-    """
+def _open_clip(
+    folder: PathLike,
+    tower: str,
+    make: Callable[[Config], CLIPText | CLIPVision],
+    *,
+    defaults: Config,
+    outer: Mapping[str, str],
+) -> StoredModel:
+    """One tower, "text" or "vision"; `make(config)` is its module."""
+    heads = {"text": "text_projection", "vision": "visual_projection"}
+    other = "vision" if tower == "text" else "text"
     stored = read_config(folder, key="model_type", expected=(f"clip_{tower}_model", "clip"))
-    whole = stored["model_type"] == "clip"
-    # Of two configs of a tower transformers takes the older key, `text_config_dict`, and defaults
-    # for the rest.
-    own = (
-        (stored.get(f"{tower}_config_dict") or stored.get(f"{tower}_config") or {})
-        if whole
-        else stored
+    config, is_whole = stored, stored["model_type"] == "clip"
+    if is_whole:
+        # If there are two configs of a tower, transformers takes the one under the older key,
+        # `text_config_dict`, and the defaults for what that leaves out.
+        config = stored.get(f"{tower}_config_dict") or stored.get(f"{tower}_config") or {}
+    config = _with_defaults(folder, config, defaults)
+    # Only a tower that stands alone may lack a projection.
+    has_head = is_whole or f"{heads[tower]}.weight" in TensorFolder(folder, WEIGHTS)
+    config["projection_dim"] = stored.get("projection_dim", 512) if has_head else None
+    _require(folder, config, num_channels=(3,), hidden_act=tuple(ACTIVATIONS))
+    return _open_encoder(
+        folder,
+        make(config),
+        prefixes=(f"{tower}_model.", ""),
+        outer=outer,
+        block=CLIP_LAYER,
+        block_name="encoder.layers.{}.",
+        head={"projection": heads[tower]},
+        ignored=rf"{other}_model\..+|{heads[other]}\.weight|logit_scale"
+        rf"|({tower}_model\.)?embeddings\.position_ids",
     )
-    config = {**defaults, **own}
-    _require_encoder(folder, config, defaults=defaults)
-    projected = whole or projection in TensorFolder(folder, WEIGHTS)
-    return {**config, "projection_dim": stored.get("projection_dim", 512) if projected else None}
 
 
-def _require_encoder(folder: PathLike, config: dict[str, Any], *, defaults: dict[str, Any]) -> None:
-    """Raises ValueError for what `models.encoder` lacks, and for values of another type than the
-    defaults'.
-    """
+def _with_defaults(folder: PathLike, config: Config, defaults: Config) -> Config:
+    """`config`, completed. Raises UserError for values of another type than the defaults."""
+    config = {**defaults, **config}
     for key, value in defaults.items():
         if not isinstance(config[key], type(value)):
-            expected = f"{Path(folder) / 'config.json'}: {key} is {config[key]!r}; only"
-            raise ValueError(f"{expected} a single {type(value).__name__} is supported")
-    _require(folder, config, num_channels=3, hidden_act=tuple(ACTIVATIONS))
+            raise UserError(
+                f"{Path(folder) / 'config.json'}: {key} is {config[key]!r}; "
+                f"only a single {type(value).__name__} is supported"
+            )
+    return config
 
 
-def _block_fields(config: dict[str, Any]) -> dict[str, Any]:
+def _require(folder: PathLike, config: Config, **supported: tuple) -> None:
+    """Raises UserError if a key is there and its value is none of the supported ones."""
+    for key, values in supported.items():
+        if key in config and config[key] not in values:
+            names = " or ".join(map(repr, values))
+            raise UserError(
+                f"{Path(folder) / 'config.json'}: {key} is {config[key]!r}; "
+                f"only {names} is supported"
+            )
+
+
+def _block_fields(config: Config) -> dict[str, Any]:
     return dict(
         hidden_dim=config["hidden_size"],
         depth=config["num_hidden_layers"],
         num_heads=config["num_attention_heads"],
         mlp_dim=config["intermediate_size"],
-        activation=config["hidden_act"],
         eps=config["layer_norm_eps"],
     )
 
 
-def _one_patch(module: CLIPVision | DINO) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, module.patch_size, module.patch_size, 3), jnp.float32)
-
-
-def _patch_kernel(module: CLIPVision | DINO) -> dict[str, Any]:
-    """The matmul of the patches is a convolution there."""
-    return {
-        "embed/patch_embed/kernel": (
-            (module.hidden_dim, 3, module.patch_size, module.patch_size),
-            CONV,
-        )
-    }
-
-
 def _open_encoder(
     folder: PathLike,
-    module: Any,
-    inputs: jax.ShapeDtypeStruct,
+    module: Encoder,
     *,
-    prefixes: tuple[str, ...],
     outer: Mapping[str, str],
     block: Mapping[str, str],
     block_name: str,
+    prefixes: tuple[str, ...] = ("",),
     head: Mapping[str, str] | None = None,
-    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     **options: Any,
 ) -> StoredModel:
-    """`open_model` of a module that transformers stores under one of the prefixes, its `head`
-    beside it.
+    """`open_model` of a module whose tensors have one of the prefixes; its `head` has none.
 
-    `shapes` are (shape, axes) of those tensors that are more than a transpose away.
+    The prefix tells whether the network is stored alone or inside a larger model. `shapes` are the
+    stored shapes of those of our parameters that have fewer axes.
     """
-    prefix = _prefix(folder, next(iter(outer.values())), prefixes)
-    abstract = _abstract(module, inputs)
+    tensors, first = TensorFolder(folder, WEIGHTS), next(iter(outer.values()))
+    prefix = next((prefix for prefix in prefixes if prefix + first in tensors), prefixes[0])
+    abstract = _abstract(module)
     weights = map_weights(
         abstract,
         outer={ours: prefix + theirs for ours, theirs in outer.items()} | dict(head or {}),
         block=block,
         block_name=prefix + block_name,
     )
-    for path, (shape, axes) in (shapes or {}).items():
+    for path, shape in (shapes or {}).items():
+        axes = tuple(range(len(shape)))
         weights[path] = dataclasses.replace(weights[path], shape=shape, axes=axes)
+    if isinstance(module, CLIPVision | DINO):  # the patches' matmul is a convolution there
+        path, p = "embed/patch_embed/kernel", module.patch_size
+        shape = (module.hidden_dim, 3, p, p)
+        weights[path] = dataclasses.replace(weights[path], shape=shape, axes=CONV)
     return open_model(folder, WEIGHTS, module=module, abstract=abstract, weights=weights, **options)
 
 
-def _abstract(module: Any, *inputs: jax.ShapeDtypeStruct) -> Params:
+def _abstract(module: Encoder) -> Params:
+    """The shapes of a module's parameters."""
+    if isinstance(module, CLIPVision | DINO):
+        p = module.patch_size
+        inputs = (jax.ShapeDtypeStruct((1, p, p, 3), jnp.float32),)
+    else:
+        inputs = tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, jnp.bool_))
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-
-
-def _require(folder: PathLike, config: dict[str, Any], **expected: Any) -> None:
-    """Raises ValueError for a config that has another value than the (default) one, or those, that
-    we support.
-    """
-    for key, value in expected.items():
-        supported = value if isinstance(value, tuple) else (value,)
-        if key in config and config[key] not in supported:
-            names = " or ".join(map(repr, supported))
-            raise ValueError(
-                f"{Path(folder) / 'config.json'}: {key} is {config[key]!r}; only {names} is supported"
-            )
-
-
-def _prefix(folder: PathLike, name: str, prefixes: tuple[str, ...]) -> str:
-    """Which of the prefixes a network's tensors have there: it may be stored alone or inside a
-    larger model.
-    """
-    tensors = TensorFolder(folder, WEIGHTS)
-    return next((prefix for prefix in prefixes if prefix + name in tensors), prefixes[0])

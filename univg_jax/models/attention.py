@@ -1,9 +1,14 @@
-"""softmax(q k^T / sqrt(c)) v of joint attention, on each kind of device.
+"""Attention, softmax(q k^T / sqrt(c)) v, with one implementation for each kind of device.
 
-`xla` writes the scores out and runs anywhere; `cpu` does so as a CPU likes it. `splash` (Pallas,
-TPU) and `cudnn` (NVIDIA) go over them in blocks, so that no [queries x keys] array lies in memory.
-`auto` takes the one of the platform that it is compiled for. All have one signature and give the
-same numbers to their dtype's rounding. Every query sees every key whose mask is True.
+    xla       keeps all scores in memory; runs anywhere
+    cpu       the same, with matrix products and a gradient that are faster on CPUs
+    splash    Pallas kernel for TPUs
+    cudnn     NVIDIA's kernel for GPUs
+    auto      chooses by the platform that it is compiled for
+
+The two kernels compute scores in blocks, so that no [queries x keys] array is ever in memory. All
+have the same signature and give the same numbers up to the rounding of the dtype. Every query
+attends to every key whose mask is True.
 """
 
 import functools
@@ -19,13 +24,14 @@ from jaxtyping import Bool, Float
 from univg_jax import sharding
 from univg_jax.batch import Array
 
-# what a remat policy may keep, so that the kernel need not run again for its gradient
-ATTENDED = "attended"
-LANES = 128  # a splash block is a multiple of it
-# Scores of a block are float32: 4 MiB of the 16 MiB that a kernel may hold. Long in keys, because
-# the backward pass writes a gradient of all queries for every block of keys.
-LARGEST_BLOCK = dict(queries=512, keys=2048)
-PADDING = 1.06  # of the sequence, that a larger block may cost
+# The name of the result for remat policies. A policy that keeps it saves running the kernel again
+# in the backward pass.
+ATTENTION_OUT = "attention_out"
+LANES = 128  # splash blocks are multiples of a TPU's vector width
+# A block has 4 MiB of float32 scores, of the 16 MiB that a kernel may use. Blocks are long in keys
+# because the backward pass writes a gradient of all queries for each block of keys.
+MAX_BLOCK = dict(queries=512, keys=2048)
+MAX_PADDING = 1.06  # a larger block may lengthen the padded sequence by this factor
 
 
 def xla_attention(
@@ -40,7 +46,7 @@ def xla_attention(
 ) -> Float[Array, "b n k c"]:
     """softmax(scale q k^T + bias) v for each head, `scale` by default 1 / sqrt(c).
 
-    Keys whose mask is False, and `causal` later ones, get no weight.
+    Keys whose mask is False get no weight, and with `causal` neither do keys after the query.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = jnp.einsum("bnkc,bskc->bkns", q * scale, k, preferred_element_type=jnp.float32)
@@ -52,7 +58,7 @@ def xla_attention(
         earlier = jnp.tril(jnp.ones(logits.shape[-2:], bool))
         logits = jnp.where(earlier[None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return checkpoint_name(jnp.einsum("bkns,bskc->bnkc", weights, v), ATTENDED)
+    return checkpoint_name(jnp.einsum("bkns,bskc->bnkc", weights, v), ATTENTION_OUT)
 
 
 def cpu_attention(
@@ -61,11 +67,11 @@ def cpu_attention(
     v: Float[Array, "b s k c"],
     mask: Bool[Array, "b s"] | None,
 ) -> Float[Array, "b n k c"]:
-    """`xla_attention`'s softmax(q k^T / sqrt(c)) v, for CPUs: XLA is slow there at 4-D products and
-    their gradients.
+    """`xla_attention` for CPUs, where XLA is slow at 4-D products and their gradients.
 
-    With P the weights and O the output, dS = P (dP - rowsum(dO O)) (FlashAttention, arXiv
-    2205.14135, appendix B.2): P is kept and the scores are gone over once.
+    Let P be the weights, S the scores and O the output. Then dS = P (dP - rowsum(dO O))
+    (FlashAttention, arXiv 2205.14135, appendix B.2). P is kept for the backward pass, which thus
+    reads [queries x keys] arrays only once.
     """
     b, n, heads, c = q.shape
     mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
@@ -74,7 +80,7 @@ def cpu_attention(
         return x.swapaxes(1, 2).reshape(b * heads, x.shape[1], c)
 
     out = _attend(rows(q * c**-0.5), rows(k), rows(v), jnp.repeat(mask, heads, axis=0)[:, None])
-    return checkpoint_name(out.reshape(b, heads, n, c).swapaxes(1, 2), ATTENDED)
+    return checkpoint_name(out.reshape(b, heads, n, c).swapaxes(1, 2), ATTENTION_OUT)
 
 
 def _product(x: Array, y: Array, *, axes: tuple[int, int]) -> Array:
@@ -104,7 +110,7 @@ def _attend_backward(saved: tuple, gradient: Array) -> tuple[Array, Array, Array
     q, k, v, mask, weights, out = saved
     d_weights = _product(gradient, v, axes=(2, 2))
     mean = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    # Where no key counts, the weights are not zero but have no gradient.
+    # If all keys of a row are masked, its softmax is uniform, not zero; the gradient must be zero.
     d_scores = jnp.where(mask, weights * (d_weights - mean), 0).astype(v.dtype)
     d_v = _product(weights, gradient, axes=(1, 1))
     d_q, d_k = _product(d_scores, k, axes=(2, 1)), _product(d_scores, q, axes=(1, 1))
@@ -122,23 +128,26 @@ def cudnn_attention(
 ) -> Float[Array, "b n k c"]:
     """`xla_attention` by cuDNN's flash kernel: bfloat16 or float16, NVIDIA GPUs from Ampere on.
 
-    Keys are masked by a [b 1 1 s] mask; with one dtype for all three inputs, the kernel's demand.
+    The kernel demands the same dtype for all three inputs, and a mask of [b 1 n s].
     """
-    masked = (
-        None
-        if mask is None
-        else jnp.broadcast_to(mask[:, None, None], (mask.shape[0], 1, q.shape[1], k.shape[1]))
-    )
-    return checkpoint_name(
-        jax.nn.dot_product_attention(q, k, v, mask=masked, implementation="cudnn"), ATTENDED
-    )
+    if mask is not None:
+        mask = jnp.broadcast_to(mask[:, None, None], (len(mask), 1, q.shape[1], k.shape[1]))
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    return checkpoint_name(out, ATTENTION_OUT)
 
 
 def splash_block(length: int, *, largest: int) -> int:
-    """The largest block of a sequence that pads it little more than the smallest one does."""
-    least = -(-length // LANES) * LANES
+    """The largest block size that pads a sequence little further than the smallest block does.
+
+    Larger blocks run faster, but padding costs time in proportion to its length (`MAX_PADDING`).
+    """
+    least = _round_up(length, LANES)
     blocks = range(LANES, min(least, largest) + 1, LANES)
-    return max(block for block in blocks if -(-length // block) * block <= PADDING * least)
+    return max(block for block in blocks if _round_up(length, block) <= MAX_PADDING * least)
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def splash(
@@ -149,23 +158,24 @@ def splash(
     *,
     interpret: bool = False,
 ) -> Float[Array, "b n k c"]:
-    """`xla_attention` by Pallas' splash kernel, each device its own rows and heads. `interpret`
-    runs it on a CPU.
+    """`xla_attention` by Pallas' splash kernel; each device computes its own rows and heads.
 
-    Both sequences are padded to whole blocks; masked keys and padding are segment 0, not seen by
-    queries that count.
+    Both sequences are padded to whole blocks. Real queries and keys are segment 1, masked keys and
+    padding segment 0; the kernel attends only within a segment. `interpret` runs it on a CPU.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and not sharding.rows_divisible(len(q)):
+        # One row, as used to initialize parameters, cannot be split over the devices.
         return xla_attention(q, k, v, mask)
     mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
-    rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), "tensor")
+    rows, heads = P(sharding.ROWS), P(sharding.ROWS, "tensor")
     blocks = (
-        splash_block(q.shape[1], largest=LARGEST_BLOCK["queries"]),
-        splash_block(k.shape[1], largest=LARGEST_BLOCK["keys"]),
+        splash_block(q.shape[1], largest=MAX_BLOCK["queries"]),
+        splash_block(k.shape[1], largest=MAX_BLOCK["keys"]),
     )
     run = functools.partial(_splash_rows, blocks=blocks, interpret=interpret)
     if not mesh.empty:
+        # The compiler cannot split a Pallas kernel by itself.
         run = jax.shard_map(
             run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
         )
@@ -173,17 +183,25 @@ def splash(
     return out.swapaxes(1, 2)
 
 
-def _splash_rows(q, k, v, mask, *, blocks: tuple[int, int], interpret: bool):
+def _splash_rows(
+    q: Float[Array, "b k n c"],
+    k: Float[Array, "b k s c"],
+    v: Float[Array, "b k s c"],
+    mask: Bool[Array, "b s"],
+    *,
+    blocks: tuple[int, int],
+    interpret: bool,
+) -> Float[Array, "b k n c"]:
+    """Splash attention of one device's rows and heads, with blocks of (queries, keys)."""
     _, heads, n, _ = q.shape
     q, k, v = (_pad(x, 2, block) for x, block in ((q, blocks[0]), (k, blocks[1]), (v, blocks[1])))
     segments = splash_attention.SegmentIds(
         q=(jnp.arange(q.shape[2]) < n).astype(jnp.int32),
         kv=_pad(mask.astype(jnp.int32), 1, blocks[1]),
     )
+    full = splash_attention.FullMask((q.shape[2], k.shape[2]))
     kernel = splash_attention.make_splash_mha_single_device(
-        splash_attention.MultiHeadMask(
-            [splash_attention.FullMask((q.shape[2], k.shape[2]))] * heads
-        ),
+        splash_attention.MultiHeadMask([full] * heads),
         block_sizes=splash_attention.BlockSizes(
             block_q=blocks[0],
             block_kv=blocks[1],
@@ -191,15 +209,15 @@ def _splash_rows(q, k, v, mask, *, blocks: tuple[int, int], interpret: bool):
             block_kv_dkv=blocks[1],
             use_fused_bwd_kernel=True,
         ),
-        residual_checkpoint_name=ATTENDED,
+        residual_checkpoint_name=ATTENTION_OUT,
         interpret=interpret,
     )
-    return jax.vmap(kernel, in_axes=(0, 0, 0, splash_attention.SegmentIds(q=None, kv=0)))(
-        q, k, v, segments
-    )[:, :, :n]
+    over_rows = jax.vmap(kernel, in_axes=(0, 0, 0, splash_attention.SegmentIds(q=None, kv=0)))
+    return over_rows(q, k, v, segments)[:, :, :n]
 
 
 def _pad(x: Array, axis: int, block: int) -> Array:
+    """x with zeros at the end of an axis, up to whole blocks."""
     missing = -x.shape[axis] % block
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
@@ -210,9 +228,11 @@ def auto(
     v: Float[Array, "b s k c"],
     mask: Bool[Array, "b s"] | None,
 ) -> Float[Array, "b n k c"]:
-    """`splash` on TPUs, `cudnn` on NVIDIA GPUs for the dtypes that it takes, `cpu` on CPUs, else
-    `xla`.
+    """The implementation for the platform that this is compiled for, by its dtype.
+
+    `splash` on TPUs, `cudnn` on NVIDIA GPUs for 16-bit floats, `cpu` on CPUs, else `xla`.
     """
+    # The mesh comes first: `univg plan` compiles for devices that are not here.
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     if device.platform == "tpu":
         return splash(q, k, v, mask)

@@ -1,7 +1,7 @@
-"""Latent codecs as the rest sees them: images [-1, 1] <-> latents of about unit variance.
+"""Latent codecs: images in [-1, 1] <-> latents of about unit variance.
 
-`KLCodec` is a KL autoencoder, by the modes of its posteriors. `PatchCodec` is linear, the principal
-components of small image patches:
+`KLCodec` is a KL autoencoder; it takes the modes of its posteriors. `PatchCodec` is linear, the
+principal components of small image patches:
 
     z_i = basis_i . (patch - mean) / scale_i        patch' = mean + sum_i scale_i z_i basis_i
     scale_i = g std_i^whiten,   g so that the latents' mean variance is 1
@@ -18,12 +18,14 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from univg_jax.batch import Array
+from univg_jax.errors import UserError
 from univg_jax.models.vae import AutoencoderKL
 
 
 class KLCodec(nn.Module):
-    """`AutoencoderKL` as a codec. The posterior's mode, not a sample: the same image is always the
-    same latent.
+    """`AutoencoderKL` as a codec.
+
+    Latents are the posterior's mode, not a sample, so that an image always has the same latent.
     """
 
     vae: AutoencoderKL
@@ -43,15 +45,15 @@ class KLCodec(nn.Module):
         return self.vae.decode(latents)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-        """The images as the latents keep them; its `init` makes all parameters."""
+        """The images as the latents keep them."""
         return self.decode(self.encode(images))
 
 
 class PatchCodec(nn.Module):
-    """The linear codec: `apply({'params': p}, images, method='encode')`, `method='decode'`; `p`
-    from `fit_patch_codec`.
+    """The linear codec; `fit_patch_codec` makes its parameters.
 
-    Raises ValueError for images whose sides are no multiple of `patch`.
+    `apply({'params': p}, images, method='encode')`, `apply({'params': p}, latents,
+    method='decode')`. Raises UserError for images whose sides are not a multiple of `patch`.
     """
 
     patch: int = 4
@@ -83,21 +85,23 @@ class PatchCodec(nn.Module):
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         b, h, w, c = latents.shape
         f = self.patch
-        patches = latents.reshape(-1, c).astype(self.dtype) @ (
-            self.basis * self.scale[None]
-        ).T.astype(self.dtype)
+        rows = (self.basis * self.scale[None]).T.astype(self.dtype)
+        patches = latents.reshape(-1, c).astype(self.dtype) @ rows
         patches = (patches.astype(jnp.float32) + self.mean[None]).reshape(b, h, w, f, f, 3)
         return patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * f, w * f, 3)
 
-    __call__ = encode
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+        """The images as the latents keep them."""
+        return self.decode(self.encode(images))
 
 
 def to_patches(images: Float[Array, "b h w 3"], patch: int) -> Float[Array, "b h2 w2 p"]:
     """Non-overlapping patch x patch x 3 blocks, flattened in the order (row, column, color)."""
     b, h, w, _ = images.shape
     if h % patch or w % patch:
-        raise ValueError(
-            f"image of {h} x {w} px: both sides must be a multiple of the codec's patch of {patch} px"
+        raise UserError(
+            f"image of {h} x {w} px: "
+            f"both sides must be a multiple of the codec's patch of {patch} px"
         )
     blocks = images.reshape(b, h // patch, patch, w // patch, patch, 3)
     return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // patch, w // patch, 3 * patch**2)
@@ -106,28 +110,26 @@ def to_patches(images: Float[Array, "b h w 3"], patch: int) -> Float[Array, "b h
 def fit_patch_codec(
     images: UInt8[np.ndarray, "n h w 3"], *, patch: int, channels: int, whiten: float
 ) -> dict[str, Float[np.ndarray, "..."]]:
-    """Parameters of `PatchCodec` by PCA in float64: deterministic, each component's largest entry
-    positive.
+    """Parameters of `PatchCodec` by PCA in float64.
 
-    Components without variance (flat artwork) count as 1e-3 of the strongest one's std, so that
-    whitening does not blow their noise up. Raises ValueError for no images, too many channels or
-    whiten outside [0, 1].
+    The result is deterministic: each component's largest entry is positive. Components without
+    variance (flat artwork) get 1e-3 of the strongest one's std, so that whitening does not amplify
+    their noise. Raises UserError for no images, too many channels or `whiten` outside [0, 1].
     """
     size = 3 * patch**2
     if not 1 <= channels <= size:
-        raise ValueError(
+        raise UserError(
             f"codec.channels={channels}: a patch of {patch} px has 1 to {size} components"
         )
     if not 0 <= whiten <= 1:
-        raise ValueError(f"codec.whiten={whiten}: expected 0 to 1")
+        raise UserError(f"codec.whiten={whiten}: expected 0 to 1")
     if not len(images):
-        raise ValueError("the latent codec needs images to be fitted on; got none")
+        raise UserError("the latent codec needs images to be fitted on; got none")
     count, total, outer = 0, np.zeros(size), np.zeros((size, size))
-    # bounds memory: float64 patches of 256 images at a time
-    for start in range(0, len(images), 256):
-        x = to_patches(images[start : start + 256].astype(np.float64) / 127.5 - 1, patch).reshape(
-            -1, size
-        )
+    for start in range(0, len(images), 256):  # in chunks, to bound memory
+        # not to_float: it is float32, and PCA is done in float64
+        chunk = images[start : start + 256].astype(np.float64) / 127.5 - 1
+        x = to_patches(chunk, patch).reshape(-1, size)
         count, total, outer = count + len(x), total + x.sum(0), outer + x.T @ x
     mean = total / count
     variances, basis = np.linalg.eigh(outer / count - np.outer(mean, mean))

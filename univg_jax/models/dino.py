@@ -1,5 +1,6 @@
-"""DINO: a ViT trained by self-distillation, whose class token tells whether two images show the
-same thing.
+"""DINO: a ViT trained by self-distillation.
+
+Its class tokens are alike if two images show the same thing.
 
     x = norm(run_blocks([class, patches] + P)),   pooled = x at the class token
 
@@ -33,7 +34,7 @@ class DINO(nn.Module):
     """Images, as `preprocess` gives them, -> states of the patches and of the whole image.
 
     `apply({'params': p}, pixels)`. Positions are interpolated for other sizes than `image_size`.
-    Raises ValueError for sides that are no multiple of `patch_size`.
+    Raises UserError for sides that are not a multiple of `patch_size`.
     """
 
     image_size: int = 224
@@ -43,7 +44,7 @@ class DINO(nn.Module):
     num_heads: int = 6
     mlp_dim: int = 1536
     qkv_bias: bool = True
-    activation: str = "gelu"  # a name of encoder.ACTIVATIONS
+    activation: str = "gelu"  # a name of vit.ACTIVATIONS
     eps: float = 1e-12
     remat: bool = False
     dtype: Any = jnp.float32
@@ -51,7 +52,11 @@ class DINO(nn.Module):
     @nn.compact
     def __call__(self, pixels: Float[Array, "b h w 3"]) -> DINOOutput:
         x = ImageTokens(
-            self.hidden_dim, self.image_size, self.patch_size, True, self.dtype, name="embed"
+            hidden_dim=self.hidden_dim,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            dtype=self.dtype,
+            name="embed",
         )(pixels)
         last = run_blocks(
             x,
@@ -71,7 +76,7 @@ class DINO(nn.Module):
 def preprocess(
     images: UInt8[Array, "b h w 3"], *, size: int = 224, shorter: int | None = None
 ) -> Float[Array, "b {size} {size} 3"]:
-    """(x - mean) / std of the central square, the shorter side brought to `shorter` pixels first.
+    """(x - mean) / std of the central square; the shorter side is first resized to `shorter`.
 
     `shorter` is 8/7 of `size` by default: 256 for 224, as in the evaluation code of the paper.
     """

@@ -1,5 +1,7 @@
-"""Whose portrait is it: a linear discriminant over color and gradient features, small enough for
-every step.
+"""Identity encoders: portraits -> unit vectors whose dot product measures likeness.
+
+`ClipIdentity` is CLIP's image embedding. `IdentityEncoder` is a linear discriminant over color and
+gradient features, small enough to run in every training step:
 
     e = normalize(P (phi(image) - mean))
 
@@ -16,9 +18,12 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from univg_jax.batch import Array
+from univg_jax.errors import UserError
+from univg_jax.images import to_float
 from univg_jax.models.clip import CLIPVision, preprocess
+from univg_jax.models.layers import unit_vectors
 
-SIZE = 48  # px: every portrait is brought to it first
+SIZE = 48  # pixels a side: every portrait is resized to it first
 COLOR_CELL, GRADIENT_CELL, ORIENTATIONS = 4, 6, 8
 NUM_FEATURES = 3 * (SIZE // COLOR_CELL) ** 2 + ORIENTATIONS * (SIZE // GRADIENT_CELL) ** 2
 
@@ -56,7 +61,7 @@ class ClipIdentity(nn.Module):
         levels = jnp.round((images + 1) * 127.5).astype(jnp.uint8)
         out = self.clip(preprocess(levels, size=self.clip.image_size))
         e = (out.pooled if out.projected is None else out.projected).astype(jnp.float32)
-        return e / jnp.maximum(jnp.linalg.norm(e, axis=-1, keepdims=True), 1e-9)
+        return unit_vectors(e)
 
 
 class IdentityEncoder(nn.Module):
@@ -71,7 +76,7 @@ class IdentityEncoder(nn.Module):
             "projection", nn.initializers.orthogonal(), (NUM_FEATURES, self.dim)
         )
         e = (features(images) - mean[None]) @ projection
-        return e / jnp.maximum(jnp.linalg.norm(e, axis=-1, keepdims=True), 1e-9)
+        return unit_vectors(e)
 
 
 def fit_identity_encoder(
@@ -85,27 +90,27 @@ def fit_identity_encoder(
 
     With scatter matrices S_w (within persons, shrunk towards a multiple of the identity matrix) and
     S_b (between their means), P holds the `dim` leading eigenvectors of S_w^-1 S_b, scaled so that
-    P^T S_w P = 1. Of k persons only k - 1 directions exist; the rest of the embedding is then zero.
-    Raises ValueError unless there are two persons and several portraits of one.
+    P^T S_w P = 1. With k persons only k - 1 directions exist; the rest of the embedding is then
+    zero. Raises UserError unless there are two persons and several portraits of one.
     """
     names, index, counts = np.unique(persons, return_inverse=True, return_counts=True)
     if len(names) < 2 or counts.max() < 2:
-        raise ValueError(
+        raise UserError(
             f"the identity encoder needs at least 2 persons with several portraits each; "
             f"got {len(portraits)} portraits of {len(names)} persons"
         )
     moment, centers = np.zeros((NUM_FEATURES, NUM_FEATURES)), np.zeros((len(names), NUM_FEATURES))
-    for start in range(0, len(portraits), 256):  # bounds memory
-        part = slice(start, start + 256)
-        x = np.asarray(_features_of_views(portraits[part]), np.float64)
-        np.add.at(centers, index[part], x.mean(0))
+    for start in range(0, len(portraits), 256):  # in chunks, to bound memory
+        chunk = slice(start, start + 256)
+        x = np.asarray(_features_of_views(portraits[chunk]), np.float64)
+        np.add.at(centers, index[chunk], x.mean(0))
         flat = x.reshape(-1, NUM_FEATURES)
-        moment += flat.T @ flat / len(x)  # len(x) views
+        moment += flat.T @ flat / len(x)  # the mean over the views, of which there are len(x)
     centers /= counts[:, None]
     within = (moment - (centers.T * counts) @ centers) / len(portraits)
-    within = (1 - shrinkage) * within + shrinkage * np.trace(within) / NUM_FEATURES * np.eye(
-        NUM_FEATURES
-    )
+    # Shrinkage keeps S_w invertible where there are fewer portraits than features.
+    multiple = shrinkage * np.trace(within) / NUM_FEATURES
+    within = (1 - shrinkage) * within + multiple * np.eye(NUM_FEATURES)
     values, vectors = np.linalg.eigh(within)
     whitening = vectors / np.sqrt(values)
     mean = counts @ centers / len(portraits)
@@ -118,10 +123,11 @@ def fit_identity_encoder(
 
 @jax.jit
 def _features_of_views(portraits: UInt8[Array, "n f f 3"]) -> Float[Array, "v n p"]:
-    """Each portrait as it is, at half resolution and moved by a pixel: generated pictures are
-    blurred and inexact.
+    """Features of each portrait: as it is, at half resolution, and shifted by a pixel in 4 ways.
+
+    Pictures that a model generates are blurred and inexact; the fit learns to ignore that.
     """
-    x = portraits.astype(jnp.float32) / 127.5 - 1
+    x = to_float(portraits)
     n, f = x.shape[:2]
     half = jax.image.resize(x, (n, f // 2, f // 2, 3), "linear")
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")

@@ -1,13 +1,11 @@
-"""Inception-v3 as FID reads it: 2048 features of an image, numerically the TensorFlow graph of
-2015-12-05.
+"""Inception-v3 for FID: 2048 features of an image, numerically the TensorFlow graph of 2015-12-05.
 
-    y = relu((W * x - mean) / sqrt(var + 0.001) * scale + bias)       every convolution, inference
-    only
+    y = relu((W * x - mean) / sqrt(var + 0.001) * scale + bias)       for every convolution
 
-Rethinking the Inception Architecture (arXiv 1512.00567), features of the last average pool; FID
-(arXiv 1706.08500). That graph differs from the paper's and torchvision's network: average pools do
-not count the padding, the last block pools by maximum, there are 1008 classes, and images are
-resized without half-pixel centers. Modules bear the graph's names.
+Inference only. Rethinking the Inception Architecture (arXiv 1512.00567), features of the last
+average pool; FID (arXiv 1706.08500). That graph differs from the paper's and torchvision's network:
+average pools do not count the padding, the last block pools by maximum, there are 1008 classes, and
+images are resized without half-pixel centers. Modules have the graph's names.
 """
 
 from typing import Any
@@ -36,9 +34,8 @@ class BatchNorm(nn.Module):
             self.param(name, init, (x.shape[-1],))[None, None, None]
             for name, init in (("mean", zeros), ("var", ones), ("scale", ones), ("bias", zeros))
         )
-        return ((x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + 1e-3) * scale) + bias).astype(
-            x.dtype
-        )
+        y = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + 1e-3) * scale) + bias
+        return y.astype(x.dtype)
 
 
 class ConvNorm(nn.Module):
@@ -53,19 +50,14 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         conv = nn.Conv(
-            self.features,
-            self.size,
-            self.strides,
-            self.padding,
-            use_bias=False,
-            dtype=self.dtype,
-            name="conv",
-        )
+            self.features, self.size, self.strides, self.padding,
+            use_bias=False, dtype=self.dtype, name="conv",
+        )  # fmt: skip
         return nn.relu(BatchNorm(name="bn")(conv(x)))
 
 
 class Net(nn.Module):
-    """A module of named convolutions in the compute dtype."""
+    """A module with a shorthand for its named convolutions, in the compute dtype."""
 
     dtype: Any = jnp.float32
 
@@ -80,22 +72,23 @@ class Net(nn.Module):
         strides: int = 1,
         pad: bool = True,
     ) -> Float[Array, "b h2 w2 d"]:
+        """x after a `ConvNorm` of that name; `pad` keeps the size, if there are no strides."""
         padding = "SAME" if pad and strides == 1 else "VALID"
         return ConvNorm(features, (height, width), self.dtype, strides, padding, name=name)(x)
 
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """The mean of each 3x3 neighborhood, of fewer pixels at the edges."""
+    """The mean of each 3x3 neighborhood; at the edges, of those pixels that exist."""
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 
 def halve(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """3x3 maxima, every other one."""
+    """3x3 maximum pooling with stride 2."""
     return nn.max_pool(x, (3, 3), (2, 2))
 
 
 class BlockA(Net):
-    """35x35: 1x1, 5x5, twice 3x3, pool."""
+    """At 35x35; branches: 1x1, 5x5, two 3x3, pool."""
 
     pool_features: int = 64
 
@@ -112,7 +105,7 @@ class BlockA(Net):
 
 
 class BlockB(Net):
-    """35x35 to 17x17."""
+    """From 35x35 to 17x17; branches: 3x3, two 3x3, pool."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -124,7 +117,7 @@ class BlockB(Net):
 
 
 class BlockC(Net):
-    """17x17: 1x1, 7x7 factored, twice that, pool."""
+    """At 17x17; branches: 1x1, one 7x7 as 1x7 and 7x1, two such 7x7, pool."""
 
     inner: int = 128
 
@@ -144,7 +137,7 @@ class BlockC(Net):
 
 
 class BlockD(Net):
-    """17x17 to 8x8."""
+    """From 17x17 to 8x8; branches: 3x3, 7x7 and 3x3, pool."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -158,9 +151,9 @@ class BlockD(Net):
 
 
 class BlockE(Net):
-    """8x8: 1x1, 3x3 spread over 1x3 and 3x1, that after a 3x3, pool."""
+    """At 8x8; branches: 1x1, 1x3 beside 3x1, the same after a 3x3, pool."""
 
-    last: bool = False  # pools by maximum
+    last: bool = False  # whether it is the last block, which pools by maximum
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w 2048"]:
@@ -178,11 +171,11 @@ class InceptionV3(Net):
     """Preprocessed images -> FID's features: `apply({'params': p}, preprocess(images))`.
 
     `apply({'params': p}, features, method='logits')` are the classifier's. Images of another size
-    than 299x299, at least 75x75, have features too, but FID is not defined on them; smaller ones
-    raise ValueError.
+    than 299x299 have features too, but FID is not defined on them. Raises ValueError for images
+    below 75x75.
     """
 
-    remat: bool = False  # recompute each block in a backward pass
+    remat: bool = False  # recomputes each block in a backward pass
 
     def setup(self) -> None:
         self.fc = Linear(NUM_CLASSES, self.dtype)
@@ -191,7 +184,8 @@ class InceptionV3(Net):
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b 2048"]:
         if min(x.shape[1:3]) < 75:
             raise ValueError(
-                f"images of {x.shape[1]}x{x.shape[2]}: Inception-v3 needs 75x75 or more (preprocess)"
+                f"images of {x.shape[1]}x{x.shape[2]}: Inception-v3 needs 75x75 or more "
+                "(preprocess)"
             )
         x = self.conv(x.astype(self.dtype), "Conv2d_1a_3x3", 32, 3, 3, strides=2)
         x = self.conv(x, "Conv2d_2a_3x3", 32, 3, 3, pad=False)
@@ -217,20 +211,20 @@ class InceptionV3(Net):
         x = e(self.dtype, last=True, name="Mixed_7c")(x)
         features = x.astype(jnp.float32).mean((1, 2))
         if self.is_initializing():
-            self.logits(features)  # its parameters
+            self.logits(features)  # so that `init` makes its parameters
         return features
 
     def logits(self, features: Float[Array, "b 2048"]) -> Float[Array, "b 1008"]:
-        """Of the 1008 classes, with their bias (the Inception Score's are without)."""
+        """The logits of the 1008 classes, with bias (the Inception Score takes them without)."""
         return self.fc(features).astype(jnp.float32)
 
 
 def preprocess(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 299 299 3"]:
-    """(resized - 128) / 128 at 299x299; bilinear as TensorFlow 1: no antialiasing, no half-pixel
-    centers.
+    """(resized - 128) / 128 at 299x299.
 
-    Output pixel i lies at p = i * size / 299; its value is (1 - f) x[floor p] + f x[floor p + 1], f
-    = p - floor p, the last pixel repeated.
+    Bilinear as in TensorFlow 1, without antialiasing and half-pixel centers: output pixel i is at
+    p = i * size / 299 and has the value (1 - f) x[floor p] + f x[floor p + 1] with f = p - floor p;
+    the last pixel is repeated.
     """
     x = jnp.asarray(images).astype(jnp.float32)
     for axis in (2, 1):
@@ -242,8 +236,8 @@ def preprocess(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 299 299 3"]:
 
 
 def _neighbors(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each output pixel: the two input pixels that it lies between, and how far from the first."""
-    # float32, as the graph computes it
+    """For each output pixel the two input pixels around it, and its distance to the first."""
+    # in float32, because the graph computes it so
     place = np.arange(SIZE, dtype=np.float32) * np.float32(size / SIZE)
     low = place.astype(np.int32)
     return low, np.minimum(low + 1, size - 1), place - low.astype(np.float32)

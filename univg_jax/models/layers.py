@@ -1,4 +1,4 @@
-"""Layers shared by the transformers: linear maps, norms, positions.
+"""Layers that the transformers share: linear maps, activations, norms, positions.
 
 Parameters are float32 and cast to `dtype` where they are used; norms and angles are computed in
 float32. Every linear map flattens its leading axes, so each is one 2-D matmul.
@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from univg_jax import sharding
 from univg_jax.batch import Array
+from univg_jax.errors import UserError
 
 Dtype = Any
 
@@ -62,13 +63,12 @@ def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 @jax.custom_vjp
 def gelu_tanh(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): GELU's tanh form
-    (arXiv 1606.08415).
+    """GELU's tanh form: x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) (arXiv 1606.08415).
 
-    The gradient is made from x, s + x s (1 - s) 2u' with s = sigmoid(2u), so that nothing else
-    waits for it.
+    The gradient is s + x s (1 - s) 2u' with s = sigmoid(2u), computed from x alone, so that no
+    intermediate value is kept for the backward pass.
     """
-    # As a sigmoid: 1 + tanh cancels for negative x.
+    # The equal 0.5 x (1 + tanh(u)) would cancel digits for negative x.
     return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
@@ -101,7 +101,8 @@ def rms_norm(
 ) -> Float[Array, "*b d"]:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned as x's dtype.
 
-    The gradient is made from x as it came, so that nothing in float32 waits for the backward pass.
+    The gradient is computed from x in its own dtype, so that no float32 array is kept for the
+    backward pass.
     """
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
@@ -157,20 +158,18 @@ class LayerNorm(nn.Module):
 def modulated_norm(
     x: Float[Array, "b n d"], scale: Float[Array, "b d"], shift: Float[Array, "b d"]
 ) -> Float[Array, "b n d"]:
-    """LayerNorm without affine, then scale and shift: (x - mean) / sqrt(var + 1e-6) * (1 + scale) +
-    shift.
+    """(x - mean) / sqrt(var + 1e-6) * (1 + scale) + shift: LayerNorm with given scale and shift.
 
-    AdaLN of DiT (arXiv 2212.09748, section 3.2). In float32, returned as x's dtype; gradient as in
-    `rms_norm`.
+    AdaLN of DiT (arXiv 2212.09748, section 3.2). In float32, returned as x's dtype; the gradient is
+    computed as in `rms_norm`.
     """
     y, _ = _normalize(x)
-    return (
-        y * (1 + scale.astype(jnp.float32))[:, None] + shift.astype(jnp.float32)[:, None]
-    ).astype(x.dtype)
+    y = y * (1 + scale.astype(jnp.float32))[:, None] + shift.astype(jnp.float32)[:, None]
+    return y.astype(x.dtype)
 
 
 def _normalize(x: Array) -> tuple[Array, Array]:
-    """x with mean 0 and variance 1 over the last axis, and the factor that made it so."""
+    """x with mean 0 and variance 1 over the last axis, and the factor 1 / sqrt(var + 1e-6)."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     r = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
@@ -205,8 +204,8 @@ modulated_norm.defvjp(_modulated_norm_forward, _modulated_norm_backward)
 
 def time_features(t: Float[Array, " b"], *, dim: int = 256) -> Float[Array, "b {dim}"]:
     """[cos(1000 t w), sin(1000 t w)], w_i = 10000^(-i / (dim / 2)), for t in [0, 1]."""
-    # An ulp of a frequency is 1e-4 of an angle of 1000: exponents rounded as PyTorch does, the
-    # power exact.
+    # Angles go up to 1000, where one ulp of a frequency changes them by 1e-4. So the exponents are
+    # rounded as in PyTorch, and the power is computed exactly.
     exponents = -math.log(10000) * np.arange(dim // 2, dtype=np.float32) / np.float32(dim // 2)
     freqs = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = (1000 * t.astype(jnp.float32))[:, None] * freqs[None]
@@ -216,24 +215,22 @@ def time_features(t: Float[Array, " b"], *, dim: int = 256) -> Float[Array, "b {
 def sincos_table(
     height: int, width: int, *, dim: int, max_size: int, base_size: int
 ) -> Float[np.ndarray, "n {dim}"]:
-    """Fixed position features of the central `height x width` crop of a `max_size` square grid of
-    tokens.
+    """Fixed position features for the central `height x width` crop of a grid of `max_size` tokens.
 
-    Position i stands at i * base_size / max_size; the first half of the features encodes the
-    column, the second the row, each as [sin(p w), cos(p w)] with w_j = 10000^(-j / (dim / 4)).
-    SD3 (arXiv 2403.03206, appendix B.3).
-    Raises ValueError where the crop is larger than the grid.
+    Token i of the grid has position p = i * base_size / max_size. The first half of the features
+    encodes the column, the second the row, each as [sin(p w), cos(p w)] with
+    w_j = 10000^(-j / (dim / 4)). SD3 (arXiv 2403.03206, appendix B.3). Raises UserError if the crop
+    is larger than the grid.
     """
     if max(height, width) > max_size:
-        raise ValueError(
+        raise UserError(
             f"{height}x{width} tokens exceed the position table: pos_embed_max_size={max_size}"
         )
 
     def features(size: int) -> np.ndarray:
         start = (max_size - size) // 2
-        position = np.arange(start, start + size, dtype=np.float32) / np.float32(
-            max_size / base_size
-        )
+        spacing = np.float32(max_size / base_size)
+        position = np.arange(start, start + size, dtype=np.float32) / spacing
         omega = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
         angles = np.outer(position.astype(np.float64), omega)
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
@@ -244,11 +241,10 @@ def sincos_table(
 
 
 def rotate_2d(x: Float[Array, "b n k c"], *, height: int, width: int) -> Float[Array, "b n k c"]:
-    """Rotary position of a `height x width` token grid: the first half of a head turns by row, the
-    second by column.
+    """Rotary positions of a `height x width` grid: half of each head turns by row, half by column.
 
-    A pair (x_j, x_{j + c/4}) of a half turns by p * 10000^(-j / (c / 4)), p counted from the grid's
-    center (only differences matter). RoFormer (arXiv 2104.09864), axial form.
+    A pair (x_j, x_{j + c/4}) in a half is rotated by the angle p * 10000^(-j / (c / 4)) at row or
+    column p. RoFormer (arXiv 2104.09864), axial form.
     """
     quarter = x.shape[-1] // 4
     omega = 10000.0 ** (-np.arange(quarter) / quarter)

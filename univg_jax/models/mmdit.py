@@ -1,7 +1,7 @@
-"""MM-DiT: a text and an image stream with their own weights, joined in attention, modulated by
-time.
+"""MM-DiT: an image and a text stream with their own weights, joined in attention.
 
-Each block, on each stream x (image, text), with (shift, scale, gate) from c = time + pooled text:
+Each block computes on each stream x (image, text), with (shift, scale, gate) from c = time + pooled
+text:
 
     a = attention over both streams of norm(x) (1 + scale_1) + shift_1
     x = x + gate_1 W_a a
@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float
 
 from univg_jax import sharding
 from univg_jax.batch import Array
-from univg_jax.errors import check_name
-from univg_jax.models.attention import ATTENDED, ATTENTION
+from univg_jax.errors import UserError, check_name
+from univg_jax.models.attention import ATTENTION, ATTENTION_OUT
 from univg_jax.models.layers import (
     MLP,
     Linear,
@@ -41,23 +41,22 @@ def _all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name != "all_gather"
 
 
-# What a block keeps for the backward pass beside its input: everything but gathered weights; the
-# outputs of its linear maps; what attention gave; nothing; the outputs of its linear maps, in the
-# host's memory.
+# What a block keeps for the backward pass beside its input.
 _policies = jax.checkpoint_policies
 REMAT = {
-    "none": _all_but_gathers,
-    "minimal": _policies.dots_with_no_batch_dims_saveable,
-    "full": _policies.save_only_these_names(ATTENDED),
-    "block": _policies.nothing_saveable,
+    "none": _all_but_gathers,  # everything but gathered weights, which would undo FSDP
+    "minimal": _policies.dots_with_no_batch_dims_saveable,  # the outputs of its linear maps
+    "full": _policies.save_only_these_names(ATTENTION_OUT),  # the output of attention
+    "block": _policies.nothing_saveable,  # nothing
+    # the outputs of its linear maps, in the host's memory
     "offload": _policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
-class Stream(nn.Module):
-    """One stream's half of a block: `project` before the joint attention, `update` after it.
+class StreamBlock(nn.Module):
+    """One stream's part of a block: `project` before the joint attention, `update` after it.
 
-    `final` is the text stream of the last block: nothing reads its output, so it gives keys and
+    `final` marks the text stream of the last block: nothing reads its output, so it has keys and
     values only, and its modulation is (scale, shift), in that order, as in diffusers.
     """
 
@@ -92,14 +91,14 @@ class Stream(nn.Module):
             self.attn_norm, self.mlp_norm = RMSNorm(), RMSNorm()
 
     def modulate(self, cond: Float[Array, "b e"]) -> list[Float[Array, "b d"]]:
-        """(shift, scale, gate) of attention, then of the MLP; of a final stream (scale, shift)."""
+        """(shift, scale, gate) of attention, then of the MLP; (scale, shift) if `final`."""
         if self.shared_adaln:
             chunks = jnp.split(cond + self.offset[None].astype(cond.dtype), 6, axis=-1)
             return [chunks[1], chunks[0]] if self.final else chunks
         return jnp.split(self.modulation(cond), 2 if self.final else 6, axis=-1)
 
     def project(self, x: Float[Array, "b n d"], mod: list) -> tuple[Array | None, Array, Array]:
-        """Queries (None of a final stream), keys and values, each [b n k c]."""
+        """Queries (None if `final`), keys and values, each [b n k c]."""
         scale, shift = mod if self.final else (mod[1], mod[0])
         h = modulated_norm(x, scale, shift)
 
@@ -114,7 +113,7 @@ class Stream(nn.Module):
     def update(
         self, x: Float[Array, "b n d"], attended: Float[Array, "b n k c"], mod: list
     ) -> Float[Array, "b n d"]:
-        """Adds what the tokens attended to, then the MLP."""
+        """x after adding the output of attention, then that of the MLP."""
         _, _, gate_attn, shift, scale, gate_mlp = mod
         y = self.attn_out(attended.reshape(x.shape))
         x = x + gate_attn[:, None] * (self.attn_norm(y) if self.sandwich_norm else y)
@@ -122,10 +121,10 @@ class Stream(nn.Module):
         return x + gate_mlp[:, None] * (self.mlp_norm(y) if self.sandwich_norm else y)
 
 
-class Block(nn.Module):
-    """A joint block; `final` drops the text stream's output."""
+class JointBlock(nn.Module):
+    """A block of both streams; with `final` the text stream is not updated."""
 
-    stream: Mapping[str, Any]  # fields of `Stream`
+    stream: Mapping[str, Any]  # fields of `StreamBlock`
     attention: Callable
     grid: tuple[int, int] | None  # (height, width) in tokens where positions are rotary
     final: bool = False
@@ -134,8 +133,8 @@ class Block(nn.Module):
     def __call__(self, carry: tuple[Array, Array], cond: Array, text_mask: Array | None) -> tuple:
         image, text = carry = sharding.constrain_rows(carry)
         streams = [
-            Stream(**self.stream, name="image"),
-            Stream(**self.stream, final=self.final, name="text"),
+            StreamBlock(**self.stream, name="image"),
+            StreamBlock(**self.stream, final=self.final, name="text"),
         ]
         conds = jnp.split(cond, 2, axis=-1) if self.stream["shared_adaln"] else [cond, cond]
         mods = [s.modulate(c) for s, c in zip(streams, conds, strict=True)]
@@ -144,15 +143,11 @@ class Block(nn.Module):
         )
         if self.grid is not None:
             h, w = self.grid
-            q_image, k_image = (
-                rotate_2d(q_image, height=h, width=w),
-                rotate_2d(k_image, height=h, width=w),
-            )
+            q_image = rotate_2d(q_image, height=h, width=w)
+            k_image = rotate_2d(k_image, height=h, width=w)
         q = q_image if self.final else jnp.concatenate([q_image, q_text], axis=1)
-        k, v = (
-            jnp.concatenate([k_image, k_text], axis=1),
-            jnp.concatenate([v_image, v_text], axis=1),
-        )
+        k = jnp.concatenate([k_image, k_text], axis=1)
+        v = jnp.concatenate([v_image, v_text], axis=1)
         mask = None
         if text_mask is not None:
             mask = jnp.concatenate([jnp.ones(image.shape[:2], bool), text_mask], axis=1)
@@ -171,7 +166,7 @@ class MMDiT(nn.Module):
     depth - 1, whether `scan` loops over them or unrolls. Modulations and the output map start at
     zero, so the initial output is exactly zero (AdaLN-zero).
 
-    Raises ValueError for an impossible combination of fields or a latent size that the patch size
+    Raises UserError for an impossible combination of fields or a latent size that the patch size
     does not divide.
     """
 
@@ -199,7 +194,7 @@ class MMDiT(nn.Module):
     def __post_init__(self):
         super().__post_init__()
         if self.hidden_dim % (4 * self.num_heads):
-            raise ValueError(
+            raise UserError(
                 f"hidden_dim {self.hidden_dim} is not a multiple of 4 * num_heads {self.num_heads}"
             )
         check_name(self.position, ("sincos", "rope"), what="position")
@@ -210,26 +205,25 @@ class MMDiT(nn.Module):
             check_name(self.attention, ATTENTION, what="attention")
 
     def matmul_flops(self, *, height: int, width: int, num_tokens: int, train: bool) -> float:
-        """FLOPs of the matrix products for one example with latents of height x width; 2 per
-        multiply-add.
+        """FLOPs of all matrix products for one example with latents of height x width.
 
-        With n image and m text tokens, a block multiplies each token by (4 + 2 mlp_ratio) matrices
-        of d x d and scores (n + m)^2 pairs; its modulations see one vector an example. The last
-        block's text has keys and values only. In training every product is done three times
-        (itself, and its gradient by either factor), but for those of the inputs, which need no
-        gradient; nothing is recomputed.
+        A multiply-add counts as 2. With n image and m text tokens, a block multiplies each token by
+        (4 + 2 mlp_ratio) matrices of d x d and scores (n + m)^2 pairs; its modulations multiply one
+        vector per example. The last block's text has keys and values only. In training every
+        product is computed three times (itself, and its gradient by either factor), except that
+        the model's inputs need no gradient. Recomputation is not counted.
         """
         d, m = self.hidden_dim, num_tokens
-        n = height * width // self.patch_size**2
         patch = self.patch_size**2
+        n = height * width // patch
         token, pairs = (4 + 2 * self.mlp_ratio) * d * d, 2 * d
         block = (n + m) * token + pairs * (n + m) ** 2
         last = n * token + 2 * m * d * d + pairs * n * (n + m)
         modulations = 12 * d * d if self.shared_adaln else (12 * (self.depth - 1) + 8) * d * d
         inputs = (n * patch * self.in_channels + m * self.text_dim + 256 + self.pooled_dim) * d
-        # embeddings' second maps, output's modulation
-        rest = 2 * d * d + 2 * d * d + n * patch * self.out_channels * d
-        inner = (self.depth - 1) * block + last + modulations + rest
+        # the second maps of the two embeddings, the output's modulation, the output
+        ends = 2 * d * d + 2 * d * d + n * patch * self.out_channels * d
+        inner = (self.depth - 1) * block + last + modulations + ends
         return 2.0 * (3 * inner + 2 * inputs if train else inner + inputs)
 
     @nn.compact
@@ -241,21 +235,20 @@ class MMDiT(nn.Module):
         t: Float[Array, " b"],
         text_mask: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b h w {self.out_channels}"]:
-        """Predicted velocity at times t in [0, 1]. Text tokens whose mask is False are ignored;
-        None attends to all.
+        """The predicted velocity at times t in [0, 1].
+
+        Text tokens whose mask is False are not attended to; None attends to all.
         """
         d, p = self.hidden_dim, self.patch_size
         b, height, width, _ = latents.shape
         if height % p or width % p:
-            raise ValueError(
+            raise UserError(
                 f"latents of {height}x{width} are not divisible into patches of {p}x{p}"
             )
         h, w = height // p, width // p
 
-        patches = (
-            latents.reshape(b, h, p, w, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(b, h * w, -1)
-        )
-        image = Linear(d, self.dtype, name="patch_embed")(patches)
+        patches = latents.reshape(b, h, p, w, p, -1).transpose(0, 1, 3, 2, 4, 5)
+        image = Linear(d, self.dtype, name="patch_embed")(patches.reshape(b, h * w, -1))
         if self.position == "sincos":
             table = sincos_table(
                 h, w, dim=d, max_size=self.pos_embed_max_size, base_size=self.pos_embed_base_size
@@ -268,22 +261,25 @@ class MMDiT(nn.Module):
         cond = nn.silu(cond + MLP(d, d, nn.silu, self.dtype, name="pooled_embed")(pooled_emb))
         block_cond = cond
         if self.shared_adaln:
-            block_cond = Linear(
-                12 * d, self.dtype, nn.initializers.zeros, name="shared_modulation"
-            )(cond)
+            zeros = nn.initializers.zeros
+            block_cond = Linear(12 * d, self.dtype, zeros, name="shared_modulation")(cond)
 
+        # The fields of a stream have the same names here.
+        stream_fields = (f.name for f in dataclasses.fields(StreamBlock))
         fields = dict(
             stream={
-                f.name: getattr(self, f.name)
-                for f in dataclasses.fields(Stream)
-                if f.name not in ("final", "parent", "name")
+                name: getattr(self, name)
+                for name in stream_fields
+                if name not in ("final", "parent", "name")
             },
             attention=self.attention if callable(self.attention) else ATTENTION[self.attention],
             grid=(h, w) if self.position == "rope" else None,
         )
-        block = Block
+        block = JointBlock
         if self.remat != "none" or sharding.is_fsdp():
-            block = nn.remat(Block, prevent_cse=not self.scan, policy=REMAT[self.remat])
+            # In a scan the loop already separates the recomputation from the forward pass;
+            # unrolled, the compiler would merge the two without `prevent_cse`.
+            block = nn.remat(JointBlock, prevent_cse=not self.scan, policy=REMAT[self.remat])
         carry = (image, text)
         if self.depth > 1:
             stack = nn.scan(
@@ -297,22 +293,17 @@ class MMDiT(nn.Module):
             carry, _ = stack(**fields, name="blocks")(carry, block_cond, text_mask)
         (image, _), _ = block(**fields, final=True, name="last_block")(carry, block_cond, text_mask)
 
-        scale, shift = jnp.split(
-            Linear(2 * d, self.dtype, nn.initializers.zeros, name="out_modulation")(cond), 2, -1
-        )
+        zeros = nn.initializers.zeros
+        modulation = Linear(2 * d, self.dtype, zeros, name="out_modulation")(cond)
+        scale, shift = jnp.split(modulation, 2, axis=-1)
         image = modulated_norm(image, scale, shift)
-        image = Linear(
-            p * p * self.out_channels, self.dtype, nn.initializers.zeros, name="out_proj"
-        )(image)
-        return (
-            image.reshape(b, h, w, p, p, -1)
-            .transpose(0, 1, 3, 2, 4, 5)
-            .reshape(b, height, width, -1)
-        )
+        image = Linear(p * p * self.out_channels, self.dtype, zeros, name="out_proj")(image)
+        image = image.reshape(b, h, w, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
+        return image.reshape(b, height, width, -1)
 
 
-# Parameters with SD3's conditioning (text 4096, pooled 2048, 33 channels in, 16 out): 416M, 1.8B,
-# 3.7B, the published totals of UniVG; its depths and widths are not published.
+# With SD3's conditioning (text 4096, pooled 2048, 33 channels in, 16 out), b, l and xl have 416M,
+# 1.8B and 3.7B parameters, UniVG's published totals. Its depths and widths are not published.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": dict(
         hidden_dim=256, depth=6, num_heads=4, pos_embed_max_size=32, pos_embed_base_size=32
@@ -320,15 +311,16 @@ SIZES: dict[str, dict[str, int]] = {
     "b": dict(hidden_dim=1024, depth=11, num_heads=16),
     "l": dict(hidden_dim=1472, depth=23, num_heads=23),
     "xl": dict(hidden_dim=1920, depth=28, num_heads=30),
-    # To begin from public weights (`init_from`), they have to be the same network.
+    # The networks of public weights, which `init_from` can take.
     "sd3-medium": dict(hidden_dim=1536, depth=24, num_heads=24, qk_norm=None),
     "sd3.5-large": dict(hidden_dim=2432, depth=38, num_heads=38),
 }
 
 
 def make_mmdit(size: str, **overrides: Any) -> MMDiT:
-    """The MM-DiT of a named size, with any of its fields overridden; an unknown name raises
-    ValueError.
+    """The MM-DiT of a named size, with any of its fields overridden.
+
+    Raises UserError for an unknown size or field, with the nearest name.
     """
     fields = [f.name for f in dataclasses.fields(MMDiT) if f.name not in ("parent", "name")]
     for name in overrides:

@@ -1,11 +1,12 @@
 """The T5 v1.1 encoder: pre-norm blocks of self-attention with relative positions, and a gated MLP.
 
-    x = x + O softmax(q k^T + bias) v,   (q, k, v) = norm(x) (Wq, Wk, Wv),   bias[i, j] =
-    table[bucket(j - i)] x = x + Wout (gelu(norm(x) Wgate) * norm(x) Win)
+    (q, k, v) = norm(x) (W_q, W_k, W_v),   bias[i, j] = table[bucket(j - i)]
+    y  = x + W_o softmax(q k^T + bias) v
+    x' = y + W_out (gelu(norm(y) W_gate) * norm(y) W_in)
 
-Raffel et al. (arXiv 1910.10683, section 2.1; the logits are not divided by sqrt(c), no map has a
-bias, all layers share one table of positions); the MLP is Shazeer's GEGLU (arXiv 2002.05202). gelu
-is the tanh form.
+Raffel et al. (arXiv 1910.10683, section 2.1): the logits are not divided by sqrt(c), no linear map
+has a bias, and all layers share one table of positions. The MLP is Shazeer's GEGLU (arXiv
+2002.05202); gelu is the tanh form.
 """
 
 import math
@@ -24,16 +25,17 @@ from univg_jax.models.layers import Linear, RMSNorm, gelu_tanh
 def position_buckets(
     offsets: Int[np.ndarray, "*n"], *, num_buckets: int, max_distance: int
 ) -> Int[np.ndarray, "*n"]:
-    """Row of the position table for each offset (key minus query): T5's, two-sided.
+    """The row of the position table for each offset (key minus query).
 
-    Half of the rows are for keys after the query. Of either half the first h/2 are one offset each,
-    the others grow geometrically up to `max_distance`, and the last holds all beyond it.
+    The second half of the rows is for keys after the query. In each half of h rows, the first h/2
+    stand for one distance each; the others stand for ranges that grow geometrically up to
+    `max_distance`, and the last one includes all larger distances.
     """
     half = num_buckets // 2
     exact = half // 2
     distance = np.abs(offsets)
-    # Float32 in this order, as PyTorch does: where the quotient is whole in theory, rounding
-    # decides the row.
+    # float32 and this order of operations are PyTorch's: if the exact quotient is an integer, the
+    # rounding error decides which row is taken.
     logs = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact))
     far = exact + (
         logs / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
@@ -54,7 +56,7 @@ class GatedMLP(nn.Module):
         return Linear(x.shape[-1], self.dtype, use_bias=False, name="out")(gelu_tanh(gate) * h)
 
 
-class Block(nn.Module):
+class T5Block(nn.Module):
     """One pre-norm block; x stays in float32, its updates are computed in `dtype`."""
 
     num_heads: int
@@ -80,20 +82,18 @@ class Block(nn.Module):
         )
         attended = xla_attention(q, k, v, text_mask, scale=1.0, bias=bias).reshape(b, m, -1)
         x = x + Linear(d, self.dtype, use_bias=False, name="attn_out")(attended)
-        return x + GatedMLP(self.mlp_dim, self.dtype, name="mlp")(
-            RMSNorm(self.eps, name="mlp_norm")(x)
-        ), None
+        h = RMSNorm(self.eps, name="mlp_norm")(x)
+        return x + GatedMLP(self.mlp_dim, self.dtype, name="mlp")(h), None
 
 
 class T5Encoder(nn.Module):
-    """Token ids -> contextual token embeddings. The defaults are those of T5 v1.1 XXL, 4.8B
-    parameters.
+    """Token ids -> contextual token embeddings. The defaults are those of T5 v1.1 XXL (4.8B).
 
     `apply({'params': p}, tokens, text_mask)`. Positions where `text_mask` is False are not attended
-    to, and their own outputs mean nothing; None attends to all. The sum of the blocks, norms and
-    softmax are float32 whatever `dtype`, of which the result is. Take bfloat16 or float32: in
-    float16 the MLP of T5 XXL overflows (products and outputs beyond 65504), where transformers
-    computes `wo` in float32.
+    to, and their own outputs mean nothing; None attends to all. The result has the dtype `dtype`;
+    the residual sum, norms and softmax are float32 in any case. Use bfloat16 or float32: in float16
+    the MLP of T5 XXL overflows (values beyond 65504), which transformers avoids by computing `wo`
+    in float32.
     """
 
     vocab_size: int = 32128
@@ -105,7 +105,7 @@ class T5Encoder(nn.Module):
     num_buckets: int = 32
     max_distance: int = 128
     eps: float = 1e-6
-    remat: bool = False  # True recomputes the blocks in a backward pass
+    remat: bool = False  # recomputes the blocks in a backward pass
     dtype: Any = jnp.float32  # of the computation
 
     @nn.compact
@@ -127,7 +127,7 @@ class T5Encoder(nn.Module):
 
         x = jnp.take(words, tokens, axis=0).astype(jnp.float32)
         stack = nn.scan(
-            nn.remat(Block, prevent_cse=False) if self.remat else Block,
+            nn.remat(T5Block, prevent_cse=False) if self.remat else T5Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,

@@ -1,20 +1,20 @@
-"""Text encoders as the model sees them: tokens -> the states it attends to, and one vector of the
-whole prompt.
-"""
+"""Text encoders: tokens -> states for the model to attend to, and one vector of the prompt."""
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Bool, Int32
 
 from univg_jax.batch import Array, Text
+from univg_jax.errors import UserError
 from univg_jax.models.clip import CLIPText
 from univg_jax.models.minilm import MiniLM, pool
 from univg_jax.models.t5 import T5Encoder
 
 
 class SentenceText(nn.Module):
-    """One encoder of token states: emb = states, 0 at the padding; pooled = their normalized mean
-    (`minilm.pool`).
+    """One encoder of token states.
+
+    emb = the states, 0 at the padding; pooled = their normalized mean (`minilm.pool`).
     """
 
     encoder: MiniLM | T5Encoder
@@ -34,8 +34,9 @@ class SentenceText(nn.Module):
 
 
 class ClipText(nn.Module):
-    """One CLIP: emb = the states before its last block, 0 at the padding; pooled = its projected
-    text embedding.
+    """One CLIP text tower.
+
+    emb = the states before its last block, 0 at the padding; pooled = its projected embedding.
     """
 
     encoder: CLIPText
@@ -56,15 +57,15 @@ class ClipText(nn.Module):
 
 
 class SD3Text(nn.Module):
-    """Stable Diffusion 3's three encoders (arXiv 2403.03206, figure 2 and section 4), numerically
-    diffusers' pipeline.
+    """Stable Diffusion 3's three encoders, numerically diffusers' pipeline.
 
-        emb    = [ [penultimate(CLIP-L), penultimate(bigG), 0...] ; T5 ]     along the tokens: 77,
-        then the rest pooled = [projected(CLIP-L), projected(bigG)]
+        emb    = [penultimate(CLIP-L), penultimate(bigG), 0...]    at the first 77 tokens
+                 T5                                                at the others
+        pooled = [projected(CLIP-L), projected(bigG)]
 
-    A row of tokens is `data_pipelines.tokenizer.SD3Tokenizer`'s. SD3 was trained without masks:
-    every encoder and the model attend to the padding too. Raises ValueError where the widths do not
-    fit.
+    arXiv 2403.03206, figure 2 and section 4. A row of tokens is made by
+    `data_pipelines.tokenizer.SD3Tokenizer`. SD3 was trained without masks: every encoder and the
+    model attend to the padding too. Raises UserError if the widths do not fit together.
     """
 
     clip_l: CLIPText
@@ -79,16 +80,16 @@ class SD3Text(nn.Module):
     def __call__(self, tokens: Int32[Array, "b m"], text_mask: Bool[Array, "b m"]) -> Text:
         n = self.clip_l.max_tokens
         ids, real = tokens[:, :n], text_mask[:, :n]
-        # bigG is padded with id 0
+        # Rows are padded as CLIP-L wants it, with the end token; bigG was trained with id 0.
         low, big = self.clip_l(ids), self.clip_g(jnp.where(real, ids, 0))
         emb = jnp.concatenate([low.penultimate, big.penultimate], axis=-1)
-        if (room := self.text_dim - emb.shape[-1]) < 0 or (
-            self.t5 is not None and self.t5.hidden_dim != self.text_dim
-        ):
-            raise ValueError(
-                f"text_dim={self.text_dim} must be T5's width and hold both CLIPs' ({emb.shape[-1]} together)"
+        missing = self.text_dim - emb.shape[-1]
+        if missing < 0 or (self.t5 is not None and self.t5.hidden_dim != self.text_dim):
+            raise UserError(
+                f"text_dim={self.text_dim} must be T5's width and hold both CLIPs' "
+                f"({emb.shape[-1]} together)"
             )
-        emb = jnp.pad(emb, ((0, 0), (0, 0), (0, room)))
+        emb = jnp.pad(emb, ((0, 0), (0, 0), (0, missing)))
         if self.t5 is not None:
             emb = jnp.concatenate([emb, self.t5(tokens[:, n:])], axis=1)
         return Text(

@@ -33,7 +33,8 @@ class UniVG(nn.Module):
         if self.face_dim is not None:
             if conditions.face_emb.shape[-1] != self.face_dim:
                 raise ValueError(
-                    f"face embeddings are {conditions.face_emb.shape[-1]} wide, face_dim={self.face_dim}"
+                    f"face embeddings are {conditions.face_emb.shape[-1]} wide, "
+                    f"face_dim={self.face_dim}"
                 )
             dim, dtype = self.backbone.text_dim, self.backbone.dtype
             face = MLP(dim, dim, gelu_tanh, dtype, name="identity_projector")(conditions.face_emb)
@@ -45,7 +46,8 @@ class UniVG(nn.Module):
     def init_params(
         self, key: PRNGKeyArray, latents: jax.ShapeDtypeStruct, conditions: Conditions
     ) -> PyTree:
-        """Fresh parameters for latents and conditions of these shapes; their values do not matter."""
+        """Fresh parameters for latents and conditions of these shapes and any number of rows."""
+        # One row is enough: parameters do not depend on how many there are.
         latents, conditions = jax.tree.map(
             lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), (latents, conditions)
         )

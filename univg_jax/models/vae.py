@@ -1,9 +1,11 @@
 """The KL autoencoder of latent diffusion: images to latents of 1/2^k the size and back.
 
-    encode: image -> levels of residual blocks, each but the last halves the size -> mid -> (mean,
-    logvar) decode: latent -> mid -> the same levels reversed, each but the last doubles the size ->
-    image mid:    residual block, self-attention over all positions, residual block residual block:
-    x + conv(silu(norm(conv(silu(norm(x))))))
+    encode:          image -> levels of residual blocks -> mid -> (mean, logvar)
+    decode:          latent -> mid -> the same levels in reverse order -> image
+    mid:             residual block, self-attention over all positions, residual block
+    residual block:  x + conv(silu(norm(conv(silu(norm(x))))))
+
+Each level but the last halves the size (in the decoder: doubles it).
 
 Latent Diffusion (arXiv 2112.10752, appendix G); numerically diffusers' `AutoencoderKL`, with the
 channels and the shift of Stable Diffusion 1 to 3 and Flux.
@@ -28,6 +30,7 @@ from flax import linen as nn
 from jaxtyping import Float, Int32
 
 from univg_jax.batch import Array, pytree_dataclass
+from univg_jax.errors import UserError
 from univg_jax.models.attention import xla_attention
 from univg_jax.models.layers import Linear
 
@@ -41,17 +44,16 @@ class Moments:
 
     @property
     def mode(self) -> Float[Array, "b h w c"]:
+        """The most likely latents."""
         return self.mean
 
     def sample(self, noise: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """mean + exp(logvar / 2) noise. The caller draws the noise, so that it can be keyed by
-        sample id.
-        """
+        """mean + exp(logvar / 2) noise. The caller makes the noise, keyed by sample id."""
         return self.mean + jnp.exp(self.logvar / 2) * noise
 
 
 class Norm(nn.Module):
-    """GroupNorm over positions and the channels of a group, in float32 whatever the compute dtype."""
+    """GroupNorm: over positions and the channels of a group, always in float32."""
 
     groups: int
 
@@ -63,14 +65,14 @@ class Norm(nn.Module):
         y = x.astype(jnp.float32).reshape(b, h, w, self.groups, -1)
         y = y - jnp.mean(y, axis=(1, 2, 4), keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=(1, 2, 4), keepdims=True) + 1e-6)
-        return (y.reshape(b, h, w, c) * scale[None, None, None] + bias[None, None, None]).astype(
-            x.dtype
-        )
+        y = y.reshape(b, h, w, c) * scale[None, None, None] + bias[None, None, None]
+        return y.astype(x.dtype)
 
 
 class ResBlock(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x through a 1x1 convolution where the width
-    changes.
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))).
+
+    If the width changes, x goes through a 1x1 convolution.
     """
 
     features: int
@@ -103,7 +105,7 @@ class Attention(nn.Module):
 
 
 class Stack(nn.Module):
-    """What encoder and decoder share: their fields, blocks and ends."""
+    """What encoder and decoder share: fields, residual blocks, the middle and the output."""
 
     widths: tuple[int, ...]  # of the levels, in the order of the encoder
     depth: int  # residual blocks a level
@@ -114,21 +116,24 @@ class Stack(nn.Module):
     remat: bool
 
     def conv(self, features: int, name: str, **options: Any) -> nn.Conv:
+        """A 3x3 convolution."""
         return nn.Conv(features, (3, 3), dtype=self.dtype, name=name, **options)
 
     def res(self, x: Float[Array, "b h w c"], features: int, name: str) -> Float[Array, "b h w d"]:
+        """x after a residual block."""
         block = nn.remat(ResBlock) if self.remat else ResBlock
         return block(features, self.groups, self.dtype, name=name)(x)
 
     def mid(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """x after the middle, at the lowest resolution."""
         x = self.res(x, x.shape[-1], "mid_res_0")
         if self.attention:
-            x = (nn.remat(Attention) if self.remat else Attention)(
-                self.groups, self.dtype, name="mid_attn"
-            )(x)
+            attention = nn.remat(Attention) if self.remat else Attention
+            x = attention(self.groups, self.dtype, name="mid_attn")(x)
         return self.res(x, x.shape[-1], "mid_res_1")
 
     def out(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """The map to `features` channels that ends either network."""
         return self.conv(self.features, "conv_out")(nn.silu(Norm(self.groups, name="norm_out")(x)))
 
 
@@ -142,7 +147,7 @@ class Encoder(Stack):
             for j in range(self.depth):
                 x = self.res(x, width, f"down_{i}_res_{j}")
             if i < len(self.widths) - 1:
-                # Padded below and on the right only, as the weights were trained.
+                # Padding below and on the right only, because the weights were trained so.
                 x = self.conv(width, f"down_{i}_conv", strides=2, padding=((0, 1), (0, 1)))(x)
         return self.out(self.mid(x))
 
@@ -162,14 +167,14 @@ class Decoder(Stack):
 
 
 class AutoencoderKL(nn.Module):
-    """Images [-1, 1] to normalized latents and back: see the module's docstring. The defaults are
-    those of SD3.
+    """Images in [-1, 1] to normalized latents and back; the defaults are those of SD3.
 
-    `apply({'params': p}, images, method='encode')`, `method='decode'`. With `tile_size` larger
-    images (and latents) go through in overlapping tiles, blended linearly: memory is bounded by a
-    tile's. Norms and attention then see a tile instead of the image, so results differ slightly
-    from the untiled ones; an image that one tile holds is not tiled. Raises ValueError for fields
-    that do not fit together, and for images whose sides are no multiple of `downsampling`.
+    `apply({'params': p}, images, method='encode')`, `apply({'params': p}, latents,
+    method='decode')`. With `tile_size`, larger images (and latents) are processed in overlapping
+    tiles and blended linearly, so that memory is bounded by one tile's. Norms and attention then
+    see a tile instead of the image, so results differ slightly from the untiled ones. Raises
+    UserError for fields that do not fit together, and for images whose sides are not a multiple of
+    `downsampling`.
     """
 
     latent_channels: int = 16
@@ -177,29 +182,29 @@ class AutoencoderKL(nn.Module):
     widths: tuple[int, ...] = (128, 256, 512, 512)
     depth: int = 2  # residual blocks a level; the decoder has one more
     groups: int = 32  # of the norms
-    quant_conv: bool = False  # a 1x1 convolution after the encoder
-    post_quant_conv: bool = False  # one before the decoder
+    quant_conv: bool = False  # whether a 1x1 convolution follows the encoder
+    post_quant_conv: bool = False  # whether a 1x1 convolution precedes the decoder
     mid_attention: bool = True
     scaling_factor: float = 1.5305
     shift_factor: float = 0.0609
     tile_size: int | None = None  # image pixels a side; None: never tile
     tile_overlap: int = 64  # image pixels that neighboring tiles share, at least
     dtype: Any = jnp.float32  # of the computation; parameters are float32
-    remat: bool = False  # recompute each block in the backward pass
+    remat: bool = False  # recomputes each residual block in a backward pass
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if bad := [width for width in self.widths if width % self.groups]:
-            raise ValueError(f"widths {bad} do not divide into {self.groups} groups")
+            raise UserError(f"widths {bad} do not divide into {self.groups} groups")
         if self.tile_size is None:
             return
         if self.tile_size % self.downsampling or self.tile_overlap % self.downsampling:
-            raise ValueError(
-                f"tile_size {self.tile_size} and tile_overlap {self.tile_overlap} must be multiples of the "
-                f"downsampling {self.downsampling}"
+            raise UserError(
+                f"tile_size {self.tile_size} and tile_overlap {self.tile_overlap} must be "
+                f"multiples of the downsampling {self.downsampling}"
             )
         if not 0 < self.tile_overlap < self.tile_size:
-            raise ValueError(
+            raise UserError(
                 f"tile_overlap {self.tile_overlap} is not between 0 and tile_size {self.tile_size}"
             )
 
@@ -250,19 +255,19 @@ class AutoencoderKL(nn.Module):
         """As `encode`, in the network's scale; log variances are clipped to [-30, 20]."""
         _, h, w, _ = images.shape
         if h % self.downsampling or w % self.downsampling:
-            raise ValueError(
-                f"images of {h}x{w} are not divisible into latent cells of {self.downsampling} pixels"
+            raise UserError(
+                f"images of {h}x{w} are not divisible into latent cells of "
+                f"{self.downsampling} pixels"
             )
-        mean, logvar = jnp.split(
-            self._tiled("_encode_tile", images, self.downsampling, 1), 2, axis=-1
-        )
+        moments = self._tiled("_encode_tile", images, cell_in=self.downsampling, cell_out=1)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
         return Moments(mean=mean, logvar=jnp.clip(logvar, -30, 20))
 
     def decode_raw(
         self, latents: Float[Array, "b h w {self.latent_channels}"]
     ) -> Float[Array, "b h2 w2 3"]:
         """As `decode`, of latents in the network's scale."""
-        return self._tiled("_decode_tile", latents, 1, self.downsampling)
+        return self._tiled("_decode_tile", latents, cell_in=1, cell_out=self.downsampling)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
         """decode(encode(images).mode)."""
@@ -277,10 +282,11 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant(x) if self.post_quant_conv else x).astype(jnp.float32)
 
     def _tiled(
-        self, method: str, x: Float[Array, "b h w c"], cell_in: int, cell_out: int
+        self, method: str, x: Float[Array, "b h w c"], *, cell_in: int, cell_out: int
     ) -> Float[Array, "b h2 w2 d"]:
         if self.tile_size is None or self.is_initializing():
             return getattr(self, method)(x)
+        # A bound module cannot be called inside lax.scan, which `map_tiles` uses.
         module, variables = self.unbind()
         return map_tiles(
             lambda tile: module.apply(variables, tile, method=method),
@@ -301,13 +307,14 @@ def map_tiles(
     cell_in: int,
     cell_out: int,
 ) -> Float[Array, "b h2 w2 d"]:
-    """`f` over overlapping square tiles of x, one at a time, blended linearly where they overlap;
-    f(x) if one holds x.
+    """`f` over overlapping square tiles of x, one at a time, blended linearly where they overlap.
 
-    `f` maps cells of `cell_in` pixels a side to cells of `cell_out`; `tile` and `overlap` count
-    cells. Tiles are of equal size, spread evenly, and share at least `overlap` cells. With w_i(p)
-    the distance of pixel p to the edge of tile i, out(p) = sum_i w_i(p) f_i(p) / sum_i w_i(p), rows
-    times columns.
+    If one tile contains x, the result is f(x). `f` maps cells of `cell_in` pixels a side to cells
+    of `cell_out`; `tile` and `overlap` count cells. Tiles have equal sizes, are spread evenly, and
+    share at least `overlap` cells with their neighbors. Let w_i(p) be the distance of pixel p to
+    the edge of tile i along rows, times the same along columns. Then
+
+        out(p) = sum_i w_i(p) f_i(p) / sum_i w_i(p)
     """
     cells = [size // cell_in for size in x.shape[1:3]]
     sizes = [min(tile, n) for n in cells]
@@ -319,31 +326,25 @@ def map_tiles(
         for s, size, n in zip(starts, sizes, cells)
     )
 
+    tile_shape = (len(x), *(size * cell_in for size in sizes), x.shape[-1])
+
     def add_tile(out: Array, place: tuple[Array, ...]) -> tuple[Array, None]:
         row, column, w_row, w_column = place
-        crop = [s * cell_in for s in sizes]
-        y = f(
-            jax.lax.dynamic_slice(
-                x, (0, row * cell_in, column * cell_in, 0), (len(x), *crop, x.shape[-1])
-            )
-        )
+        y = f(jax.lax.dynamic_slice(x, (0, row * cell_in, column * cell_in, 0), tile_shape))
+        y = y * w_row[None, :, None, None] * w_column[None, None, :, None]
         corner = (0, row * cell_out, column * cell_out, 0)
-        y = (
-            jax.lax.dynamic_slice(out, corner, y.shape)
-            + y * w_row[None, :, None, None] * w_column[None, None, :, None]
-        )
+        y = y + jax.lax.dynamic_slice(out, corner, y.shape)
         return jax.lax.dynamic_update_slice(out, y, corner), None
 
     i, j = np.indices([len(s) for s in starts]).reshape(2, -1)
-    y = jax.eval_shape(
-        f, jax.ShapeDtypeStruct((len(x), *(s * cell_in for s in sizes), x.shape[-1]), x.dtype)
-    )
+    y = jax.eval_shape(f, jax.ShapeDtypeStruct(tile_shape, x.dtype))
     out = jnp.zeros((len(x), *(n * cell_out for n in cells), y.shape[-1]), y.dtype)
     out, _ = jax.lax.scan(add_tile, out, (starts[0][i], starts[1][j], rows[i], columns[j]))
     return out
 
 
 def _starts(cells: int, tile: int, overlap: int) -> Int32[np.ndarray, " t"]:
+    """The first cell of each tile along one axis."""
     count = max(math.ceil((cells - overlap) / (tile - overlap)), 1)
     return np.linspace(0, max(cells - tile, 0), count).round().astype(np.int32)
 
@@ -356,6 +357,5 @@ def _blend_weights(
     sums = np.zeros(total)
     for start in starts * cell:
         sums[start : start + size] += distance
-    return np.stack([distance / sums[start : start + size] for start in starts * cell]).astype(
-        np.float32
-    )
+    weights = [distance / sums[start : start + size] for start in starts * cell]
+    return np.stack(weights).astype(np.float32)
