@@ -28,7 +28,7 @@ from data_pipelines import held_out, tasks
 from data_pipelines.collate import Collator
 from data_pipelines.mixture import make_stream
 from data_pipelines.tokenizer import TokenizedText, Tokenizer
-from univg_jax.batch import BatchShape, Text
+from univg_jax.batch import Text
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError
 from univg_jax.files import write_whole
 from univg_jax.settings import Config
@@ -106,17 +106,17 @@ class CachedTokenizer:
         return os.fspath(copy)
 
 
-def prompts(config: Config, tokenizer: Tokenizer, *, steps: int) -> list[TokenizedText]:
+def prompts(config: Config, collator: Collator, *, steps: int) -> list[TokenizedText]:
     """Every distinct prompt of the first `steps` training steps, validation and previews."""
     seen: dict[bytes, TokenizedText] = {}
 
     def remember(text: str, num_tokens: int) -> TokenizedText:
-        tokenized = tokenizer(text, num_tokens)
+        tokenized = collator.tokenizer(text, num_tokens)
         seen.setdefault(_key(tokenized), tokenized)
         return tokenized
 
-    collator = Collator(tokenizer=remember, shape=BatchShape.of(config.data))
-    stream = make_stream(config, collator=collator)
+    remembering = dataclasses.replace(collator, tokenizer=remember)
+    stream = make_stream(config, collator=remembering)
     for _ in tqdm(range(steps), desc="read prompts", unit="step"):
         next(stream)
     stream.close()
@@ -129,7 +129,7 @@ def prompts(config: Config, tokenizer: Tokenizer, *, steps: int) -> list[Tokeniz
             split="validation",
             num=num,
             batch_size=config.data.batch_size,
-            collator=collator,
+            collator=remembering,
         ):
             pass
     return list(seen.values())

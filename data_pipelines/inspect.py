@@ -14,9 +14,7 @@ from data_pipelines import mixture, renderings, tasks, transforms
 from data_pipelines.collate import Collator, Row
 from data_pipelines.sources import Source
 from data_pipelines.tasks import TASKS
-from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.transforms import Record
-from univg_jax.batch import BatchShape
 from univg_jax.files import write_whole
 from univg_jax.images import data_uri, png_bytes
 from univg_jax.settings import Config
@@ -48,7 +46,7 @@ def write_inspection(
     config: Config,
     out: epath.PathLike,
     *,
-    tokenizer: Tokenizer,
+    collator: Collator,
     num_examples: int = 8,
     split: str = "train",
     sources: Mapping[str, Source] | None = None,
@@ -61,7 +59,6 @@ def write_inspection(
 
     Raises UserError as `mixture.make_stream` does.
     """
-    collator = Collator(tokenizer=tokenizer, shape=BatchShape.of(config.data))
     stream = mixture.make_stream(config, collator=collator, split=split, sources=sources)
     cards: dict[str, list[_Card]] = {name: [] for name in TASKS if name in stream.shares}
     counts: collections.Counter[str] = collections.Counter()
@@ -71,7 +68,7 @@ def write_inspection(
         row = stream.row(position)
         counts[row.task] += 1
         if len(cards[row.task]) < num_examples:
-            cards[row.task].append(_card(row, config.data.num_tokens, tokenizer))
+            cards[row.task].append(_card(row, collator))
     total = counts.total()
     shares = [(name, counts[name], counts[name] / total, stream.shares[name]) for name in cards]
     environment = jinja2.Environment(
@@ -94,10 +91,10 @@ def write_inspection(
     write_whole(out, page)
 
 
-def _card(row: Row, num_tokens: int, tokenizer: Tokenizer) -> _Card:
+def _card(row: Row, collator: Collator) -> _Card:
     source, index = row.origin
     text = tasks.prompt(row.task, "" if row.drop in ("text", "both") else row.example.text)
-    tokens = tokenizer(text, num_tokens)
+    tokens = collator.tokenizer(text, collator.shape.num_tokens)
     pictures = [
         ("source", row.example.source),
         ("target", row.example.target),

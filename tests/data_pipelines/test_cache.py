@@ -130,10 +130,11 @@ def test_the_prompts_of_a_run_are_all_that_it_asks_for(tmp_path):
     )
     data = dict(dir=str(tmp_path / "data"), resolution=16, num_tokens=32, batch_size=8)
     config = Config.of(dict(tasks=tasks, data=data, train=dict(eval_examples=5)))
-    rows = prompts(config, TOKENIZER, steps=2)
+    plain = Collator(tokenizer=TOKENIZER, shape=BatchShape.of(config.data))
+    rows = prompts(config, plain, steps=2)
     write_cache(tmp_path / "cache", rows, embed=embed, identity={})
     cached = CachedTokenizer(TOKENIZER, tmp_path / "cache", identity={})
-    collator = Collator(tokenizer=cached, shape=BatchShape.of(config.data))
+    collator = dataclasses.replace(plain, tokenizer=cached)
     stream = make_stream(config, collator=collator)
     for _ in range(2):
         next(stream)

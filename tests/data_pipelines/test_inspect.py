@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from data_pipelines import inspect
+from data_pipelines.collate import Collator
 from data_pipelines.sources import MemorySource
 from data_pipelines.tokenizer import TokenizedText
+from univg_jax.batch import BatchShape
 from univg_jax.settings import Config
 
 
@@ -35,6 +37,10 @@ def make_config() -> Config:
     return Config.of(dict(seed=0, name="toy & co", tasks=tasks, data=data))
 
 
+def make_collator() -> Collator:
+    return Collator(tokenizer=tokenize, shape=BatchShape.of(make_config().data))
+
+
 def make_record(k: int) -> dict:
     joints = np.full((17, 3), 0.5, np.float32)
     joints[:, 0] = np.linspace(0.1, 0.9, 17)
@@ -53,7 +59,7 @@ def page(tmp_path_factory):
     out = tmp_path_factory.mktemp("inspect") / "new" / "page.html"
     toy = MemorySource("toy", [make_record(k) for k in range(5)])
     inspect.write_inspection(
-        make_config(), out, tokenizer=tokenize, num_examples=4, sources=dict(toy=toy)
+        make_config(), out, collator=make_collator(), num_examples=4, sources=dict(toy=toy)
     )
     return out.read_text()
 
@@ -91,7 +97,7 @@ def test_the_page_may_go_to_a_bucket(bucket):
     inspect.write_inspection(
         make_config(),
         str(bucket / "new" / "page.html"),
-        tokenizer=tokenize,
+        collator=make_collator(),
         num_examples=1,
         sources=dict(toy=toy),
     )
