@@ -1,22 +1,12 @@
-"""Two processes of four devices are one run: samples, numbers, checkpoints and files are those of
-one of eight, or one.
+"""Two processes of four devices are one run.
 
-Real processes through the command line, over TCP as on a pod; only the devices are virtual.
+Samples, numbers, checkpoints and files are those of one process with eight devices, or one. Real
+processes through the command line, over TCP as on a pod; only the devices are virtual.
 """
 
-import contextlib
-import dataclasses
 import json
-import os
-import pathlib
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -24,14 +14,16 @@ import pytest
 from PIL import Image
 
 from data_pipelines import mixture
-from univg_jax import assembly, checkpoint
-from univg_jax.cli.config import load_config
+from data_pipelines.collate import Collator
+from tests.processes import run, running, wait_for
+from univg_jax import Pipeline, assembly, checkpoint, configs
+from univg_jax.batch import BatchShape
 from univg_jax.cli.main import main
+from univg_jax.workdir import list_steps
 from univg_jax.writers import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("multiprocess")]
 
-TIMEOUT = 600  # seconds: on a busy machine a run of 20 s was seen to take 300
 # one, no and another person's condition; all with two passes of guidance
 TASKS = ("t2i", "ip", "id")
 CONFIG = [
@@ -51,80 +43,6 @@ CONFIG = [
 SPLIT = ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Process:
-    popen: subprocess.Popen
-    log: pathlib.Path  # what it printed and logged
-
-    def wait(self) -> int:
-        return self.popen.wait(timeout=TIMEOUT)
-
-
-@contextlib.contextmanager
-def running(
-    devices: list[int],
-    *command: str,
-    program: tuple[str, ...] = ("-m", "univg_jax"),
-    first: tuple[str, ...] = (),
-) -> Iterator[list[Process]]:
-    """A process for each number of devices, `first` added to the first one's command; none
-    survives.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as logs, contextlib.ExitStack() as stack:
-        processes = []
-        for index, count in enumerate(devices):
-            joined = [
-                f"--coordinator=localhost:{port}",
-                f"--num_processes={len(devices)}",
-                f"--process_id={index}",
-            ]
-            flags = (
-                f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
-            )
-            log = pathlib.Path(logs) / str(index)
-            popen = subprocess.Popen(
-                [
-                    sys.executable,
-                    *program,
-                    *command,
-                    *(joined if len(devices) > 1 else []),
-                    *(first if index == 0 else ()),
-                ],
-                env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.getcwd()},
-                stdout=stack.enter_context(log.open("w")),
-                stderr=subprocess.STDOUT,
-            )
-            stack.callback(popen.wait)
-            stack.callback(popen.kill)
-            processes.append(Process(popen, log))
-        yield processes
-
-
-def run(
-    devices: list[int], *command: str, program: tuple[str, ...] = ("-m", "univg_jax")
-) -> list[list[str]]:
-    """The lines of each process; all must end well."""
-    with running(devices, *command, program=program) as processes:
-        codes = [process.wait() for process in processes]
-        logs = [process.log.read_text() for process in processes]
-    assert codes == [0] * len(devices), "\n".join(logs)
-    return [log.splitlines() for log in logs]
-
-
-def wait_for(processes: list[Process], condition: Callable[[], bool]) -> None:
-    """Until the processes, all of which must be alive, have done something."""
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        assert all(p.popen.poll() is None for p in processes), [
-            p.log.read_text() for p in processes
-        ]
-        time.sleep(0.02)
-
-
 def train(workdir, *more):
     return (
         "train",
@@ -137,8 +55,7 @@ def train(workdir, *more):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Workdirs of one run of 4 steps: `one` on one device, `eight` on eight, `two` on two processes
-    of four.
+    """Workdirs of one run of 4 steps on one device, on eight, and on two processes of four.
 
     `two` was killed after its step 2 was saved, and resumed. `one_two` and `two_one` changed over
     at step 2; one of the two processes of `one_two` got a SIGTERM on the way.
@@ -151,7 +68,7 @@ def root(tmp_path_factory):
         wait_for(processes, (root / "two" / "checkpoints" / "2").exists)
         processes[0].popen.send_signal(signal.SIGKILL)
         assert processes[1].wait() != 0, "without its coordinator a process must not end well"
-    assert checkpoint.list_steps(root / "two") == (2,)
+    assert list_steps(root / "two") == (2,)
     for name in ("one", "two"):
         other = root / f"{name}_{'two' if name == 'one' else 'one'}"
         checkpoint.copy(root / name, 2, other)
@@ -184,9 +101,7 @@ def measured(workdir):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_samples(root, name):
-    """As many of each task in every step, and the data stands at the same place: a sample id is a
-    place.
-    """
+    """As many of each task in every step, and the same position in the data at the end."""
     expected, found = measured(root / "eight"), measured(root / name)
     assert set(found) == (set(expected) if "_" not in name else {3, 4})
     for step, row in found.items():
@@ -235,9 +150,9 @@ def test_the_runs_were_split(root):
 
 
 def test_a_loaded_run_is_split_as_in_training(root):
-    run = assembly.load_run(str(root / "two"))
-    assert (run.mesh.shape["data"], run.mesh.shape["fsdp"]) == (2, 4)
-    for params in (run.params, run.initial_params(seed=0)):
+    pipeline = Pipeline.load(root / "two")
+    assert (pipeline.mesh.shape["data"], pipeline.mesh.shape["fsdp"]) == (2, 4)
+    for params in (pipeline.params, pipeline.untrained(seed=0).params):
         kernel = params["backbone"]["last_block"]["image"]["mlp"]["in"]["kernel"]
         assert kernel.addressable_shards[0].data.size == kernel.size // 4
 
@@ -313,51 +228,49 @@ def test_the_same_sample(root, tmp_path):
     assert_same_picture(tmp_path / "one.png", tmp_path / "two.png")
 
 
-ROWS = """
-import argparse, json, sys
-import jax, numpy as np
-from data_pipelines import mixture
-from univg_jax import sharding
-from univg_jax import assembly
-from univg_jax.cli import launch
-from univg_jax.cli.config import load_config
+def first_batch(data, **processes):
+    """The first training batch, or a process's rows of it."""
+    config = configs.load("experiments/emoji.py:preset=smoke,stage=2", [f"data.dir={data}"])
+    collator = Collator(tokenizer=assembly.make_tokenizer(config), shape=BatchShape.of(config.data))
+    stream = mixture.make_stream(config, collator=collator, **processes)
+    batch = next(stream)
+    stream.close()
+    return batch
 
-parser = argparse.ArgumentParser()
-parser.add_argument("data")
-launch.add_arguments(parser)
-args = parser.parse_args()
-launch.start(args)
-config = load_config("experiments/emoji.py:preset=smoke,stage=2", ["data.dir=" + args.data])
-stream = mixture.make_stream(
-    config, tokenizer=assembly.tokenizer(config), process_index=jax.process_index(), process_count=jax.process_count()
+
+ROWS = """
+import json, sys
+from tests import processes
+processes.join()
+import jax, numpy as np
+from tests.cli.test_multiprocess import first_batch
+from univg_jax import sharding
+
+batch = first_batch(
+    sys.argv[1], process_index=jax.process_index(), process_count=jax.process_count()
 )
-batch = next(stream)
-stream.close()
-devices = {"in order": jax.devices(), "interleaved": sorted(jax.devices(), key=lambda d: (d.id % 2048, d.id))}
+devices = jax.devices()
+orders = {"in order": devices, "interleaved": sorted(devices, key=lambda d: (d.id % 2048, d.id))}
 found = []
-for order in devices:
+for order in orders:
     for axes in ((8, 1, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)):
-        mesh = sharding.make_mesh(**dict(zip(sharding.AXES, axes)), devices=devices[order])
+        mesh = sharding.make_mesh(**dict(zip(sharding.AXES, axes)), devices=orders[order])
         placed = sharding.shard_batch(batch, mesh)
         assert placed.target.sharding == sharding.batch_sharding(mesh)
-        # A computation has rows where it likes; they come back to who gave them.
+        # A computation may put its rows anywhere; each process still gets back its own.
         moved = jax.device_put(placed.target, sharding.replicated(mesh))
         np.testing.assert_array_equal(sharding.local_rows(moved, mesh), batch.target)
         np.testing.assert_array_equal(sharding.local_rows(placed.sample_id, mesh), batch.sample_id)
+        ids = sharding.all_gather_to_host(placed.sample_id)
         sums = sharding.all_gather_to_host(placed.target).sum((1, 2, 3), dtype=int)
-        found.append(dict(order=order, axes=axes, ids=sharding.all_gather_to_host(placed.sample_id).tolist(), sums=sums.tolist()))
+        found.append(dict(order=order, ids=ids.tolist(), sums=sums.tolist()))
 print(json.dumps(found))
 """
 
 
 def test_rows_come_from_every_process_on_every_mesh(root):
-    """Also where the devices of one row belong to two processes, and where a mesh mixes the devices
-    of processes.
-    """
-    config = load_config("experiments/emoji.py:preset=smoke,stage=2", [f"data.dir={root / 'data'}"])
-    stream = mixture.make_stream(config, tokenizer=assembly.tokenizer(config))
-    whole = next(stream)
-    stream.close()
+    """Also where devices of two processes share a row, or a mesh mixes the processes' devices."""
+    whole = first_batch(root / "data")
     assert whole.sample_id.tolist() == list(range(16))
     sums = whole.target.sum((1, 2, 3), dtype=int).tolist()
     both = [
@@ -373,9 +286,7 @@ def test_rows_come_from_every_process_on_every_mesh(root):
 
 
 def test_a_process_that_fails_ends_the_others(root, tmp_path):
-    """It says why and is gone, without waiting for the others, who wait for it: that would be five
-    minutes.
-    """
+    """It says why and exits, without waiting for the others: that would take five minutes."""
     command = train(root / "never")
     with running([1, 1], *command, first=("--config.optim.name=adam",)) as processes:
         codes = [process.popen.wait(timeout=200) for process in processes]
