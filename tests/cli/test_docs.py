@@ -1,0 +1,124 @@
+"""README and the pages of docs/ say what is so: code runs, commands parse, paths exist."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from tools import architecture
+from univg_jax import configs
+from univg_jax.cli.main import COMMANDS
+from univg_jax.cli.main import _parse as parse
+
+pytestmark = pytest.mark.xdist_group("pipeline")
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def page_id(page):
+    return page.name if isinstance(page, pathlib.Path) else None
+
+
+def python_blocks(page):
+    return [code for language, code in FENCED.findall(page.read_text()) if language == "python"]
+
+
+def commands(page):
+    """The arguments of every `univg` command of a page, in blocks, in quotes and in the text."""
+    text = page.read_text()
+    blocks = "\n".join(code for _, code in FENCED.findall(text)).replace("\\\n", " ")
+    inline = "\n".join(re.findall(r"`([^`\n]+)`", FENCED.sub("", text)))
+    found = []
+    for line in f"{blocks}\n{inline}".splitlines():
+        for match in re.finditer(rf"\bunivg ((?:{'|'.join(COMMANDS)})\b.*)", line):
+            command = match[1]
+            if command.count('"') % 2:  # the command itself stands in quotes
+                command = command[: command.rindex('"')]
+            command = re.split(r" [#&]|;", command)[0]
+            found.append(shlex.split(command.replace("$i", "0")))  # $i counts processes
+    return found
+
+
+def commands_with_flags():
+    return [
+        (page, args)
+        for page in PAGES
+        if page.name != "CHANGELOG.md"  # it names commands without all that they need
+        for args in commands(page)
+        if any(arg.startswith("--") for arg in args)
+    ]
+
+
+@pytest.fixture
+def workplace(root, tmp_path, monkeypatch):
+    """A folder with the run and the data that the examples name; the run is a tiny one."""
+    for name, target in {"quickstart/stage3": "stage3", "data/emoji_smoke": "data"}.items():
+        link = tmp_path / "runs" / name
+        link.parent.mkdir(parents=True)
+        link.symlink_to(root / target)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("code", python_blocks(ROOT / "README.md"))
+def test_the_python_examples_of_readme_run_as_written(code, workplace):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize(("page", "args"), commands_with_flags(), ids=page_id)
+def test_every_command_with_flags_parses(page, args):
+    parsed = parse(args)
+    config = getattr(parsed, "config", "")
+    if config.startswith("experiments/"):  # not "..."
+        configs.load(config, parsed.overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_make_target_that_is_named_exists(page):
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"(?:^|`)make (\w+)", page.read_text(), re.MULTILINE)
+    assert set(named) <= set(targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_link_to_a_file_resolves(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_path_that_is_named_exists(page):
+    folders = "univg_jax|data_pipelines|experiments|tests|benchmarks|tools|launch|docs"
+    text = page.read_text()
+    for path, test in re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*)(?:::(\w+))?", text):
+        assert (ROOT / path.rstrip(".")).exists(), path
+        assert not test or f"def {test}(" in (ROOT / path).read_text(), test
+
+
+def test_the_tree_of_readme_has_every_module_and_no_other():
+    (tree,) = re.findall(r"^## The tree$.*?^```\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    named, folder = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if line.startswith(" "):
+            named.add(folder + name)
+        else:
+            folder = name
+            assert (ROOT / folder).is_dir(), folder
+    there = {
+        f"{package}/{path.name}{'/' * path.is_dir()}"
+        for package in ("univg_jax", "data_pipelines")
+        for path in (ROOT / package).iterdir()
+        if path.name[:2] != "__" and path.name != "templates"
+    }
+    assert named == there
+
+
+def test_the_drawing_of_the_rooms_is_that_of_the_code():
+    """If not: python tools/architecture.py."""
+    assert architecture.DRAWING.read_text() == architecture.draw(architecture.import_graph())
