@@ -24,6 +24,7 @@ from univg_jax.writers import read_metrics
 # One worker runs this file: its fixture is a whole run.
 pytestmark = pytest.mark.xdist_group("pipeline")
 
+
 def test_the_stages_hand_on_their_weights_and_encoders(root):
     codecs = [
         (root / f"stage{i}" / "encoders" / "codec.safetensors").read_bytes() for i in (1, 2, 3)
@@ -307,7 +308,7 @@ def command(root, workdir, *more):
 
 @pytest.mark.slow
 def test_killed_process_resumes_bitwise(root, tmp_path):
-    """SIGKILL in the middle of a real run, then the same command again: as if nothing had happened."""
+    """SIGKILL in the middle of a real run, then the same command again."""
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     subprocess.run(command(root, tmp_path / "whole"), check=True, env=env, capture_output=True)
     process = subprocess.Popen(
