@@ -78,7 +78,7 @@ DATA_LINES = (
     "cache, quarantine, inspect",
 )
 # Small rooms that many others import. They import only each other.
-FOUNDATION = {
+SMALL = {
     "settings": "a config's sections and their defaults",
     "batch": "Batch, the one schema",
     "errors": "UserError and its kinds",
@@ -148,24 +148,26 @@ def reachable(graph: Graph, room: str) -> set[str]:
 
 
 def arrows(graph: Graph) -> list[tuple[str, str]]:
-    """The imports that no longer way implies, without those of the foundation."""
+    """The imports that no longer way implies, without those of the small rooms."""
     return [
         (room, other)
         for room, others in graph.items()
         for other in sorted(others)
-        if other not in FOUNDATION
+        if other not in SMALL
         and not any(other in reachable(graph, between) for between in others - {other})
     ]
 
 
 def check(graph: Graph) -> None:
-    """Raises ValueError if a room has no place, a place no room, or the foundation an arrow up."""
-    placed = BOXES.keys() | FOUNDATION.keys()
+    """Raises ValueError if rooms and places differ, or a small room imports another one."""
+    placed = BOXES.keys() | SMALL.keys()
     if different := graph.keys() ^ placed:
         raise ValueError(f"rooms and boxes differ: {', '.join(sorted(different))}")
-    for room in FOUNDATION:
-        if above := graph[room] - FOUNDATION.keys():
-            raise ValueError(f"{room} imports {', '.join(sorted(above))}: not of the foundation")
+    for room in SMALL:
+        if above := graph[room] - SMALL.keys():
+            raise ValueError(
+                f"{room} imports {', '.join(sorted(above))}, which are not small rooms"
+            )
 
 
 def draw(graph: Graph) -> str:
@@ -185,7 +187,7 @@ def draw(graph: Graph) -> str:
     data = BOXES["data_pipelines"]
     for i, text in enumerate(DATA_LINES):
         lines.append(_text(data.x + (24 if text[0] == " " else 10), data.y + 44 + 20 * i, text))
-    lines += _foundation()
+    lines += _small_rooms()
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
@@ -225,10 +227,10 @@ def _box(name: str, box: Box) -> str:
     return rect + title + (_text(box.x + 10, box.y + 39, box.purpose) if box.purpose else "")
 
 
-def _foundation() -> list[str]:
+def _small_rooms() -> list[str]:
     lines = [_box("", Box(0, 745, WIDTH, "", BASE, 108))]
     lines.append(_text(10, 765, "Many rooms import these. No arrows to them are drawn."))
-    for i, (name, purpose) in enumerate(FOUNDATION.items()):
+    for i, (name, purpose) in enumerate(SMALL.items()):
         x, y = 10 + i % 3 * 330, 791 + i // 3 * 24
         lines.append(
             f'<text x="{x}" y="{y}" font-size="12" fill="{INK}"><tspan font-size="14" '

@@ -1,5 +1,6 @@
 """README and the pages of docs/ say what is so: code runs, commands parse, paths exist."""
 
+import itertools
 import pathlib
 import re
 import shlex
@@ -64,7 +65,8 @@ def workplace(root, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("code", python_blocks(ROOT / "README.md"))
+@pytest.mark.slow
+@pytest.mark.parametrize("code", python_blocks(ROOT / "README.md"), ids=itertools.count())
 def test_the_python_examples_of_readme_run_as_written(code, workplace):
     exec(compile(code, "README.md", "exec"), {})
 
