@@ -159,7 +159,7 @@ def arrows(graph: Graph) -> list[tuple[str, str]]:
 
 
 def check(graph: Graph) -> None:
-    """Raises ValueError if rooms and places differ, or a small room imports another one."""
+    """Raises ValueError if rooms and places differ, or a small room imports one that is not."""
     placed = BOXES.keys() | SMALL.keys()
     if different := graph.keys() ^ placed:
         raise ValueError(f"rooms and boxes differ: {', '.join(sorted(different))}")
