@@ -190,6 +190,7 @@ class _Compiler:
     quick: bool
 
     def plan(self, programs: Iterable[str]) -> Plan:
+        """Compiles these programs, and describes what all of them share."""
         kinds = {"train": self.train, "sampling": self.sampling, "evaluation": self.evaluation}
         backbone = self.step.model.backbone
         return Plan(
@@ -223,6 +224,7 @@ class _Compiler:
 
     @functools.cached_property
     def state(self) -> TrainState:
+        """The state of training, as the step takes and gives it."""
         # The key is made inside `eval_shape`: the devices of this mesh do not exist.
         shapes = jax.eval_shape(
             lambda: self.step.init(jax.random.key(0), self.frozen, self.train_batch)
