@@ -184,7 +184,7 @@ class Generator:
         return solver_step(self.velocity(params, conditions, weights), x, interval, self.sampler)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def decode(self, frozen: PyTree, x0: Float[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
+    def decode(self, frozen: PyTree, x0: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         """Latents to images in [-1, 1]."""
         return jnp.clip(self.conditioner.decode(frozen, x0), -1.0, 1.0)
 

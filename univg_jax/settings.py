@@ -37,7 +37,7 @@ class Task:
 
     Sources share the weight by their number of records, or by the weights of a mapping
     `{source: weight}`. The three kinds of dropout are disjoint events (InstructPix2Pix, arXiv
-    2211.09800, 3.2.1); they make guidance possible.
+    2211.09800, 3.2.1); they make guidance possible. How large they are is our choice.
     """
 
     weight: float
@@ -93,7 +93,7 @@ class Data:
 
     def __post_init__(self) -> None:
         _positive(self, "data", "resolution", "face_resolution", "num_tokens", "batch_size")
-        _positive(self, "data", "read_threads", "prefetch")
+        _not_negative(self, "data", "read_threads", "prefetch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,10 @@ class Flow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
-    """Steps are optimizer updates, whatever `accumulate` is."""
+    """How parameters follow gradients. The paper does not say: every value is our choice.
+
+    Steps are optimizer updates, whatever `accumulate` is.
+    """
 
     name: str = "adamw"
     lr: float = 1e-4
@@ -332,10 +335,10 @@ def _section(cls: type, values: Mapping[str, Any], where: str) -> Any:
         check_name(key, fields, what=f"key of {where}:")
 
     def convert(key: str, value: Any) -> Any:
-        if fields[key] is float and isinstance(value, int):
+        if fields[key] in (float, float | None) and isinstance(value, int):
             return float(value)
-        if fields[key] in (float | None,) and isinstance(value, int):
-            return float(value)
+        if key == "sources" and isinstance(value, Mapping):
+            return {source: float(weight) for source, weight in value.items()}
         return tuple(value) if isinstance(value, list) else value
 
     return cls(**{key: convert(key, value) for key, value in values.items()})

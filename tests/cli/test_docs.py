@@ -9,8 +9,7 @@ import pytest
 
 from tools import architecture
 from univg_jax import configs
-from univg_jax.cli.main import COMMANDS
-from univg_jax.cli.main import _parse as parse
+from univg_jax.cli.main import COMMANDS, parse
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM with its step saved.
     """
-    args = _parse(list(sys.argv[1:] if argv is None else argv))
+    args = parse(list(sys.argv[1:] if argv is None else argv))
     logging.set_verbosity(logging.INFO)
     absl_logger = logging.get_absl_logger()
     (absl_logger.removeFilter if args.verbose else absl_logger.addFilter)(_is_ours_or_warning)
@@ -53,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = error.exit_code
         if error.is_expected:  # all processes end alike, so JAX's ordinary shutdown works
             return code
+    except ImportError as error:
+        if "gcsfs" not in str(error):
+            raise
+        need = "pip install 'univg_jax[gcs]'"
+        print(f"univg {args.command}: error: gs:// paths need gcsfs: {need}", file=sys.stderr)
+        code = 1
     except Exception:  # a bug of ours
         traceback.print_exc()
         code = 1
@@ -63,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of a command line; `run` is the function that they ask for."""
     parser = _Parser(prog="univg", description="Train, sample and evaluate UniVG models.")
     parser.add_argument(
         "--verbose", action="store_true", help="log more, and show tracebacks of errors"

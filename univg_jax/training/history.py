@@ -123,7 +123,9 @@ class History:
 
     def complete_row(self) -> dict[str, float]:
         """What the time since the last row, in which the run ends, changes in that row."""
-        for name, seconds in self.clock.take().items():
+        taken = self.clock.take()
+        self._step_seconds += taken["step"]
+        for name, seconds in taken.items():
             key = f"seconds/{name}"
             self._last_row_seconds[key] = self._last_row_seconds.get(key, 0.0) + seconds
         return self._last_row_seconds | self._so_far()

@@ -6,14 +6,15 @@ devices, goes on as if nothing had happened.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from absl import logging
 from clu import parameter_overview
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
@@ -73,11 +74,48 @@ class PendingMetrics:
         return self._newest is not None and not self._newest[1]["loss"].is_ready()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The compiled functions of a run, and the shapes and shardings of its state."""
+
+    init: Callable[[], TrainState]
+    update: Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Array]]]
+    validate: Callable[[PyTree, PyTree, Batch], dict[str, Array]]
+    abstract: TrainState
+
+    @classmethod
+    def compile(
+        cls, step_fns: TrainStep, frozen: PyTree, specs: Sequence[Batch], *, mesh: Mesh, now: bool
+    ) -> "Programs":
+        """The programs for batches of these shapes; compiled `now`, or when they are first called.
+
+        A jitted function that is called later finds what was compiled for its shapes here.
+        """
+
+        # Steps use the keys 0..2^31-1 of the seed, so this one is unused.
+        key = jax.random.fold_in(jax.random.key(step_fns.config.seed), 2**31)
+        specs = [sharding.with_shardings(spec, sharding.batch_sharding(mesh)) for spec in specs]
+        abstract = jax.eval_shape(step_fns.init, key, frozen, specs[0])
+        shardings = sharding.tree_shardings(abstract, mesh)
+        abstract = sharding.with_shardings(abstract, shardings)
+
+        def init(key: jax.Array) -> TrainState:
+            return step_fns.init(key, frozen, specs[0])
+
+        init = jax.jit(init, out_shardings=shardings)
+        update = step_fns.compiled_update(shardings)
+        validate = jax.jit(step_fns.validate, out_shardings=sharding.replicated(mesh))
+        for spec in specs if now else ():
+            update.lower(abstract, frozen, spec).compile()
+            validate.lower(abstract.ema, frozen, spec).compile()
+        return cls(init=lambda: init(key), update=update, validate=validate, abstract=abstract)
+
+
 def train(
     step_fns: TrainStep,
     *,
     workdir: epath.PathLike,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
     stream: DataStream,
     frozen: PyTree,
     validation: Mapping[str, Iterable[Batch]],
@@ -93,44 +131,25 @@ def train(
     Raises `NonFiniteLossError` when the loss or the gradient is not finite, `Preempted` after
     SIGTERM once its step is saved, UserError if the workdir is past `config.train.steps`.
     """
-    workdir, config, c = epath.Path(workdir), step_fns.config, step_fns.config.train
+    workdir, c = epath.Path(workdir), step_fns.config.train
     is_main = jax.process_index() == 0
     history = History(workdir, step_fns.task_names)
-    clock, pending = history.clock, PendingMetrics(history)
     notice = PreemptionNotice()
-
-    # The mesh, and where every leaf of the state lives on it.
-    jax.set_mesh(mesh)
-    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
-    rows = sharding.batch_sharding(mesh)
-    specs = [sharding.with_shardings(spec, rows) for spec in stream.specs()]
-    # Steps use the keys 0..2^31-1 of the seed, so this one is unused.
-    init_key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
-    abstract = jax.eval_shape(step_fns.init, init_key, frozen, specs[0])
-    shardings = sharding.tree_shardings(abstract, mesh)
-    abstract = sharding.with_shardings(abstract, shardings)
-
-    # The programs, one for each kind of batch, all compiled before the first batch is taken. Calls
-    # of the jitted functions below find what was compiled for their shapes here.
-    def init(key: jax.Array) -> TrainState:
-        return step_fns.init(key, frozen, specs[0])
-
-    init = jax.jit(init, out_shardings=shardings)
-    update = step_fns.compiled_update(shardings)
-    validate = jax.jit(step_fns.validate, out_shardings=sharding.replicated(mesh))
     checkpointer = Checkpointer(workdir, keep=c.keep)
     if (newest := checkpointer.latest_step() or 0) > c.steps:
         raise UserError(f"{workdir} is at step {newest}, past train.steps={c.steps}")
-    if newest < c.steps:
-        with clock("compile"):
-            for spec in specs:
-                update.lower(abstract, frozen, spec).compile()
-                validate.lower(abstract.ema, frozen, spec).compile()
 
+    # The mesh, the programs, all compiled before the first batch is taken, and the first state.
+    jax.set_mesh(mesh)
+    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
+    with history.clock("compile"):
+        programs = Programs.compile(
+            step_fns, frozen, stream.specs(), mesh=mesh, now=newest < c.steps
+        )
     state = initial_state(
         step_fns,
-        lambda: init(init_key),
-        abstract=abstract,
+        programs.init,
+        abstract=programs.abstract,
         checkpointer=checkpointer,
         set_data_state=stream.set_state,
         mesh=mesh,
@@ -139,14 +158,15 @@ def train(
     history.resume(start)
     if is_main:
         overview = parameter_overview.get_parameter_overview(
-            abstract.params, include_stats="sharding"
+            programs.abstract.params, include_stats="sharding"
         )
         write_whole(workdir / "parameters.txt", overview)
-    writer = writers.create_writer(workdir, resume_step=start, active=is_main)
+
+    config, clock, pending = step_fns.config, history.clock, PendingMetrics(history)
     schedule = optim.make_schedule(config.optim, total_steps=c.steps)
-    trace = Trace(workdir / "profile", steps=profile)
-    if profile and start >= profile.stop:
-        logging.info("no trace: step %d is past %d:%d", start, profile.start, profile.stop)
+    writer = writers.create_writer(workdir, resume_step=start, active=is_main)
+    trace = Trace(workdir / "profile", steps=profile, start=start)
+    bar = tqdm(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main)
 
     def is_due(step: int, every: int) -> bool:
         return step > start and (step == c.steps or step % every == 0)
@@ -154,15 +174,7 @@ def train(
     # The loop. DO NOT CHANGE THE ORDER: evaluate, write the row, save, next batch, update. With it
     # a checkpoint of step n has the state after n updates and the position after n batches, and a
     # resumed run, which starts at the top, sees exactly what the uninterrupted one saw.
-    bar = tqdm(
-        total=c.steps,
-        initial=start,
-        desc=config.name,
-        unit="step",
-        disable=not is_main,
-        mininterval=0.5,
-    )
-    # Whatever happens, these finish what was begun.
+    # Whatever happens, the contexts finish what was begun.
     with notice, checkpointer, contextlib.closing(writer), bar, trace:
         clock.switch("step")
         for step in range(start, c.steps + 1):
@@ -175,7 +187,9 @@ def train(
             if is_due(step, c.eval_every):
                 pending.fetch()  # or the wait for the step would count as evaluation
                 with clock("eval"):
-                    losses = validation_losses(validate, state.ema, frozen, validation, mesh)
+                    losses = validation_losses(
+                        programs.validate, state.ema, frozen, validation, mesh
+                    )
                     writer.write_scalars(step, losses)
             if preview is not None and is_due(step, c.sample_every):
                 pending.fetch()
@@ -200,7 +214,7 @@ def train(
                     if pending.is_computing:  # the device did not wait for this batch
                         clock.activity = "step"
                 with jax.transfer_guard("disallow"):
-                    state, metrics = update(state, frozen, batch)
+                    state, metrics = programs.update(state, frozen, batch)
             checkpointer.check()
             pending.put(step + 1, metrics)
             bar.update()
@@ -212,9 +226,8 @@ def train(
         done = f"step {step} is saved" if step else "no step was made"
         raise Preempted(f"SIGTERM: {done}; the same command goes on from there")
     if is_main:
-        write_summary(
-            workdir, config, step_fns.task_names, num_parameters=num_parameters(abstract.params)
-        )
+        count = num_parameters(programs.abstract.params)
+        write_summary(workdir, config, step_fns.task_names, num_parameters=count)
     return state
 
 
@@ -223,7 +236,7 @@ def validation_losses(
     params: PyTree,
     frozen: PyTree,
     validation: Mapping[str, Iterable[Batch]],
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
 ) -> dict[str, float]:
     """Validation loss of each task: the same rows, times and noise every time."""
     losses = {}

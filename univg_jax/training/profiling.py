@@ -32,8 +32,11 @@ class Trace:
     it does nothing.
     """
 
-    def __init__(self, folder: epath.PathLike, *, steps: range | None) -> None:
+    def __init__(self, folder: epath.PathLike, *, steps: range | None, start: int = 0) -> None:
+        """`start` is the step that the run goes on from: a trace before it cannot be made."""
         self._folder, self._steps = epath.Path(folder), steps or range(0)
+        if steps and start >= steps.stop:
+            logging.info("no trace: step %d is past %d:%d", start, steps.start, steps.stop)
         # Where the running trace goes: the profiler writes to local disks only.
         self._local: tempfile.TemporaryDirectory[str] | None = None
 
