@@ -1,5 +1,4 @@
-"""Editing with the source image as channels, as in UniVG, against the source image as tokens: time,
-memory, FLOPs.
+"""The source image of an edit as channels, as in UniVG, against as tokens: time, memory, FLOPs.
 
     python benchmarks/concat.py
 
@@ -24,10 +23,11 @@ from timing import best_seconds, use_huge_pages
 from univg_jax import flow
 from univg_jax.models.attention import xla_attention
 from univg_jax.models.mmdit import MMDiT, make_mmdit
-from univg_jax.sampling import Sampler, solve
+from univg_jax.sampling import solve
+from univg_jax.settings import Sampler
 
 LATENT, FACTOR, TOKENS = 16, 8, 32  # channels of a latent, pixels a position, text tokens
-QUERIES = 256  # of a block
+QUERIES = 256  # in a block of attention
 
 
 def blocked_attention(
@@ -45,16 +45,20 @@ def blocked_attention(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Way:
-    """How the source enters: the model and the latents that it reads."""
+class Input:
+    """One way for the source to enter the model.
+
+    `join(noisy, source, mask)` is the model's input, `height` times as high as the image.
+    """
 
     model: MMDiT
-    # noisy, source, mask -> the model's input
     join: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-    rows: int  # of the model's input for one of the image
+    height: int
 
 
-def ways(base: MMDiT) -> dict[str, Way]:
+def both_inputs(base: MMDiT) -> dict[str, Input]:
+    """The same model with the source as channels, and as tokens."""
+
     def channels(x: jax.Array, source: jax.Array, mask: jax.Array) -> jax.Array:
         return jnp.concatenate([x, source, mask], axis=-1)
 
@@ -62,15 +66,13 @@ def ways(base: MMDiT) -> dict[str, Way]:
         return jnp.concatenate([jnp.concatenate([y, mask], axis=-1) for y in (x, source)], axis=1)
 
     return {
-        "channels": Way(model=base.clone(in_channels=2 * LATENT + 1), join=channels, rows=1),
-        "tokens": Way(model=base.clone(in_channels=LATENT + 1), join=tokens, rows=2),
+        "channels": Input(model=base.clone(in_channels=2 * LATENT + 1), join=channels, height=1),
+        "tokens": Input(model=base.clone(in_channels=LATENT + 1), join=tokens, height=2),
     }
 
 
-def compiled(way: Way, *, side: int, steps: int, train: bool) -> tuple[Callable[[], None], int]:
-    """Sampling in `steps` steps, or one gradient, of one image: a function that runs it, and its
-    temporaries' bytes.
-    """
+def compiled(kind: Input, *, side: int, steps: int, train: bool) -> tuple[Callable[[], None], int]:
+    """A function that samples one image or takes one gradient, and the bytes of its temporaries."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     x, source, mask = (
@@ -79,15 +81,19 @@ def compiled(way: Way, *, side: int, steps: int, train: bool) -> tuple[Callable[
         jnp.ones((1, side, side, 1)),
     )
     text = dict(
-        text_emb=normal(1, TOKENS, way.model.text_dim), pooled_emb=normal(1, way.model.pooled_dim)
+        text_emb=normal(1, TOKENS, kind.model.text_dim), pooled_emb=normal(1, kind.model.pooled_dim)
     )
     init = jax.jit(
-        lambda: way.model.init(jax.random.key(0), way.join(x, source, mask), **text, t=jnp.ones(1))
+        lambda: kind.model.init(
+            jax.random.key(0), kind.join(x, source, mask), **text, t=jnp.ones(1)
+        )
     )
     params = init()["params"]
 
     def velocity(params, x, t):
-        return way.model.apply({"params": params}, way.join(x, source, mask), **text, t=t)[:, :side]
+        return kind.model.apply({"params": params}, kind.join(x, source, mask), **text, t=t)[
+            :, :side
+        ]
 
     def sample(params, x):
         return solve(lambda x, t: velocity(params, x, t[None]), x, Sampler(steps=steps))
@@ -103,18 +109,19 @@ def compiled(way: Way, *, side: int, steps: int, train: bool) -> tuple[Callable[
         return optax.tree.norm(jax.grad(loss)(params))
 
     program = jax.jit(gradient if train else sample).lower(params, x).compile()
-    return lambda: jax.block_until_ready(
-        program(params, x)
-    ), program.memory_analysis().temp_size_in_bytes
+    temporaries = program.memory_analysis().temp_size_in_bytes
+    return lambda: jax.block_until_ready(program(params, x)), temporaries
 
 
-def flops(way: Way, *, side: int, train: bool) -> float:
-    return way.model.matmul_flops(
-        height=way.rows * side, width=side, num_tokens=TOKENS, train=train
+def flops(kind: Input, *, side: int, train: bool) -> float:
+    """The FLOPs of the matrix products of one forward pass, or of one gradient."""
+    return kind.model.matmul_flops(
+        height=kind.height * side, width=side, num_tokens=TOKENS, train=train
     )
 
 
 def main() -> None:
+    """Prints a table, and all figures as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -129,38 +136,38 @@ def main() -> None:
     args = parser.parse_args()
     use_huge_pages()
 
-    fields = dict(text_dim=384, pooled_dim=384, attention=blocked_attention)
-    both = ways(
-        MMDiT(
-            hidden_dim=args.hidden_dim, depth=args.depth, num_heads=args.hidden_dim // 64, **fields
-        )
+    heads = args.hidden_dim // 64
+    model = MMDiT(
+        hidden_dim=args.hidden_dim,
+        depth=args.depth,
+        num_heads=heads,
+        text_dim=384,
+        pooled_dim=384,
+        attention=blocked_attention,
     )
-    largest = ways(make_mmdit("xl"))
-    print(
-        "tokens / channels:             seconds          ratio  memory  FLOPs  FLOPs of a model of the paper's size"
-    )
+    small, paper = both_inputs(model), both_inputs(make_mmdit("xl"))
+    print(f"{'tokens / channels':39s} {'time':>14s}  memory  FLOPs  FLOPs at the paper's size")
     results = []
     for train, sizes in ((False, args.sizes), (True, args.train_sizes)):
         for size in map(int, filter(None, sizes.split(","))):
             side = size // FACTOR
             programs = {
-                n: compiled(way, side=side, steps=args.steps, train=train)
-                for n, way in both.items()
+                name: compiled(kind, side=side, steps=args.steps, train=train)
+                for name, kind in small.items()
             }
             best = best_seconds(
                 {name: run for name, (run, _) in programs.items()}, rounds=args.rounds
             )
             memory = {name: temporaries for name, (_, temporaries) in programs.items()}
-            work, paper = (
-                {name: flops(way, side=side, train=train) for name, way in models.items()}
-                for models in (both, largest)
+            ours, papers = (
+                {name: flops(kind, side=side, train=train) for name, kind in inputs.items()}
+                for inputs in (small, paper)
             )
-            ratios = [of["tokens"] / of["channels"] for of in (best, memory, work, paper)]
-            what = f"{'gradient' if train else f'{args.steps} steps'} at {size} px"
-            seconds = f"{best['tokens']:.2f} / {best['channels']:.2f}"
-            print(
-                f"{what:22s} {seconds:>16s} {ratios[0]:14.2f} {ratios[1]:7.2f} {ratios[2]:6.2f} {ratios[3]:6.2f}"
-            )
+            ratios = [x["tokens"] / x["channels"] for x in (best, memory, ours, papers)]
+            name = f"{'gradient' if train else f'{args.steps} steps'} at {size} px"
+            seconds = f"{best['tokens']:.2f} / {best['channels']:.2f} s"
+            time, *others = ratios
+            print(f"{name:22s} {seconds:>16s} {time:14.2f} " + "".join(f"{x:8.2f}" for x in others))
             results.append(
                 dict(pixels=size, train=train, seconds=best, temporaries=memory, ratios=ratios)
             )

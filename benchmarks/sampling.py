@@ -1,10 +1,11 @@
-"""Guided sampling, 50 Euler steps, against diffusers' `StableDiffusion3Pipeline`: the same weights,
-noise, text embeddings and times, float32, latents out, on this CPU. Runs alternate in one process
-and the fastest of each counts. Prints the ratio of the times, how far apart the results are, and
-what our sampler adds to its forward passes.
+"""Guided sampling, 50 Euler steps, against diffusers' `StableDiffusion3Pipeline`.
 
-    python benchmarks/sampling.py        # 384 wide, 6 deep, 256 px: 256 image and 32 text tokens,
-    guided by text
+The same weights, noise, text embeddings and times, float32, latents out, on this CPU: a model 384
+wide and 6 deep, with 256 image and 32 text tokens (256 px), guided by text. Runs alternate in one
+process and the fastest of each counts. Prints the ratio of the times, how far apart the results
+are, and what our sampler adds to its forward passes.
+
+    python benchmarks/sampling.py
 """
 
 import argparse
@@ -23,7 +24,8 @@ from timing import best_seconds, use_huge_pages
 from univg_jax.interop.diffusers import save_transformer
 from univg_jax.models.attention import cpu_attention
 from univg_jax.models.mmdit import MMDiT
-from univg_jax.sampling import Sampler, guidance_weights, guided_velocity, solve
+from univg_jax.sampling import guidance_weights, guided_velocity, solve
+from univg_jax.settings import Guidance, Sampler
 
 MODEL = MMDiT(
     hidden_dim=384,
@@ -40,9 +42,7 @@ SIDE, TOKENS, SCALE, SHIFT = 32, 32, 4.5, 3.0
 
 
 def prepare(batch: int) -> tuple[Any, np.ndarray, dict[str, np.ndarray]]:
-    """Parameters with nothing at zero, noise, and conditions of both passes: the text's rows, then
-    the null text's.
-    """
+    """Parameters without zeros, noise, and conditions: the text's rows, then the null text's."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     conditions = dict(
@@ -59,10 +59,8 @@ def prepare(batch: int) -> tuple[Any, np.ndarray, dict[str, np.ndarray]]:
 def ours(
     params: Any, noise: np.ndarray, conditions: dict[str, np.ndarray], *, steps: int
 ) -> tuple[Callable, Callable]:
-    """The sampler, and as many forward passes in a row as it has: each a function that returns its
-    result.
-    """
-    # Our passes of a row are side by side.
+    """The sampler, and as many forward passes one by one: functions that return their result."""
+    # Theirs has all rows of one pass before the other's; ours has the passes of a row side by side.
     conditions = {
         k: v.reshape(2, -1, *v.shape[1:]).swapaxes(0, 1).reshape(v.shape)
         for k, v in conditions.items()
@@ -75,7 +73,7 @@ def ours(
     @jax.jit
     def sample(params, conditions, noise):
         sampler = Sampler(solver="euler", steps=steps, shift=SHIFT)
-        weights = jnp.asarray(guidance_weights(text=SCALE))
+        weights = jnp.asarray(guidance_weights(Guidance(text=SCALE)))
         return solve(
             guided_velocity(lambda x, t: predict(params, conditions, x, t), weights, sampler),
             noise,
@@ -96,8 +94,9 @@ def ours(
 def theirs(
     params: Any, noise: np.ndarray, conditions: dict[str, np.ndarray], *, steps: int, compiled: bool
 ) -> Callable[[], np.ndarray]:
-    """Their pipeline on our weights, without text encoders and VAE: a function that returns
-    latents, channels last.
+    """Their pipeline on our weights, without text encoders and VAE.
+
+    Calling the function returns latents, channels last.
     """
     import torch
     from diffusers import (
@@ -110,17 +109,9 @@ def theirs(
     with tempfile.TemporaryDirectory() as folder:
         save_transformer(MODEL, params, folder)
         transformer = SD3Transformer2DModel.from_pretrained(folder).eval()
-    absent = dict.fromkeys(
-        (
-            "vae",
-            "text_encoder",
-            "tokenizer",
-            "text_encoder_2",
-            "tokenizer_2",
-            "text_encoder_3",
-            "tokenizer_3",
-        )
-    )
+    kinds = ("text_encoder", "tokenizer")
+    names = [f"{kind}{number}" for kind in kinds for number in ("", "_2", "_3")]
+    absent = dict.fromkeys(["vae", *names])
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     pipeline = StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, **absent)
     pipeline.set_progress_bar_config(disable=True)
@@ -152,6 +143,7 @@ def theirs(
 
 
 def main() -> None:
+    """Measures, and prints times, ratios and differences."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -169,9 +161,7 @@ def main() -> None:
     if shutil.which(os.environ.get("CXX", "g++")):
         runs["torch compiled"] = theirs(*inputs, steps=args.steps, compiled=True)
     else:
-        print(
-            "torch compiled: not measured, there is no C++ compiler for inductor (set CXX or install g++)"
-        )
+        print("torch compiled: not measured, inductor needs a C++ compiler (set CXX)")
     runs |= {"ours": sample, "forward passes": forwards}
 
     want, got = runs["torch eager"](), np.asarray(sample())
@@ -179,24 +169,14 @@ def main() -> None:
     fastest = min(seconds for name, seconds in best.items() if name.startswith("torch"))
     for name, seconds in best.items():
         eager = seconds / best["torch eager"]
-        print(
-            f"{name:15s} {seconds:7.2f} s  {eager:.2f} x eager  {seconds / fastest:.2f} x fastest torch"
-        )
+        ratio = seconds / fastest
+        print(f"{name:15s} {seconds:7.2f} s  {eager:.2f} x eager  {ratio:.2f} x fastest torch")
     overhead = best["ours"] / best["forward passes"] - 1
     difference = float(np.abs(got - want).max() / want.std())
     print(f"our sampler adds {overhead:+.1%} to its {args.steps} forward passes")
     print(f"ours and theirs differ by at most {difference:.1e} standard deviations")
-    print(
-        json.dumps(
-            dict(
-                steps=args.steps,
-                batch=args.batch,
-                seconds=best,
-                overhead=overhead,
-                difference=difference,
-            )
-        )
-    )
+    figures = dict(seconds=best, overhead=overhead, difference=difference)
+    print(json.dumps(dict(steps=args.steps, batch=args.batch, **figures)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Fair timing on a machine that is never quiet: the same memory pages for all, and rounds in which
-runs alternate.
+"""Fair timing on a busy machine: the same memory pages for all, and runs that alternate.
 
-Other load then hits all of them, so ratios hold where seconds do not.
+Other load then slows all of them, so ratios hold where seconds do not.
 """
 
 import os
@@ -13,10 +12,10 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def use_huge_pages() -> None:
-    """Starts the program again with glibc's huge pages, which it reads at its start only; both XLA
-    and PyTorch use it.
+    """Starts the program again with huge pages, unless `GLIBC_TUNABLES` is set to anything.
 
-    A `GLIBC_TUNABLES` that is set, to anything, stays. JAX is told that this is about CPUs.
+    glibc, whose memory both XLA and PyTorch use, reads the variable at the start of a process only.
+    JAX then uses the CPU, which is what these benchmarks compare on.
     """
     if "GLIBC_TUNABLES" not in os.environ:
         environment = {"JAX_PLATFORMS": "cpu", **os.environ, "GLIBC_TUNABLES": HUGE_PAGES}

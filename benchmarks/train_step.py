@@ -1,17 +1,18 @@
-"""One training step of our MM-DiT against diffusers' `SD3Transformer2DModel` on PyTorch, eager and
-compiled: the same model, AdamW, float32, on this CPU. Runs alternate in one process and the fastest
-of each counts. Prints milliseconds, their ratio to PyTorch's, and the share of what the same
-library's large matmul reaches.
+"""One training step of our MM-DiT against diffusers' `SD3Transformer2DModel` on PyTorch.
 
-    python benchmarks/train_step.py                        # 384 wide, 256 image and 32 text tokens,
-    batch 8 python benchmarks/train_step.py --preset=quickstart --batch=16
+Eager and compiled: the same model, AdamW, float32, on this CPU. Steps alternate in one process and
+the fastest of each counts. Prints milliseconds, their ratio to PyTorch's, and the share of what a
+large matmul of the same library reaches.
+
+    python benchmarks/train_step.py         # 384 wide, 256 image and 32 text tokens, batch 8
+    python benchmarks/train_step.py --preset=quickstart --batch=16
 
 The shares are there because matmul libraries differ by machine: PyTorch's MKL takes a slow path on
-AMD's processors. What PyTorch does with a fast one is measured by telling MKL that the processor is
-Intel's:
+AMD's processors. To measure PyTorch with a fast one, tell MKL that the processor is Intel's:
 
-    echo 'int mkl_serv_intel_cpu_true(void) { return 1; }' | gcc -shared -fPIC -x c - -o
-    /tmp/intel.so LD_PRELOAD=/tmp/intel.so python benchmarks/train_step.py
+    echo 'int mkl_serv_intel_cpu_true(void) { return 1; }' > intel.c
+    gcc -shared -fPIC intel.c -o intel.so
+    LD_PRELOAD=./intel.so python benchmarks/train_step.py
 """
 
 import argparse
@@ -118,12 +119,14 @@ MATMUL = 2048  # rows and columns of the large product
 
 
 def our_matmul() -> Callable[[], None]:
+    """JAX's product of two large matrices."""
     a = jnp.ones((MATMUL, MATMUL))
     product = jax.jit(jnp.matmul)
     return lambda: jax.block_until_ready(product(a, a))
 
 
 def their_matmul() -> Callable[[], None]:
+    """PyTorch's."""
     import torch
 
     a = torch.ones(MATMUL, MATMUL)
@@ -131,6 +134,7 @@ def their_matmul() -> Callable[[], None]:
 
 
 def main() -> None:
+    """Measures, and prints a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -147,9 +151,7 @@ def main() -> None:
     if shutil.which(os.environ.get("CXX", "g++")):
         steps["torch compiled"] = theirs(model, **shape, compiled=True)
     else:
-        print(
-            "torch compiled: not measured, there is no C++ compiler for inductor (set CXX or install g++)"
-        )
+        print("torch compiled: not measured, inductor needs a C++ compiler (set CXX)")
     steps["ours, scanned"] = ours(model, **shape)
     steps["ours, unrolled"] = ours(model.clone(scan=False), **shape)
     matmuls = {"torch matmul": their_matmul(), "our matmul": our_matmul()}
@@ -168,15 +170,10 @@ def main() -> None:
     for name in steps:
         rate = flops / best[name]
         share = rate / peak["torch" if name.startswith("torch") else "our"]
-        print(
-            f"{name:15s} {1e3 * best[name]:8.1f}  {best[name] / eager:7.2f}  {best[name] / fastest:15.2f}"
-            f"  {rate:7.0f}  {share:13.0%}"
-        )
-    print(
-        json.dumps(
-            dict(preset=args.preset, **shape, gflop=round(flops, 1), peak_gflops=peak, seconds=best)
-        )
-    )
+        ratios = f"{best[name] / eager:7.2f}  {best[name] / fastest:15.2f}"
+        print(f"{name:15s} {1e3 * best[name]:8.1f}  {ratios}  {rate:7.0f}  {share:13.0%}")
+    figures = dict(gflop=round(flops, 1), peak_gflops=peak, seconds=best)
+    print(json.dumps(dict(preset=args.preset, **shape, **figures)))
 
 
 if __name__ == "__main__":

@@ -170,6 +170,14 @@ def test_other_packages_stay_in_their_rooms(package, rooms):
             assert room(module_name(path)) in rooms, f"{path} imports {package}"
 
 
+def test_only_writers_imports_metric_writers():
+    """It puts a stand-in before clu's own TensorBoard writer, which would import TensorFlow."""
+    for path in files(*OURS):
+        if path.name != "writers.py":
+            found = [name for name in imports(path) if name.startswith("clu.metric_writers")]
+            assert not found, f"{path} imports {', '.join(found)}"
+
+
 @pytest.mark.parametrize("path", files("benchmarks", "tools"), ids=lambda path: path.stem)
 def test_what_scripts_import_of_ours_exists(path):
     """No test runs them, and some need torch."""

@@ -1,5 +1,6 @@
-"""Runs the parity tests and writes what they measured to docs/parity.md. `make parity` has the
-environment.
+"""Runs the parity tests and writes what they measured to docs/parity.md.
+
+`make parity` runs it in the environment that has PyTorch.
 """
 
 import itertools
@@ -13,9 +14,11 @@ from xml.etree import ElementTree
 PACKAGES = ("jax", "torch", "diffusers", "transformers", "torch_fidelity")
 HEAD = """# Parity with PyTorch
 
-Every network against its PyTorch reference, float32 on CPU, random weights: the largest absolute error, relative to the
-standard deviation of the reference's output (at most 2e-5), of a gradient relative to the largest of its entries (at
-most 1e-4), of a whole pipeline's images in [0, 1] (at most 1e-3). Written by `make parity` with {versions}.
+Every network against its PyTorch reference, float32 on CPU, with random weights. The error is the
+largest absolute one. Of an output it is relative to the reference's standard deviation (at most
+2e-5), of a gradient to its largest entry (at most 1e-4), of a whole pipeline it is that of images
+in [0, 1] (at most 1e-3). Written by `make parity` with
+{versions}.
 
 | network | configuration | error |
 |---|---|---|
@@ -34,6 +37,7 @@ def rows(report: str) -> list[dict]:
 
 
 def main() -> None:
+    """Runs the tests; writes nothing if one fails."""
     from importlib.metadata import version
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
-"""Real programs, compiled for TPUs that are not here. The recommended pods are nightly: half an
-hour of compiling.
+"""Real programs, compiled for TPUs that are not here.
+
+The recommended pods are nightly: half an hour of compiling.
 """
 
-import json
 import math
 import pathlib
 
@@ -12,8 +12,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import pods
 from univg_jax import configs
-from univg_jax.cli import plan as cli
-from univg_jax.cli.main import main
 from univg_jax.planning import search
 from univg_jax.planning.plan import Plan, compile_plan
 from univg_jax.planning.topology import open_topology
@@ -86,65 +84,6 @@ def test_over_the_memory_says_by_how_much_and_what_helps():
     assert "accumulate" in advice
     assert "adafactor" in advice
     assert "\n" not in advice
-
-
-def test_the_command_prints_and_writes_a_plan(small, tmp_path, capsys):
-    out = tmp_path / "plan.json"
-    overrides = [f"--config.{override}" for override in SMALL]
-    spec = f"--config={STAGE1}:size=tiny,res=256"
-    assert main(["plan", spec, "--topology=v6e:2x2", f"--json={out}", "--quick", *overrides]) == 0
-    printed = capsys.readouterr().out
-    assert "v6e:2x2" in printed
-    assert "MFU at most" in printed
-    (written,) = json.loads(out.read_text())["plans"]
-    assert written["chip"]["kind"] == "TPU v6 lite"
-    assert written["fits"] is True
-    assert written["programs"][0]["model_flops"] == small.programs[0].model_flops
-    assert written["programs"][0]["collectives"][0].keys() >= {
-        "kind",
-        "group",
-        "count",
-        "bytes",
-        "wire_bytes",
-    }
-    cli.print_plans([small, small])
-    assert capsys.readouterr().out.count("v5e:2x2") == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--topology=v5p"], "topology 'v5p' should read GENERATION:AxB"),
-        (["--topology=v5f:4x4"], "unknown TPU generation 'v5f'; did you mean 'v5p'?"),
-        (
-            ["--topology=v5p:4x4"],
-            "topology 'v5p:4x4': a slice of v5p is AxBxC; N slices are v5p:AxBxC*N",
-        ),
-        (
-            ["--topology=v5e:4x4", "--topology=v6e:16x16x2"],
-            "a slice of v6e is AxB; N slices are v6e:AxB*N",
-        ),
-        (["--topology=v5e:3x5"], "libtpu knows no topology v5e:3x5"),
-        (["--topology=v5e:2x2", "--include=encoder"], "did you mean 'encoders'?"),
-        (["--topology=v5e:2x2", "--slices=0"], "--slices=0: expected at least 1"),
-        (
-            ["--topology=v5e:2x2", "--config.data.batch_size=6"],
-            "data.batch_size=6 does not divide over data x fsdp",
-        ),
-        (
-            ["--topology=v5e:2x2", "--config.mesh.fsdp=3"],
-            "the product must be the number of devices, 4",
-        ),
-        (
-            ["--topology=v5e:2x2*2", "--config.mesh.data=1", "--config.mesh.fsdp=8"],
-            "multiple of the number of slices",
-        ),
-    ],
-)
-def test_bad_input_is_one_line(arguments, message, capsys):
-    assert main(["plan", f"--config={STAGE1}:size=tiny,res=256", *arguments]) == 1
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line
 
 
 @pytest.mark.slow

@@ -1,0 +1,74 @@
+"""`univg plan`: the tables that it prints, the file that it writes, and what it refuses."""
+
+import json
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from univg_jax.cli.main import main
+
+pytestmark = pytest.mark.xdist_group("libtpu")  # the compiler takes both cores: one after another
+
+COMMAND = ["plan", "--config=experiments/stage1_t2i.py:size=tiny,res=256"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache_comes_back():
+    """The command turns the cache of compiled programs off for its whole process."""
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()  # or JAX would keep to what it found at its first program
+
+
+def test_it_prints_a_column_for_each_topology_and_writes_their_plans(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    overrides = ["--config.model.overrides.depth=2", "--config.model.overrides.dtype=bfloat16"]
+    topologies = ["--topology=v6e:2x2", "--topology=v5e:2x2"]
+    assert main([*COMMAND, *overrides, *topologies, f"--json={out}", "--quick"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("v6e:2x2", "v5e:2x2", "MFU at most"):
+        assert word in printed
+    plans = json.loads(out.read_text())["plans"]
+    assert [plan["chip"]["kind"] for plan in plans] == ["TPU v6 lite", "TPU v5 lite"]
+    assert all(plan["fits"] for plan in plans)
+    (first,), (second,) = (plan["programs"] for plan in plans)
+    assert first["model_flops"] == second["model_flops"] > 0
+    fields = {"kind", "group", "count", "bytes", "wire_bytes"}
+    assert first["collectives"][0].keys() >= fields
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v5p"], "topology 'v5p' should read GENERATION:AxB"),
+        (["--topology=v5f:4x4"], "unknown TPU generation 'v5f'; did you mean 'v5p'?"),
+        (
+            ["--topology=v5p:4x4"],
+            "topology 'v5p:4x4': a slice of v5p is AxBxC; N slices are v5p:AxBxC*N",
+        ),
+        (
+            ["--topology=v5e:4x4", "--topology=v6e:16x16x2"],
+            "a slice of v6e is AxB; N slices are v6e:AxB*N",
+        ),
+        (["--topology=v5e:3x5"], "libtpu knows no topology v5e:3x5"),
+        (["--topology=v5e:2x2", "--include=encoder"], "did you mean 'encoders'?"),
+        (["--topology=v5e:2x2", "--slices=0"], "--slices=0: expected at least 1"),
+        (
+            ["--topology=v5e:2x2", "--config.data.batch_size=6"],
+            "data.batch_size=6 does not divide over data x fsdp",
+        ),
+        (
+            ["--topology=v5e:2x2", "--config.mesh.fsdp=3"],
+            "the product must be the number of devices, 4",
+        ),
+        (
+            ["--topology=v5e:2x2*2", "--config.mesh.data=1", "--config.mesh.fsdp=8"],
+            "multiple of the number of slices",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys):
+    assert main([*COMMAND, *arguments]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
