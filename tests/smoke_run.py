@@ -1,36 +1,38 @@
-"""A whole run of three stages of two steps each, through the command line, that tests share.
+"""A whole run of three stages of two steps each that tests share.
 
 Files that use `root` are of the xdist group "pipeline", so that one worker makes it once.
 """
 
 import pytest
 
-from univg_jax.cli.main import main
+from univg_jax import assembly, configs
+from univg_jax.previews import make_preview
 
 CONFIG = "experiments/emoji.py:preset=smoke,stage="
-FAST = [
-    "--config.train.steps=2",
-    "--config.optim.warmup=1",
-    "--config.train.save_every=1",
-    "--config.train.eval_examples=8",
-    "--config.sampling.steps=2",
-    "--config.train.sample_examples=2",
-]
+FAST = (
+    "train.steps=2",
+    "optim.warmup=1",
+    "train.save_every=1",
+    "train.eval_examples=8",
+    "sampling.steps=2",
+    "train.sample_examples=2",
+)
 
 
-def train(stage, root, *more, init_from=""):
-    """`univg train` of one stage; returns its exit code."""
-    spec = f"{CONFIG}{stage}" + (f",init_from={init_from}" if init_from else "")
-    data = f"--config.data.dir={root / 'data'}"
-    workdir = f"--workdir={root / f'stage{stage}'}"
-    return main(["train", f"--config={spec}", workdir, data, *FAST, *more])
+def train(stage, root, *, init_from=""):
+    """Trains one stage in its workdir."""
+    config = configs.load(
+        f"{CONFIG}{stage},init_from={init_from}", [f"data.dir={root / 'data'}", *FAST]
+    )
+    run = assembly.make_run(config, root / f"stage{stage}")
+    run.train(preview=make_preview(run))
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """The folder with the workdirs stage1, stage2 and stage3, and their data."""
     root = tmp_path_factory.mktemp("run")
-    assert train(1, root) == 0
-    assert train(2, root, init_from=root / "stage1") == 0
-    assert train(3, root, init_from=root / "stage2") == 0
+    train(1, root)
+    train(2, root, init_from=root / "stage1")
+    train(3, root, init_from=root / "stage2")
     return root

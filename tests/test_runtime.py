@@ -1,6 +1,4 @@
-"""The cache of compiled programs: on by default, used by the next process, and without effect on
-the numbers.
-"""
+"""The cache of compiled programs: on by default, read by the next process, same numbers."""
 
 import os
 import re
@@ -20,6 +18,7 @@ TURN_ON += "print(jax.config.jax_compilation_cache_dir)"
 
 
 def run(*arguments, home, **environment):
+    """Runs Python with another home and no cache of the environment's."""
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | environment
     return subprocess.run(
         [sys.executable, *arguments],
@@ -32,35 +31,36 @@ def run(*arguments, home, **environment):
 
 @pytest.mark.slow
 def test_the_next_process_finds_what_the_first_compiled_and_trains_to_the_same_numbers(tmp_path):
+    cache = tmp_path / "home" / ".cache" / "univg_jax" / "xla"
+
     def train(name):
-        arguments = [
-            "-m",
-            "univg_jax",
-            "train",
-            "--config=experiments/emoji.py:preset=smoke,stage=1",
-        ]
-        arguments += [f"--workdir={tmp_path / name}", f"--config.data.dir={tmp_path / 'data'}"]
-        arguments += [
-            "--config.train.steps=2",
-            "--config.optim.warmup=1",
-            "--config.train.eval_examples=8",
-        ]
-        arguments += ["--config.sampling.steps=2", "--config.train.sample_examples=2"]
+        """The hits and misses of a run."""
+        settings = {
+            "data.dir": tmp_path / "data",
+            "train.steps": 2,
+            "train.eval_examples": 8,
+            "train.sample_examples": 2,
+            "optim.warmup": 1,
+            "sampling.steps": 2,
+        }
         # Compiled without optimization, as in all tests, some programs are quicker than the
         # threshold.
         stderr = run(
-            *arguments, home=tmp_path / "home", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+            *("-m", "univg_jax", "train", "--config=experiments/emoji.py:preset=smoke,stage=1"),
+            f"--workdir={tmp_path / name}",
+            *(f"--config.{key}={value}" for key, value in settings.items()),
+            home=tmp_path / "home",
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         ).stderr
-        (line,) = re.findall(r"INFO.*compilation cache (\S+): (\d+) hits, (\d+) misses", stderr)
-        assert line[0] == str(tmp_path / "home" / ".cache" / "univg_jax" / "xla")
-        return int(line[1]), int(line[2])
+        ((folder, hits, misses),) = re.findall(
+            r"INFO.*compilation cache (\S+): (\d+) hits, (\d+) misses", stderr
+        )
+        assert folder == str(cache)
+        return int(hits), int(misses)
 
-    hits, misses = train("first")
-    files = {
-        path.name.split("-")[0]
-        for path in (tmp_path / "home" / ".cache" / "univg_jax" / "xla").iterdir()
-    }
-    assert {"jit_init", "jit_update", "jit_validate", "jit_generate"} <= files
+    _, misses = train("first")
+    programs = {path.name.split("-")[0] for path in cache.iterdir()}
+    assert {"jit_init", "jit_update", "jit_validate", "jit_generate"} <= programs
     assert misses >= 4
     hits, misses = train("second")
     assert hits >= 4
@@ -79,10 +79,8 @@ def test_the_next_process_finds_what_the_first_compiled_and_trains_to_the_same_n
 
 def test_the_environment_names_another_folder_or_none(tmp_path):
     for folder in (str(tmp_path / "elsewhere"), ""):
-        assert (
-            run("-c", TURN_ON, home=tmp_path, JAX_COMPILATION_CACHE_DIR=folder).stdout.strip()
-            == folder
-        )
+        done = run("-c", TURN_ON, home=tmp_path, JAX_COMPILATION_CACHE_DIR=folder)
+        assert done.stdout.strip() == folder
     assert not (tmp_path / ".cache").exists()
 
 

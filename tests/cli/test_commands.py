@@ -1,13 +1,6 @@
-"""The main job through the command line, on real (tiny) data: three stages, samples, evaluation,
-report, bad input.
-"""
+"""Every command on a real (tiny) run of three stages: what it does, and what it refuses."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
@@ -15,7 +8,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.tasks import TASKS
-from tests.smoke_run import CONFIG, FAST, train
+from tests import processes, smoke_run
+from tests.smoke_run import CONFIG
 from univg_jax import checkpoint
 from univg_jax.cli.main import main
 from univg_jax.workdir import list_steps
@@ -23,6 +17,19 @@ from univg_jax.writers import read_metrics
 
 # One worker runs this file: its fixture is a whole run.
 pytestmark = pytest.mark.xdist_group("pipeline")
+
+FAST = [f"--config.{override}" for override in smoke_run.FAST]
+
+
+def train_command(stage, root, *more, workdir=None):
+    """`univg train` of a stage on the data in `root`, by default in that stage's workdir."""
+    workdir = workdir or root / f"stage{stage}"
+    data = f"--config.data.dir={root / 'data'}"
+    return ["train", f"--config={CONFIG}{stage}", f"--workdir={workdir}", data, *FAST, *more]
+
+
+def train(*arguments, **options):
+    return main(train_command(*arguments, **options))
 
 
 def test_the_stages_hand_on_their_weights_and_encoders(root):
@@ -36,10 +43,11 @@ def test_the_stages_hand_on_their_weights_and_encoders(root):
 
 
 def test_a_run_on_cached_embeddings_is_the_same_without_a_text_encoder(root, tmp_path, capsys):
-    arguments = [f"--config={CONFIG}1", f"--config.data.dir={root / 'data'}", *FAST]
-    assert main(["data", "cache", *arguments, f"--out={tmp_path / 'cache'}"]) == 0
-    cached = [*arguments, f"--config.data.text_cache={tmp_path / 'cache'}"]
-    assert main(["train", *cached, f"--workdir={tmp_path / 'run'}"]) == 0
+    config = [f"--config={CONFIG}1", f"--config.data.dir={root / 'data'}", *FAST]
+    command = ["data", "cache", *config, f"--out={tmp_path / 'cache'}"]
+    assert main(command) == 0
+    cached = f"--config.data.text_cache={tmp_path / 'cache'}"
+    assert train(1, root, cached, workdir=tmp_path / "run") == 0
     losses = [
         [
             (row["step"], row.get("loss"), row.get("val/loss/t2i"))
@@ -50,15 +58,10 @@ def test_a_run_on_cached_embeddings_is_the_same_without_a_text_encoder(root, tmp
     # The encoder saw the prompts in other batches: the same to float32's rounding.
     np.testing.assert_allclose(np.array(losses[0], float), np.array(losses[1], float), rtol=1e-5)
     capsys.readouterr()
-    assert (
-        main(["train", *cached, f"--workdir={tmp_path / 'other'}", "--config.data.num_tokens=40"])
-        == 1
-    )
-    assert (
-        "embeddings of another text encoder: num_tokens is 36, this run's 40"
-        in capsys.readouterr().err
-    )
-    assert main(["data", "cache", *arguments, f"--out={tmp_path / 'cache'}"]) == 1
+    assert train(1, root, cached, "--config.data.num_tokens=40", workdir=tmp_path / "other") == 1
+    error = "embeddings of another text encoder: num_tokens is 36, this run's 40"
+    assert error in capsys.readouterr().err
+    assert main(command) == 1
     assert "has a cache; choose another folder" in capsys.readouterr().err
 
 
@@ -238,18 +241,9 @@ def test_a_checkpoint_that_is_not_there(tmp_path, capsys):
     ],
 )
 def test_bad_input_of_train_leaves_no_workdir(root, tmp_path, capsys, overrides, message):
-    data = f"--config.data.dir={root / 'data'}"
     if "dataset" in overrides[0]:
-        data = "--config.data.dir=/nowhere"
-    arguments = [
-        "train",
-        f"--config={CONFIG}1",
-        f"--workdir={tmp_path / 'w'}",
-        data,
-        *FAST,
-        *overrides,
-    ]
-    assert main(arguments) == 1
+        overrides = [*overrides, "--config.data.dir=/nowhere"]
+    assert train(1, root, *overrides, workdir=tmp_path / "w") == 1
     assert message in error_line(capsys)
     assert not (tmp_path / "w").exists()
 
@@ -287,42 +281,20 @@ def test_data_inspect_writes_a_page(root, tmp_path):
     assert "a portrait of &lt;p&gt;" in out.read_text()
 
 
-def command(root, workdir, *more):
-    data = f"--config.data.dir={root / 'data'}"
-    fast = [f for f in FAST if "train.steps" not in f] + [
-        "--config.train.steps=8",
-        "--config.train.eval_every=8",
-    ]
-    return [
-        sys.executable,
-        "-m",
-        "univg_jax",
-        "train",
-        f"--config={CONFIG}1",
-        f"--workdir={workdir}",
-        data,
-        *fast,
-        *more,
-    ]
-
-
 @pytest.mark.slow
 def test_killed_process_resumes_bitwise(root, tmp_path):
     """SIGKILL in the middle of a real run, then the same command again."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    subprocess.run(command(root, tmp_path / "whole"), check=True, env=env, capture_output=True)
-    process = subprocess.Popen(
-        command(root, tmp_path / "killed"), env=env, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "killed" / "checkpoints" / "2").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+
+    def command(name):
+        more = ["--config.train.steps=8", "--config.train.eval_every=8"]
+        return train_command(1, root, *more, workdir=tmp_path / name)
+
+    processes.run([8], *command("whole"))
+    with processes.running([8], *command("killed")) as started:
+        processes.wait_for(started, (tmp_path / "killed" / "checkpoints" / "2").exists)
+        started[0].popen.kill()
     assert max(list_steps(tmp_path / "killed")) < 8
-    subprocess.run(command(root, tmp_path / "killed"), check=True, env=env, capture_output=True)
+    processes.run([8], *command("killed"))
     for which in ("params", "ema", "opt_state"):
         whole, resumed = (
             checkpoint.load_params(tmp_path / name, which=which) for name in ("whole", "killed")
