@@ -1,13 +1,12 @@
-"""Host memory of loading a large SD3 folder onto 8 devices, against the largest shard and against
-reading it whole.
+"""Host memory that loading a large SD3 folder onto 8 devices takes, in units of the largest shard.
 
     python benchmarks/load_weights.py [--gigabytes=4] [--folder=DIR]
 
-Writes a random folder (or reads `--folder`), then loads it in processes of their own, each with 8
-virtual CPU devices and `fsdp=8`. The arrays on virtual devices lie in the same memory, so what
-loading itself needs is the peak of the process's own memory (RssAnon; mapped files do not count)
-less what it had before and the parameters. The limit is 1.3 times the largest shard, plus a
-constant for allocators and threads.
+Writes a random folder (or reads `--folder`), then loads it in two separate processes, streamed and
+whole, each with 8 virtual CPU devices and `fsdp=8`. The arrays of virtual devices are in the same
+memory. So what loading itself needs is the peak of the process's own memory (RssAnon, which does
+not count mapped files), minus what it had before, minus the parameters. The limit is 1.3 times the
+largest shard, plus a constant for allocators and threads.
 """
 
 import argparse
@@ -24,11 +23,13 @@ CONSTANT = 64 * 2**20  # bytes
 
 
 def own_memory() -> int:
+    """Bytes of this process that belong to no file."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
 def write(folder: str, gigabytes: float) -> None:
+    """Writes a transformer of about so many gigabytes of float32."""
     import jax
     import numpy as np
 
@@ -49,10 +50,8 @@ def write(folder: str, gigabytes: float) -> None:
     save_transformer(model, params, folder, max_file_bytes=10**9)
 
 
-def load(folder: str, how: str) -> None:
-    """Prints the figures of one load, `how`: streamed, or whole (every tensor in host memory
-    first).
-    """
+def load(folder: str, mode: str) -> None:
+    """Prints the figures of one load. `mode`: streamed, or whole (all tensors are read first)."""
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
     import jax
     import numpy as np
@@ -74,7 +73,7 @@ def load(folder: str, how: str) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begin = time.monotonic()
-    if how == "streamed":
+    if mode == "streamed":
         params = stored.read(mesh=mesh)
     else:
         names = {name: w for path, w in stored.weights.items() for name in w.names}
@@ -90,7 +89,7 @@ def load(folder: str, how: str) -> None:
     shard = max(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     print(
         json.dumps(
-            dict(how=how, total=total, shard=shard, extra=peak - before - total, seconds=seconds)
+            dict(mode=mode, total=total, shard=shard, extra=peak - before - total, seconds=seconds)
         )
     )
 
@@ -111,20 +110,21 @@ def main() -> None:
         if not args.folder:
             write(folder, args.gigabytes)
         results = {}
-        for how in ("streamed", "whole"):
-            command = [sys.executable, __file__, f"--folder={folder}", f"--measure={how}"]
-            results[how] = json.loads(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            )
+        for mode in ("streamed", "whole"):
+            command = [sys.executable, __file__, f"--folder={folder}", f"--measure={mode}"]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            results[mode] = json.loads(done.stdout)
     shard, total = results["streamed"]["shard"], results["streamed"]["total"]
     gib = 2**30
     print(
-        f"{total / gib:.2f} GiB of parameters on {DEVICES} devices, the largest shard {shard / gib:.3f} GiB"
+        f"{total / gib:.2f} GiB of parameters on {DEVICES} devices, "
+        f"the largest shard {shard / gib:.3f} GiB"
     )
     for result in results.values():  # beside the parameters themselves
         extra = result["extra"]
         print(
-            f"{result['how']:9}{extra / gib:7.3f} GiB = {extra / shard:.2f} shards, {result['seconds']:.1f} s"
+            f"{result['mode']:9}{extra / gib:7.3f} GiB = {extra / shard:.2f} shards, "
+            f"{result['seconds']:.1f} s"
         )
     extra, limit = results["streamed"]["extra"], 1.3 * shard + CONSTANT
     verdict = "kept" if extra <= limit else "MISSED"

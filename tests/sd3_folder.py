@@ -1,6 +1,4 @@
-"""A Stable Diffusion 3 pipeline's folder, of tiny random networks: every file that the real one
-has, without torch.
-"""
+"""A Stable Diffusion 3 pipeline's folder with tiny random networks and every file of a real one."""
 
 import dataclasses
 import json
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.data_pipelines.test_tokenizer import CLIP, END, write_clip, write_t5
-from univg_jax.interop.diffusers import VAE, WEIGHTS, _vae_weights, save_transformer
+from univg_jax.interop.diffusers import VAE, WEIGHTS, save_transformer, vae_weights
 from univg_jax.interop.folder import CONV, map_weights, write_params
 from univg_jax.interop.transformers import CLIP_LAYER, CLIP_TEXT, CLIP_VISION, T5, T5_LAYER
 from univg_jax.models.clip import CLIPText, CLIPVision
@@ -41,6 +39,7 @@ def random_params(module, *inputs, seed):
 
 
 def write_text_encoder(folder, *, width, heads, projection, activation, seed):
+    """Writes a CLIP text tower with the vocabulary of `write_clip`."""
     fields = dict(
         hidden_dim=width, depth=2, num_heads=heads, mlp_dim=2 * width, projection_dim=projection
     )
@@ -77,6 +76,7 @@ def write_text_encoder(folder, *, width, heads, projection, activation, seed):
 
 
 def write_t5_encoder(folder, *, width, vocab_size):
+    """Writes a T5 encoder, in several files as the real one."""
     module = T5Encoder(
         vocab_size=vocab_size, hidden_dim=width, depth=2, num_heads=2, head_dim=5, mlp_dim=20
     )
@@ -99,12 +99,12 @@ def write_t5_encoder(folder, *, width, vocab_size):
             feed_forward_proj="gated-gelu",
             layer_norm_epsilon=1e-6,
         ),
-        max_file_bytes=3000,  # several files, as T5 XXL's
+        max_file_bytes=3000,
     )
 
 
 def write_image_encoder(folder):
-    """CLIP's image tower, which SD3 lacks: what Stage III takes faces through."""
+    """Writes CLIP's image tower, which SD3 lacks; Stage III encodes faces with it."""
     fields = dict(
         image_size=16,
         patch_size=4,
@@ -141,13 +141,14 @@ def write_image_encoder(folder):
 
 
 def write_vae(folder):
+    """Writes a VAE of three levels."""
     module = AutoencoderKL(latent_channels=4, widths=(8, 12, 16), depth=1, groups=4)
     params = random_params(module, jnp.zeros((1, 4, 4, 3)), seed=4)
     write_params(
         folder,
         WEIGHTS,
         params=params,
-        weights=_vae_weights(params, names=VAE),
+        weights=vae_weights(params, names=VAE),
         config=dict(
             _class_name="AutoencoderKL",
             block_out_channels=[8, 12, 16],
@@ -165,9 +166,7 @@ def write_vae(folder):
 
 
 def write_sd3(folder: Path) -> Path:
-    """Writes transformer, VAE, three text encoders, their tokenizers, scheduler and index; returns
-    `folder`.
-    """
+    """Writes transformer, VAE, three text encoders with tokenizers, scheduler and index."""
     folder.mkdir(parents=True, exist_ok=True)
     write_clip(folder / "tokenizer")
     write_clip(folder / "tokenizer_2", pad="!")

@@ -338,14 +338,15 @@ def open_vae(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     image = jax.ShapeDtypeStruct((1, model.downsampling, model.downsampling, 3), jnp.float32)
     abstract = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     is_old = "encoder.mid_block.attentions.0.query.weight" in TensorFolder(folder, WEIGHTS)
-    weights = _vae_weights(abstract, names=VAE + OLD_ATTENTION if is_old else VAE)
+    weights = vae_weights(abstract, names=VAE + OLD_ATTENTION if is_old else VAE)
     return open_model(folder, WEIGHTS, module=model, abstract=abstract, weights=weights)
 
 
 load_vae = loader(open_vae)
 
 
-def _vae_weights(abstract: Params, *, names: tuple[tuple[str, str], ...]) -> dict[str, Weight]:
+def vae_weights(abstract: Params, *, names: tuple[tuple[str, str], ...]) -> dict[str, Weight]:
+    """Where the parameters of an `AutoencoderKL` are stored; `names`: regexes, replacements."""
     outer = {}
     for path in named_leaves(abstract):
         module = path.rpartition("/")[0]
