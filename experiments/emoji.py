@@ -36,7 +36,7 @@ PRESETS = dict(
 
 
 def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "") -> ConfigDict:
-    """stage: 1, 2 or 3. preset: smoke, quickstart or long. init_from: the previous stage's workdir."""
+    """stage: 1, 2 or 3. preset: smoke, quickstart or long. init_from: the last stage's workdir."""
     if preset not in PRESETS:
         raise UserError(f"preset={preset!r} is not one of {', '.join(PRESETS)}")
     if stage not in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""Stage II: one model for every task but identity, from Stage I's weights (UniVG, training stages)."""
+"""Stage II: one model for all tasks but identity, from Stage I's weights (UniVG)."""
 
 from ml_collections import ConfigDict
 

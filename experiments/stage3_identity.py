@@ -1,6 +1,4 @@
-"""Stage III: identity beside all of Stage II, one to one, for a tenth of the steps (UniVG, training
-stages).
-"""
+"""Stage III: identity beside all of Stage II, one to one, for a tenth of the steps (UniVG)."""
 
 from ml_collections import ConfigDict
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from experiments import base
 from experiments.base import task
 from univg_jax import encoders, sharding
-from univg_jax.batch import Batch, BatchShape, fake_batch
+from univg_jax.batch import Batch, BatchShape
 from univg_jax.conditioning import Conditioner
 from univg_jax.encoders import Encoders
 from univg_jax.models.codec import PatchCodec, fit_patch_codec
@@ -62,6 +62,29 @@ def tiny_model(conditioner: Conditioner, **overrides) -> UniVG:
         "tiny", text_dim=conditioner.text_dim, pooled_dim=conditioner.pooled_dim, **fields
     )
     return UniVG(backbone=backbone, face_dim=conditioner.face_dim)
+
+
+def fake_batch(*, shape: BatchShape, batch_size: int, seed: int = 0) -> Batch:
+    """Random but well-formed rows: every other one has a source, all text, none a face."""
+    rng = np.random.default_rng(seed)
+    spec, b, m = shape.spec(batch_size), batch_size, shape.num_tokens
+    lengths = rng.integers(2, m + 1, size=b)
+    has_source = np.arange(b) % 2 == 1
+    shown = has_source[:, None, None, None].astype(np.uint8)
+    return Batch(
+        target=rng.integers(0, 256, spec.target.shape, dtype=np.uint8),
+        source=rng.integers(0, 256, spec.source.shape, dtype=np.uint8) * shown,
+        mask=np.ones(spec.mask.shape, np.uint8),
+        tokens=rng.integers(1000, 20000, (b, m)).astype(np.int32),
+        text_mask=np.arange(m)[None] < lengths[:, None],
+        identity_slot=np.zeros((b, m), bool),
+        face=np.zeros(spec.face.shape, np.uint8),
+        has_source=has_source,
+        has_face=np.zeros(b, bool),
+        task=np.zeros(b, np.int32),
+        sample_id=np.arange(b, dtype=np.uint32),
+        valid=np.ones(b, bool),
+    )
 
 
 def batch(seed: int = 0, size: int = 8) -> Batch:
@@ -124,15 +147,15 @@ def train_tiny(
     if mesh is None:
         width = step_fns.model.backbone.hidden_dim
         mesh = sharding.make_mesh(**config.mesh.to_dict(), width=width)
-    return train(
-        step_fns,
-        workdir=workdir,
-        mesh=mesh,
-        stream=stream or CountingStream(),
-        frozen=frozen,
-        validation=validation or {"t2i": [batch(1000)], "ie": [batch(1001)]},
-        **options,
-    )
+    with jax.set_mesh(mesh):
+        return train(
+            step_fns,
+            workdir=workdir,
+            stream=stream or CountingStream(),
+            frozen=frozen,
+            validation=validation or {"t2i": [batch(1000)], "ie": [batch(1001)]},
+            **options,
+        )
 
 
 def record_parity(record_property, *, network: str, configuration: str, **errors: float) -> None:

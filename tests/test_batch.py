@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from univg_jax.batch import Batch, BatchShape, fake_batch
+from tests.helpers import fake_batch
+from univg_jax.batch import Batch, BatchShape
 
 SHAPE = BatchShape(height=8, width=12, num_tokens=5, face=4)
 

@@ -58,7 +58,7 @@ def advance(state):
 
 
 def layout(**mesh):
-    """The abstract state on a mesh, by the library's rules: kernels are split, the rest is whole."""
+    """The abstract state on a mesh, by the library's rules: kernels split, the rest whole."""
     number = int(np.prod(list(mesh.values())))
     mesh = sharding.make_mesh(**mesh, devices=jax.devices()[:number])
     abstract = jax.eval_shape(init, jax.random.key(0))
@@ -184,7 +184,8 @@ state = {"params": {"a": jnp.arange(1000.0)}}
 with checkpoint.Checkpointer(sys.argv[1]) as c:
     c.save(1, state, {"n": 1}, {})
     c.wait()
-    c._manager._checkpointer._post_finalization_callback = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    c._manager._checkpointer._post_finalization_callback = kill
     c.save(2, state, {"n": 2}, {})
 """
 

@@ -10,7 +10,7 @@ from univg_jax.settings import Guidance, Sampler
 
 
 def gaussian_velocity(mean, std):
-    """E[noise - x0 | x_t] for x0 ~ N(mean, std^2): the exact rectified flow between two Gaussians."""
+    """E[noise - x0 | x_t] for x0 ~ N(mean, std^2): the exact flow between Gaussians."""
 
     def v(x, t):
         variance = (1 - t) ** 2 * std**2 + t**2

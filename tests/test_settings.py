@@ -51,6 +51,7 @@ def test_what_is_left_out_takes_its_default():
         (dict(train=dict(sample_every=0)), "train.sample_every=0: expected more than 0"),
         (dict(train=dict(log_every=-1)), "train.log_every=-1: expected more than 0"),
         (dict(data=dict(batch_size=0)), "data.batch_size=0"),
+        (dict(optim=dict(accumulate=3)), "optim.accumulate=3 does not divide data.batch_size=512"),
         (dict(seed=-1), "config.seed=-1: expected 0 or more"),
         (dict(init_from=dict(which="emma")), "did you mean 'ema'"),
         (

@@ -8,8 +8,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests.helpers import fake_batch
 from univg_jax import sharding
-from univg_jax.batch import BatchShape, fake_batch
+from univg_jax.batch import BatchShape
 from univg_jax.errors import UserError
 from univg_jax.models.clip import CLIPText
 from univg_jax.models.minilm import MiniLM

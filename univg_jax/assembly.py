@@ -15,11 +15,11 @@ from data_pipelines.datasets import DATASETS
 from data_pipelines.sources import open_source
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer, load_tokenizer
-from univg_jax import encoders, sharding
+from univg_jax import encoders, sharding, tpu
 from univg_jax.batch import BatchShape
 from univg_jax.conditioning import Conditioner
 from univg_jax.encoders import Encoders
-from univg_jax.errors import NotFoundError, check_name
+from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.models.mmdit import make_mmdit
 from univg_jax.models.univg import UniVG
 from univg_jax.sampling import Generator
@@ -75,16 +75,17 @@ class Run:
     ) -> TrainState:
         """Trains to the config's last step, from wherever the workdir is; see `loop.train`."""
         c = self.config
-        state = loop.train(
-            self.step_fns,
-            workdir=self.workdir,
-            mesh=self.mesh,
-            stream=self.stream,
-            frozen=self.frozen,
-            validation=self.validation(num=c.train.eval_examples, batch_size=c.data.batch_size),
-            preview=preview,
-            profile=profile,
-        )
+        validation = self.validation(num=c.train.eval_examples, batch_size=c.data.batch_size)
+        with jax.set_mesh(self.mesh):
+            state = loop.train(
+                self.step_fns,
+                workdir=self.workdir,
+                stream=self.stream,
+                frozen=self.frozen,
+                validation=validation,
+                preview=preview,
+                profile=profile,
+            )
         self.stream.close()
         return state
 
@@ -95,9 +96,16 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
     All that can be wrong with the config is checked before anything is built or written. Raises
     UserError.
     """
+    tpu.silence_if_absent()
     workdir = epath.Path(workdir)
     check_config(config)
     mesh = make_mesh(config)
+    devices = sharding.num_row_shards(mesh)
+    if config.data.batch_size % devices:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size}: expected a multiple of the {devices} "
+            "devices that share its rows (mesh.data x mesh.fsdp)"
+        )
     if parent := find_parent(config.init_from):
         parent.check()
     claim_workdir(workdir, config.to_dict())
@@ -157,9 +165,15 @@ def check_config(config: Config) -> None:
         check_name(name, TASKS, what="task in flow.weight_changes:")
     for name in config.sampling.guidance:
         check_name(name, TASKS, what="task in sampling.guidance:")
-    make_mmdit(config.model.size, **config.model.overrides)
     encoders.check(config.conditioning)
     make_tokenizer(config)
+    conditioner = encoders.abstract(config.conditioning).conditioner
+    cell, patch = conditioner.downsampling, make_model(config, conditioner).backbone.patch_size
+    if config.data.resolution % (cell * patch):
+        raise UserError(
+            f"data.resolution={config.data.resolution}: expected a multiple of {cell * patch} "
+            f"(latent cells of {cell} pixels, patches of {patch} cells)"
+        )
 
 
 def prepare_data(config: Config) -> None:

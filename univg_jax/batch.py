@@ -128,26 +128,3 @@ class BatchShape:
             valid=blank(dtype=bool),
         )
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-
-
-def fake_batch(*, shape: BatchShape, batch_size: int, seed: int = 0) -> Batch:
-    """Random but well-formed rows: every other one has a source, all text, none a face."""
-    rng = np.random.default_rng(seed)
-    spec, b, m = shape.spec(batch_size), batch_size, shape.num_tokens
-    lengths = rng.integers(2, m + 1, size=b)
-    has_source = np.arange(b) % 2 == 1
-    shown = has_source[:, None, None, None].astype(np.uint8)
-    return Batch(
-        target=rng.integers(0, 256, spec.target.shape, dtype=np.uint8),
-        source=rng.integers(0, 256, spec.source.shape, dtype=np.uint8) * shown,
-        mask=np.ones(spec.mask.shape, np.uint8),
-        tokens=rng.integers(1000, 20000, (b, m)).astype(np.int32),
-        text_mask=np.arange(m)[None] < lengths[:, None],
-        identity_slot=np.zeros((b, m), bool),
-        face=np.zeros(spec.face.shape, np.uint8),
-        has_source=has_source,
-        has_face=np.zeros(b, bool),
-        task=np.zeros(b, np.int32),
-        sample_id=np.arange(b, dtype=np.uint32),
-        valid=np.ones(b, bool),
-    )

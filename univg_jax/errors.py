@@ -1,7 +1,7 @@
 """Errors that the user can mend: one readable line each, and the exit code of the command.
 
 A function that checks input raises `UserError`, or the kind of it that says more. Whatever else is
-raised is a bug of ours and keeps its traceback. Standard library only, so that any room may ask.
+raised is a bug of ours and keeps its traceback. Standard library only: any module may import it.
 """
 
 import difflib

@@ -24,7 +24,7 @@ from data_pipelines import records
 from data_pipelines.collate import Collator, Row
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer
-from univg_jax import assembly, checkpoint, encoders, sharding
+from univg_jax import assembly, checkpoint, encoders, sharding, tpu
 from univg_jax.batch import Batch, BatchShape
 from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.images import to_uint8
@@ -34,6 +34,7 @@ from univg_jax.workdir import CHECKPOINTS
 
 Picture = Image.Image | np.ndarray | str | os.PathLike
 Pixels = UInt8[np.ndarray, "b h w 3"]
+Output = Image.Image | list[Image.Image]  # a list where an argument is one
 
 MAX_BATCH = 8  # images that a list is cut into, where the devices do not ask for more
 
@@ -75,6 +76,7 @@ class Pipeline:
         Parameters are split as in training where that mesh fits the devices at hand, else over all
         of them. Raises UserError if there is no checkpoint, or what is there does not fit together.
         """
+        tpu.silence_if_absent()
         if step is not None:
             path = checkpoint.workdir_of(path) / CHECKPOINTS / str(step)
         stored = checkpoint.load_config(path)
@@ -115,35 +117,35 @@ class Pipeline:
     # One method a task. Pictures are paths, PIL images or numpy uint8 [h w 3]; they are cropped to
     # the square that the model was trained on. A list of any argument makes a list of images.
 
-    def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
+    def generate(self, prompt: str | Sequence[str], **options: Any) -> Output:
         """Text to image. Options as in `run`."""
         return self.run("t2i", prompt=prompt, **options)
 
-    def edit(self, image: Picture, instruction: str, **options: Any) -> Any:
+    def edit(self, image: Picture, instruction: str, **options: Any) -> Output:
         """The image changed as the instruction says. Options as in `run`."""
         return self.run("ie", image=image, prompt=instruction, **options)
 
-    def inpaint(self, image: Picture, mask: Picture, prompt: str = "", **options: Any) -> Any:
+    def inpaint(self, image: Picture, mask: Picture, prompt: str = "", **options: Any) -> Output:
         """The image with what is white in `mask` made anew; the rest keeps its pixels."""
         return self.run("ip", image=image, mask=mask, prompt=prompt, **options)
 
-    def layout(self, canvas: Picture, prompt: str, **options: Any) -> Any:
+    def layout(self, canvas: Picture, prompt: str, **options: Any) -> Output:
         """A picture laid out as the canvas of colored blocks that the prompt names."""
         return self.run("lg", image=canvas, prompt=prompt, **options)
 
-    def depth(self, image: Picture, **options: Any) -> Any:
+    def depth(self, image: Picture, **options: Any) -> Output:
         """The depth of the image as a picture, near is bright."""
         return self.run("depth", image=image, **options)
 
-    def pose(self, image: Picture, **options: Any) -> Any:
+    def pose(self, image: Picture, **options: Any) -> Output:
         """The skeleton of the person in the image, as a picture."""
         return self.run("pose", image=image, **options)
 
-    def segment(self, image: Picture, expression: str, **options: Any) -> Any:
+    def segment(self, image: Picture, expression: str, **options: Any) -> Output:
         """The mask of what the expression refers to, white on black."""
         return self.run("seg", image=image, prompt=expression, **options)
 
-    def identity(self, face: Picture, prompt: str, **options: Any) -> Any:
+    def identity(self, face: Picture, prompt: str, **options: Any) -> Output:
         """A picture of the person with this face, who is `<p>` in the prompt."""
         return self.run("id", face=face, prompt=prompt, **options)
 
@@ -156,8 +158,8 @@ class Pipeline:
         mask: Picture | Sequence[Picture] | None = None,
         face: Picture | Sequence[Picture] | None = None,
         seed: int | Sequence[int] = 0,
-        callback: Callable[[int], Any] | None = None,
-    ) -> Image.Image | list[Image.Image]:
+        callback: Callable[[int], object] | None = None,
+    ) -> Output:
         """The answer to any task; a list of them if any argument is a list.
 
         Lists must be of one length, and single values stand for every image. An image is a function
@@ -202,7 +204,7 @@ class Pipeline:
         rows: Sequence[Row],
         task: str,
         seeds: Sequence[int],
-        callback: Callable[[int], Any] | None,
+        callback: Callable[[int], object] | None,
     ) -> list[UInt8[np.ndarray, "h w 3"]]:
         """Images of any number of rows, in batches of one size that the devices can share."""
         unit = self.rows
@@ -224,7 +226,7 @@ class Pipeline:
         task: str,
         *,
         seed: int | Sequence[int] = 0,
-        callback: Callable[[int], Any] | None = None,
+        callback: Callable[[int], object] | None = None,
     ) -> Pixels:
         """Images for this process's rows of a batch of one task: guidance, solver and decoder.
 

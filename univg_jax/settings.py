@@ -288,6 +288,11 @@ class Config:
             task.check(name)
         if not any(task.weight > 0 for task in self.tasks.values()):
             raise UserError("no task has a weight above zero")
+        if self.data.batch_size % self.optim.accumulate:
+            raise UserError(
+                f"optim.accumulate={self.optim.accumulate} does not divide "
+                f"data.batch_size={self.data.batch_size}"
+            )
         if self.optim.schedule == "cosine" and self.train.steps <= self.optim.warmup:
             raise UserError(
                 f"cosine ends at step {self.train.steps} (train.steps): not after "

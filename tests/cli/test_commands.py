@@ -238,6 +238,8 @@ def test_a_checkpoint_that_is_not_there(tmp_path, capsys):
         (["--profile=2:1"], "--profile=2:1: expected START:STOP with 0 <= START < STOP <= 2"),
         (["--config.init_from.path=/nowhere"], "no checkpoint in /nowhere: it does not exist"),
         (["--config.data.dataset=emoji"], "data.dir"),
+        (["--config.data.resolution=30"], "data.resolution=30: expected a multiple of 4"),
+        (["--config.data.batch_size=12"], "data.batch_size=12: expected a multiple of the 8"),
     ],
 )
 def test_bad_input_of_train_leaves_no_workdir(root, tmp_path, capsys, overrides, message):

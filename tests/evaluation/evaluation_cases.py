@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from univg_jax.batch import Batch, BatchShape, fake_batch
+from tests.helpers import fake_batch
+from univg_jax.batch import Batch, BatchShape
 from univg_jax.evaluation.benchmark import Cases
 from univg_jax.evaluation.benchmarks.emoji_scenes import BENCHMARK
 

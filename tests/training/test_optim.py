@@ -54,7 +54,7 @@ def run(config, params, grads, *, steps=3):
 
 
 def layer(params, i):
-    """The i-th layer of the stack as an unstacked block, beside the parameters outside the stack."""
+    """The i-th layer of the stack as an unstacked block, beside the other parameters."""
     return {**params, "blocks": jax.tree.map(lambda x: x[i], params["blocks"])}
 
 
@@ -109,9 +109,7 @@ def test_frozen_parameters_stay_and_have_no_state(name):
     jax.tree.map(np.testing.assert_array_equal, after["blocks"], params["blocks"])
     assert not np.array_equal(after["patch_embed"]["kernel"], params["patch_embed"]["kernel"])
     assert not [
-        p
-        for p, _ in jax.tree_util.tree_leaves_with_path(state)
-        if "blocks" in trees.path_name(p)
+        p for p, _ in jax.tree_util.tree_leaves_with_path(state) if "blocks" in trees.path_name(p)
     ]
 
 

@@ -115,7 +115,6 @@ def train(
     step_fns: TrainStep,
     *,
     workdir: epath.PathLike,
-    mesh: Mesh,
     stream: DataStream,
     frozen: PyTree,
     validation: Mapping[str, Iterable[Batch]],
@@ -124,9 +123,10 @@ def train(
 ) -> TrainState:
     """Trains in `workdir` until `config.train.steps`; returns the final state.
 
-    `frozen` are the encoders' parameters. `validation` has this host's batches of each task, read
-    anew each time. `preview(params, folder)` samples every task, writes its pictures and returns
-    them. `profile` are the updates to trace into `workdir/profile`.
+    Call it inside `jax.set_mesh(mesh)`: it trains on that mesh. `frozen` are the encoders'
+    parameters. `validation` has this host's batches of each task, read anew each time.
+    `preview(params, folder)` samples every task, writes its pictures and returns them. `profile`
+    are the updates to trace into `workdir/profile`.
 
     Raises `NonFiniteLossError` when the loss or the gradient is not finite, `Preempted` after
     SIGTERM once its step is saved, UserError if the workdir is past `config.train.steps`.
@@ -140,7 +140,8 @@ def train(
         raise UserError(f"{workdir} is at step {newest}, past train.steps={c.steps}")
 
     # The mesh, the programs, all compiled before the first batch is taken, and the first state.
-    jax.set_mesh(mesh)
+    if (mesh := jax.sharding.get_mesh()).empty:
+        raise ValueError("no mesh: call train() inside `with jax.set_mesh(mesh)`")
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     with history.clock("compile"):
         programs = Programs.compile(

@@ -48,7 +48,7 @@ class TrainStep:
         return optim.make_optimizer(self.config.optim, total_steps=self.config.train.steps)
 
     def init(self, key: PRNGKeyArray, frozen: PyTree, batch: Batch) -> TrainState:
-        """Random parameters, an optimizer at rest, an average that starts at the parameters.
+        """Random parameters, a fresh optimizer, and an average that starts at the parameters.
 
         Only the shapes of `frozen` and `batch` matter: arrays or `ShapeDtypeStruct`s.
         """
