@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     flags.add_config(look)
     look.add_argument("--out", required=True, metavar="FILE.html")
-    look.add_argument("--examples", type=int, default=8, help="a task")
+    look.add_argument("--examples", type=int, default=8, help="examples of each task; default: 8")
     look.set_defaults(run=inspect_config)
 
     cache = actions.add_parser(
@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     flags.add_config(cache)
     cache.add_argument("--out", required=True, metavar="DIR")
-    cache.add_argument("--steps", type=int, help="of the run; default: all of train.steps")
+    cache.add_argument(
+        "--steps", type=int, metavar="N", help="steps of the run; default: all of train.steps"
+    )
     cache.set_defaults(run=cache_prompts)
 
 

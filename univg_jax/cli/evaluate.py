@@ -24,12 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         required=True,
         metavar="DIR",
-        help="for results.json and images; finished tasks are kept",
+        help="folder of results.json and the images; finished tasks are kept",
     )
     parser.add_argument("--tasks", metavar="A,B", help="default: all that the run was trained on")
-    parser.add_argument("--examples", type=int, default=64, help="a task")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument(
+        "--examples", type=int, default=64, metavar="N", help="examples of each task; default: 64"
+    )
+    parser.add_argument("--split", default="test", help="split of the data; default: test")
+    parser.add_argument(
+        "--batch_size", type=int, default=32, metavar="N", help="images at a time; default: 32"
+    )
     flags.add_processes(parser)
     parser.set_defaults(run=run)
 

@@ -20,8 +20,12 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a workdir, or DIR/checkpoints/STEP"
     )
-    parser.add_argument("--steps", type=int, help="of the solver; default: the run's config")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="steps of the solver; default: the run's config"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the noise; default: 0"
+    )
     parser.add_argument(
         "--raw_params",
         action="store_true",
@@ -30,7 +34,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrained",
         metavar="DIR",
-        help="where pretrained encoders lie; default: the run's config",
+        help="the folder of pretrained encoders; default: the run's config",
     )
 
 
@@ -48,10 +52,12 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="else: where process 0 runs, and a free port there,",
+        help="otherwise: the host of process 0, and a free port there,",
     )
-    group.add_argument("--num_processes", type=int, metavar="N", help="how many there are,")
-    group.add_argument("--process_id", type=int, metavar="I", help="and which one this is, from 0")
+    group.add_argument("--num_processes", type=int, metavar="N", help="the number of processes,")
+    group.add_argument(
+        "--process_id", type=int, metavar="I", help="and the number of this one, from 0"
+    )
 
 
 def sampling(args: argparse.Namespace) -> dict[str, int]:

@@ -1,15 +1,15 @@
 """`univg report`: one page about the stages of a run and its evaluation."""
 
 import argparse
-import json
 
 from etils import epath
 
-from univg_jax.evaluation.report import write_report, write_sheet
+from univg_jax.evaluation.report import read_results, write_report, write_sheet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stages", required=True, metavar="DIR,DIR", help="the workdirs, in order")
+    """The command's flags."""
+    parser.add_argument("--stages", required=True, metavar="DIR,DIR", help="workdirs, in order")
     parser.add_argument(
         "--evaluation", required=True, metavar="DIR", help="what `univg evaluate` wrote"
     )
@@ -20,15 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Writes the page, the same numbers as JSON, and a picture of examples."""
     out, evaluation = epath.Path(args.out), epath.Path(args.evaluation)
-    write_report(
-        out,
-        out / "report.html",
-        out / "report.json",
-        stages=args.stages.split(","),
-        evaluation=evaluation,
-    )
-    write_sheet(
-        json.loads((evaluation / "results.json").read_text()), evaluation, out / "samples.png"
-    )
-    print(f"wrote {out / 'report.html'}, {out / 'report.json'} and {out / 'samples.png'}")
+    page, numbers, sheet = (out / f for f in ("report.html", "report.json", "samples.png"))
+    write_report(out, page, numbers, stages=args.stages.split(","), evaluation=evaluation)
+    write_sheet(read_results(evaluation), evaluation, sheet)
+    print(f"wrote {page}, {numbers} and {sheet}")

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mask", metavar="FILE", help="ip: white where to generate")
     parser.add_argument("--face", metavar="FILE", help="id: a picture of the person")
-    parser.add_argument("--out", required=True, metavar="FILE.png")
+    parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture to write")
     flags.add_processes(parser)
     parser.set_defaults(run=run)
 

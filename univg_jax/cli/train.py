@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="where the run lives; continued if it has begun",
+        help="folder of the run; a run that has begun is continued",
     )
     parser.add_argument(
         "--profile",
