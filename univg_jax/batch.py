@@ -5,7 +5,7 @@
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -25,16 +25,16 @@ def pytree_dataclass(cls: type) -> type:
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     names = tuple(f.name for f in dataclasses.fields(cls))
 
-    def flatten_with_keys(tree: Any) -> tuple[tuple, None]:
+    def flatten_with_keys(tree: object) -> tuple[tuple, None]:
         return tuple((jax.tree_util.GetAttrKey(n), getattr(tree, n)) for n in names), None
 
-    def unflatten(_: None, children: Any) -> Any:
+    def unflatten(_: None, children: Iterable) -> object:
         tree = object.__new__(cls)
         for name, child in zip(names, children, strict=True):
             object.__setattr__(tree, name, child)
         return tree
 
-    def flatten(tree: Any) -> tuple[tuple, None]:
+    def flatten(tree: object) -> tuple[tuple, None]:
         return tuple(getattr(tree, n) for n in names), None
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
@@ -109,7 +109,7 @@ class BatchShape:
         """The abstract `Batch` (shapes and dtypes, no data) of so many rows, without `text`."""
         h, w, m, f = self.height, self.width, self.num_tokens, self.face
 
-        def blank(*shape: int, dtype: Any) -> np.ndarray:
+        def blank(*shape: int, dtype: type) -> np.ndarray:
             # A broadcast view holds one element, however large its shape.
             return np.broadcast_to(np.zeros((), dtype), (batch_size, *shape))
 

@@ -11,8 +11,8 @@ In a run of several processes every process calls every function here. Paths may
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,13 @@ from orbax.checkpoint.handlers import DefaultCheckpointHandlerRegistry
 from univg_jax import checksums
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError, shorten
 from univg_jax.sharding import with_shardings
-from univg_jax.trees import named_leaves, nest
+from univg_jax.trees import Json, named_leaves, nest
 from univg_jax.workdir import CHECKPOINTS, as_json, barrier, claim_workdir, steps_in
 
 # Orbax writes these while or after the sums are made; they hold no data.
 NOT_SUMMED = ("_CHECKPOINT_METADATA", "commit_success.txt", checksums.FILE)
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct | jax.Array]  # of leaves, by name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Restored:
     """What a run continues from."""
 
     state: PyTree
-    data_state: dict[str, Any]
+    data_state: Json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,10 +52,18 @@ class StepReport:
     problems: tuple[str, ...]
 
 
+@runtime_checkable
+class Write(Protocol):
+    """What orbax awaits: a write that goes on in the background."""
+
+    def result(self, timeout: float | None = None) -> None: ...
+    def cancel(self) -> None: ...
+
+
 class _StateHandler(ocp.PyTreeCheckpointHandler):
     """Orbax's handler of trees; each process also sums the files that it has written."""
 
-    async def async_save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> list[Any]:
+    async def async_save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> list[Write]:
         writes = await super().async_save(directory, *args, **kwargs)
         own = f"process_{jax.process_index()}"
 
@@ -67,7 +77,7 @@ class _StateHandler(ocp.PyTreeCheckpointHandler):
 class _AfterWrites:
     """Orbax awaits this instead of the writes; `then` runs in its background thread after them."""
 
-    def __init__(self, writes: Sequence[Any], then: Any) -> None:
+    def __init__(self, writes: Sequence[Write], then: Callable[[], None]) -> None:
         self._writes, self._then = writes, then
 
     def result(self, timeout: float | None = None) -> None:
@@ -103,9 +113,7 @@ class Checkpointer:
             self.directory, options=options, handler_registry=handlers
         )
 
-    def save(
-        self, step: int, state: PyTree, data_state: Mapping[str, Any], config: Mapping[str, Any]
-    ) -> None:
+    def save(self, step: int, state: PyTree, data_state: Json, config: Json) -> None:
         """Starts to save `state`, which may be donated as soon as this returns.
 
         A step that is saved already is left as it is. Raises UserError with the leaves that are not
@@ -162,7 +170,7 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _combine_checksums(self) -> None:
@@ -258,7 +266,7 @@ def load_params(
     return _read_state(root / str(step), {which: abstract}, prefix=which)[which]
 
 
-def load_config(path: epath.PathLike) -> dict[str, Any]:
+def load_config(path: epath.PathLike) -> Json:
     """The config that wrote the checkpoint at `path` (a workdir or a step), as nested dicts."""
     root, step = _locate(path, under="config/")
     return _read_json(root / str(step), "config")
@@ -350,8 +358,8 @@ def _saved(step_dir: epath.Path, prefix: str = "") -> dict[str, jax.ShapeDtypeSt
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named_leaves(tree).items()}
 
 
-def _differences(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    def show(x: Any) -> str:
+def _differences(wanted: Shapes, saved: Shapes) -> list[str]:
+    def show(x: jax.ShapeDtypeStruct | jax.Array) -> str:
         return f"{np.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
 
     return [
@@ -397,7 +405,7 @@ def _read_arrays(step_dir: epath.Path, nested: PyTree) -> PyTree:
         return reader.restore(step_dir / "state", args=args)
 
 
-def _read_json(step_dir: epath.Path, item: str) -> dict[str, Any]:
+def _read_json(step_dir: epath.Path, item: str) -> Json:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return reader.restore(step_dir / item)
 

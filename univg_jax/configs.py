@@ -4,7 +4,7 @@ import ast
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -68,15 +68,11 @@ def _apply(config: ConfigDict, key: str, text: str) -> None:
         node[leaf] = _literal(text)  # any field of the model; checked where the model is made
         return
     if not isinstance(node, ConfigDict) or leaf not in node:
-        raise UserError(f"unknown config key {key!r}{suggestion(key, _keys(config))}")
+        raise UserError(f"unknown config key {key!r}{suggestion(key, flatten(config.to_dict()))}")
     if isinstance(node[leaf], ConfigDict):
         inside = ", ".join(f"{key}.{k}" for k in node[leaf])
         raise UserError(f"--config.{key} is a group; set one of {inside}")
     node[leaf] = _convert(text, node[leaf], f"--config.{key}")
-
-
-def _keys(config: ConfigDict) -> Mapping[str, Any]:
-    return flatten(config.to_dict())
 
 
 def _literal(text: str) -> Any:

@@ -11,8 +11,8 @@ measured is what users get.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -29,12 +29,20 @@ from univg_jax.batch import Batch, BatchShape
 from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.images import to_uint8
 from univg_jax.sampling import NULL_CONDITIONS, Generator, guidance_weights
-from univg_jax.settings import Config
+from univg_jax.settings import Config, Options
 from univg_jax.workdir import CHECKPOINTS
 
 Picture = Image.Image | np.ndarray | str | os.PathLike
 Pixels = UInt8[np.ndarray, "b h w 3"]
 Output = Image.Image | list[Image.Image]  # a list where an argument is one
+
+
+class RunOptions(TypedDict, total=False):
+    """What every method takes beside its inputs; see `Pipeline.run`."""
+
+    seed: int | Sequence[int]
+    callback: Callable[[int], object] | None
+
 
 MAX_BATCH = 8  # images that a list is cut into, where the devices do not ask for more
 
@@ -63,7 +71,7 @@ class Pipeline:
         *,
         step: int | None = None,
         ema: bool = True,
-        sampling: Mapping[str, Any] | None = None,
+        sampling: Options | None = None,
         pretrained: str | None = None,
     ) -> "Pipeline":
         """The run in a workdir, at its newest sound checkpoint or at `step`.
@@ -117,35 +125,37 @@ class Pipeline:
     # One method a task. Pictures are paths, PIL images or numpy uint8 [h w 3]; they are cropped to
     # the square that the model was trained on. A list of any argument makes a list of images.
 
-    def generate(self, prompt: str | Sequence[str], **options: Any) -> Output:
+    def generate(self, prompt: str | Sequence[str], **options: Unpack[RunOptions]) -> Output:
         """Text to image. Options as in `run`."""
         return self.run("t2i", prompt=prompt, **options)
 
-    def edit(self, image: Picture, instruction: str, **options: Any) -> Output:
+    def edit(self, image: Picture, instruction: str, **options: Unpack[RunOptions]) -> Output:
         """The image changed as the instruction says. Options as in `run`."""
         return self.run("ie", image=image, prompt=instruction, **options)
 
-    def inpaint(self, image: Picture, mask: Picture, prompt: str = "", **options: Any) -> Output:
+    def inpaint(
+        self, image: Picture, mask: Picture, prompt: str = "", **options: Unpack[RunOptions]
+    ) -> Output:
         """The image with what is white in `mask` made anew; the rest keeps its pixels."""
         return self.run("ip", image=image, mask=mask, prompt=prompt, **options)
 
-    def layout(self, canvas: Picture, prompt: str, **options: Any) -> Output:
+    def layout(self, canvas: Picture, prompt: str, **options: Unpack[RunOptions]) -> Output:
         """A picture laid out as the canvas of colored blocks that the prompt names."""
         return self.run("lg", image=canvas, prompt=prompt, **options)
 
-    def depth(self, image: Picture, **options: Any) -> Output:
+    def depth(self, image: Picture, **options: Unpack[RunOptions]) -> Output:
         """The depth of the image as a picture, near is bright."""
         return self.run("depth", image=image, **options)
 
-    def pose(self, image: Picture, **options: Any) -> Output:
+    def pose(self, image: Picture, **options: Unpack[RunOptions]) -> Output:
         """The skeleton of the person in the image, as a picture."""
         return self.run("pose", image=image, **options)
 
-    def segment(self, image: Picture, expression: str, **options: Any) -> Output:
+    def segment(self, image: Picture, expression: str, **options: Unpack[RunOptions]) -> Output:
         """The mask of what the expression refers to, white on black."""
         return self.run("seg", image=image, prompt=expression, **options)
 
-    def identity(self, face: Picture, prompt: str, **options: Any) -> Output:
+    def identity(self, face: Picture, prompt: str, **options: Unpack[RunOptions]) -> Output:
         """A picture of the person with this face, who is `<p>` in the prompt."""
         return self.run("id", face=face, prompt=prompt, **options)
 

@@ -18,14 +18,16 @@ OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine")
 WHICH = ("ema", "params", "state")
 
+Options = Mapping[str, Any]  # of something that has defaults of its own
 
-def _positive(section: Any, where: str, *names: str) -> None:
+
+def _positive(section: object, where: str, *names: str) -> None:
     for name in names:
         if not getattr(section, name) > 0:
             raise UserError(f"{where}.{name}={getattr(section, name)}: expected more than 0")
 
 
-def _not_negative(section: Any, where: str, *names: str) -> None:
+def _not_negative(section: object, where: str, *names: str) -> None:
     for name in names:
         if not getattr(section, name) >= 0:
             raise UserError(f"{where}.{name}={getattr(section, name)}: expected 0 or more")
@@ -79,7 +81,7 @@ class Data:
 
     dataset: str = "emoji_scenes"  # built on demand when embedded; any folder of records otherwise
     dir: str = "runs/data/emoji_64px"
-    build: Mapping[str, Any] = dataclasses.field(  # nouns: 0 = all
+    build: Options = dataclasses.field(  # nouns: 0 = all
         default_factory=lambda: dict(resolution=64, num_scenes=10_000, seed=0, nouns=0)
     )
     resolution: int = 64
@@ -101,11 +103,11 @@ class Conditioning:
     """The frozen encoders: a kind, or a dict of the kind and its options (`encoders.kinds`)."""
 
     folder: str = ""  # where pretrained encoders lie, of those kinds that do not come by pip
-    text: str | Mapping[str, Any] | None = "minilm"
-    codec: str | Mapping[str, Any] | None = dataclasses.field(
+    text: str | Options | None = "minilm"
+    codec: str | Options | None = dataclasses.field(
         default_factory=lambda: dict(kind="linear", **LINEAR_CODEC)
     )
-    identity: str | Mapping[str, Any] | None = None
+    identity: str | Options | None = None
 
 
 # Options of the encoders that are fitted on a run's own data.
@@ -118,7 +120,7 @@ class Model:
     """A named size, and any fields of `models.mmdit.MMDiT` that differ from it."""
 
     size: str = "xl"
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Options = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -333,7 +335,7 @@ class Config:
         return result
 
 
-def _section(cls: type, values: Mapping[str, Any], where: str) -> Any:
+def _section(cls: type, values: Options, where: str) -> Any:
     """`cls(**values)`, with numbers and lists as the fields want them."""
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     for key in values:

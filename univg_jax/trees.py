@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
+
+Json = dict[str, Any]  # nested dicts of what JSON can hold
 
 
 def path_name(path: tuple) -> str:
@@ -17,12 +20,12 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: PyTree) -> dict[str, Any]:
     """Every leaf of a pytree by its name, in the order of `jax.tree.leaves`."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_named(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     """The tree of `function(name, leaf)`."""
     return jax.tree_util.tree_map_with_path(lambda path, x: function(path_name(path), x), tree)
 

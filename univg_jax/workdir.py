@@ -5,8 +5,6 @@
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from univg_jax.errors import NotFoundError, UserError, shorten
 from univg_jax.files import write_whole
-from univg_jax.trees import flatten
+from univg_jax.trees import Json, flatten
 
 CHECKPOINTS, CONFIG = "checkpoints", "config.json"
 
@@ -31,7 +29,7 @@ MAY_CHANGE = (
 )
 
 
-def claim_workdir(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
+def claim_workdir(workdir: epath.PathLike, config: Json) -> None:
     """Makes `workdir` this config's: creates it, or finds the same config in it.
 
     Keys that match `MAY_CHANGE` may differ. Raises UserError with the first keys that differ
@@ -72,7 +70,7 @@ def steps_in(root: epath.Path) -> tuple[int, ...]:
     return tuple(sorted(ocp.utils.checkpoint_steps(root))) if root.exists() else ()
 
 
-def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(config: Json) -> Json:
     """A config as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(config))
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from univg_jax import writers
 from univg_jax.errors import NonFiniteLossError
 from univg_jax.files import write_whole
 from univg_jax.settings import Config
+from univg_jax.trees import Json
 
 # Activities whose seconds do not count as training speed.
 NOT_TRAINING = ("start", "compile", "eval", "sample", "save", "profile")
@@ -137,7 +137,7 @@ class History:
 
 def write_summary(
     workdir: epath.Path, config: Config, task_names: Sequence[str], *, num_parameters: int
-) -> dict[str, Any]:
+) -> Json:
     """Writes summary.json, the run in a few numbers from its metrics.jsonl, and returns it."""
     rows = [row for row in writers.read_metrics(workdir / "metrics.jsonl") if "loss" in row]
     counts = {name: sum(row.get(f"count/{name}", 0.0) for row in rows) for name in task_names}

@@ -8,7 +8,7 @@ devices, goes on as if nothing had happened.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from univg_jax.training.initialize import initial_state
 from univg_jax.training.preemption import PreemptionNotice
 from univg_jax.training.profiling import Trace
 from univg_jax.training.step import TrainState, TrainStep, num_parameters
+from univg_jax.trees import Json
 
 Preview = Callable[[PyTree, epath.Path], dict[str, np.ndarray]]
 
@@ -42,8 +43,8 @@ class DataStream(Protocol):
         """Shapes and dtypes of every kind of global batch that will come."""
         ...
 
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
+    def get_state(self) -> Json: ...
+    def set_state(self, state: Json) -> None: ...
 
 
 class PendingMetrics:
