@@ -16,6 +16,7 @@ files are copied, `dataset_info.json` last.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import multiprocessing
@@ -28,6 +29,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
+from data_pipelines import records
 from univg_jax.errors import UserError
 from univg_jax.files import write_whole
 
@@ -47,87 +49,46 @@ class Family:
     """
 
     name: str
+    fields: Sequence[str]
     counts: Mapping[str, int]  # records of each split
     make: Callable[[str, range], list[dict[str, Any]]]
 
-    @property
-    def total(self) -> int:
-        """Records of all splits."""
-        return sum(self.counts.values())
 
-
-class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """TFDS's writer of one family. A dataset's own subclass says its name, version and features.
-
-    `ordered_map` is the builtin `map` or that of a pool of processes. `advance(n)` is called when n
-    more records are done.
-    """
-
-    def __init__(
-        self,
-        *,
-        family: Family,
-        ordered_map: OrderedMap = map,
-        advance: Callable[[int], Any] = lambda count: None,
-        **kwargs: Any,
-    ):
-        self._family, self._ordered_map, self._advance = family, ordered_map, advance
-        super().__init__(file_format="array_record", **kwargs)
+class _Writer(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
+    """TFDS's writer of (key, record) pairs; the original asks TensorFlow what kind they are."""
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        del dl_manager  # TFDS's downloads; nothing here is downloaded
-        return {split: self._generate_examples(split) for split in self._family.counts}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        count = self._family.counts[split]
-        chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-        made = self._ordered_map(_Make(self._family.make, split), chunks)
-        for chunk, records in zip(chunks, made, strict=True):
-            yield from zip(chunk, records, strict=True)
-            self._advance(len(chunk))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Make:
-    """`make` of one split: a class, because a lambda cannot be sent to another process."""
-
-    make: Callable[[str, range], list[dict[str, Any]]]
-    split: str
-
-    def __call__(self, indices: range) -> list[dict[str, Any]]:
-        return self.make(self.split, indices)
+        return dict(self._split_datasets)
 
 
 def build_families(
     out: epath.PathLike,
     families: Sequence[Family],
     *,
-    builder: type[RecordBuilder],
+    dataset: str,
+    version: str,
+    description: str,
     arguments: Mapping[str, Any],
-    progress: bool = True,
     processes: int | None = None,
 ) -> None:
     """Writes the families that are not complete yet, each into `out/NAME`.
 
-    `arguments` are all that the records depend on. `processes`: None is one a core.
+    `arguments` and `version` are all that the records depend on. `dataset` begins the names of the
+    files, and `description` is stored beside them. `processes`: None is one a core.
 
     Raises UserError if `out` was claimed by other arguments.
     """
     out = epath.Path(out)
-    claim(out, arguments)
+    claim(out, {**arguments, "version": version})
     missing = [family for family in families if not is_complete(out, family.name)]
-    if not missing:
-        return
     # A process takes a second to start, so each should have some chunks to make.
-    useful = -(-sum(family.total for family in missing) // (4 * CHUNK))
+    useful = sum(sum(family.counts.values()) for family in missing) // (4 * CHUNK) + 1
     # TFDS's bars count shards. Ours count records, whose number is known.
     tfds.disable_progress_bar()
-    with _pool(min(processes or available_cores(), useful)) as ordered_map:
+    with _pool(min(processes or _available_cores(), useful)) as ordered_map:
         for family in missing:
-            with tqdm(
-                total=family.total, desc=f"build {family.name}", unit="", disable=not progress
-            ) as bar:
-                _write(out, family, builder=builder, ordered_map=ordered_map, advance=bar.update)
+            describe = dict(name=dataset, version=version, description=description)
+            _write(out, family, ordered_map=ordered_map, **describe)
 
 
 def is_complete(out: epath.PathLike, family: str) -> bool:
@@ -156,7 +117,7 @@ def claim(out: epath.PathLike, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def available_cores() -> int:
+def _available_cores() -> int:
     """The cores that this process may use: fewer than the machine's where a container limits it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -164,7 +125,7 @@ def available_cores() -> int:
 @contextlib.contextmanager
 def _pool(processes: int) -> Iterator[OrderedMap]:
     """`map` over so many processes, which gives its results in order; the builtin for one."""
-    if processes <= 1:
+    if processes == 1:
         yield map
         return
     # Spawned, not forked: the caller may hold threads of JAX, which a fork would leave locked.
@@ -177,49 +138,47 @@ def _pool(processes: int) -> Iterator[OrderedMap]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _write(
-    out: epath.Path,
-    family: Family,
-    *,
-    builder: type[RecordBuilder],
-    ordered_map: OrderedMap,
-    advance: Callable[[int], Any],
-) -> None:
+def _write(out: epath.Path, family: Family, *, ordered_map: OrderedMap, **describe: str) -> None:
     """Writes one family whole, over whatever an interrupted build left."""
     final, is_bucket = out / family.name, "://" in os.fspath(out)
-    with contextlib.ExitStack() as stack:
-        if is_bucket:
-            staging = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        else:
-            # In the output folder, since a rename cannot cross file systems.
-            staging = out / f".{family.name}.unfinished"
-            stack.callback(_remove, staging)
-            _remove(staging)
-        _remove(final)
-        writer = builder(
-            config=family.name,
-            data_dir=staging,
-            family=family,
-            ordered_map=ordered_map,
-            advance=advance,
-        )
-        # TFDS prints that it downloads, which it does not.
-        with contextlib.redirect_stdout(io.StringIO()):
-            writer.download_and_prepare(download_dir=staging / "downloads")
+    # A local family is staged in the output folder, since a rename cannot cross file systems.
+    staging = epath.Path(tempfile.mkdtemp()) if is_bucket else out / f".{family.name}.unfinished"
+    for folder in (staging, final):
+        folder.rmtree(missing_ok=True)
+    total = sum(family.counts.values())
+    try:
+        with tqdm(total=total, desc=f"build {family.name}", unit="") as bar:
+            writer = _Writer(
+                config=family.name,
+                features=records.family_features(family.fields),
+                split_datasets={
+                    split: _examples(family, split, ordered_map, bar) for split in family.counts
+                },
+                data_dir=staging,
+                file_format="array_record",
+                **describe,
+            )
+            # TFDS prints that it downloads, which it does not.
+            with contextlib.redirect_stdout(io.StringIO()):
+                writer.download_and_prepare(download_dir=staging / "downloads")
         written = epath.Path(writer.data_dir)
         if is_bucket:
-            _upload(written, final)
+            final.mkdir(parents=True)
+            for file in sorted(written.iterdir(), key=lambda file: file.name == DONE):
+                file.copy(final / file.name)
         else:
             written.rename(final)
+    finally:
+        staging.rmtree(missing_ok=True)
 
 
-def _upload(folder: epath.Path, final: epath.Path) -> None:
-    """Copies the files of a folder to a bucket, the one that says it is complete last."""
-    final.mkdir(parents=True, exist_ok=True)
-    for file in sorted(folder.iterdir(), key=lambda file: file.name == DONE):
-        file.copy(final / file.name, overwrite=True)
-
-
-def _remove(folder: epath.Path) -> None:
-    if folder.exists():
-        folder.rmtree()
+def _examples(
+    family: Family, split: str, ordered_map: OrderedMap, bar: tqdm
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The records of a split by their indices."""
+    indices = range(family.counts[split])
+    chunks = [indices[start : start + CHUNK] for start in indices[::CHUNK]]
+    made = ordered_map(functools.partial(family.make, split), chunks)
+    for chunk, chunk_records in zip(chunks, made, strict=True):
+        yield from zip(chunk, chunk_records, strict=True)
+        bar.update(len(chunk))

@@ -323,11 +323,7 @@ _TASKS = (
         inputs=("image",),
     ),
     Task(
-        name="depth",
-        needs=("image", "depth"),
-        make=_depth,
-        inputs=("image",),
-        needs_prompt=False,
+        name="depth", needs=("image", "depth"), make=_depth, inputs=("image",), needs_prompt=False
     ),
     Task(
         name="pose",

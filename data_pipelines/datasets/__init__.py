@@ -8,8 +8,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from etils import epath
-
 from data_pipelines.datasets import emoji_scenes
 from univg_jax.errors import UserError, check_name
 
@@ -19,23 +17,16 @@ class Dataset:
     """A dataset that can be built.
 
     `options` is a frozen dataclass: its fields are the arguments of a build, each with a default
-    and a text `metadata["help"]`. An `embedded` dataset needs no native files, so that a run may
-    build it on demand.
+    and a text `metadata["help"]`. `build(out, options)` writes the families that are not complete
+    yet below `out`, a local folder or a bucket. It raises UserError for options out of range, and
+    if `out` holds a build by other options.
     """
 
     name: str
     summary: str
     options: type
     families: tuple[str, ...]
-    builder: Callable[..., None]  # (out, options, progress=True)
-    embedded: bool = False
-
-    def build(self, out: epath.PathLike, options: Any, *, progress: bool = True) -> None:
-        """Writes the families that are not complete yet below `out`, a local folder or a bucket.
-
-        Raises UserError for options out of range, and if `out` holds a build by other options.
-        """
-        self.builder(out, options, progress=progress)
+    build: Callable[..., None]
 
     def make_options(self, values: Mapping[str, Any]) -> Any:
         """`values` as `options`, with the defaults of those left out.
@@ -53,16 +44,13 @@ class Dataset:
         return self.options(**values)
 
 
-DATASETS: dict[str, Dataset] = {
-    dataset.name: dataset
-    for dataset in (
-        Dataset(
-            name="emoji_scenes",
-            summary="composed scenes with exact labels for every task; needs no files",
-            options=emoji_scenes.Options,
-            families=tuple(emoji_scenes.FAMILIES),
-            builder=emoji_scenes.build,
-            embedded=True,
-        ),
-    )
-}
+_DATASETS = (
+    Dataset(
+        name="emoji_scenes",
+        summary="composed scenes with exact labels for every task; needs no files",
+        options=emoji_scenes.Options,
+        families=tuple(emoji_scenes.FAMILIES),
+        build=emoji_scenes.build,
+    ),
+)
+DATASETS = {dataset.name: dataset for dataset in _DATASETS}

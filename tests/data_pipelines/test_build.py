@@ -5,27 +5,14 @@ import json
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
-from data_pipelines import build, records
-from data_pipelines.build import Family, RecordBuilder, build_families
+from data_pipelines import build
+from data_pipelines.build import Family, build_families
 from data_pipelines.sources import open_source
 from univg_jax.errors import UserError
 from univg_jax.images import png_bytes
 
-ARGUMENTS = dict(shade=7, version="1")
-
-
-class Shades(RecordBuilder, skip_registration=True):
-    """Pictures of one shade."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("dark", "light")]  # noqa: RUF012 (TFDS's own form)
-
-    def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self, features=records.family_features(["image", "caption"])
-        )
+ARGUMENTS = dict(shade=7, version="1.0.0")
 
 
 def make(shade: int, split: str, indices: range) -> list[dict]:
@@ -36,18 +23,24 @@ def make(shade: int, split: str, indices: range) -> list[dict]:
 def families(make=make) -> list[Family]:
     counts = dict(train=70, validation=3)
     return [
-        Family(name=name, counts=counts, make=functools.partial(make, shade))
+        Family(
+            name=name,
+            fields=("image", "caption"),
+            counts=counts,
+            make=functools.partial(make, shade),
+        )
         for name, shade in (("dark", 7), ("light", 200))
     ]
 
 
-def run(out, *, make=make, arguments=ARGUMENTS, processes=1) -> None:
+def run(out, *, make=make, shade=7, processes=1) -> None:
     build_families(
         out,
         families(make),
-        builder=Shades,
-        arguments=arguments,
-        progress=False,
+        dataset="shades",
+        version="1.0.0",
+        description="Pictures of one shade.",
+        arguments=dict(shade=shade),
         processes=processes,
     )
 
@@ -114,7 +107,7 @@ def test_a_build_into_a_bucket_goes_there(bucket):
             "shades-validation.array_record-00000-of-00001",
         ]
     with pytest.raises(UserError, match="shade=7, not 8"):
-        run(out, arguments=ARGUMENTS | dict(shade=8))
+        run(out, shade=8)
 
 
 def test_what_a_bucket_gets_are_the_files_of_a_local_build(bucket, tmp_path):

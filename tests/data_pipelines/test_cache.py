@@ -123,7 +123,7 @@ def test_a_cache_in_a_bucket_is_written_and_read_there(bucket):
 
 def test_the_prompts_of_a_run_are_all_that_it_asks_for(tmp_path):
     options = emoji_scenes.Options(resolution=16, num_scenes=16, nouns=4)
-    emoji_scenes.build(tmp_path / "data", options, progress=False)
+    emoji_scenes.build(tmp_path / "data", options)
     tasks = dict(
         t2i=dict(weight=1.0, sources=("scenes",), drop_text=0.5),
         ie=dict(weight=1.0, sources=("edits",)),

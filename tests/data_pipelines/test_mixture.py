@@ -235,7 +235,7 @@ def test_dropout_must_be_a_probability():
 
 def test_records_on_disk_serve_every_task(tmp_path):
     options = emoji_scenes.Options(resolution=16, num_scenes=16, nouns=4)
-    emoji_scenes.build(tmp_path, options, progress=False, processes=1)
+    emoji_scenes.build(tmp_path, options, processes=1)
     config = make_config(batch_size=16, **dict.fromkeys(TASKS, 1.0))
     config.data.update(dict(dir=str(tmp_path), resolution=16, read_threads=2, prefetch=2))
     for name, task in config.tasks.items():

@@ -17,7 +17,7 @@ def test_a_missing_dataset_suggests_the_nearest(tmp_path):
 
 def test_a_dataset_is_opened_by_its_name_or_path_and_read_in_part(tmp_path):
     options = emoji_scenes.Options(resolution=16, num_scenes=16, nouns=4)
-    emoji_scenes.build(tmp_path, options, progress=False, processes=1)
+    emoji_scenes.build(tmp_path, options, processes=1)
     scenes = open_source("scenes", "train", data_dir=str(tmp_path))
     assert len(scenes) == 16
     assert set(scenes.read(3, ("image", "caption"))) == {"image", "caption"}

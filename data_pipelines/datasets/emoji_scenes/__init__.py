@@ -6,11 +6,13 @@ its options are known where the artwork is not installed.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from etils import epath
 
 VERSION = "1.0.0"  # of the records: any change of what a (seed, split, index) gives moves it
+SPLITS = ("train", "validation", "test")
 
 # The fields of each family's records.
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -19,6 +21,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "puppets": ("image", "caption", "joints", "boxes"),
     "persons": ("image", "caption", "face", "person"),
 }
+PICTURES = 4  # of each person
 
 
 def _option(default: int, text: str) -> Any:
@@ -27,7 +30,7 @@ def _option(default: int, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The arguments of a build."""
+    """The arguments of a build, on which every record depends."""
 
     resolution: int = _option(64, "pixels a side")
     num_scenes: int = _option(
@@ -38,13 +41,17 @@ class Options:
     seed: int = _option(0, "of everything that is random")
     nouns: int = _option(0, "use the first so many nouns of the whitelist; 0: all")
 
+    def count(self, family: str, split: str) -> int:
+        """How many records a family's split has: for evaluation at most 256."""
+        if split != "train":
+            return min(256, max(16, self.num_scenes // 8 // 4 * 4))
+        if family == "persons":
+            return max(4, self.num_scenes // 20) * PICTURES
+        return max(16, self.num_scenes // {"scenes": 1, "edits": 2, "puppets": 5}[family])
+
 
 def build(
-    out: epath.PathLike,
-    options: Options = Options(),
-    *,
-    progress: bool = True,
-    processes: int | None = None,
+    out: epath.PathLike, options: Options = Options(), *, processes: int | None = None
 ) -> None:
     """Builds the families that are not complete yet, each into a folder of its name below `out`.
 
@@ -52,7 +59,26 @@ def build(
 
     Raises UserError for options out of range, and if `out` holds a build by other options.
     """
-    # Needs the artwork and TFDS.
-    from data_pipelines.datasets.emoji_scenes import builder
+    from data_pipelines.build import Family, build_families  # imports TFDS
+    from data_pipelines.datasets.emoji_scenes import examples  # imports the artwork
 
-    builder.build(out, options, progress=progress, processes=processes)
+    options = examples.check(options)
+    families = [
+        Family(
+            name=name,
+            fields=fields,
+            counts={split: options.count(name, split) for split in SPLITS},
+            make=functools.partial(examples.make_records, options, name),
+        )
+        for name, fields in FAMILIES.items()
+    ]
+    build_families(
+        out,
+        families,
+        dataset="emoji_scenes",
+        version=VERSION,
+        description="Scenes, edits, puppets and persons composed from artwork: Twemoji, CC BY 4.0; "
+        "Personas by Draftbit, CC BY 4.0",
+        arguments=dataclasses.asdict(options),
+        processes=processes,
+    )

@@ -1,4 +1,4 @@
-"""The dataset as a pure function: (build, family, split, index) -> record, in any process."""
+"""The dataset as a pure function: (options, family, split, index) -> record, in any process."""
 
 import dataclasses
 import functools
@@ -8,94 +8,86 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from data_pipelines.datasets.emoji_scenes import captions, portraits, puppet, splits
+from data_pipelines.datasets.emoji_scenes import (
+    PICTURES,
+    SPLITS,
+    Options,
+    captions,
+    portraits,
+    puppet,
+    splits,
+)
 from data_pipelines.datasets.emoji_scenes.edits import KINDS, Edit
 from data_pipelines.datasets.emoji_scenes.scene import Scene, render
 from data_pipelines.datasets.emoji_scenes.sprites import WHITELIST
 from univg_jax.errors import UserError
 from univg_jax.images import png_bytes
 
-SPLITS = ("train", "validation", "test")
 MIN_NOUNS = 4  # fewer leave no pair for each split
 MAX_ATTEMPTS = 300  # for an edit of its turn's kind, before any kind is taken
 
 
-@dataclasses.dataclass(frozen=True)
-class Build:
-    """The arguments that every record depends on; `nouns` is how many of the whitelist's first."""
+def check(options: Options) -> Options:
+    """The options, with the number of nouns where they say 0: all.
 
-    resolution: int
-    num_scenes: int
-    seed: int
-    nouns: int
-
-    def __post_init__(self) -> None:
-        if self.resolution < 16:
-            raise UserError(f"resolution is {self.resolution}; expected at least 16 pixels")
-        if self.num_scenes < 1:
-            raise UserError(f"num_scenes is {self.num_scenes}; expected at least 1")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; expected a non-negative integer")
-        if not MIN_NOUNS <= self.nouns <= len(WHITELIST):
-            raise UserError(f"nouns is {self.nouns}; expected {MIN_NOUNS} to {len(WHITELIST)}")
-        persons = sum(self.count("persons", split) for split in SPLITS) // portraits.PICTURES
-        if persons > (available := len(portraits.identities(self.seed))):
-            raise UserError(
-                f"num_scenes is {self.num_scenes}, which needs {persons} persons; "
-                f"there are {available} distinct ones"
-            )
-
-    @property
-    def noun_names(self) -> tuple[str, ...]:
-        """The nouns that scenes are made of."""
-        return tuple(noun.name for noun in WHITELIST[: self.nouns])
-
-    def count(self, family: str, split: str) -> int:
-        """How many records a family's split has.
-
-        For N scenes, training has N scenes, N/2 edits, N/5 puppets and N/20 persons of 4 pictures.
-        The other splits have at most 256 records.
-        """
-        if split != "train":
-            return min(256, max(16, self.num_scenes // 8 // 4 * 4))
-        if family == "persons":
-            return max(4, self.num_scenes // 20) * portraits.PICTURES
-        return max(16, self.num_scenes // {"scenes": 1, "edits": 2, "puppets": 5}[family])
+    Raises UserError for a value out of range.
+    """
+    options = dataclasses.replace(options, nouns=options.nouns or len(WHITELIST))
+    if options.resolution < 16:
+        raise UserError(f"resolution is {options.resolution}; expected at least 16 pixels")
+    if options.num_scenes < 1:
+        raise UserError(f"num_scenes is {options.num_scenes}; expected at least 1")
+    if options.seed < 0:
+        raise UserError(f"seed is {options.seed}; expected a non-negative integer")
+    if not MIN_NOUNS <= options.nouns <= len(WHITELIST):
+        raise UserError(f"nouns is {options.nouns}; expected {MIN_NOUNS} to {len(WHITELIST)}")
+    persons = sum(options.count("persons", split) for split in SPLITS) // PICTURES
+    if persons > (available := len(portraits.identities(options.seed))):
+        raise UserError(
+            f"num_scenes is {options.num_scenes}, which needs {persons} persons; "
+            f"there are {available} distinct ones"
+        )
+    return options
 
 
-def make_records(build: Build, family: str, split: str, indices: range) -> list[dict[str, Any]]:
+def make_records(options: Options, family: str, split: str, indices: range) -> list[dict[str, Any]]:
     """The records of `indices`: what one process makes at a time."""
-    return [example(build, family, split, index) for index in indices]
+    return [example(options, family, split, index) for index in indices]
 
 
-def example(build: Build, family: str, split: str, index: int) -> dict[str, Any]:
+def example(options: Options, family: str, split: str, index: int) -> dict[str, Any]:
     """The record, in stored form (`data_pipelines.records`)."""
     return {"scenes": _scene, "edits": _edit, "puppets": _puppet, "persons": _person}[family](
-        build, split, index
+        options, split, index
     )
 
 
-def _rng(build: Build, family: str, split: str, index: int) -> np.random.Generator:
-    return np.random.default_rng([build.seed, zlib.crc32(f"{family}/{split}".encode()), index])
+def noun_names(options: Options) -> tuple[str, ...]:
+    """The nouns that scenes are made of."""
+    return tuple(noun.name for noun in WHITELIST[: options.nouns])
 
 
-def sample_scene(build: Build, split: str, index: int) -> tuple[Scene, np.random.Generator]:
+def _rng(options: Options, family: str, split: str, index: int) -> np.random.Generator:
+    return np.random.default_rng([options.seed, zlib.crc32(f"{family}/{split}".encode()), index])
+
+
+def sample_scene(options: Options, split: str, index: int) -> tuple[Scene, np.random.Generator]:
     """The scene of record `index`, and the random generator for whatever else the record has."""
-    rng = _rng(build, "scenes", split, index)
-    nouns = build.noun_names
+    rng = _rng(options, "scenes", split, index)
+    nouns = noun_names(options)
     while not splits.belongs(scene := splits.sample_scene(rng, list(nouns)), split, nouns):
         pass
     return scene, rng
 
 
-def sample_edit(build: Build, split: str, index: int) -> Edit:
+def sample_edit(options: Options, split: str, index: int) -> Edit:
     """The edit of record `index`.
 
     The kinds take turns. If the combinations that the split may show seem to allow no edit of the
     kind, any kind will do.
     """
-    rng = _rng(build, "edits", split, index)
-    nouns, kinds = build.noun_names, list(KINDS)
+    rng = _rng(options, "edits", split, index)
+    nouns, kinds = noun_names(options), list(KINDS)
     attempt = 0
     while True:
         kind = kinds[index % len(kinds)] if attempt < MAX_ATTEMPTS else str(rng.choice(kinds))
@@ -107,9 +99,9 @@ def sample_edit(build: Build, split: str, index: int) -> Edit:
         attempt += 1
 
 
-def _scene(build: Build, split: str, index: int) -> dict[str, Any]:
-    scene, rng = sample_scene(build, split, index)
-    rendered = render(scene, build.resolution)
+def _scene(options: Options, split: str, index: int) -> dict[str, Any]:
+    scene, rng = sample_scene(options, split, index)
+    rendered = render(scene, options.resolution)
     return {
         "image": png_bytes(rendered.image),
         "caption": captions.caption(scene),
@@ -121,9 +113,9 @@ def _scene(build: Build, split: str, index: int) -> dict[str, Any]:
     }
 
 
-def _edit(build: Build, split: str, index: int) -> dict[str, Any]:
-    edit = sample_edit(build, split, index)
-    before, after = (render(scene, build.resolution).image for scene in (edit.before, edit.after))
+def _edit(options: Options, split: str, index: int) -> dict[str, Any]:
+    edit = sample_edit(options, split, index)
+    before, after = (render(scene, options.resolution).image for scene in (edit.before, edit.after))
     return {
         "source": png_bytes(before),
         "image": png_bytes(after),
@@ -133,9 +125,9 @@ def _edit(build: Build, split: str, index: int) -> dict[str, Any]:
     }
 
 
-def _puppet(build: Build, split: str, index: int) -> dict[str, Any]:
-    figure = puppet.sample_puppet(_rng(build, "puppets", split, index))
-    rendered = puppet.render_puppet(figure, build.resolution)
+def _puppet(options: Options, split: str, index: int) -> dict[str, Any]:
+    figure = puppet.sample_puppet(_rng(options, "puppets", split, index))
+    rendered = puppet.render_puppet(figure, options.resolution)
     return {
         "image": png_bytes(rendered.image),
         "caption": figure.caption,
@@ -144,26 +136,26 @@ def _puppet(build: Build, split: str, index: int) -> dict[str, Any]:
     }
 
 
-def _person(build: Build, split: str, index: int) -> dict[str, Any]:
-    person, picture = divmod(index, portraits.PICTURES)
-    rng = _rng(build, "persons", split, person)
+def _person(options: Options, split: str, index: int) -> dict[str, Any]:
+    person, picture = divmod(index, PICTURES)
+    rng = _rng(options, "persons", split, person)
     before = (
-        sum(build.count("persons", earlier) for earlier in SPLITS[: SPLITS.index(split)])
-        // portraits.PICTURES
+        sum(options.count("persons", earlier) for earlier in SPLITS[: SPLITS.index(split)])
+        // PICTURES
     )
     pictures = portraits.sample_portraits(rng, before + person)
     # Each picture is the face of one other: the persons' faces are seen equally often.
-    other = (picture + 1 + person % (portraits.PICTURES - 1)) % portraits.PICTURES
+    other = (picture + 1 + person % (PICTURES - 1)) % PICTURES
     return {
-        "image": _portrait_png(pictures[picture], build.seed, build.resolution),
+        "image": _portrait_png(pictures[picture], options.seed, options.resolution),
         "caption": pictures[picture].caption,
-        "face": _portrait_png(pictures[other], build.seed, build.resolution),
+        "face": _portrait_png(pictures[other], options.seed, options.resolution),
         "person": before + person,
     }
 
 
 # Each picture is the image of one record and the face of another, and is rendered once for both.
-@functools.lru_cache(maxsize=2 * portraits.PICTURES)
+@functools.lru_cache(maxsize=2 * PICTURES)
 def _portrait_png(portrait: portraits.Portrait, seed: int, resolution: int) -> bytes:
     return png_bytes(portraits.render_portrait(portrait, seed=seed, resolution=resolution))
 

@@ -18,10 +18,8 @@ from dicebear import Avatar, Style
 from jaxtyping import UInt8
 from PIL import Image
 
-from data_pipelines.datasets.emoji_scenes import captions
+from data_pipelines.datasets.emoji_scenes import PICTURES, captions
 from data_pipelines.datasets.emoji_scenes.sprites import COLORS
-
-PICTURES = 4  # of each person
 
 _HAIR = (
     *("bobBangs", "bobCut", "bunUndercut", "buzzcut", "curly", "curlyBun", "curlyHighTop"),

@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 from data_pipelines import records
 from data_pipelines.datasets import emoji_scenes
 from data_pipelines.datasets.emoji_scenes import (
+    FAMILIES,
+    PICTURES,
+    SPLITS,
+    Options,
     captions,
     edits,
     examples,
@@ -23,14 +27,12 @@ from data_pipelines.datasets.emoji_scenes import (
 )
 from univg_jax.errors import UserError
 
-BUILD = examples.Build(resolution=48, num_scenes=200, seed=3, nouns=10)
+LARGE = Options(resolution=48, num_scenes=200, seed=3, nouns=10)
 IMAGES = ("image", "source", "edit_mask", "depth", "face")
 
 
-def decoded(
-    family: str, index: int, *, split: str = "train", build: examples.Build = BUILD
-) -> dict:
-    return records.decode(examples.example(build, family, split, index))
+def decoded(family: str, index: int, *, split: str = "train", options: Options = LARGE) -> dict:
+    return records.decode(examples.example(options, family, split, index))
 
 
 def read(data_dir, family: str, split: str) -> list[dict]:
@@ -45,9 +47,9 @@ def read(data_dir, family: str, split: str) -> list[dict]:
 @settings(max_examples=30, deadline=None)
 @given(index=st.integers(0, 10**6), resolution=st.sampled_from([16, 37, 48, 96]))
 def test_scene_labels_are_exact(index, resolution):
-    build = examples.Build(resolution=resolution, num_scenes=200, seed=1, nouns=40)
-    record = decoded("scenes", index, build=build)
-    spec, _ = examples.sample_scene(build, "train", index)
+    options = Options(resolution=resolution, num_scenes=200, seed=1, nouns=40)
+    record = decoded("scenes", index, options=options)
+    spec, _ = examples.sample_scene(options, "train", index)
     assert record["image"].shape == (resolution, resolution, 3)
     assert (
         len(record["boxes"])
@@ -173,14 +175,14 @@ def test_edit_mask_is_exactly_what_differs(index):
 
 def test_every_kind_of_edit_occurs_in_every_split():
     starts = {"remove", "add", "replace", "swap", "change", "make", "move"}
-    for split in examples.SPLITS:
-        said = [examples.sample_edit(BUILD, split, k).instruction for k in range(28)]
+    for split in SPLITS:
+        said = [examples.sample_edit(LARGE, split, k).instruction for k in range(28)]
         assert {instruction.split()[0] for instruction in said} == starts
 
 
 def test_edits_do_what_they_say():
     rng = np.random.default_rng(0)
-    nouns = list(BUILD.noun_names)
+    nouns = list(examples.noun_names(LARGE))
     for _ in range(20):
         removed = edits.KINDS["remove"](rng, nouns)
         assert removed.instruction.removeprefix("remove the ") not in captions.caption(
@@ -212,16 +214,16 @@ def test_edits_do_what_they_say():
 
 @pytest.mark.parametrize("nouns", [4, 10, 40])
 def test_held_out_combinations_are_never_trained(nouns):
-    build = examples.Build(resolution=48, num_scenes=200, seed=0, nouns=nouns)
-    held = splits.held_out(build.noun_names)
+    options = Options(resolution=48, num_scenes=200, seed=0, nouns=nouns)
+    held = splits.held_out(examples.noun_names(options))
     assert held["validation"].isdisjoint(held["test"])
     for index in range(80):
-        trained = [examples.sample_scene(build, "train", index)[0]]
-        edit = examples.sample_edit(build, "train", index)
+        trained = [examples.sample_scene(options, "train", index)[0]]
+        edit = examples.sample_edit(options, "train", index)
         for spec in (*trained, edit.before, edit.after):
             assert splits.combinations(spec).isdisjoint(held["validation"] | held["test"])
         for split, other in (("validation", "test"), ("test", "validation")):
-            shown = splits.combinations(examples.sample_scene(build, split, index)[0])
+            shown = splits.combinations(examples.sample_scene(options, split, index)[0])
             assert shown & held[split]
             assert not shown & held[other]
 
@@ -230,12 +232,12 @@ def test_persons_of_the_splits_are_other_faces():
     numbers = {
         split: {
             decoded("persons", k, split=split)["person"]
-            for k in range(BUILD.count("persons", split))
+            for k in range(LARGE.count("persons", split))
         }
-        for split in examples.SPLITS
+        for split in SPLITS
     }
     assert sum(map(len, numbers.values())) == len(set.union(*numbers.values()))
-    faces = portraits.identities(BUILD.seed)
+    faces = portraits.identities(LARGE.seed)
     assert len(set(faces)) == len(faces)
 
 
@@ -249,7 +251,7 @@ def test_puppet_joints_lie_in_the_picture_and_its_box(index):
     joints, (box,) = record["joints"], record["boxes"]
     assert ((joints[:, :2] > 0) & (joints[:, :2] < 1)).all()
     assert (joints[:, 2] == 1).all()
-    pixel = 1 / BUILD.resolution  # the box is that of whole pixels that are more than half covered
+    pixel = 1 / LARGE.resolution  # the box is that of whole pixels that are more than half covered
     assert (joints[:, :2] >= box[:2] - pixel).all()
     assert (joints[:, :2] <= box[2:] + pixel).all()
     assert box[3] - box[1] > 0.4
@@ -267,7 +269,7 @@ def test_person_has_another_picture_of_the_same_face():
         record = decoded("persons", index)
         assert record["caption"].count("<p>") == 1
         assert (record["image"] != record["face"]).any()
-        assert record["person"] == index // portraits.PICTURES
+        assert record["person"] == index // PICTURES
 
 
 def test_portrait_shows_the_wall_of_its_caption():
@@ -280,25 +282,25 @@ def test_portrait_shows_the_wall_of_its_caption():
 # --- the build -----------------------------------------------------------------------------------
 
 
-OPTIONS = emoji_scenes.Options(resolution=24, num_scenes=80, nouns=8)
-TINY = emoji_scenes.Options(resolution=16, num_scenes=8, nouns=4)
+BUILT = Options(resolution=24, num_scenes=80, nouns=8)
+TINY = Options(resolution=16, num_scenes=8, nouns=4)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("emoji")
-    emoji_scenes.build(data_dir, OPTIONS, progress=False, processes=1)
+    emoji_scenes.build(data_dir, BUILT, processes=1)
     return data_dir
 
 
 def test_build_reads_back_through_tfds(built):
-    wanted = examples.Build(resolution=24, num_scenes=80, seed=0, nouns=8)
-    for family, fields in emoji_scenes.FAMILIES.items():
-        for split in examples.SPLITS:
+    wanted = Options(resolution=24, num_scenes=80, seed=0, nouns=8)
+    for family, fields in FAMILIES.items():
+        for split in SPLITS:
             stored = read(built, family, split)
             assert len(stored) == wanted.count(family, split) >= 16
             assert set(stored[0]) == set(fields)
-    expected = decoded("scenes", 0, build=wanted)
+    expected = decoded("scenes", 0, options=wanted)
     (found,) = (
         r for r in read(built, "scenes", "train") if np.array_equal(r["image"], expected["image"])
     )
@@ -307,9 +309,9 @@ def test_build_reads_back_through_tfds(built):
 
 
 def test_build_does_not_depend_on_processes(built, tmp_path):
-    emoji_scenes.build(tmp_path, OPTIONS, progress=False, processes=2)
+    emoji_scenes.build(tmp_path, BUILT, processes=2)
     files = sorted(path.relative_to(built) for path in built.rglob("*array_record*"))
-    assert len(files) == len(emoji_scenes.FAMILIES) * len(examples.SPLITS)
+    assert len(files) == len(FAMILIES) * len(SPLITS)
     for file in files:
         assert (built / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
@@ -319,18 +321,18 @@ def test_a_build_of_before_is_complete(built):
     expected = dict(resolution=24, num_scenes=80, seed=0, nouns=8, version="1.0.0")
     assert json.loads((built / "build.json").read_text()) == expected
     stamps = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
-    emoji_scenes.build(built, OPTIONS, progress=False)
+    emoji_scenes.build(built, BUILT)
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == stamps
 
 
 def test_another_build_is_refused(built):
     with pytest.raises(UserError, match="num_scenes=80, not 81"):
-        emoji_scenes.build(built, dataclasses.replace(OPTIONS, num_scenes=81), progress=False)
+        emoji_scenes.build(built, dataclasses.replace(BUILT, num_scenes=81))
     assert json.loads((built / "build.json").read_text())["num_scenes"] == 80
 
 
 def test_all_nouns_are_the_default(tmp_path):
-    emoji_scenes.build(tmp_path, dataclasses.replace(TINY, nouns=0), progress=False)
+    emoji_scenes.build(tmp_path, dataclasses.replace(TINY, nouns=0))
     assert json.loads((tmp_path / "build.json").read_text())["nouns"] == len(sprites.WHITELIST)
 
 
@@ -341,11 +343,11 @@ def test_all_nouns_are_the_default(tmp_path):
 def test_options_out_of_range_name_themselves(tmp_path, field, value):
     options = dataclasses.replace(TINY, **{field: value})
     with pytest.raises(UserError, match=f"{field} is {value}"):
-        emoji_scenes.build(tmp_path, options, progress=False)
+        emoji_scenes.build(tmp_path, options)
 
 
 def test_other_seeds_give_other_records():
-    other = examples.Build(resolution=48, num_scenes=200, seed=4, nouns=10)
-    for family in emoji_scenes.FAMILIES:
-        a, b = (examples.example(build, family, "train", 0) for build in (BUILD, other))
+    other = Options(resolution=48, num_scenes=200, seed=4, nouns=10)
+    for family in FAMILIES:
+        a, b = (examples.example(options, family, "train", 0) for options in (LARGE, other))
         assert a["image"] != b["image"]
