@@ -1,5 +1,4 @@
-"""Where every array lives: one mesh, one ordered table of rules, one function from shapes to
-shardings.
+"""Where every array lives: one mesh, one ordered table of rules, and shardings made of both.
 
 Mesh axes: `data` replicates parameters, `fsdp` splits them (and, like `data`, the batch), `tensor`
 splits the hidden features of a block (Megatron, arXiv 1909.08053). One device is the mesh 1x1x1:

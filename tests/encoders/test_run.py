@@ -1,5 +1,6 @@
 """How a run gets, keeps and hands on its frozen encoders."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from data_pipelines.tokenizer import load_tokenizer
 from tests.helpers import ENCODERS, ENCODERS_WITH_FACES, prepare_encoders, unused
@@ -39,6 +41,20 @@ def test_parameters_that_are_skipped_are_not_read(run):
     loaded = encoders.load(workdir, skip=("text",))
     assert loaded.conditioner == first.conditioner
     assert set(loaded.frozen) == {"codec", "identity"}
+
+
+def test_files_of_a_fitted_encoder_keep_their_names_and_layout(tmp_path):
+    """A run that an earlier version began must stay readable."""
+    prepare_encoders(ENCODERS, tmp_path)
+    folder = tmp_path / "encoders"
+    assert {f.name for f in folder.iterdir()} == {"codec.safetensors", "encoders.json"}
+    records = json.loads((folder / "encoders.json").read_text())
+    digest = records["codec"].pop("sha256")
+    assert digest == hashlib.sha256((folder / "codec.safetensors").read_bytes()).hexdigest()
+    assert records["codec"] == dict(kind="linear", patch=4, channels=8, whiten=0.5)
+    assert records["text"].keys() == {"kind", "dtype", "sha256"}
+    assert records["identity"] is None
+    assert set(load_file(folder / "codec.safetensors")) == {"mean", "basis", "scale"}
 
 
 def test_a_stage_takes_over_the_codec_and_fits_what_is_new(tmp_path):

@@ -1,5 +1,4 @@
-"""Weights of diffusers folders without torch: the MM-DiT's (`SD3Transformer2DModel`) both ways,
-`AutoencoderKL`'s in.
+"""Weights of diffusers folders: the MM-DiT (read and written), and `AutoencoderKL` (read).
 
 Ours and their MM-DiT differ in four things: kernels are [in, out] here and [out, in] there; the
 patch embedding is a matmul here and a convolution there; equal blocks are stacked here; and two
@@ -107,7 +106,7 @@ def transformer_folder(path: epath.PathLike) -> epath.Path | None:
             if path and "_class_name" in json.loads((folder / "config.json").read_text()):
                 return folder
         except (OSError, json.JSONDecodeError):
-            pass  # no folder of diffusers; it may be a run of ours
+            pass  # it may be a run of ours
     return None
 
 
@@ -146,11 +145,9 @@ def _compare_tables(model: MMDiT, theirs: MMDiT) -> str:
     (size, base), (their_size, their_base) = (
         (m.pos_embed_max_size, m.pos_embed_base_size) for m in (model, theirs)
     )
-    same_spacing = size * their_base == their_size * base
-    if (size, base) == (their_size, their_base):
-        relation = "the same"
-    else:
-        relation = "cropped" if same_spacing and size < their_size else "resized"
+    is_crop = size * their_base == their_size * base and size < their_size
+    relation = "cropped" if is_crop else "resized"
+    relation = "the same" if (size, base) == (their_size, their_base) else relation
     return (
         f"{relation} ({size} tokens a side over an extent of {base}, "
         f"there {their_size} over {their_base})"

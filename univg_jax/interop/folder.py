@@ -1,7 +1,7 @@
-"""A Hugging Face folder, `config.json` and safetensors, read tensor by tensor straight into
-(sharded) arrays.
+"""Hugging Face folders, read tensor by tensor straight into (sharded) arrays, and written.
 
-A network's map says, for each of our parameters, which stored tensors hold it and in which layout:
+A folder has a `config.json` and safetensors files. A network's map says, for each of our
+parameters, which stored tensors hold it and in which layout:
 
     ours = reshape(transpose(theirs, axes))          a stacked parameter: one tensor a layer
 
@@ -241,7 +241,7 @@ def _read_box(
         if weight.transposed == inner_shape:
             theirs = [inner[weight.axes.index(axis)] for axis in range(len(weight.shape))]
             target[...] = tensors.read(name, theirs).transpose(weight.axes)
-        else:  # A box of ours is no box of theirs when a reshape lies between.
+        else:  # After a reshape, a box of our parameter is no box of the stored tensor.
             whole = tensors.read(name).transpose(weight.axes).reshape(inner_shape)
             target[...] = whole[tuple(inner)]
     return out

@@ -7,7 +7,7 @@ for a variant that our module lacks. `load_*(folder, *, dtype, param_dtype, mesh
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -226,19 +226,10 @@ def open_clip_text(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel
 
     It has a projection if the file has one. The other tower is ignored.
     """
-
-    def make(config: Config) -> CLIPText:
-        return CLIPText(
-            vocab_size=config["vocab_size"],
-            max_tokens=config["max_position_embeddings"],
-            eos_token_id=config["eos_token_id"],
-            projection_dim=config["projection_dim"],
-            activation=config["hidden_act"],
-            **_block_fields(config),
-            dtype=dtype,
-        )
-
-    return _open_clip(folder, "text", make, defaults=CLIP_TEXT_DEFAULTS, outer=CLIP_TEXT)
+    fields = {name: name for name in ("vocab_size", "eos_token_id")}
+    fields["max_tokens"] = "max_position_embeddings"
+    tables = dict(fields=fields, defaults=CLIP_TEXT_DEFAULTS, outer=CLIP_TEXT)
+    return _open_clip(folder, "text", CLIPText, **tables, dtype=dtype)
 
 
 def open_clip_vision(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
@@ -246,18 +237,9 @@ def open_clip_vision(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredMod
 
     It has a projection if the file has one. The other tower is ignored.
     """
-
-    def make(config: Config) -> CLIPVision:
-        return CLIPVision(
-            image_size=config["image_size"],
-            patch_size=config["patch_size"],
-            projection_dim=config["projection_dim"],
-            activation=config["hidden_act"],
-            **_block_fields(config),
-            dtype=dtype,
-        )
-
-    return _open_clip(folder, "vision", make, defaults=CLIP_VISION_DEFAULTS, outer=CLIP_VISION)
+    fields = {name: name for name in ("image_size", "patch_size")}
+    tables = dict(fields=fields, defaults=CLIP_VISION_DEFAULTS, outer=CLIP_VISION)
+    return _open_clip(folder, "vision", CLIPVision, **tables, dtype=dtype)
 
 
 def open_dino(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
@@ -297,12 +279,14 @@ load_clip_text, load_clip_vision = loader(open_clip_text), loader(open_clip_visi
 def _open_clip(
     folder: PathLike,
     tower: str,
-    make: Callable[[Config], CLIPText | CLIPVision],
+    cls: type,
     *,
+    fields: Mapping[str, str],
     defaults: Config,
     outer: Mapping[str, str],
+    dtype: Any,
 ) -> StoredModel:
-    """One tower, "text" or "vision"; `make(config)` is its module."""
+    """One tower, "text" or "vision", as a `cls`; `fields` maps its own fields to config keys."""
     heads = {"text": "text_projection", "vision": "visual_projection"}
     other = "vision" if tower == "text" else "text"
     stored = read_config(folder, key="model_type", expected=(f"clip_{tower}_model", "clip"))
@@ -314,11 +298,17 @@ def _open_clip(
     config = _with_defaults(folder, config, defaults)
     # Only a tower that stands alone may lack a projection.
     has_head = is_whole or f"{heads[tower]}.weight" in TensorFolder(folder, WEIGHTS)
-    config["projection_dim"] = stored.get("projection_dim", 512) if has_head else None
     _require(folder, config, num_channels=(3,), hidden_act=tuple(ACTIVATIONS))
+    module = cls(
+        **{field: config[key] for field, key in fields.items()},
+        **_block_fields(config),
+        projection_dim=stored.get("projection_dim", 512) if has_head else None,
+        activation=config["hidden_act"],
+        dtype=dtype,
+    )
     return _open_encoder(
         folder,
-        make(config),
+        module,
         prefixes=(f"{tower}_model.", ""),
         outer=outer,
         block=CLIP_LAYER,

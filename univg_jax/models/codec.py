@@ -76,6 +76,7 @@ class PatchCodec(nn.Module):
         self.scale = self.param("scale", nn.initializers.ones, (self.channels,))
 
     def encode(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
+        """z of each patch, float32."""
         patches = to_patches(images, self.patch)
         b, h, w, _ = patches.shape
         centered = patches.reshape(b * h * w, -1) - self.mean[None]
@@ -83,6 +84,7 @@ class PatchCodec(nn.Module):
         return latents.reshape(b, h, w, self.channels).astype(jnp.float32)
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
+        """The patches of each z, float32."""
         b, h, w, c = latents.shape
         f = self.patch
         rows = (self.basis * self.scale[None]).T.astype(self.dtype)

@@ -264,6 +264,26 @@ class MMDiT(nn.Module):
             zeros = nn.initializers.zeros
             block_cond = Linear(12 * d, self.dtype, zeros, name="shared_modulation")(cond)
 
+        image = self._run_blocks((image, text), block_cond, text_mask, grid=(h, w))
+
+        zeros = nn.initializers.zeros
+        modulation = Linear(2 * d, self.dtype, zeros, name="out_modulation")(cond)
+        scale, shift = jnp.split(modulation, 2, axis=-1)
+        image = modulated_norm(image, scale, shift)
+        image = Linear(p * p * self.out_channels, self.dtype, zeros, name="out_proj")(image)
+        image = image.reshape(b, h, w, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
+        return image.reshape(b, height, width, -1)
+
+    @nn.nowrap
+    def _run_blocks(
+        self,
+        carry: tuple[Array, Array],
+        cond: Float[Array, "b e"],
+        text_mask: Bool[Array, "b m"] | None,
+        *,
+        grid: tuple[int, int],
+    ) -> Float[Array, "b n d"]:
+        """The image stream after all blocks, from both streams (image, text) before them."""
         # The fields of a stream have the same names here.
         stream_fields = (f.name for f in dataclasses.fields(StreamBlock))
         fields = dict(
@@ -273,14 +293,13 @@ class MMDiT(nn.Module):
                 if name not in ("final", "parent", "name")
             },
             attention=self.attention if callable(self.attention) else ATTENTION[self.attention],
-            grid=(h, w) if self.position == "rope" else None,
+            grid=grid if self.position == "rope" else None,
         )
         block = JointBlock
         if self.remat != "none" or sharding.is_fsdp():
             # In a scan the loop already separates the recomputation from the forward pass;
             # unrolled, the compiler would merge the two without `prevent_cse`.
             block = nn.remat(JointBlock, prevent_cse=not self.scan, policy=REMAT[self.remat])
-        carry = (image, text)
         if self.depth > 1:
             stack = nn.scan(
                 block,
@@ -290,16 +309,9 @@ class MMDiT(nn.Module):
                 length=self.depth - 1,
                 unroll=1 if self.scan else self.depth - 1,
             )
-            carry, _ = stack(**fields, name="blocks")(carry, block_cond, text_mask)
-        (image, _), _ = block(**fields, final=True, name="last_block")(carry, block_cond, text_mask)
-
-        zeros = nn.initializers.zeros
-        modulation = Linear(2 * d, self.dtype, zeros, name="out_modulation")(cond)
-        scale, shift = jnp.split(modulation, 2, axis=-1)
-        image = modulated_norm(image, scale, shift)
-        image = Linear(p * p * self.out_channels, self.dtype, zeros, name="out_proj")(image)
-        image = image.reshape(b, h, w, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
-        return image.reshape(b, height, width, -1)
+            carry, _ = stack(**fields, name="blocks")(carry, cond, text_mask)
+        (image, _), _ = block(**fields, final=True, name="last_block")(carry, cond, text_mask)
+        return image
 
 
 # With SD3's conditioning (text 4096, pooled 2048, 33 channels in, 16 out), b, l and xl have 416M,
