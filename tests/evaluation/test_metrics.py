@@ -72,7 +72,7 @@ def test_depth_by_hand():
     target = np.array([[1.0, 2.0], [4.0, 0.0]])  # the last pixel is invalid
     # constant on the valid ones: aligns to the mean, 7/3
     prediction = np.array([[1.5, 1.5], [1.5, 9.0]])
-    errors = metrics.depth_errors(prediction, target)
+    errors = metrics.depth_errors(prediction, target, target > 0)
     mean = 7 / 3
     assert errors["abs_rel"].value == pytest.approx(
         ((mean - 1) + (mean - 2) / 2 + (4 - mean) / 4) / 3, abs=EXACT
@@ -87,11 +87,11 @@ def test_aligned_depth_ignores_scale_and_shift(seed, scale, shift):
     rng = np.random.default_rng(seed)
     target = rng.uniform(1, 10, (6, 5))
     prediction = target + rng.normal(0, 1, (6, 5))
-    reference = metrics.depth_errors(prediction, target)
-    moved = metrics.depth_errors(scale * prediction + shift, target)
+    reference = metrics.depth_errors(prediction, target, target > 0)
+    moved = metrics.depth_errors(scale * prediction + shift, target, target > 0)
     # Cancellation of the mean costs up to |shift| / scale / std digits: 200 x 1e-16 and a margin.
     assert moved["abs_rel"].value == pytest.approx(reference["abs_rel"].value, abs=1e-9)
-    exact = metrics.depth_errors(scale * target + shift, target)
+    exact = metrics.depth_errors(scale * target + shift, target, target > 0)
     assert exact["abs_rel"].value == pytest.approx(0, abs=1e-9)
     assert exact["delta1"].value == 1
 

@@ -35,8 +35,6 @@ def run(out, *, batch_size=4, count=7, settings=None, model=data.blurred, tasks=
         settings=settings or {"checkpoint_step": 3, "seed": 0},
         out=out,
         batch_size=batch_size,
-        num_samples=2,
-        progress=False,
     )
     cases, train = (
         {task: data.make_cases(task, chosen) for task in tasks}
@@ -160,7 +158,7 @@ TOY = dataclasses.replace(
         fields=BENCHMARK.tasks[task].needs_fields,
     ),
     fingerprint=lambda config: config.data.dir,
-    open_scorers=lambda pipeline, *, needs, progress: {},
+    open_scorers=lambda pipeline, *, needs: {},
 )
 
 
@@ -208,7 +206,6 @@ def test_a_pipeline_is_compared_with_its_untrained_self_its_codec_and_the_truth(
         batch_size=8,
         data_dir="elsewhere",
         settings={"parameters": "ema"},
-        progress=False,
     )
     settings = results["settings"]
     assert settings["checkpoint"] == "run"
@@ -220,7 +217,7 @@ def test_a_pipeline_is_compared_with_its_untrained_self_its_codec_and_the_truth(
     values = {name: entry["l1"]["value"] for name, entry in task["systems"].items()}
     assert values["real"] == 0 < values["codec"] < values["model"]
     assert len(list((tmp_path / "ie").glob("???.png"))) == 9
-    again = evaluate(pipeline, TOY, out=tmp_path, tasks=["ie"], batch_size=8, progress=False)
+    again = evaluate(pipeline, TOY, out=tmp_path, tasks=["ie"], batch_size=8)
     assert again["settings"]["dataset"] != settings["dataset"], "it was of other data"
 
 

@@ -4,10 +4,7 @@ Each function makes them from the training cases, as `BenchmarkTask.make_trivial
 case at a time and keeps no pictures but its result.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
-from jaxtyping import Float
 
 from data_pipelines import renderings
 from univg_jax.evaluation.benchmark import AnswerFn, Case, Cases, Image
@@ -18,18 +15,10 @@ def constant(image: Image) -> AnswerFn:
     return lambda case: image
 
 
-def _sum(arrays: Iterable[np.ndarray]) -> Float[np.ndarray, "..."]:
-    """The sum in float64, with one array in memory at a time."""
-    total = np.zeros(())
-    for array in arrays:
-        total = total + array
-    return total
-
-
 def mean_target(train: Cases) -> Image:
     """The mean of all targets, rounded."""
-    mean = _sum(case.example.target for case in train) / len(train)
-    return np.rint(mean).astype(np.uint8)
+    total = sum((case.example.target for case in train), 0.0)
+    return np.rint(total / len(train)).astype(np.uint8)
 
 
 def mean_image(train: Cases) -> dict[str, AnswerFn]:
@@ -74,14 +63,13 @@ def mean_pose(train: Cases) -> dict[str, AnswerFn]:
 
 
 def mask_answers(train: Cases) -> dict[str, AnswerFn]:
-    """All pixels, and those that training masks cover most often."""
-    covered = _sum(renderings.decode_mask(case.example.target) for case in train)
-    # The pixels that are covered most often, as many as a mask covers on average.
-    share = covered.sum() / (covered.size * len(train))
+    """All pixels, and those that training masks cover most often: as many as a mask on average."""
+    covered = sum((renderings.decode_mask(case.example.target) for case in train), 0.0)
     frequency = covered / len(train)
+    share = covered.sum() / (covered.size * len(train))
     likely = frequency >= np.quantile(frequency, 1 - share)
-    everything = np.ones(covered.shape, np.uint8)
+    masks = {"everything": np.ones_like(likely), "the mean training mask": likely}
     return {
-        "everything": constant(renderings.render_mask(everything)),
-        "the mean training mask": constant(renderings.render_mask(likely.astype(np.uint8))),
+        name: constant(renderings.render_mask(mask.astype(np.uint8)))
+        for name, mask in masks.items()
     }

@@ -42,6 +42,12 @@ class Case:
         """The text that the text encoder is given."""
         return tasks.prompt(self.task, self.example.text)
 
+    @property
+    def pictures(self) -> dict[str, Image]:
+        """What shows the case: its input, if it has one, and its target."""
+        shown = self.example.source if self.example.face is None else self.example.face
+        return ({} if shown is None else {"input": shown}) | {"target": self.example.target}
+
 
 @dataclasses.dataclass(frozen=True)
 class Cases(Sequence[Case]):
@@ -81,11 +87,12 @@ ScoreFn = Callable[[Case, Image], dict[str, Ratio]]
 AnswerFn = Callable[[Case], Image]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Metric:
     """How a number is shown, and which of two is better."""
 
     label: str
+    _: dataclasses.KW_ONLY
     better: Literal["higher", "lower"]
     percent: bool = False
 
@@ -138,8 +145,8 @@ class Benchmark:
 
     `cases(config, task, split=..., num=...)` are the first `num` cases of a split, read as needed;
     `config.data.dir` says where. `fingerprint(config)` is a text that changes when the data does;
-    it is made without reading pictures. `open_scorers(pipeline, needs=..., progress=...)` opens the
-    scorers with those names; all processes call it. Raise `version` when numbers would change.
+    it is made without reading pictures. `open_scorers(pipeline, needs=...)` opens the scorers with
+    those names; all processes call it. Raise `version` when numbers would change.
     """
 
     name: str

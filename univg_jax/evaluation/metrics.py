@@ -18,6 +18,8 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Bool, Float, Num, UInt8
 
+Number = float | int | np.number
+
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
@@ -27,12 +29,10 @@ class Ratio:
     count: Float[np.ndarray, " k"]
 
     @classmethod
-    def of(cls, total: float | np.ndarray, count: float | np.ndarray = 1.0) -> "Ratio":
+    def of(cls, total: Number | np.ndarray, count: Number | np.ndarray = 1.0) -> "Ratio":
         """The ratio of numbers or of vectors, in float64."""
-        total, count = np.broadcast_arrays(
-            np.atleast_1d(np.asarray(total, float)), np.asarray(count, float)
-        )
-        return cls(total.copy(), count.copy())
+        total = np.atleast_1d(np.asarray(total, float))
+        return cls(total, np.broadcast_to(np.asarray(count, float), total.shape))
 
     def __add__(self, other: "Ratio") -> "Ratio":
         return Ratio(self.total + other.total, self.count + other.count)
@@ -41,22 +41,15 @@ class Ratio:
     def value(self) -> float:
         """NaN where nothing was counted."""
         counted = self.count > 0
-        return (
-            float(np.mean(self.total[counted] / self.count[counted])) if counted.any() else math.nan
-        )
+        ratios = self.total[counted] / self.count[counted]
+        return float(np.mean(ratios)) if len(ratios) else math.nan
 
 
 def merge(ratios: Iterable[Ratio]) -> Ratio:
     """The sum of `ratios`, correctly rounded: the same bits in any order."""
-    ratios = list(ratios)
-    if not ratios:
-        return Ratio.of(0.0, 0.0)
-
+    rows = [(ratio.total, ratio.count) for ratio in ratios] or np.zeros((1, 2, 1))
     # math.fsum rounds once, at the end: plain addition would depend on the order of the shards.
-    def columns(rows: list[np.ndarray]) -> np.ndarray:
-        return np.array([math.fsum(column) for column in zip(*rows)])
-
-    return Ratio(columns([r.total for r in ratios]), columns([r.count for r in ratios]))
+    return Ratio(*np.apply_along_axis(math.fsum, 0, np.array(rows)))
 
 
 def l1(
@@ -89,18 +82,15 @@ def mean_iou(prediction: Bool[np.ndarray, "h w"], target: Bool[np.ndarray, "h w"
 
 def overall_iou(prediction: Bool[np.ndarray, "h w"], target: Bool[np.ndarray, "h w"]) -> Ratio:
     """(I, U) in pixels: the ratio of sums over the set, oIoU (also called cIoU)."""
-    return Ratio.of(float(np.sum(prediction & target)), float(np.sum(prediction | target)))
+    return Ratio.of(np.sum(prediction & target), np.sum(prediction | target))
 
 
 def box_iou(box: Float[np.ndarray, "4"], other: Float[np.ndarray, "4"]) -> float:
     """Intersection over union of two boxes x0 y0 x1 y1; 0 if both are empty."""
     sides = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
     intersection = float(np.prod(np.maximum(sides, 0.0)))
-    areas = float(
-        np.prod(np.maximum(box[2:] - box[:2], 0.0))
-        + np.prod(np.maximum(other[2:] - other[:2], 0.0))
-    )
-    union = areas - intersection
+    areas = [float(np.prod(np.maximum(b[2:] - b[:2], 0.0))) for b in (box, other)]
+    union = sum(areas) - intersection
     return intersection / union if union > 0 else 0.0
 
 
@@ -116,7 +106,7 @@ def best_box_iou(
 def align_depth(
     prediction: Num[np.ndarray, "h w"],
     target: Num[np.ndarray, "h w"],
-    valid: Bool[np.ndarray, "h w"] | None = None,
+    valid: Bool[np.ndarray, "h w"],
 ) -> Float[np.ndarray, "h w"]:
     """The prediction p, scaled and shifted to fit the target g, and clipped to the target's range.
 
@@ -124,16 +114,12 @@ def align_depth(
 
     A constant prediction aligns to the mean of the target.
     """
-    valid = target > 0 if valid is None else valid
     p, g = prediction[valid].astype(float), target[valid].astype(float)
     deviation = p - p.mean()
     variance = np.mean(deviation**2)
     # Relative to the magnitude, so that rounding of a constant is not taken for structure.
-    scale = (
-        np.mean(deviation * (g - g.mean())) / variance
-        if variance > 1e-12 * max(np.mean(p**2), 1e-300)
-        else 0.0
-    )
+    is_constant = variance <= 1e-12 * max(np.mean(p**2), 1e-300)
+    scale = 0.0 if is_constant else np.mean(deviation * (g - g.mean())) / variance
     aligned = scale * (prediction.astype(float) - p.mean()) + g.mean()
     return np.clip(aligned, g.min(), g.max())
 
@@ -141,15 +127,14 @@ def align_depth(
 def depth_errors(
     prediction: Num[np.ndarray, "h w"],
     target: Num[np.ndarray, "h w"],
-    valid: Bool[np.ndarray, "h w"] | None = None,
+    valid: Bool[np.ndarray, "h w"],
 ) -> dict[str, Ratio]:
-    """Errors of depth p against g over valid pixels (default: g > 0), after `align_depth`.
+    """Errors of depth p against g over valid pixels, after `align_depth`.
 
     abs_rel = mean |p - g| / g        delta1 = share of max(p/g, g/p) < 1.25
     """
-    valid = target > 0 if valid is None else valid
     if not valid.any():
-        return {"abs_rel": Ratio.of(0.0, 0.0), "delta1": Ratio.of(0.0, 0.0)}
+        return dict.fromkeys(("abs_rel", "delta1"), Ratio.of(0.0, 0.0))
     p, g = align_depth(prediction, target, valid)[valid], target[valid].astype(float)
     return {
         "abs_rel": Ratio.of(np.mean(np.abs(p - g) / g)),
@@ -163,30 +148,30 @@ def pck(
     *,
     visible: Bool[np.ndarray, " k"],
     box_size: float,
-    threshold: float = 0.1,
 ) -> Ratio:
-    """Hits (distance < threshold x box size) and visible joints, one entry a joint.
+    """PCK at 0.1: hits (distance < 0.1 box sizes) and visible joints, one entry a joint.
 
     A NaN prediction is a miss.
     """
     with np.errstate(invalid="ignore"):
-        hit = np.linalg.norm(prediction.astype(float) - target, axis=-1) < threshold * box_size
+        hit = np.linalg.norm(prediction.astype(float) - target, axis=-1) < 0.1 * box_size
     return Ratio.of((hit & visible).astype(float), visible.astype(float))
 
 
-def recall_at_1(scores: Float[np.ndarray, " n"], true_index: int = 0) -> Ratio:
-    """1 if the true candidate scores highest, 1/m if it shares the top with m - 1 others.
+def recall_at_1(scores: Float[np.ndarray, " n"]) -> Ratio:
+    """1 if the true candidate, the first, scores highest; 1/m if it shares the top with m - 1.
 
     So a scorer that gives every candidate the same score is at chance.
     """
     top = scores == scores.max()
-    return Ratio.of(float(top[true_index]) / float(top.sum()))
+    return Ratio.of(float(top[0]) / float(top.sum()))
 
 
 def cosine(a: Num[np.ndarray, " d"], b: Num[np.ndarray, " d"]) -> Ratio:
     """a . b / (|a| |b|); 0 if either is zero."""
-    norms = np.linalg.norm(a.astype(float)) * np.linalg.norm(b.astype(float))
-    return Ratio.of(float(a.astype(float) @ b.astype(float)) / norms if norms > 0 else 0.0)
+    a, b = a.astype(float), b.astype(float)
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    return Ratio.of(float(a @ b) / norms if norms > 0 else 0.0)
 
 
 def unit_vectors(x: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:

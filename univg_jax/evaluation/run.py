@@ -8,8 +8,9 @@ killed evaluation goes on with the next task.
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from univg_jax.pipeline import Pipeline
 
 VERSION = 3  # of the arithmetic and of the results' keys: results of another one are not reused
 NUM_TRAIN = 256  # training cases that trivial answers are made from
+NUM_SAMPLES = 6  # cases of a task that the report shows, so that input and target are written, too
 
 
 def evaluate(
@@ -44,8 +46,6 @@ def evaluate(
     seed: int = 0,
     data_dir: epath.PathLike | None = None,
     settings: Mapping[str, Any] | None = None,
-    num_samples: int = 6,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Scores a pipeline on a benchmark, with its untrained self, its codec and the true answers.
 
@@ -59,9 +59,8 @@ def evaluate(
     """
     config = pipeline.config
     if data_dir is not None:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, dir=str(data_dir))
-        )
+        data = dataclasses.replace(config.data, dir=str(data_dir))
+        config = dataclasses.replace(config, data=data)
         pipeline = dataclasses.replace(pipeline, config=config)
     devices = pipeline.rows * jax.process_count()
     if batch_size < 1 or batch_size % devices:
@@ -74,21 +73,24 @@ def evaluate(
     cases = {name: benchmark.cases(config, name, split=split, num=num_examples) for name in chosen}
     train = {name: benchmark.cases(config, name, split="train", num=NUM_TRAIN) for name in chosen}
     needs = {need: None for name in chosen for need in benchmark.tasks[name].needs_scorers}
-    fingerprint = hashlib.sha256(benchmark.fingerprint(config).encode()).hexdigest()[:12]
+    sampling = config.to_dict()["sampling"]
+    kept = ("solver", "steps", "shift", "rescale", "interval", "guidance")
     evaluator = Evaluator(
         benchmark=benchmark,
         systems=pipeline_systems(pipeline, seed=seed),
         collate=pipeline.collator,
-        scorers=benchmark.open_scorers(pipeline, needs=tuple(needs), progress=progress),
-        settings={
-            **_settings(pipeline, given=settings or {}, seed=seed),
+        scorers=benchmark.open_scorers(pipeline, needs=tuple(needs)),
+        settings={  # in the order in which the report shows them
+            "checkpoint": pipeline.path,
+            "step": pipeline.step,
+            **(settings or {}),
+            **{key: sampling[key] for key in kept},
+            "seed": seed,
             "split": split,
-            "dataset": fingerprint,
+            "dataset": hashlib.sha256(benchmark.fingerprint(config).encode()).hexdigest()[:12],
         },
         out=out,
         batch_size=batch_size,
-        num_samples=num_samples,
-        progress=progress,
     )
     return evaluator.run(cases, train=train)
 
@@ -112,19 +114,6 @@ def pipeline_systems(pipeline: Pipeline, *, seed: int) -> dict[str, System]:
     }
 
 
-def _settings(pipeline: Pipeline, *, given: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What a result has to say of how its images were made, in the order in which it is shown."""
-    sampling = pipeline.config.to_dict()["sampling"]
-    return {
-        "checkpoint": pipeline.path,
-        "step": pipeline.step,
-        **given,
-        **{key: sampling[key] for key in ("solver", "steps", "shift", "rescale", "interval")},
-        "guidance": sampling["guidance"],
-        "seed": seed,
-    }
-
-
 Key = tuple[str, str]  # who answered: ("systems", "model"), ("trivial", "a copy of the source")
 
 
@@ -143,8 +132,6 @@ class Evaluator:
     settings: Mapping[str, Any]
     out: epath.PathLike
     batch_size: int  # global
-    num_samples: int = 6  # cases whose input and target are written, too
-    progress: bool = True
 
     def run(self, cases: Mapping[str, Cases], *, train: Mapping[str, Cases]) -> dict[str, Any]:
         """Scores the cases of each task; returns what process 0 writes to `out/results.json`.
@@ -153,14 +140,12 @@ class Evaluator:
         are in `out` already is not run again. The model's images are written to
         `out/<task>/NNN.png`.
 
-        Raises UserError for a task that the benchmark does not have or that has no case, a scorer
-        that is absent, a batch size that does not divide over the processes, or an unreadable
-        results.json.
+        Raises UserError for a task without cases, a scorer that is absent, a batch size that does
+        not divide over the processes, or an unreadable results.json.
         """
         if "model" not in self.systems:
             raise ValueError(f"systems must have 'model', got {', '.join(self.systems) or 'none'}")
         for name in cases:
-            check_name(name, self.benchmark.tasks, what=f"task of {self.benchmark.name}:")
             if not len(cases[name]):
                 raise UserError(f"no example of task {name!r} to evaluate")
         path = epath.Path(self.out) / "results.json"
@@ -170,7 +155,7 @@ class Evaluator:
         keys = {name: _hash([*version, settings, name, len(cases[name])]) for name in cases}
         todo = [n for n in cases if results["tasks"].get(n, {}).get("key") != keys[n]]
         total = sum(len(cases[name]) * len(self.systems) for name in todo)
-        quiet = not (self.progress and total and jax.process_index() == 0)
+        quiet = not total or jax.process_index() > 0
         with tqdm(total=total, unit="image", disable=quiet) as bar:
             for name in todo:
                 bar.set_description(f"evaluate {name}")
@@ -190,16 +175,18 @@ class Evaluator:
         with local_mesh():
             score_fn = task.score_fn(self.scorers, cases)
             template = score_fn(cases[0], cases[0].example.target)
-            trivial = task.make_trivial(train)
-        answers = {("trivial", name): answer for name, answer in trivial.items()}
-        answers |= {("references", name): answer for name, answer in task.references.items()}
+            answers = {"trivial": task.make_trivial(train), "references": task.references}
         rows = self._score(cases, score_fn=score_fn, answers=answers, bar=bar)
-
-        summaries: dict[str, dict[str, score.Summary]] = collections.defaultdict(dict)
-        # Not in the order of `rows`: a process may have none, and all must gather the same thing.
-        for kind, name in [*(("systems", name) for name in self.systems), *answers]:
-            gathered = score.gather(rows[kind, name], count=len(cases), template=template)
-            summaries[kind][name] = score.summarize(gathered)
+        summaries = {
+            kind: {
+                # All processes gather, in the same order, also what they have no rows of.
+                name: score.summarize(
+                    score.gather(rows[kind, name], count=len(cases), template=template)
+                )
+                for name in names
+            }
+            for kind, names in {"systems": self.systems, **answers}.items()
+        }
         if chance := task.chance(cases):
             summaries["trivial"]["chance"] = {
                 metric: {"value": value, "stderr": None, "count": 0.0}
@@ -213,15 +200,23 @@ class Evaluator:
             "examples": len(cases),
             "systems": verdict["systems"],
             "trivial": verdict["trivial"],
-            "references": dict(summaries["references"]),
+            "references": summaries["references"],
             "beats": verdict["beats"],
             "difficulty": task.difficulty,
             "note": task.note,
-            "samples": [_sample(cases, i) for i in range(min(self.num_samples, len(cases)))],
+            "samples": [
+                {"prompt": case.prompt, **generate.picture_names(case)}
+                for case in itertools.islice(cases, NUM_SAMPLES)
+            ],
         }
 
     def _score(
-        self, cases: Cases, *, score_fn: ScoreFn, answers: Mapping[Key, AnswerFn], bar: tqdm
+        self,
+        cases: Cases,
+        *,
+        score_fn: ScoreFn,
+        answers: Mapping[str, Mapping[str, AnswerFn]],
+        bar: tqdm,
     ) -> Mapping[Key, dict[int, score.Scores]]:
         """The scores of this process's cases, by who answered and case index.
 
@@ -230,28 +225,22 @@ class Evaluator:
         """
         rows: dict[Key, dict[int, score.Scores]] = collections.defaultdict(dict)
         batches = generate.case_batches(cases, collate=self.collate, batch_size=self.batch_size)
-        for batch in batches:
-            images: dict[Key, Sequence[np.ndarray]] = {}
+        for mine, batch in batches:
+            images: dict[Key, Iterable[np.ndarray]] = {}
             for name, system in self.systems.items():
-                images["systems", name] = batch.images(system)
-                bar.update(len(batch.cases) * jax.process_count())
+                images["systems", name] = np.asarray(system(batch))
+                bar.update(len(mine) * jax.process_count())
             with local_mesh():
-                for key, answer in answers.items():
-                    images[key] = [answer(case) for case in batch.cases]
+                for kind, functions in answers.items():
+                    for name, answer in functions.items():
+                        images[kind, name] = map(answer, mine)
                 for key, pictures in images.items():
-                    for case, image in zip(batch.cases, pictures, strict=True):
+                    for case, image in zip(mine, pictures):  # without the images of padding
                         rows[key][case.index] = score_fn(case, image)
-            for case, image in zip(batch.cases, images["systems", "model"], strict=True):
-                with_case = case.index < self.num_samples
+            for case, image in zip(mine, images["systems", "model"]):
+                with_case = case.index < NUM_SAMPLES
                 generate.write_pictures(epath.Path(self.out), case, image, with_case=with_case)
         return rows
-
-
-def _sample(cases: Cases, index: int) -> dict[str, str]:
-    """A case's prompt and the names of its pictures."""
-    case = cases[index]
-    kinds = (*generate.case_pictures(case), "output")
-    return {"prompt": case.prompt} | {kind: generate.picture_name(case, kind) for kind in kinds}
 
 
 def _read_results(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]:

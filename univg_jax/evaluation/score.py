@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Float
 
 from univg_jax.evaluation.benchmark import BenchmarkTask
 from univg_jax.evaluation.metrics import Ratio, merge
@@ -27,7 +26,10 @@ def gather(rows: Mapping[int, Scores], *, count: int, template: Scores) -> dict[
     All processes call it. `template` is any row: it has the names and the lengths, which a process
     without cases could not know.
     """
-    table = _pack(rows, count=count, template=template)
+    table = {name: np.zeros((count, 2, len(ratio.total))) for name, ratio in template.items()}
+    for index, scores in rows.items():
+        for name, ratio in scores.items():
+            table[name][index] = ratio.total, ratio.count
     if jax.process_count() > 1:
         # As 32-bit words: on its way through a device JAX would round float64 to float32.
         words = {name: values.view(np.uint32) for name, values in table.items()}
@@ -38,35 +40,18 @@ def gather(rows: Mapping[int, Scores], *, count: int, template: Scores) -> dict[
             for name, values in gathered.items()
         }
     # The template's order, which the gathering of a pytree does not keep.
-    return {name: [Ratio(*row) for row in table[name].reshape(count, 2, -1)] for name in template}
-
-
-def _pack(
-    rows: Mapping[int, Scores], *, count: int, template: Scores
-) -> dict[str, Float[np.ndarray, "n _"]]:
-    """By metric, each case's totals and then its counts; zeros for cases of other processes."""
-    table = {name: np.zeros((count, 2 * len(ratio.total))) for name, ratio in template.items()}
-    for index, scores in rows.items():
-        for name, ratio in scores.items():
-            table[name][index] = np.concatenate([ratio.total, ratio.count])
-    return table
+    return {name: [Ratio(*row) for row in table[name]] for name in template}
 
 
 def summarize(rows: Mapping[str, Sequence[Ratio]]) -> Summary:
     """Value, standard error and count of each metric; None where nothing was counted."""
 
-    def finite(x: float) -> float | None:
-        return float(x) if math.isfinite(x) else None  # JSON has no NaN
+    def entry(total: Ratio, error: float) -> dict[str, float | None]:
+        value = total.value if math.isfinite(total.value) else None  # JSON has no NaN
+        stderr = error if math.isfinite(error) else None
+        return {"value": value, "stderr": stderr, "count": float(total.count.sum())}
 
-    summary = {}
-    for name, ratios in rows.items():
-        total = merge(ratios)
-        summary[name] = {
-            "value": finite(total.value),
-            "stderr": finite(standard_error(ratios)),
-            "count": float(total.count.sum()),
-        }
-    return summary
+    return {name: entry(merge(ratios), standard_error(ratios)) for name, ratios in rows.items()}
 
 
 def standard_error(ratios: Sequence[Ratio]) -> float:
@@ -96,10 +81,13 @@ def verdict(
     metric = task.metrics[task.primary]
     values = {name: _value(summary, task.primary) for name, summary in trivial.items()}
     chosen = metric.best(values) if values else None
-    systems = dict(systems) | ({} if chosen is None else {"trivial": trivial[chosen]})
+    systems = {**systems} if chosen is None else {**systems, "trivial": trivial[chosen]}
     model = _value(systems["model"], task.primary)
-    opponents = [name for name in ("untrained", "trivial") if name in systems]
-    beats = {n: metric.improves(model, _value(systems[n], task.primary)) for n in opponents}
+    beats = {
+        name: metric.improves(model, _value(systems[name], task.primary))
+        for name in ("untrained", "trivial")
+        if name in systems
+    }
     return {"systems": systems, "trivial": {"chosen": chosen, "all": dict(trivial)}, "beats": beats}
 
 

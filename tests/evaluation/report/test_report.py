@@ -63,7 +63,7 @@ def test_page_is_self_contained_and_escaped(finished):
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert not re.findall(r"(?:@import|<script|<link)", page)
     assert "&lt;script&gt;" in page
-    assert page.count("data:image/png") == 3 * 2 * 3  # tasks x samples x (input, target, output)
+    assert page.count("data:image/png") == 3 * 6 * 3  # tasks x samples x (input, target, output)
     assert page.count('<svg role="img"') == 2
     ids = re.findall(r' id="([^"]+)"', page)
     svg_defs = [i for i in ids if i.startswith("p")]  # clip paths of both plots

@@ -11,7 +11,6 @@ from univg_jax.evaluation.scorers.scene import (
     fit_scene_scorer,
     open_scene_scorer,
 )
-from univg_jax.evaluation.scorers.segmenter import FitOptions
 
 SOURCE = MemorySource("squares", [data.scene(i) for i in range(96)])
 WORDS = [*data.COLORS, *data.SKIES]
@@ -26,12 +25,7 @@ def noun_of(phrase: str) -> str:
     return phrase.split()[-1]
 
 
-OPTIONS = dict(
-    noun_of=noun_of,
-    embed_text=embed_text,
-    options=FitOptions(steps=60, batch_size=16),
-    progress=False,
-)
+OPTIONS = dict(noun_of=noun_of, embed_text=embed_text, steps=60)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +69,6 @@ def test_cache_is_the_same_scorer_and_keyed_by_the_data(tmp_path, scorer):
     assert loaded.digest == scorer.digest
     assert loaded.nouns == tuple(sorted(data.COLORS))
     loaded.save(file)
-    assert FittedSceneScorer.load(file, noun_of=noun_of).digest == scorer.digest
+    assert FittedSceneScorer.load(file).digest == scorer.digest
     opened("b")
     assert len(list(tmp_path.iterdir())) == 2

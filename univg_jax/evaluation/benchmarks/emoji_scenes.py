@@ -74,34 +74,28 @@ def fingerprint(config: Config) -> str:
     # A description has the number of records and of bytes in each shard.
     patterns = [f"{depth}dataset_info.json" for depth in ("*/", "*/*/", "*/*/*/")]
     infos = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    return "\n".join([str(config.data.dir), *(path.read_text() for path in infos)])
+    return "\n".join([config.data.dir, *(path.read_text() for path in infos)])
 
 
-def open_scorers(pipeline: Pipeline, *, needs: Sequence[str], progress: bool) -> Scorers:
+def open_scorers(pipeline: Pipeline, *, needs: Sequence[str]) -> Scorers:
     """The run's own encoders, and the scene scorer of this data, fitted on its train split."""
-    scorers = embedders(pipeline, needs=needs)
+    scorers, config = embedders(pipeline, needs=needs), pipeline.config
     if "scene" in needs:
-        config = pipeline.config
-        # All tasks that need the scorer are served by the scenes.
-        task = next(
-            name
-            for name, task in BENCHMARK.tasks.items()
-            if "scene" in task.needs_scorers and name in config.tasks
-        )
+        # Both tasks that need the scorer are served by the scenes.
+        task = next(config.tasks[name] for name in ("t2i", "lg") if name in config.tasks)
         scorers["scene"] = open_scene_scorer(
-            open_source(next(iter(config.tasks[task].sources)), "train", data_dir=config.data.dir),
+            open_source(next(iter(task.sources)), "train", data_dir=config.data.dir),
             noun_of=emoji_noun,
             embed_text=scorers["text_embed"],
             cache_dir=epath.Path(config.data.dir) / "scorers",
             key=fingerprint(config),
-            progress=progress,
         )
     return scorers
 
 
 def emoji_noun(phrase: str) -> str:
     """The noun of a phrase: "two red apples" -> "apple". Raises UserError if it ends in none."""
-    # Imported here, since the artwork behind it is an optional dependency that most tasks spare.
+    # Imported here, since the artwork behind it is an optional dependency that few tasks need.
     from data_pipelines.datasets.emoji_scenes.sprites import WHITELIST
 
     ending = [n.name for n in WHITELIST if f" {phrase}".endswith((f" {n.name}", f" {n.plural}"))]
@@ -184,11 +178,10 @@ def _retrieval(scorers: Scorers, cases: Cases) -> ScoreFn:
 
     def score(case: Case, image: Image) -> dict[str, Ratio]:
         seen = scene.embed(image[None])[0]
-        similarity = {
-            name: np.stack([embedding[text] for text in texts]) @ seen
+        return {
+            name: metrics.recall_at_1(np.stack([embedding[text] for text in texts]) @ seen)
             for name, texts in of_case[case.index].items()
         }
-        return {name: metrics.recall_at_1(s.astype(float)) for name, s in similarity.items()}
 
     return score
 
@@ -220,13 +213,12 @@ def _layout(scorers: Scorers, cases: Cases) -> ScoreFn:
 
     def score(case: Case, image: Image) -> dict[str, Ratio]:
         found, nothing = scene.detect(image), np.zeros((0, 4))
-        nouns = [scene.noun_of(phrase) for phrase in case.record["phrases"]]
+        nouns = [emoji_noun(phrase) for phrase in case.record["phrases"]]
         boxes = np.asarray(case.record["boxes"], float)
         ious = metrics.best_box_iou(boxes, [found.get(noun, nothing) for noun in nouns])
-        count = float(len(ious))
         return {
-            "layout_miou": Ratio.of(ious.sum(), count),
-            "layout_success": Ratio.of(float(np.sum(ious >= 0.5)), count),
+            "layout_miou": Ratio.of(ious.sum(), len(ious)),
+            "layout_success": Ratio.of(np.sum(ious >= 0.5), len(ious)),
         }
 
     return score
@@ -248,13 +240,9 @@ def _score_pose(case: Case, image: Image) -> dict[str, Ratio]:
 
 
 def _score_segmentation(case: Case, image: Image) -> dict[str, Ratio]:
-    prediction = renderings.decode_mask(image) > 0
     # Decoding the target loses nothing: the rendering is black and white.
-    truth = renderings.decode_mask(case.example.target) > 0
-    return {
-        "miou": metrics.mean_iou(prediction, truth),
-        "oiou": metrics.overall_iou(prediction, truth),
-    }
+    masks = [renderings.decode_mask(picture) > 0 for picture in (image, case.example.target)]
+    return {"miou": metrics.mean_iou(*masks), "oiou": metrics.overall_iou(*masks)}
 
 
 def _identity(scorers: Scorers, cases: Cases) -> ScoreFn:
@@ -278,10 +266,10 @@ BENCHMARK = Benchmark(
             title="Text to image",
             metrics={
                 "retrieval_objects_r1": Metric(
-                    label="True objects ranked first", better="higher", percent=True
+                    "True objects ranked first", better="higher", percent=True
                 ),
                 "retrieval_r1": Metric(
-                    label="The same, against other settings too", better="higher", percent=True
+                    "The same, against other settings too", better="higher", percent=True
                 ),
             },
             make_score=_retrieval,
@@ -299,9 +287,9 @@ BENCHMARK = Benchmark(
         "ie": BenchmarkTask(
             title="Instruction editing",
             metrics={
-                "l1_changed": Metric(label="L1 in the changed region", better="lower"),
-                "l1": Metric(label="L1, whole image", better="lower"),
-                "psnr": Metric(label="PSNR, dB", better="higher"),
+                "l1_changed": Metric("L1 in the changed region", better="lower"),
+                "l1": Metric("L1, whole image", better="lower"),
+                "psnr": Metric("PSNR, dB", better="higher"),
             },
             make_score=lambda *_: _score_edit,
             make_trivial=answers.copy,
@@ -312,9 +300,9 @@ BENCHMARK = Benchmark(
         "ip": BenchmarkTask(
             title="In- and outpainting",
             metrics={
-                "l1_hole": Metric(label="L1 in the hole", better="lower"),
-                "l1": Metric(label="L1, whole image, raw", better="lower"),
-                "l1_composited": Metric(label="L1, whole image, composited", better="lower"),
+                "l1_hole": Metric("L1 in the hole", better="lower"),
+                "l1": Metric("L1, whole image, raw", better="lower"),
+                "l1_composited": Metric("L1, whole image, composited", better="lower"),
             },
             make_score=lambda *_: _score_inpainting,
             make_trivial=answers.filled,
@@ -324,12 +312,8 @@ BENCHMARK = Benchmark(
         "lg": BenchmarkTask(
             title="Layout to image",
             metrics={
-                "layout_miou": Metric(
-                    label="IoU of the named boxes", better="higher", percent=True
-                ),
-                "layout_success": Metric(
-                    label="Boxes found at IoU 0.5", better="higher", percent=True
-                ),
+                "layout_miou": Metric("IoU of the named boxes", better="higher", percent=True),
+                "layout_success": Metric("Boxes found at IoU 0.5", better="higher", percent=True),
             },
             make_score=_layout,
             make_trivial=answers.layout_answers,
@@ -340,8 +324,8 @@ BENCHMARK = Benchmark(
         "depth": BenchmarkTask(
             title="Depth estimation",
             metrics={
-                "abs_rel": Metric(label="AbsRel", better="lower"),
-                "delta1": Metric(label="delta1", better="higher", percent=True),
+                "abs_rel": Metric("AbsRel", better="lower"),
+                "delta1": Metric("delta1", better="higher", percent=True),
             },
             make_score=lambda *_: _score_depth,
             make_trivial=answers.mean_depth,
@@ -351,7 +335,7 @@ BENCHMARK = Benchmark(
         ),
         "pose": BenchmarkTask(
             title="Pose estimation",
-            metrics={"pck": Metric(label="PCK at 0.1 of the box", better="higher", percent=True)},
+            metrics={"pck": Metric("PCK at 0.1 of the box", better="higher", percent=True)},
             make_score=lambda *_: _score_pose,
             make_trivial=answers.mean_pose,
             needs_fields=("boxes",),
@@ -361,8 +345,8 @@ BENCHMARK = Benchmark(
         "seg": BenchmarkTask(
             title="Referring segmentation",
             metrics={
-                "miou": Metric(label="Mean IoU", better="higher", percent=True),
-                "oiou": Metric(label="Overall IoU", better="higher", percent=True),
+                "miou": Metric("Mean IoU", better="higher", percent=True),
+                "oiou": Metric("Overall IoU", better="higher", percent=True),
             },
             make_score=lambda *_: _score_segmentation,
             make_trivial=answers.mask_answers,
@@ -371,7 +355,7 @@ BENCHMARK = Benchmark(
         ),
         "id": BenchmarkTask(
             title="Identity preservation",
-            metrics={"identity_cosine": Metric(label="Cosine of face embeddings", better="higher")},
+            metrics={"identity_cosine": Metric("Cosine of face embeddings", better="higher")},
             make_score=_identity,
             make_trivial=_person_answers,
             needs_scorers=("face_embed",),

@@ -6,7 +6,6 @@ import re
 
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -43,12 +42,8 @@ def loss_plot(run: Stage) -> str:
         "svg.hashsalt": run.summary["stage"],
         "font.size": 9,
         "axes.edgecolor": FAINT,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
+        **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), INK),
+        **dict.fromkeys([f"axes.spines.{side}" for side in ("top", "right", "left")], False),
     }
     with mpl.rc_context(style):
         figure = Figure(figsize=(4.8, 2.6), layout="constrained")
@@ -63,17 +58,20 @@ def loss_plot(run: Stage) -> str:
 
 def _draw_losses(axes: Axes, run: Stage) -> None:
     heights: list[float] = []
-    names = {key: None for row in run.rows for key in row if key.startswith("loss/")}
-    for task in (name.removeprefix("loss/") for name in names):
-        steps, values = run.series(f"loss/{task}")
-        color, smooth = color_of(task), _smooth(values)
-        axes.plot(steps, smooth, color=color, lw=1.1, alpha=0.85, solid_capstyle="round")
-        axes.plot(*run.series(f"val/loss/{task}"), "o", color=color, ms=3, mec="none")
-        heights += [*smooth]
-    steps, values = run.series("loss")
-    if len(steps):
-        axes.plot(steps, _smooth(values), color=INK, lw=2.2, solid_capstyle="round")
-        heights += [*_smooth(values)]
+
+    def curve(name: str, *, color: str, lw: float, alpha: float | None = None) -> None:
+        steps, values = run.series(name)
+        # A centered mean over a twentieth of the points.
+        half = len(values) // 40
+        smooth = [values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))]
+        axes.plot(steps, smooth, color=color, lw=lw, alpha=alpha, solid_capstyle="round")
+        heights.extend(smooth)
+
+    for name in {key: None for row in run.rows for key in row if key.startswith("loss/")}:
+        color = color_of(name.removeprefix("loss/"))
+        curve(name, color=color, lw=1.1, alpha=0.85)
+        axes.plot(*run.series(f"val/{name}"), "o", color=color, ms=3, mec="none")
+    curve("loss", color=INK, lw=2.2)
     if heights:
         # The first losses are far above all others and would flatten the curves.
         low, high = np.percentile(heights, [0, 98])
@@ -88,18 +86,10 @@ def _draw_losses(axes: Axes, run: Stage) -> None:
 
 def _inline(svg: str, *, label: str) -> str:
     """matplotlib's SVG file as an element of a page: without a fixed size, in the page's colors."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", svg, count=1)
-    svg = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", svg, count=1)
+    svg = re.sub(r' (width|height)="[^"]*"', "", svg[svg.index("<svg") :], count=2)
     # Names such as patch_1 are in every plot of the page, and nothing refers to them.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
     svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--line)")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-
-
-def _smooth(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """A centered mean over a twentieth of the points."""
-    half = len(values) // 40
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])

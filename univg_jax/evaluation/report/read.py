@@ -1,5 +1,6 @@
 """What a report is made of: the files of training runs, and the results of an evaluation."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -14,6 +15,7 @@ from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation.benchmark import Metric
 
 Json = Mapping[str, Any]  # an object of a JSON file
+KINDS = ("input", "target", "output")  # of a sample's pictures, in the order in which they stand
 EVALUATE, TRAIN = "`univg evaluate` writes it", "the training of this stage writes it"
 
 
@@ -44,9 +46,10 @@ def read_results(evaluation: epath.PathLike) -> Json:
     return results
 
 
-def read_sample(evaluation: epath.PathLike, name: str) -> bytes:
-    """A PNG of the evaluation's samples. Raises NotFoundError if it is gone."""
-    return read_file(epath.Path(evaluation) / name, origin=EVALUATE)
+def read_sample(evaluation: epath.PathLike, sample: Mapping[str, str]) -> dict[str, bytes]:
+    """The PNGs of a sample by kind. Raises NotFoundError if one is gone."""
+    folder, kinds = epath.Path(evaluation), [kind for kind in KINDS if sample.get(kind)]
+    return {kind: read_file(folder / sample[kind], origin=EVALUATE) for kind in kinds}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,32 +74,36 @@ class TaskResult:
         return self.metrics[self.primary]
 
     @property
-    def systems(self) -> Sequence[str]:
-        """What was measured: model, untrained, codec, real, trivial."""
-        return list(self.entry["systems"])
-
-    def value(self, system: str, metric: str | None = None) -> float:
-        """A system's value of a metric (default: the primary one); NaN if it was not measured."""
-        value = self.entry["systems"].get(system, {}).get(metric or self.primary, {}).get("value")
-        return math.nan if value is None else float(value)
-
-    def reference(self, name: str, metric: str | None = None) -> float:
-        """As `value`, of a reference."""
-        value = self.entry["references"][name].get(metric or self.primary, {}).get("value")
-        return math.nan if value is None else float(value)
+    def secondary(self) -> Sequence[str]:
+        """The names of the other metrics."""
+        return [name for name in self.metrics if name != self.primary]
 
     @property
-    def references(self) -> Sequence[str]:
-        """Names of the answers that show what a metric does not measure."""
-        return list(self.entry.get("references", {}))
+    def systems(self) -> Json:
+        """Summaries of what was measured: model, untrained, codec, real, trivial."""
+        return self.entry["systems"]
 
-    def error(self, metric: str | None = None) -> float | None:
-        """The standard error of the model's value, where there is one."""
-        return self.entry["systems"]["model"].get(metric or self.primary, {}).get("stderr")
+    @property
+    def references(self) -> Json:
+        """Summaries of the answers that show what a metric does not measure."""
+        return self.entry.get("references", {})
+
+    def get(self, name: str, metric: str | None = None, field: str = "value") -> float | None:
+        """A number of a system or a reference; None if it was not measured.
+
+        `field` may be `stderr` instead. `metric` is the primary one by default.
+        """
+        summary = {**self.references, **self.systems}.get(name, {})
+        return summary.get(metric or self.primary, {}).get(field)
+
+    def value(self, name: str, metric: str | None = None) -> float:
+        """As `get`, but NaN if it was not measured."""
+        value = self.get(name, metric)
+        return math.nan if value is None else value
 
     def beats(self, opponent: str) -> bool:
         """Whether the model is better; an opponent that was not measured is not beaten."""
-        return bool(self.entry["beats"].get(opponent))
+        return self.entry["beats"].get(opponent, False)
 
     @property
     def beats_both(self) -> bool:
@@ -136,11 +143,11 @@ class Stage:
 
     def total(self, prefix: str) -> dict[str, int | float]:
         """The sums of all metrics `prefix/<name>`, by name."""
-        sums: dict[str, float] = {}
+        sums: dict[str, float] = collections.defaultdict(float)
         for row in self.rows:
             for key, value in row.items():
-                if key.startswith(prefix + "/"):
-                    sums[key[len(prefix) + 1 :]] = sums.get(key[len(prefix) + 1 :], 0.0) + value
+                if key.startswith(f"{prefix}/"):
+                    sums[key.removeprefix(f"{prefix}/")] += value
         return sums
 
     @property
@@ -149,7 +156,5 @@ class Stage:
         if counted := self.total("count"):
             return counted
         batch = self.summary.get("config", {}).get("data", {}).get("batch_size", 0)
-        return {
-            task: share * batch * self.summary["steps"]
-            for task, share in self.summary["shares"].items()
-        }
+        shares, steps = self.summary["shares"], self.summary["steps"]
+        return {task: share * batch * steps for task, share in shares.items()}

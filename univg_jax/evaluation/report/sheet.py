@@ -2,19 +2,16 @@
 
 import io
 import textwrap
-from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
-from univg_jax.evaluation.report.read import Json, read_sample
+from univg_jax.evaluation.report.read import KINDS, Json, read_sample
 from univg_jax.files import write_whole
 
 COLUMNS = 4
-KINDS = ("input", "target", "output")
 
 
 def write_sheet(results: Json, evaluation: epath.PathLike, path: epath.PathLike) -> None:
@@ -31,7 +28,11 @@ def write_sheet(results: Json, evaluation: epath.PathLike, path: epath.PathLike)
             axis.set_axis_off()
         samples = task["samples"][:COLUMNS]
         for axis, sample in zip(row, samples, strict=False):
-            axis.imshow(_side_by_side(evaluation, sample), interpolation="nearest")
+            pngs = read_sample(evaluation, sample).values()
+            pictures = [np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in pngs]
+            # A white column between two pictures: one before each, less the first.
+            spaced = [np.pad(p, ((0, 0), (1, 0), (0, 0)), constant_values=255) for p in pictures]
+            axis.imshow(np.concatenate(spaced, axis=1)[:, 1:], interpolation="nearest")
             axis.set_title(textwrap.fill(sample["prompt"], 44), fontsize=7, loc="left")
         kinds = ", ".join(kind for kind in KINDS if samples and samples[0].get(kind))
         label = f"{name}\n{kinds}"
@@ -39,13 +40,3 @@ def write_sheet(results: Json, evaluation: epath.PathLike, path: epath.PathLike)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_whole(path, buffer.getvalue())
-
-
-def _side_by_side(
-    evaluation: epath.PathLike, sample: Mapping[str, str]
-) -> UInt8[np.ndarray, "h w 3"]:
-    pngs = [read_sample(evaluation, sample[kind]) for kind in KINDS if sample.get(kind)]
-    pictures = [np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in pngs]
-    gap = np.full((len(pictures[0]), 1, 3), 255, np.uint8)
-    spaced = [piece for picture in pictures for piece in (picture, gap)]
-    return np.concatenate(spaced[:-1], axis=1)

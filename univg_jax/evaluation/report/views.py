@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -23,69 +23,41 @@ View = dict[str, Any]
 SHORTEST = 0.05  # seconds: what took less is left out of a stage's times
 
 
-def images_by_task(stages: Sequence[Stage]) -> dict[str, int | float]:
-    """How many training images of each task all stages saw together."""
-    seen: dict[str, int | float] = {}
-    for stage in stages:
-        for task, count in stage.images.items():
-            seen[task] = seen.get(task, 0.0) + count
-    return seen
-
-
 def task_view(
-    name: str, task: TaskResult, *, seen: Mapping[str, int | float], evaluation: epath.Path
+    name: str, task: TaskResult, *, stages: Sequence[Stage], evaluation: epath.PathLike
 ) -> View:
     """A task's row of the table, its reasons and its samples."""
-    total = sum(seen.values())
-    share = seen.get(name, 0.0) / total if total else 0.0
+    total = sum(sum(stage.images.values()) for stage in stages)
+    seen = sum(stage.images.get(name, 0.0) for stage in stages)
+    reasons = explain(task, images_seen=seen, share_seen=seen / total if total else 0.0)
     return {
-        "name": name,
-        "title": task.entry["title"],
+        **task.entry,
         "color": color_of(name),
-        "beats": task.entry["beats"],
         "beats_both": task.beats_both,
-        "trivial_name": task.entry["trivial"]["chosen"],
-        "examples": task.entry["examples"],
         "primary": _metric_view(task, task.primary),
-        "secondary": [_metric_view(task, key) for key in task.metrics if key != task.primary],
+        "secondary": [_metric_view(task, key) for key in task.secondary],
         "scale": _scale(task),
-        "reasons": explain(task, images_seen=seen.get(name, 0.0), share_seen=share),
-        "samples": [_sample_view(sample, evaluation) for sample in task.entry["samples"]],
-        "note": task.entry.get("note", ""),
-        "references": [
-            {
-                "name": reference,
-                "values": [
-                    format_value(task.reference(reference, key), metric)
-                    for key, metric in task.metrics.items()
-                ],
-            }
-            for reference in task.references
+        "reasons": reasons,
+        "samples": [
+            (sample["prompt"], {k: data_uri(p) for k, p in read_sample(evaluation, sample).items()})
+            for sample in task.entry["samples"]
         ],
+        "references": {
+            name: [format_value(task.value(name, key), m) for key, m in task.metrics.items()]
+            for name in task.references
+        },
         # Beside the verdict and not in a footnote, since they qualify it.
         "caveats": caveats(task),
     }
 
 
 def _metric_view(task: TaskResult, key: str) -> View:
-    metric, error = task.metrics[key], task.error(key)
+    metric, error = task.metrics[key], task.get("model", key, "stderr")
     columns = [s for s in ("model", "untrained", "trivial", "codec", "real") if s in task.systems]
     return {
-        "label": metric.label,
-        "better": metric.better,
+        "metric": metric,
         "values": {s: format_value(task.value(s, key), metric) for s in columns},
-        "error": format_value(error, metric) if error and math.isfinite(error) else "",
-    }
-
-
-def _sample_view(sample: Mapping[str, str], evaluation: epath.Path) -> View:
-    return {
-        "prompt": sample["prompt"],
-        "images": [
-            (label, data_uri(read_sample(evaluation, sample[label])))
-            for label in ("input", "target", "output")
-            if sample.get(label)
-        ],
+        "error": format_value(error, metric) if error else "",
     }
 
 
@@ -93,19 +65,19 @@ def _scale(task: TaskResult) -> list[View]:
     """Where each system stands between the worst (0 %) and the best (100 %) of them."""
     shown = [s for s in ("untrained", "trivial", "codec", "real", "model") if s in task.systems]
     values = {s: task.value(s) for s in shown if math.isfinite(task.value(s))}
-    if "codec" in values and "real" in values:
-        values.pop("real")  # two ceilings crowd a thin line; the table has both
+    if "codec" in values:
+        values.pop("real", None)  # two ceilings crowd a thin line; the table has both
     if not values:
         return []
     best = values[task.metric.best(values)]
     worst = max(values.values(), key=lambda value: abs(value - best))
     span = abs(best - worst) or 1.0
     return [
-        {
-            "system": system,
-            "percent": round(100 * abs(value - worst) / span, 2),
-            "value": format_value(value, task.metric),
-        }
+        dict(
+            system=system,
+            percent=round(100 * abs(value - worst) / span, 2),
+            value=format_value(value, task.metric),
+        )
         for system, value in values.items()
     ]
 
@@ -117,12 +89,12 @@ def stage_view(stage: Stage) -> View:
     tasks = [task for task in {**declared, **realized} if not task.startswith("_")]
     total_weight = sum(declared.values()) or 1.0
     mixture = [
-        {
-            "task": task,
-            "color": color_of(task),
-            "realized": 100 * realized.get(task, 0.0),
-            "declared": 100 * declared.get(task, 0.0) / total_weight,
-        }
+        dict(
+            task=task,
+            color=color_of(task),
+            realized=100 * realized.get(task, 0.0),
+            declared=100 * declared.get(task, 0.0) / total_weight,
+        )
         for task in tasks
     ]
     return {
@@ -140,10 +112,10 @@ def stage_view(stage: Stage) -> View:
         "spent": _spent_view(stage),
         "loss_svg": loss_plot(stage),
         "legend": [(t, color_of(t)) for t in tasks if len(stage.series(f"loss/{t}")[0])],
-        "config": [
-            (key, json.dumps(value, default=str))
+        "config": {
+            key: json.dumps(value, default=str)
             for key, value in trees.flatten(summary.get("config", {})).items()
-        ],
+        },
     }
 
 

@@ -14,15 +14,13 @@ def headline(tasks: Mapping[str, TaskResult]) -> dict[str, str | list[str]]:
         return {"text": "No task was evaluated", "failed": []}
     count = len(tasks) - len(failed)
     subject = f"{count} of {len(tasks)} tasks beat" if failed else "Every task beats"
-    return {
-        "text": f"{subject} both the untrained model and the trivial baseline",
-        "failed": failed,
-    }
+    text = f"{subject} both the untrained model and the trivial baseline"
+    return {"text": text, "failed": failed}
 
 
-def format_value(value: int | float | None, metric: Metric) -> str:
+def format_value(value: int | float, metric: Metric) -> str:
     """A metric's value: in percent where the metric says so, else to three decimals."""
-    if value is None or not math.isfinite(value):
+    if not math.isfinite(value):
         return "n/a"
     if metric.percent:
         return f"{100 * value:.1f}\u00a0%"
@@ -36,27 +34,27 @@ def explain(task: TaskResult, *, images_seen: int | float, share_seen: int | flo
     all that it saw.
     """
 
-    def show(value: int | float | None) -> str:
+    if task.beats_both:
+        return []
+
+    def show(value: int | float) -> str:
         return format_value(value, task.metric)
 
-    trivial_name = task.entry["trivial"]["chosen"]
+    model, trivial, codec = (task.value(s) for s in ("model", "trivial", "codec"))
+    chosen, error = task.entry["trivial"]["chosen"], task.get("model", field="stderr")
     opponents = {
         "untrained": "the untrained model",
-        "trivial": f"“{trivial_name}”" if trivial_name else "any trivial answer",
+        "trivial": f"“{chosen}”" if chosen else "any trivial answer",
     }
     sentences = []
     for opponent, name in opponents.items():
-        other = task.value(opponent)
-        if task.beats(opponent):
-            continue
-        if math.isfinite(other):
-            sentences.append(f"{show(task.value('model'))} does not beat {name} at {show(other)}.")
-        else:
-            sentences.append(f"It was not compared with {name}.")
-    if not sentences:
-        return []
-    model, trivial, codec = (task.value(s) for s in ("model", "trivial", "codec"))
-    error = task.error()
+        if not task.beats(opponent):
+            other = task.value(opponent)
+            sentences.append(
+                f"{show(model)} does not beat {name} at {show(other)}."
+                if math.isfinite(other)
+                else f"It was not compared with {name}."
+            )
     if _is_no_better(task.metric, codec, trivial):
         sentences.append(
             f"Nor does the codec's reconstruction of the true answer ({show(codec)}): "
@@ -67,13 +65,12 @@ def explain(task: TaskResult, *, images_seen: int | float, share_seen: int | flo
             "The difference to the trivial baseline is below two standard errors of the model's "
             f"value ({show(error)}, {task.entry['examples']} examples)."
         )
-    if images_seen:
-        sentences.append(
-            f"The task saw {images_seen:,.0f} training images, "
-            f"{100 * share_seen:.0f} % of all that were shown."
-        )
-    else:
-        sentences.append("No stage of this run trained the task.")
+    sentences.append(
+        f"The task saw {images_seen:,.0f} training images, {100 * share_seen:.0f} % of all that "
+        "were shown."
+        if images_seen
+        else "No stage of this run trained the task."
+    )
     if task.entry.get("difficulty"):
         sentences.append(f"A likely reason, not measured: {task.entry['difficulty']}")
     return sentences
@@ -82,14 +79,13 @@ def explain(task: TaskResult, *, images_seen: int | float, share_seen: int | flo
 def caveats(task: TaskResult) -> list[str]:
     """Lines beside the verdict: the references, and the metrics in which the model is no better."""
     lines = []
-    model = task.value("model")
     for name in task.references:
-        value = task.reference(name)
-        words = "" if task.metric.improves(model, value) else "not better than "
+        value = task.value(name)
+        words = "" if task.metric.improves(task.value("model"), value) else "not better than "
         lines.append(f"{words}{name}: {format_value(value, task.metric)}")
-    for name, metric in task.metrics.items():
-        model, trivial = task.value("model", name), task.value("trivial", name)
-        if name != task.primary and _is_no_better(metric, model, trivial):
+    for name in task.secondary:
+        metric, model = task.metrics[name], task.value("model", name)
+        if _is_no_better(metric, model, task.value("trivial", name)):
             lines.append(f"not better in {metric.label}: {format_value(model, metric)}")
     return lines
 

@@ -22,13 +22,6 @@ FaceEmbedder = Callable[[UInt8[np.ndarray, "b h w 3"]], Float[np.ndarray, "b e"]
 class SceneScorer(Protocol):
     """Names the objects in pictures of scenes, and embeds pictures where captions are."""
 
-    noun_of: Callable[[str], str]  # of a phrase: "two red apples" -> "apple"
-
-    @property
-    def digest(self) -> str:
-        """Changes when any weight does."""
-        ...
-
     def detect(self, image: UInt8[np.ndarray, "h w 3"]) -> Mapping[str, Float[np.ndarray, "_ 4"]]:
         """Boxes x0 y0 x1 y1 in [0, 1] of every noun that is seen."""
         ...
@@ -58,7 +51,7 @@ PROTOCOLS = {  # what to do about one that is missing
 
 
 def digest(scorers: Scorers) -> str:
-    """Names in a result the scorers that have weights of their own: their digests, or `none`."""
+    """Names in a result the scorers that have weights of their own: their `digest`, or `none`."""
     digests = [scorer.digest for scorer in scorers.values() if hasattr(scorer, "digest")]
     return ", ".join(digests) or "none"
 

@@ -26,11 +26,15 @@ from jaxtyping import Bool, Float, Int, UInt8
 from tqdm import tqdm
 
 from data_pipelines.sources import Source
+from univg_jax import trees
 from univg_jax.evaluation.scorers import TextEmbedder, local_mesh, segmenter
-from univg_jax.evaluation.scorers.segmenter import DEFAULT_FIT, RESOLUTION, FitOptions, Params
+from univg_jax.evaluation.scorers.segmenter import RESOLUTION, Params
 from univg_jax.files import write_whole
 
 VERSION = 1  # of the fit: part of the cache's key
+STEPS = 300
+MAX_RECORDS = 3000  # scenes that it is fitted on
+MIN_AREA = 0.004  # of a picture: what is smaller is not detected
 
 Images = UInt8[np.ndarray, "b h w 3"]
 
@@ -40,18 +44,15 @@ class FittedSceneScorer:
     """The `SceneScorer` of a network and a ridge regression. It scores pictures at `RESOLUTION`."""
 
     nouns: tuple[str, ...]  # noun i is class i + 1; class 0 is background
-    noun_of: Callable[[str], str]  # "two red apples" -> "apple"
     segmenter: Params
     ridge: Params  # feature_mean, feature_scale, weights, text_mean
 
     def segment(self, images: Images) -> Float[np.ndarray, "b r r k"]:
-        """The probability of each class at every pixel; class i + 1 is `nouns[i]`."""
+        """The probability of each class at every pixel."""
         return segmenter.probabilities(self.segmenter, _resize(images))
 
-    def detect(
-        self, image: UInt8[np.ndarray, "h w 3"], *, min_area: float = 0.004
-    ) -> dict[str, Float[np.ndarray, "_ 4"]]:
-        """Boxes in [0, 1] of every noun: its connected regions above `min_area` of the image.
+    def detect(self, image: UInt8[np.ndarray, "h w 3"]) -> dict[str, Float[np.ndarray, "_ 4"]]:
+        """Boxes in [0, 1] of every noun: its connected regions of at least `MIN_AREA`.
 
         Gaps of one pixel within an object do not split it.
         """
@@ -59,7 +60,7 @@ class FittedSceneScorer:
         return {
             noun: boxes
             for index, noun in enumerate(self.nouns, start=1)
-            if len(boxes := _component_boxes(labels == index, min_area=min_area))
+            if len(boxes := _component_boxes(labels == index))
         }
 
     def embed(self, images: Images) -> Float[np.ndarray, "b d"]:
@@ -84,25 +85,16 @@ class FittedSceneScorer:
         write_whole(path, self._to_bytes())
 
     @classmethod
-    def load(cls, path: epath.PathLike, *, noun_of: Callable[[str], str]) -> "FittedSceneScorer":
+    def load(cls, path: epath.PathLike) -> "FittedSceneScorer":
         """The scorer that `save` wrote."""
         # safetensors: eight bytes with the header's length, the header as JSON, the tensors.
         raw = epath.Path(path).read_bytes()
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        groups: dict[str, Params] = {"segmenter": {}, "ridge": {}}
-        for name, value in safetensors.numpy.load(raw).items():
-            group, _, leaf = name.partition("/")
-            groups[group][leaf] = value
         nouns = tuple(json.loads(header["__metadata__"]["nouns"]))
-        return cls(nouns=nouns, noun_of=noun_of, **groups)
+        return cls(nouns=nouns, **trees.nest(safetensors.numpy.load(raw)))
 
     def _to_bytes(self) -> bytes:
-        groups = {"segmenter": self.segmenter, "ridge": self.ridge}
-        tensors = {
-            f"{group}/{name}": np.asarray(value)
-            for group, tree in groups.items()
-            for name, value in sorted(tree.items())
-        }
+        tensors = trees.named_leaves({"segmenter": self.segmenter, "ridge": self.ridge})
         return safetensors.numpy.save(tensors, {"nouns": json.dumps(self.nouns)})
 
 
@@ -113,26 +105,23 @@ def open_scene_scorer(
     embed_text: TextEmbedder,
     cache_dir: epath.PathLike,
     key: str,
-    options: FitOptions = DEFAULT_FIT,
-    progress: bool = True,
+    steps: int = STEPS,
 ) -> FittedSceneScorer:
     """The scorer fitted on `source`, or read from `cache_dir` if it was fitted before.
 
-    The name of the cached file is a hash of `key`, which says what the data is, and of the options:
-    data or options that changed never meet an old scorer. All processes call it; process 0 fits.
+    The name of the cached file is a hash of `key`, which says what the data is, and of how the
+    scorer is fitted: what changed never meets an old scorer. All processes call it; process 0 fits.
     """
-    settings = [VERSION, RESOLUTION, segmenter.WIDTHS, options.steps, options.batch_size]
-    settings += [options.max_records, options.seed, key]
+    settings = [VERSION, RESOLUTION, segmenter.WIDTHS, steps, segmenter.BATCH_SIZE]
+    settings += [MAX_RECORDS, segmenter.SEED, key]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     cache = epath.Path(cache_dir) / f"scene_scorer-{digest}.safetensors"
 
     def fitted() -> FittedSceneScorer:
         if cache.exists():
-            return FittedSceneScorer.load(cache, noun_of=noun_of)
+            return FittedSceneScorer.load(cache)
         with local_mesh():
-            scorer = fit_scene_scorer(
-                source, noun_of=noun_of, embed_text=embed_text, options=options, progress=progress
-            )
+            scorer = fit_scene_scorer(source, noun_of=noun_of, embed_text=embed_text, steps=steps)
         scorer.save(cache)
         return scorer
 
@@ -144,66 +133,54 @@ def open_scene_scorer(
 
 
 def fit_scene_scorer(
-    source: Source,
-    *,
-    noun_of: Callable[[str], str],
-    embed_text: TextEmbedder,
-    options: FitOptions = DEFAULT_FIT,
-    progress: bool = True,
+    source: Source, *, noun_of: Callable[[str], str], embed_text: TextEmbedder, steps: int = STEPS
 ) -> FittedSceneScorer:
-    """The scorer of records with an image, a caption, phrases and their masks; deterministic."""
-    chosen = np.random.default_rng(options.seed).permutation(len(source))[: options.max_records]
+    """The scorer of records with an image, a caption, phrases and their masks; deterministic.
+
+    `noun_of` takes a phrase: "two red apples" -> "apple".
+    """
+    chosen = np.random.default_rng(segmenter.SEED).permutation(len(source))[:MAX_RECORDS]
     fields = ("image", "caption", "phrases", "masks")
-    records = [
-        source.read(int(i), fields)
-        for i in tqdm(chosen, "scorer: reading scenes", disable=not progress)
-    ]
+    records = [source.read(int(i), fields) for i in tqdm(chosen, "scorer: reading scenes")]
     nouns = tuple(sorted({noun_of(phrase) for r in records for phrase in r["phrases"]}))
     classes = {noun: i for i, noun in enumerate(nouns, start=1)}
     images = np.concatenate([_resize(r["image"][None]) for r in records])
     labels = np.stack(
         [_label_map(r["masks"], [classes[noun_of(p)] for p in r["phrases"]]) for r in records]
     )
-    params = segmenter.fit(
-        images, labels, classes=len(nouns) + 1, options=options, progress=progress
-    )
-    scorer = FittedSceneScorer(nouns=nouns, noun_of=noun_of, segmenter=params, ridge={})
+    params = segmenter.fit(images, labels, classes=len(nouns) + 1, steps=steps)
+    scorer = FittedSceneScorer(nouns=nouns, segmenter=params, ridge={})
     features = _features(images, scorer.segment(images))
     captions, caption_of = np.unique([r["caption"] for r in records], return_inverse=True)
     text = np.asarray(embed_text(captions.tolist()), float)[caption_of]
     return dataclasses.replace(scorer, ridge=_fit_ridge(features, text))
 
 
-def _component_boxes(mask: Bool[np.ndarray, "r r"], *, min_area: float) -> Float[np.ndarray, "_ 4"]:
-    """Boxes of the connected regions that cover at least `min_area` of the picture."""
+def _component_boxes(mask: Bool[np.ndarray, "r r"]) -> Float[np.ndarray, "_ 4"]:
+    """Boxes of the connected regions that cover at least `MIN_AREA` of the picture."""
     closed = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
     count, regions = cv2.connectedComponents(closed, connectivity=8)
     h, w = mask.shape
     boxes = []
     for region in range(1, count):  # 0 is the rest of the image
         ys, xs = np.nonzero((regions == region) & mask)
-        if len(ys) >= max(min_area * mask.size, 1):
+        if len(ys) >= max(MIN_AREA * mask.size, 1):
             boxes.append([xs.min() / w, ys.min() / h, (xs.max() + 1) / w, (ys.max() + 1) / h])
     return np.array(boxes, float).reshape(-1, 4)
 
 
 def _resize(images: Images) -> UInt8[np.ndarray, "b r r 3"]:
-    if images.shape[1:3] == (RESOLUTION, RESOLUTION):
-        return images
     mode = cv2.INTER_AREA if images.shape[1] > RESOLUTION else cv2.INTER_LINEAR
-    return np.stack(
-        [cv2.resize(image, (RESOLUTION, RESOLUTION), interpolation=mode) for image in images]
-    )
+    size = (RESOLUTION, RESOLUTION)
+    return np.stack([cv2.resize(image, size, interpolation=mode) for image in images])
 
 
 def _label_map(masks: UInt8[np.ndarray, "n h w"], classes: list[int]) -> Int[np.ndarray, "r r"]:
     """The class of every pixel at `RESOLUTION`. Where objects overlap, the smallest one counts."""
     labels = np.zeros((RESOLUTION, RESOLUTION), np.int32)
     for i in sorted(range(len(masks)), key=lambda i: -int(masks[i].sum())):
-        mask = cv2.resize(
-            masks[i].astype(np.float32), (RESOLUTION, RESOLUTION), interpolation=cv2.INTER_AREA
-        )
-        labels[mask >= 0.5] = classes[i]
+        mask, size = masks[i].astype(np.float32), (RESOLUTION, RESOLUTION)
+        labels[cv2.resize(mask, size, interpolation=cv2.INTER_AREA) >= 0.5] = classes[i]
     return labels
 
 
@@ -245,17 +222,11 @@ def _fit_ridge(features: Float[np.ndarray, "n f"], text: Float[np.ndarray, "n d"
     def gcv(penalty: float) -> float:
         solution = projected / (values + penalty)[:, None]
         # |Y - XW|² = |Y|² - 2 <X'Y, W> + <W, X'X W>, all in the eigenbasis.
-        residual = (
-            np.sum(y**2) - 2 * np.sum(projected * solution) + np.sum(values[:, None] * solution**2)
-        )
+        residual = np.sum(y**2) - 2 * np.sum(projected * solution)
+        residual += np.sum(values[:, None] * solution**2)
         return residual / (n - np.sum(values / (values + penalty))) ** 2
 
     penalty = min((n * 10.0**e for e in (-4, -3, -2, -1, 0, 1)), key=gcv)
     weights = vectors @ (projected / (values + penalty)[:, None])
-    tree = {
-        "feature_mean": mean,
-        "feature_scale": scale,
-        "weights": weights,
-        "text_mean": text_mean,
-    }
-    return {name: value.astype(np.float32) for name, value in tree.items()}
+    ridge = dict(feature_mean=mean, feature_scale=scale, weights=weights, text_mean=text_mean)
+    return {name: value.astype(np.float32) for name, value in ridge.items()}

@@ -5,8 +5,6 @@ none works at full resolution. The input is `RESOLUTION` pixels a side; the logi
 and probabilities are interpolated back.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,28 +17,18 @@ from univg_jax.images import to_float
 
 RESOLUTION = 48  # pixels a side
 WIDTHS = (16, 48, 96)  # channels at 1/2, 1/4, 1/8 of the resolution
+SEED = 0
+BATCH_SIZE = 32  # while fitting
+CHUNK = 128  # images that are segmented at once
 
 Params = dict[str, Float[Array, "..."]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """How long and on how much the network is fitted."""
-
-    steps: int = 300
-    batch_size: int = 32
-    max_records: int = 3000
-    seed: int = 0
-
-
-DEFAULT_FIT = FitOptions()
-
-
 def probabilities(
-    params: Params, images: UInt8[np.ndarray, "b h w 3"], *, batch_size: int = 128
+    params: Params, images: UInt8[np.ndarray, "b h w 3"]
 ) -> Float[np.ndarray, "b h w k"]:
     """The probability of each class at every pixel."""
-    chunks = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    chunks = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
     return np.concatenate([np.asarray(_probabilities(params, chunk)) for chunk in chunks])
 
 
@@ -49,16 +37,15 @@ def fit(
     labels: Int[np.ndarray, "n r r"],
     *,
     classes: int,
-    options: FitOptions,
-    progress: bool = True,
+    steps: int,
 ) -> Params:
     """The network's parameters, fitted to the class of every pixel; deterministic.
 
     Cross-entropy against the share of each class in every 2x2 block, with Adam and a one-cycle
     cosine learning rate.
     """
-    tx = optax.adam(optax.cosine_onecycle_schedule(options.steps, 4e-3))
-    params = _init_params(classes, options.seed)
+    tx = optax.adam(optax.cosine_onecycle_schedule(steps, 4e-3))
+    params = _init_params(classes)
     opt_state = tx.init(params)
 
     def loss_fn(params: Params, x: Array, shares: Array) -> Array:
@@ -67,38 +54,29 @@ def fit(
     @jax.jit
     def step(
         params: Params, opt_state: PyTree, key: Array, x: Array, y: Array
-    ) -> tuple[Params, PyTree, Array]:
+    ) -> tuple[Params, PyTree]:
         x = _degraded(key, to_float(x))
         b, h, w = y.shape
         shares = jax.nn.one_hot(y, classes).reshape(b, h // 2, 2, w // 2, 2, classes).mean((2, 4))
-        loss, grads = jax.value_and_grad(loss_fn)(params, x, shares)
-        updates, opt_state = tx.update(grads, opt_state)
-        return optax.apply_updates(params, updates), opt_state, loss
+        updates, opt_state = tx.update(jax.grad(loss_fn)(params, x, shares), opt_state)
+        return optax.apply_updates(params, updates), opt_state
 
-    rng, key = np.random.default_rng(options.seed), jax.random.key(options.seed)
-    bar = tqdm(range(options.steps), "scorer: learning to segment", disable=not progress)
-    for i in bar:
-        rows = rng.integers(len(images), size=options.batch_size)
+    rng, key = np.random.default_rng(SEED), jax.random.key(SEED)
+    for i in tqdm(range(steps), "scorer: learning to segment"):
+        rows = rng.integers(len(images), size=BATCH_SIZE)
         flip = -1 if rng.random() < 0.5 else 1
         batch = images[rows][:, :, ::flip], labels[rows][:, :, ::flip]
-        params, opt_state, loss = step(params, opt_state, jax.random.fold_in(key, i), *batch)
-        if progress and i % 50 == 49:
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+        params, opt_state = step(params, opt_state, jax.random.fold_in(key, i), *batch)
     return {name: np.asarray(value) for name, value in params.items()}
 
 
-def _init_params(classes: int, seed: int) -> Params:
+def _init_params(classes: int) -> Params:
     a, b, c = WIDTHS
     shapes = {  # (channels in, channels out) of each convolution
-        "down2": (12, a),
-        "down4": (4 * a, b),
-        "down8": (4 * b, c),
-        "middle": (c, c),
-        "up4": (b + c // 4, b),
-        "up2": (a + b // 4, a),
-        "logits": (a, classes),
+        **{"down2": (12, a), "down4": (4 * a, b), "down8": (4 * b, c), "middle": (c, c)},
+        **{"up4": (b + c // 4, b), "up2": (a + b // 4, a), "logits": (a, classes)},
     }
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     params: Params = {}
     for name, (fan_in, fan_out) in shapes.items():
         scale = (2 / (9 * fan_in)) ** 0.5  # He: keeps the variance through ReLUs
@@ -118,19 +96,13 @@ def _logits(params: Params, x: Float[Array, "b h w 3"]) -> Float[Array, "b h//2 
 
     def down(x: Array) -> Array:  # space to depth
         b, h, w, c = x.shape
-        return (
-            x.reshape(b, h // 2, 2, w // 2, 2, c)
-            .transpose(0, 1, 3, 2, 4, 5)
-            .reshape(b, h // 2, w // 2, 4 * c)
-        )
+        blocks = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
+        return blocks.reshape(b, h // 2, w // 2, 4 * c)
 
     def up(x: Array) -> Array:  # depth to space
         b, h, w, c = x.shape
-        return (
-            x.reshape(b, h, w, 2, 2, c // 4)
-            .transpose(0, 1, 3, 2, 4, 5)
-            .reshape(b, 2 * h, 2 * w, c // 4)
-        )
+        blocks = x.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
+        return blocks.reshape(b, 2 * h, 2 * w, c // 4)
 
     half = jax.nn.relu(conv("down2", down(x)))
     quarter = jax.nn.relu(conv("down4", down(half)))
