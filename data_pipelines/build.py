@@ -55,7 +55,19 @@ class Family:
 
 
 class _Writer(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
-    """TFDS's writer of (key, record) pairs; the original asks TensorFlow what kind they are."""
+    """TFDS's writer of (key, record) pairs, with a license, and without TensorFlow.
+
+    The original asks TensorFlow whether it is given tensors.
+    """
+
+    def __init__(self, *, license: str, **kwargs: Any):
+        self._license = license
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        info = super()._info()
+        info.redistribution_info.license = self._license
+        return info
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         return dict(self._split_datasets)
@@ -68,13 +80,14 @@ def build_families(
     dataset: str,
     version: str,
     description: str,
+    license: str,
     arguments: Mapping[str, Any],
     processes: int | None = None,
 ) -> None:
     """Writes the families that are not complete yet, each into `out/NAME`.
 
     `arguments` and `version` are all that the records depend on. `dataset` begins the names of the
-    files, and `description` is stored beside them. `processes`: None is one a core.
+    files, and `description` and `license` are stored beside them. `processes`: None is one a core.
 
     Raises UserError if `out` was claimed by other arguments.
     """
@@ -87,8 +100,8 @@ def build_families(
     tfds.disable_progress_bar()
     with _pool(min(processes or _available_cores(), useful)) as ordered_map:
         for family in missing:
-            describe = dict(name=dataset, version=version, description=description)
-            _write(out, family, ordered_map=ordered_map, **describe)
+            about = dict(name=dataset, version=version, description=description, license=license)
+            _write(out, family, ordered_map=ordered_map, about=about)
 
 
 def is_complete(out: epath.PathLike, family: str) -> bool:
@@ -138,7 +151,9 @@ def _pool(processes: int) -> Iterator[OrderedMap]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _write(out: epath.Path, family: Family, *, ordered_map: OrderedMap, **describe: str) -> None:
+def _write(
+    out: epath.Path, family: Family, *, ordered_map: OrderedMap, about: Mapping[str, str]
+) -> None:
     """Writes one family whole, over whatever an interrupted build left."""
     final, is_bucket = out / family.name, "://" in os.fspath(out)
     # A local family is staged in the output folder, since a rename cannot cross file systems.
@@ -156,7 +171,7 @@ def _write(out: epath.Path, family: Family, *, ordered_map: OrderedMap, **descri
                 },
                 data_dir=staging,
                 file_format="array_record",
-                **describe,
+                **about,
             )
             # TFDS prints that it downloads, which it does not.
             with contextlib.redirect_stdout(io.StringIO()):

@@ -16,7 +16,6 @@ import cv2
 import grain
 import numpy as np
 
-from data_pipelines import tasks
 from data_pipelines.collate import Collator, Drop, Row
 from data_pipelines.order import Rotation, host_rows
 from data_pipelines.quarantine import Quarantine
@@ -24,7 +23,7 @@ from data_pipelines.sources import Source, open_source
 from data_pipelines.tasks import TASKS, UnsuitableRecord
 from univg_jax import settings
 from univg_jax.batch import Batch
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, check_name
 from univg_jax.settings import Config
 
 # How many records in succession may fail to serve one row. So many unusable neighbors are a wrong
@@ -64,7 +63,7 @@ def components(
       NotFoundError: a source that does not exist.
     """
     for name in task_settings:
-        tasks.find(name)
+        check_name(name, TASKS, what="task")
     opened = dict(sources or {})
     result = []
     for name in (name for name in TASKS if name in task_settings):

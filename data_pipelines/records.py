@@ -20,6 +20,7 @@ encoded bytes (PNG or JPEG), and `decode` makes numpy arrays of them:
 """
 
 import dataclasses
+import functools
 import io
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
+from tensorflow_datasets import features
 
 from univg_jax.errors import UserError, check_name
 
@@ -35,9 +37,9 @@ MAX_PIXELS = 64 * 2**20  # a picture that unpacks to more is taken for a decompr
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """`feature` makes a field's TFDS feature, and `decode(stored, name)` its decoded form."""
+    """A field's TFDS feature, and `decode(stored, name)`, which makes its decoded form."""
 
-    feature: Callable[[], Any]
+    feature: features.FeatureConnector
     decode: Callable[[Any, str], Any]
 
 
@@ -46,38 +48,26 @@ def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError, with the field's name, if it is unknown, unreadable or of the wrong shape.
     """
-    result = {}
-    for name, stored in raw.items():
-        result[name] = FIELDS[check_name(name, FIELDS, what="record field")].decode(stored, name)
-    return result
+    return {
+        name: FIELDS[check_name(name, FIELDS, what="record field")].decode(stored, name)
+        for name, stored in raw.items()
+    }
 
 
-def family_features(names: Iterable[str]) -> Any:
-    """The `tfds.features.FeaturesDict` of a dataset that stores these fields."""
-    import tensorflow_datasets as tfds  # only a build needs it
-
-    return tfds.features.FeaturesDict({name: FEATURES[name]() for name in names})
+def family_features(names: Iterable[str]) -> features.FeaturesDict:
+    """The features of a dataset that stores these fields."""
+    return features.FeaturesDict({name: FIELDS[name].feature for name in names})
 
 
 def _open(data: Any, name: str) -> Image.Image:
     """The picture in `data` (its first frame), decoded to its end and turned upright."""
     try:
-        picture = Image.open(io.BytesIO(bytes(data)))
+        picture = Image.open(io.BytesIO(data))
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
         picture.load()
         return ImageOps.exif_transpose(picture)
-    # Pillow raises SyntaxError for broken PNG chunks, and warns of decompression bombs, which is a
-    # raised Warning where warnings are errors.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        EOFError,
-        Warning,
-        Image.DecompressionBombError,
-    ) as error:
+    except Exception as error:  # Pillow raises many kinds for damaged files, even SyntaxError
         raise UserError(f"record field {name!r} is not a readable image: {error}") from error
 
 
@@ -105,10 +95,9 @@ def _mask(data: Any, name: str) -> UInt8[np.ndarray, "h w"]:
 
 def _masks(data: Any, name: str) -> UInt8[np.ndarray, "k h w"]:
     masks = [_mask(item, name) for item in data]
-    if len({mask.shape for mask in masks}) > 1:
-        raise UserError(
-            f"record field {name!r} has masks of different sizes: {[mask.shape for mask in masks]}"
-        )
+    shapes = [mask.shape for mask in masks]
+    if len(set(shapes)) > 1:
+        raise UserError(f"record field {name!r} has masks of different sizes: {shapes}")
     return np.stack(masks) if masks else np.zeros((0, 0, 0), np.uint8)
 
 
@@ -134,7 +123,7 @@ def _texts(data: Any, name: str) -> list[str]:
 
 
 def _numbers(
-    data: Any, name: str, *, rows: int | None, columns: int
+    data: Any, name: str, *, rows: int | None = None, columns: int
 ) -> Float32[np.ndarray, "rows columns"]:
     values = np.asarray(data, np.float32)
     if values.ndim != 2 or values.shape[1] != columns or rows not in (None, values.shape[0]):
@@ -146,70 +135,30 @@ def _numbers(
     return values
 
 
-def _boxes(data: Any, name: str) -> Float32[np.ndarray, "k 4"]:
-    return _numbers(data, name, rows=None, columns=4)
-
-
-def _joints(data: Any, name: str) -> Float32[np.ndarray, "17 3"]:
-    return _numbers(data, name, rows=17, columns=3)
-
-
-def _person(data: Any, name: str) -> int:
-    del name
-    return int(data)
-
-
-# TFDS is imported only where a feature is made: to decode a record it is not needed.
-def _image_feature() -> Any:
-    from tensorflow_datasets import features
-
-    return features.Image(shape=(None, None, 3))
-
-
-def _mask_feature() -> Any:
-    from tensorflow_datasets import features
-
-    return features.Image(shape=(None, None, 1), encoding_format="png")
-
-
-def _depth_feature() -> Any:
-    from tensorflow_datasets import features
-
-    return features.Image(shape=(None, None, 1), dtype=np.uint16, encoding_format="png")
-
-
-def _text_feature() -> Any:
-    from tensorflow_datasets import features
-
-    return features.Text()
-
-
-def _sequence_feature(item: Callable[[], Any]) -> Any:
-    from tensorflow_datasets import features
-
-    return features.Sequence(item())
-
-
-def _tensor_feature(shape: tuple[int | None, ...], dtype: Any) -> Any:
-    from tensorflow_datasets import features
-
-    return features.Tensor(shape=shape, dtype=dtype)
-
+_IMAGE = features.Image(shape=(None, None, 3))
+_PNG_MASK = features.Image(shape=(None, None, 1), encoding_format="png")
+_PNG_DEPTH = features.Image(shape=(None, None, 1), dtype=np.uint16, encoding_format="png")
+_TEXTS = features.Sequence(features.Text())
+# TFDS cannot skip the decoding of a sequence of images, so for TFDS the masks are plain bytes.
+_PNG_MASKS = features.Tensor(shape=(None,), dtype=np.bytes_)
 
 FIELDS: dict[str, Field] = {
-    "image": Field(_image_feature, _rgb),
-    "source": Field(_image_feature, _rgb),
-    "caption": Field(_text_feature, _text),
-    "instruction": Field(_text_feature, _text),
-    "edit_mask": Field(_mask_feature, _mask),
-    "depth": Field(_depth_feature, _depth),
-    "boxes": Field(lambda: _tensor_feature((None, 4), np.float32), _boxes),
-    "phrases": Field(lambda: _sequence_feature(_text_feature), _texts),
-    # TFDS cannot skip the decoding of a sequence of images, so for TFDS the masks are plain bytes.
-    "masks": Field(lambda: _tensor_feature((None,), np.bytes_), _masks),
-    "expressions": Field(lambda: _sequence_feature(_text_feature), _texts),
-    "joints": Field(lambda: _tensor_feature((17, 3), np.float32), _joints),
-    "face": Field(_image_feature, _rgb),
-    "person": Field(lambda: _tensor_feature((), np.int64), _person),
+    "image": Field(_IMAGE, _rgb),
+    "source": Field(_IMAGE, _rgb),
+    "caption": Field(features.Text(), _text),
+    "instruction": Field(features.Text(), _text),
+    "edit_mask": Field(_PNG_MASK, _mask),
+    "depth": Field(_PNG_DEPTH, _depth),
+    "boxes": Field(
+        features.Tensor(shape=(None, 4), dtype=np.float32), functools.partial(_numbers, columns=4)
+    ),
+    "phrases": Field(_TEXTS, _texts),
+    "masks": Field(_PNG_MASKS, _masks),
+    "expressions": Field(_TEXTS, _texts),
+    "joints": Field(
+        features.Tensor(shape=(17, 3), dtype=np.float32),
+        functools.partial(_numbers, rows=17, columns=3),
+    ),
+    "face": Field(_IMAGE, _rgb),
+    "person": Field(features.Tensor(shape=(), dtype=np.int64), lambda data, name: int(data)),
 }
-FEATURES: dict[str, Callable[[], Any]] = {name: field.feature for name, field in FIELDS.items()}

@@ -10,8 +10,6 @@ from data_pipelines import records
 from data_pipelines.transforms import Record
 from univg_jax.errors import NotFoundError, UserError, check_name
 
-_IMAGE_FIELDS = ("image", "source", "edit_mask", "depth", "masks", "face")
-
 
 @runtime_checkable
 class Source(Protocol):
@@ -54,7 +52,11 @@ class TfdsSource:
         self.name = f"{name}/{split}"
         features = builder.info.features
         self.fields = tuple(features)
-        skip = {field: tfds.decode.SkipDecoding() for field in _IMAGE_FIELDS if field in features}
+        skip = {
+            field: tfds.decode.SkipDecoding()
+            for field, feature in features.items()
+            if isinstance(feature, tfds.features.Image)
+        }
         self._data = builder.as_data_source(split, decoders=skip)
 
     def __len__(self) -> int:

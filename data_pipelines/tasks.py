@@ -19,14 +19,14 @@ A task is served by any record that has its `needs` (`data_pipelines.records` li
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 import numpy as np
 from jaxtyping import UInt8
 
 from data_pipelines import renderings, transforms
 from data_pipelines.transforms import Record
-from univg_jax.errors import UserError, check_name
+from univg_jax.errors import UserError
 
 PLACEHOLDER = "<p>"
 BACKGROUND_FRACTION = 0.5  # of ip's examples: no caption, so that it learns to fill in background
@@ -88,9 +88,7 @@ class Task:
         *,
         prompt: str = "",
         image: UInt8[np.ndarray, "image_h image_w 3"] | None = None,
-        mask: UInt8[np.ndarray, "mask_h mask_w 3"]
-        | UInt8[np.ndarray, "mask_h mask_w"]
-        | None = None,
+        mask: UInt8[np.ndarray, "mask_h mask_w 3"] | None = None,
         face: UInt8[np.ndarray, "face_h face_w 3"] | None = None,
         resolution: int,
     ) -> Example:
@@ -113,18 +111,17 @@ class Task:
         given = {"image": image, "mask": mask, "face": face}
         for name, picture in given.items():
             if picture is None and name in self.inputs:
-                raise UserError(f"task {self.name!r} needs {_a(name)}")
+                article = "an" if name == "image" else "a"
+                raise UserError(f"task {self.name!r} needs {article} {name}")
             if picture is not None and name not in self.inputs:
                 raise UserError(f"task {self.name!r} takes no {name}")
         square = {
-            name: transforms.resize_and_crop({"image": _rgb(picture)}, resolution=resolution)[
-                "image"
-            ]
+            name: transforms.resize_and_crop({"image": picture}, resolution=resolution)["image"]
             for name, picture in given.items()
             if picture is not None
         }
         source, hole = square.get("image"), None
-        if mask is not None:
+        if "mask" in square:
             hole = (square["mask"].mean(axis=-1, keepdims=True) > 127).astype(np.uint8)
             if not hole.any():
                 raise UserError("the mask has no white pixel: nothing to generate")
@@ -133,27 +130,12 @@ class Task:
         return Example(target=blank, source=source, mask=hole, text=prompt, face=square.get("face"))
 
 
-def _a(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
-
-
-def _rgb(
-    picture: UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"],
-) -> UInt8[np.ndarray, "h w 3"]:
-    return np.repeat(picture[..., None], 3, axis=-1) if picture.ndim == 2 else picture
-
-
 def prompt(task: str, text: str) -> str:
     """The text for the encoder: the task's tag, then `text`. The tag alone is the null text."""
     return f"<{task}> {text}" if text else f"<{task}>"
 
 
-def find(name: str) -> Task:
-    """The task called `name`. Raises UserError if there is none; the message names the nearest."""
-    return TASKS[check_name(name, TASKS, what="task")]
-
-
-def check(record: Record, needs: Iterable[str], *, where: str) -> None:
+def check(record: Record, needs: Collection[str], *, where: str) -> None:
     """Checks the needed fields of a decoded record: present, in range, of one size.
 
     Raises UserError, in one line: where, which field, what is wrong.
@@ -162,41 +144,32 @@ def check(record: Record, needs: Iterable[str], *, where: str) -> None:
     def fail(field: str, fault: str) -> None:
         raise UserError(f"{where}: field {field!r} {fault}")
 
-    needs = tuple(needs)
     for field in needs:
         if field not in record:
             fail(field, f"is missing (has {', '.join(sorted(record))})")
-    size = record["image"].shape[:2]
-    for field in ("source", "edit_mask", "depth"):
-        if field in needs and record[field].shape[:2] != size:
-            fail(field, f"is {_size(record[field].shape[:2])} pixels but the image {_size(size)}")
-    if "masks" in needs and len(record["masks"]) and record["masks"].shape[1:] != size:
-        fail("masks", f"are {_size(record['masks'].shape[1:])} pixels but the image {_size(size)}")
+    size = "{}x{}".format(*record["image"].shape)
+    for field in ("source", "depth", "masks"):
+        # There may be no mask at all, which then has no size.
+        if field in needs and len(record[field]):
+            found = "{}x{}".format(*record[field].shape[field == "masks" :])
+            if found != size:
+                fail(field, f"has {found} pixels but the image {size}")
     for field in ("caption", "instruction"):
         if field in needs and not record[field].strip():
             fail(field, "is empty")
-    if "boxes" in needs:
-        boxes = record["boxes"]
+    for k, box in enumerate(record["boxes"] if "boxes" in needs else ()):
+        x0, y0, x1, y1 = box
+        shown = " ".join(f"{v:g}" for v in box)
         # A comparison with NaN is False, so this finds NaNs too.
-        for k in np.flatnonzero(~((boxes >= 0) & (boxes <= 1)).all(axis=1)):
-            fault = f"has box {k} outside the image: {_numbers(boxes[k])}"
-            fail("boxes", f"{fault}, expected x0 y0 x1 y1 in [0, 1]")
-        for k in np.flatnonzero((boxes[:, 0] >= boxes[:, 2]) | (boxes[:, 1] >= boxes[:, 3])):
-            fault = f"has box {k} inverted or empty: {_numbers(boxes[k])}"
-            fail("boxes", f"{fault}, expected x0 < x1 and y0 < y1")
+        if not ((box >= 0) & (box <= 1)).all():
+            fail("boxes", f"has box {k} outside the image: {shown}, expected x0 y0 x1 y1 in [0, 1]")
+        if x0 >= x1 or y0 >= y1:
+            fail("boxes", f"has box {k} inverted or empty: {shown}, expected x0 < x1 and y0 < y1")
     for field, partner in (("phrases", "boxes"), ("expressions", "masks")):
         if field in needs and len(record[field]) != len(record[partner]):
             fail(field, f"has {len(record[field])} entries for {len(record[partner])} {partner}")
     if "joints" in needs and record["joints"].shape != (17, 3):
         fail("joints", f"has shape {record['joints'].shape}, expected (17, 3)")
-
-
-def _size(size: tuple[int, ...]) -> str:
-    return "x".join(map(str, size))
-
-
-def _numbers(values: np.ndarray) -> str:
-    return " ".join(f"{v:g}" for v in values)
 
 
 def _text_to_image(record: Record, rng: np.random.Generator) -> Example:
@@ -217,16 +190,14 @@ def blank_hole(
 def _inpaint(record: Record, rng: np.random.Generator) -> Example:
     image = record["image"]
     hole = transforms.sample_hole(rng, height=image.shape[0], width=image.shape[1])
-    source = blank_hole(image, hole)
     text = "" if rng.random() < BACKGROUND_FRACTION else record["caption"]
-    return Example(target=image, source=source, mask=hole, text=text)
+    return Example(target=image, source=blank_hole(image, hole), mask=hole, text=text)
 
 
 def _layout(record: Record, rng: np.random.Generator) -> Example:
-    resolution = record["image"].shape[0]
-    boxes = record["boxes"]
+    text, boxes, resolution = record["caption"], record["boxes"], record["image"].shape[0]
     sides = boxes[:, 2:] - boxes[:, :2]
-    places = _places(record["caption"], record["phrases"])
+    places = _places(text, record["phrases"])
     # The crop may have cut a box away, or down to less than half a pixel.
     shown = [
         k
@@ -241,7 +212,6 @@ def _layout(record: Record, rng: np.random.Generator) -> Example:
     named: dict[int, list[str]] = {}
     for k, color in zip(shown, colors, strict=True):
         named.setdefault(places[k], []).append(color)
-    text = record["caption"]
     # From the end of the caption to its start, so that an insertion moves no later place.
     for end in sorted(named, reverse=True):
         *others, last = named[end]
@@ -263,12 +233,8 @@ def _places(caption: str, phrases: list[str]) -> list[int | None]:
     ends: list[int | None] = [None] * len(phrases)
     for k in sorted(range(len(phrases)), key=lambda k: -len(phrases[k])):
         phrase = phrases[k].lower()
-        for match in (
-            re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", caption, re.IGNORECASE)
-            if phrase
-            else ()
-        ):
-            if not taken[match.start() : match.end()].any():
+        for match in re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", caption, re.IGNORECASE):
+            if phrase and not taken[match.start() : match.end()].any():
                 taken[match.start() : match.end()] = True
                 last[phrase] = match.end()
                 break
@@ -284,9 +250,8 @@ def _pose(record: Record, rng: np.random.Generator) -> Example:
     image = record["image"]
     if not record["joints"][:, 2].any():
         raise UnsuitableRecord("no visible joint")
-    return Example(
-        target=renderings.render_pose(record["joints"], resolution=image.shape[0]), source=image
-    )
+    skeleton = renderings.render_pose(record["joints"], resolution=image.shape[0])
+    return Example(target=skeleton, source=image)
 
 
 def _segment(record: Record, rng: np.random.Generator) -> Example:

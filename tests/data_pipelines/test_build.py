@@ -40,6 +40,7 @@ def run(out, *, make=make, shade=7, processes=1) -> None:
         dataset="shades",
         version="1.0.0",
         description="Pictures of one shade.",
+        license="CC0",
         arguments=dict(shade=shade),
         processes=processes,
     )
@@ -101,6 +102,7 @@ def test_a_build_into_a_bucket_goes_there(bucket):
     for name in ("dark", "light"):
         files = sorted(file.name for file in (out / name).iterdir())
         assert files == [
+            "LICENSE",
             "dataset_info.json",
             "features.json",
             "shades-train.array_record-00000-of-00001",

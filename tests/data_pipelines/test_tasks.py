@@ -196,17 +196,17 @@ BOX = np.array([[0.1, 0.1, 0.5, 0.5]], np.float32)
         (
             "ie",
             dict(source=np.zeros((8, 16, 3), np.uint8)),
-            "field 'source' is 8x16 pixels but the image 16x16",
+            "field 'source' has 8x16 pixels but the image 16x16",
         ),
         (
             "depth",
             dict(depth=np.ones((16, 8), np.float32)),
-            "field 'depth' is 16x8 pixels but the image 16x16",
+            "field 'depth' has 16x8 pixels but the image 16x16",
         ),
         (
             "seg",
             dict(masks=np.ones((2, 8, 8), np.uint8)),
-            "field 'masks' are 8x8 pixels but the image 16x16",
+            "field 'masks' has 8x8 pixels but the image 16x16",
         ),
         ("t2i", dict(caption="  "), "field 'caption' is empty"),
         ("ie", dict(instruction=""), "field 'instruction' is empty"),
@@ -241,12 +241,6 @@ def test_a_missing_field_is_named(task):
             TASKS[task].example(record, np.random.default_rng(0), SIZE)
 
 
-def test_an_unknown_task_suggests_the_nearest():
-    assert tasks.find("seg") is TASKS["seg"]
-    with pytest.raises(UserError, match="unknown task 'dept'; did you mean 'depth'"):
-        tasks.find("dept")
-
-
 # --- a user's inputs ---
 
 PICTURE = np.full((20, 30, 3), 90, np.uint8)
@@ -273,7 +267,7 @@ def test_each_task_says_what_it_takes_from_a_user():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_users_inputs_have_the_form_of_a_training_example(task):
-    given = dict(image=PICTURE, mask=np.full((40, 40), 255, np.uint8), face=FACE)
+    given = dict(image=PICTURE, mask=np.full((40, 40, 3), 255, np.uint8), face=FACE)
     inputs = {name: given[name] for name in TASKS[task].inputs}
     made = from_inputs(task, prompt=" <p> smiles ", **inputs)
     trained = example(task, caption="<p> and a pig and an apple")
@@ -293,9 +287,8 @@ def test_a_picture_is_cropped_to_its_centered_square():
     np.testing.assert_array_equal(made.source, np.full((SIZE, SIZE, 3), 200, np.uint8))
 
 
-@pytest.mark.parametrize("channels", [(), (3,)])
-def test_a_mask_may_have_another_size_than_the_image(channels):
-    mask = np.zeros((2 * SIZE, 2 * SIZE, *channels), np.uint8)
+def test_a_mask_may_have_another_size_than_the_image():
+    mask = np.zeros((2 * SIZE, 2 * SIZE, 3), np.uint8)
     mask[: SIZE // 2] = 255
     made = from_inputs("ip", image=PICTURE, mask=mask)
     np.testing.assert_array_equal(made.mask[: SIZE // 4], 1)
@@ -318,7 +311,7 @@ def test_a_mask_may_have_another_size_than_the_image(channels):
         ("id", dict(prompt="a person", face=FACE), "prompt 'a person' has no <p>"),
         (
             "ip",
-            dict(image=PICTURE, mask=np.full((8, 8), 127, np.uint8)),
+            dict(image=PICTURE, mask=np.full((8, 8, 3), 127, np.uint8)),
             "the mask has no white pixel: nothing to generate",
         ),
     ],

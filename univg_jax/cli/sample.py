@@ -6,10 +6,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.tasks import PLACEHOLDER, TASKS, find
+from data_pipelines.tasks import PLACEHOLDER, TASKS
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, check_name
 from univg_jax.images import write_png
 from univg_jax.pipeline import Pipeline, read_picture
 
@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
     files = dict(image=args.image, mask=args.mask, face=args.face)
     pictures = {name: read_picture(file, f"--{name}") for name, file in files.items()}
     # The inputs are checked before the model is loaded; any size does for that.
-    find(args.task).from_inputs(prompt=args.prompt, **pictures, resolution=64)
+    task = TASKS[check_name(args.task, TASKS, what="task")]
+    task.from_inputs(prompt=args.prompt, **pictures, resolution=64)
     configure(args)
     pipeline = Pipeline.load(
         args.checkpoint,

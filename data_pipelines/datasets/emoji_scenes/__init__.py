@@ -77,8 +77,8 @@ def build(
         families,
         dataset="emoji_scenes",
         version=VERSION,
-        description="Scenes, edits, puppets and persons composed from artwork: Twemoji, CC BY 4.0; "
-        "Personas by Draftbit, CC BY 4.0",
+        description="Scenes, edits, puppets and persons from Twemoji and DiceBear artwork.",
+        license="artwork: Twemoji, CC BY 4.0; Personas by Draftbit, CC BY 4.0",
         arguments=dataclasses.asdict(options),
         processes=processes,
     )
