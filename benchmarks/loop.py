@@ -57,6 +57,7 @@ class Alternating:
 
     def __init__(self, stream: Stream, alone: Callable[[int], np.ndarray]) -> None:
         self._stream, self._alone = stream, alone
+        self.shares = stream.shares
         self._step, self._batch, self._begin = 0, None, now()
         names = ("alone", "batch", "data", "save")
         # Seconds a step of each window, and their ratio to the last time of the step alone.

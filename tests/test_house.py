@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     # From a config to a run, and from a run to a trained model.
     "assembly": {
         *("batch", "conditioning", "data_pipelines", "encoders", "models", "sampling", "sharding"),
-        *("training", "workdir"),
+        *("tpu", "training", "workdir"),
     },
     "pipeline": {
         *("assembly", "batch", "checkpoint", "data_pipelines", "encoders", "sampling", "sharding"),
@@ -182,7 +182,7 @@ def test_only_writers_imports_metric_writers():
 def test_what_scripts_import_of_ours_exists(path):
     """No test runs them, and some need torch."""
     for name in imports(path):
-        if name.split(".")[0] in (*OURS, "benchmarks"):
+        if name.split(".")[0] in OURS:
             module, _, last = name.rpartition(".")
             assert hasattr(importlib.import_module(module), last) or importlib.util.find_spec(
                 name
