@@ -48,6 +48,7 @@ def test_the_best_trivial_answer_is_what_a_model_must_beat():
         TASK,
         systems={"model": summary(0.2), "untrained": summary(0.5)},
         trivial={"far": summary(0.9), "near": summary(0.1), "unknown": summary(None)},
+        references={},
     )
     assert verdict["trivial"]["chosen"] == "near"
     assert verdict["beats"] == {"untrained": True, "trivial": False}
@@ -55,14 +56,14 @@ def test_the_best_trivial_answer_is_what_a_model_must_beat():
 
 
 def test_a_benchmark_without_trivial_answers_has_a_verdict_too():
-    verdict = score.verdict(TASK, systems={"model": summary(0.2)}, trivial={})
+    verdict = score.verdict(TASK, systems={"model": summary(0.2)}, trivial={}, references={})
     assert verdict["trivial"] == {"chosen": None, "all": {}}
     assert verdict["beats"] == {}
 
 
 def test_the_table_has_a_line_for_each_task():
     systems = {"model": summary(0.2), "untrained": summary(0.5), "trivial": summary(None)}
-    verdict = score.verdict(TASK, systems=systems, trivial={"none": summary(None)})
+    verdict = score.verdict(TASK, systems=systems, trivial={"none": summary(None)}, references={})
     metrics = {name: dataclasses.asdict(metric) for name, metric in TASK.metrics.items()}
     results = {"tasks": {"toy": {"metric": "m", "metrics": metrics, **verdict}}}
     header, line = score.table(results).splitlines()

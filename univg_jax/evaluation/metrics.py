@@ -103,25 +103,19 @@ def best_box_iou(
     )
 
 
-def align_depth(
-    prediction: Num[np.ndarray, "h w"],
-    target: Num[np.ndarray, "h w"],
-    valid: Bool[np.ndarray, "h w"],
-) -> Float[np.ndarray, "h w"]:
+def align_depth(p: Float[np.ndarray, " n"], g: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """The prediction p, scaled and shifted to fit the target g, and clipped to the target's range.
 
-        s p + o,   (s, o) = argmin sum over valid pixels of (s p + o - g)²
+        s p + o,   (s, o) = argmin sum (s p + o - g)²
 
     A constant prediction aligns to the mean of the target.
     """
-    p, g = prediction[valid].astype(float), target[valid].astype(float)
     deviation = p - p.mean()
     variance = np.mean(deviation**2)
     # Relative to the magnitude, so that rounding of a constant is not taken for structure.
     is_constant = variance <= 1e-12 * max(np.mean(p**2), 1e-300)
     scale = 0.0 if is_constant else np.mean(deviation * (g - g.mean())) / variance
-    aligned = scale * (prediction.astype(float) - p.mean()) + g.mean()
-    return np.clip(aligned, g.min(), g.max())
+    return np.clip(scale * deviation + g.mean(), g.min(), g.max())
 
 
 def depth_errors(
@@ -135,7 +129,8 @@ def depth_errors(
     """
     if not valid.any():
         return dict.fromkeys(("abs_rel", "delta1"), Ratio.of(0.0, 0.0))
-    p, g = align_depth(prediction, target, valid)[valid], target[valid].astype(float)
+    g = target[valid].astype(float)
+    p = align_depth(prediction[valid].astype(float), g)
     return {
         "abs_rel": Ratio.of(np.mean(np.abs(p - g) / g)),
         "delta1": Ratio.of(np.mean(np.maximum(p / g, g / p) < 1.25)),

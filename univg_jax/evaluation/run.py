@@ -192,16 +192,12 @@ class Evaluator:
                 metric: {"value": value, "stderr": None, "count": 0.0}
                 for metric, value in chance.items()
             }
-        verdict = score.verdict(task, systems=summaries["systems"], trivial=summaries["trivial"])
         return {
             "title": task.title,
             "metric": task.primary,
             "metrics": {name: dataclasses.asdict(metric) for name, metric in task.metrics.items()},
             "examples": len(cases),
-            "systems": verdict["systems"],
-            "trivial": verdict["trivial"],
-            "references": summaries["references"],
-            "beats": verdict["beats"],
+            **score.verdict(task, **summaries),
             "difficulty": task.difficulty,
             "note": task.note,
             "samples": [

@@ -71,9 +71,13 @@ def standard_error(ratios: Sequence[Ratio]) -> float:
 
 
 def verdict(
-    task: BenchmarkTask, *, systems: Mapping[str, Summary], trivial: Mapping[str, Summary]
+    task: BenchmarkTask,
+    *,
+    systems: Mapping[str, Summary],
+    trivial: Mapping[str, Summary],
+    references: Mapping[str, Summary],
 ) -> dict[str, Any]:
-    """What a task's summaries say: the best trivial answer, and whom the model beats.
+    """A task's summaries, with what they say: the best trivial answer, and whom the model beats.
 
     The best trivial answer joins `systems` as `trivial`. A value that could not be measured is the
     worst of all.
@@ -88,7 +92,8 @@ def verdict(
         for name in ("untrained", "trivial")
         if name in systems
     }
-    return {"systems": systems, "trivial": {"chosen": chosen, "all": dict(trivial)}, "beats": beats}
+    trivial = {"chosen": chosen, "all": trivial}
+    return {"systems": systems, "trivial": trivial, "references": references, "beats": beats}
 
 
 def _value(summary: Summary, metric: str) -> float:

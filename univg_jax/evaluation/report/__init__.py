@@ -80,7 +80,7 @@ def _task_json(task: TaskResult) -> Json:
         "beats_both": task.beats_both,
         "references": {name: task.get(name) for name in task.references},
         "secondary": {
-            key: {system: task.get(system, key) for system in task.systems}
+            key: {system: task.get(system, key) for system in task.entry["systems"]}
             for key in task.secondary
         },
         "examples": task.entry["examples"],

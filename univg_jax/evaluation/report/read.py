@@ -15,6 +15,7 @@ from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation.benchmark import Metric
 
 Json = Mapping[str, Any]  # an object of a JSON file
+SYSTEMS = ("model", "untrained", "trivial", "codec", "real")
 KINDS = ("input", "target", "output")  # of a sample's pictures, in the order in which they stand
 EVALUATE, TRAIN = "`univg evaluate` writes it", "the training of this stage writes it"
 
@@ -79,9 +80,9 @@ class TaskResult:
         return [name for name in self.metrics if name != self.primary]
 
     @property
-    def systems(self) -> Json:
-        """Summaries of what was measured: model, untrained, codec, real, trivial."""
-        return self.entry["systems"]
+    def systems(self) -> Sequence[str]:
+        """What was measured, in the order of the page's columns."""
+        return [name for name in SYSTEMS if name in self.entry["systems"]]
 
     @property
     def references(self) -> Json:
@@ -93,13 +94,22 @@ class TaskResult:
 
         `field` may be `stderr` instead. `metric` is the primary one by default.
         """
-        summary = {**self.references, **self.systems}.get(name, {})
+        summary = {**self.references, **self.entry["systems"]}.get(name, {})
         return summary.get(metric or self.primary, {}).get(field)
 
     def value(self, name: str, metric: str | None = None) -> float:
         """As `get`, but NaN if it was not measured."""
         value = self.get(name, metric)
         return math.nan if value is None else value
+
+    def text(self, name: str, metric: str | None = None, field: str = "value") -> str:
+        """As `get`, in percent where the metric says so, else to three decimals."""
+        value = self.get(name, metric, field)
+        if value is None:
+            return "n/a"
+        if self.metrics[metric or self.primary].percent:
+            return f"{100 * value:.1f}\u00a0%"
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
     def beats(self, opponent: str) -> bool:
         """Whether the model is better; an opponent that was not measured is not beaten."""

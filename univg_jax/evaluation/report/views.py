@@ -10,13 +10,7 @@ from etils import epath
 from univg_jax import trees
 from univg_jax.evaluation.report.plot import color_of, loss_plot
 from univg_jax.evaluation.report.read import Stage, TaskResult, read_sample
-from univg_jax.evaluation.report.wording import (
-    caveats,
-    explain,
-    format_count,
-    format_duration,
-    format_value,
-)
+from univg_jax.evaluation.report.wording import caveats, explain, format_count, format_duration
 from univg_jax.images import data_uri
 
 View = dict[str, Any]
@@ -31,40 +25,24 @@ def task_view(
     seen = sum(stage.images.get(name, 0.0) for stage in stages)
     reasons = explain(task, images_seen=seen, share_seen=seen / total if total else 0.0)
     return {
-        **task.entry,
+        "result": task,
         "color": color_of(name),
-        "beats_both": task.beats_both,
-        "primary": _metric_view(task, task.primary),
-        "secondary": [_metric_view(task, key) for key in task.secondary],
         "scale": _scale(task),
         "reasons": reasons,
         "samples": [
             (sample["prompt"], {k: data_uri(p) for k, p in read_sample(evaluation, sample).items()})
             for sample in task.entry["samples"]
         ],
-        "references": {
-            name: [format_value(task.value(name, key), m) for key, m in task.metrics.items()]
-            for name in task.references
-        },
         # Beside the verdict and not in a footnote, since they qualify it.
         "caveats": caveats(task),
     }
 
 
-def _metric_view(task: TaskResult, key: str) -> View:
-    metric, error = task.metrics[key], task.get("model", key, "stderr")
-    columns = [s for s in ("model", "untrained", "trivial", "codec", "real") if s in task.systems]
-    return {
-        "metric": metric,
-        "values": {s: format_value(task.value(s, key), metric) for s in columns},
-        "error": format_value(error, metric) if error else "",
-    }
-
-
 def _scale(task: TaskResult) -> list[View]:
     """Where each system stands between the worst (0 %) and the best (100 %) of them."""
-    shown = [s for s in ("untrained", "trivial", "codec", "real", "model") if s in task.systems]
-    values = {s: task.value(s) for s in shown if math.isfinite(task.value(s))}
+    # The model last, so that it is drawn above the others.
+    ordered = ("untrained", "trivial", "codec", "real", "model")
+    values = {s: task.value(s) for s in ordered if math.isfinite(task.value(s))}
     if "codec" in values:
         values.pop("real", None)  # two ceilings crowd a thin line; the table has both
     if not values:
@@ -76,7 +54,7 @@ def _scale(task: TaskResult) -> list[View]:
         dict(
             system=system,
             percent=round(100 * abs(value - worst) / span, 2),
-            value=format_value(value, task.metric),
+            value=task.text(system),
         )
         for system, value in values.items()
     ]

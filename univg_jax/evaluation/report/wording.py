@@ -18,15 +18,6 @@ def headline(tasks: Mapping[str, TaskResult]) -> dict[str, str | list[str]]:
     return {"text": text, "failed": failed}
 
 
-def format_value(value: int | float, metric: Metric) -> str:
-    """A metric's value: in percent where the metric says so, else to three decimals."""
-    if not math.isfinite(value):
-        return "n/a"
-    if metric.percent:
-        return f"{100 * value:.1f}\u00a0%"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
 def explain(task: TaskResult, *, images_seen: int | float, share_seen: int | float) -> list[str]:
     """Why a task fails, in plain sentences from its numbers; empty if it beats both opponents.
 
@@ -36,10 +27,6 @@ def explain(task: TaskResult, *, images_seen: int | float, share_seen: int | flo
 
     if task.beats_both:
         return []
-
-    def show(value: int | float) -> str:
-        return format_value(value, task.metric)
-
     model, trivial, codec = (task.value(s) for s in ("model", "trivial", "codec"))
     chosen, error = task.entry["trivial"]["chosen"], task.get("model", field="stderr")
     opponents = {
@@ -49,21 +36,20 @@ def explain(task: TaskResult, *, images_seen: int | float, share_seen: int | flo
     sentences = []
     for opponent, name in opponents.items():
         if not task.beats(opponent):
-            other = task.value(opponent)
             sentences.append(
-                f"{show(model)} does not beat {name} at {show(other)}."
-                if math.isfinite(other)
-                else f"It was not compared with {name}."
+                f"It was not compared with {name}."
+                if math.isnan(task.value(opponent))
+                else f"{task.text('model')} does not beat {name} at {task.text(opponent)}."
             )
     if _is_no_better(task.metric, codec, trivial):
         sentences.append(
-            f"Nor does the codec's reconstruction of the true answer ({show(codec)}): "
+            f"Nor does the codec's reconstruction of the true answer ({task.text('codec')}): "
             "the codec is the limit here, not the model."
         )
     elif error and abs(model - trivial) < 2 * error:
         sentences.append(
             "The difference to the trivial baseline is below two standard errors of the model's "
-            f"value ({show(error)}, {task.entry['examples']} examples)."
+            f"value ({task.text('model', field='stderr')}, {task.entry['examples']} examples)."
         )
     sentences.append(
         f"The task saw {images_seen:,.0f} training images, {100 * share_seen:.0f} % of all that "
@@ -80,13 +66,12 @@ def caveats(task: TaskResult) -> list[str]:
     """Lines beside the verdict: the references, and the metrics in which the model is no better."""
     lines = []
     for name in task.references:
-        value = task.value(name)
-        words = "" if task.metric.improves(task.value("model"), value) else "not better than "
-        lines.append(f"{words}{name}: {format_value(value, task.metric)}")
+        is_better = task.metric.improves(task.value("model"), task.value(name))
+        lines.append(f"{'' if is_better else 'not better than '}{name}: {task.text(name)}")
     for name in task.secondary:
         metric, model = task.metrics[name], task.value("model", name)
         if _is_no_better(metric, model, task.value("trivial", name)):
-            lines.append(f"not better in {metric.label}: {format_value(model, metric)}")
+            lines.append(f"not better in {metric.label}: {task.text('model', name)}")
     return lines
 
 

@@ -54,19 +54,23 @@ def fit(
     @jax.jit
     def step(
         params: Params, opt_state: PyTree, key: Array, x: Array, y: Array
-    ) -> tuple[Params, PyTree]:
+    ) -> tuple[Params, PyTree, Array]:
         x = _degraded(key, to_float(x))
         b, h, w = y.shape
         shares = jax.nn.one_hot(y, classes).reshape(b, h // 2, 2, w // 2, 2, classes).mean((2, 4))
-        updates, opt_state = tx.update(jax.grad(loss_fn)(params, x, shares), opt_state)
-        return optax.apply_updates(params, updates), opt_state
+        loss, grads = jax.value_and_grad(loss_fn)(params, x, shares)
+        updates, opt_state = tx.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, loss
 
     rng, key = np.random.default_rng(SEED), jax.random.key(SEED)
-    for i in tqdm(range(steps), "scorer: learning to segment"):
+    bar = tqdm(range(steps), "scorer: learning to segment")
+    for i in bar:
         rows = rng.integers(len(images), size=BATCH_SIZE)
         flip = -1 if rng.random() < 0.5 else 1
         batch = images[rows][:, :, ::flip], labels[rows][:, :, ::flip]
-        params, opt_state = step(params, opt_state, jax.random.fold_in(key, i), *batch)
+        params, opt_state, loss = step(params, opt_state, jax.random.fold_in(key, i), *batch)
+        if i % 50 == 49:
+            bar.set_postfix(loss=f"{float(loss):.3f}")
     return {name: np.asarray(value) for name, value in params.items()}
 
 
