@@ -24,9 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from data_pipelines import held_out, tasks
+from data_pipelines import tasks
 from data_pipelines.collate import Collator
-from data_pipelines.mixture import make_stream
+from data_pipelines.held_out import HeldOut, HeldOutBatches
+from data_pipelines.mixture import Stream
 from data_pipelines.tokenizer import TokenizedText, Tokenizer
 from univg_jax.batch import Text
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError
@@ -116,21 +117,15 @@ def prompts(config: Config, collator: Collator, *, steps: int) -> list[Tokenized
         return tokenized
 
     remembering = dataclasses.replace(collator, tokenizer=remember)
-    stream = make_stream(config, collator=remembering)
+    stream = Stream(config, collator=remembering)
     for _ in tqdm(range(steps), desc="read prompts", unit="step"):
         next(stream)
     stream.close()
     num = max(config.train.eval_examples, config.train.sample_examples)
     for name in stream.shares:
         remember(tasks.prompt(name, ""), config.data.num_tokens)  # of rows without their text
-        for _ in held_out.batches(
-            config,
-            name,
-            split="validation",
-            num=num,
-            batch_size=config.data.batch_size,
-            collator=remembering,
-        ):
+        examples = HeldOut(config, name, split="validation", num=num)
+        for _ in HeldOutBatches(examples, batch_size=config.data.batch_size, collator=remembering):
             pass
     return list(seen.values())
 

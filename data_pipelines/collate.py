@@ -1,23 +1,25 @@
 """Rows -> `Batch`: pads and stacks examples, tokenizes prompts, withholds conditions."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Bool
 
 from data_pipelines import tasks, transforms
 from data_pipelines.sources import Source
 from data_pipelines.tasks import TASKS, Example
-from data_pipelines.tokenizer import TokenizedText, Tokenizer
-from univg_jax.batch import Batch, BatchShape, Text
+from data_pipelines.tokenizer import Tokenizer
+from univg_jax.batch import Batch, BatchShape
 from univg_jax.errors import UserError
 
 # The conditions that a row goes without. Training withholds some at random (condition dropout), and
 # guidance withholds them on purpose, to learn what the model does without them.
 Drop = Literal["none", "text", "image", "both"]
+
+_TEXT_FIELDS = ("tokens", "text_mask", "identity_slot", "text")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,25 +51,21 @@ class Collator:
         no_face = np.zeros((face, face, 3), np.uint8)
         names = list(TASKS)
         examples = [row.example for row in rows]
-        texts = [self._tokenize(row.task, row.example.text) for row in rows]
         faces = [
             no_face if e.face is None else transforms.resize_image(e.face, height=face, width=face)
             for e in examples
         ]
         batch = Batch(
+            **self._texts([(row.task, row.example.text) for row in rows]),
             target=np.stack([e.target for e in examples]),
             source=np.stack([no_source if e.source is None else e.source for e in examples]),
             mask=np.stack([all_ones if e.mask is None else e.mask for e in examples]),
-            tokens=np.stack([text.tokens for text in texts]).astype(np.int32),
-            text_mask=np.stack([text.text_mask for text in texts]),
-            identity_slot=np.stack([text.identity_slot for text in texts]),
             face=np.stack(faces),
-            has_source=_flags(e.source is not None for e in examples),
-            has_face=_flags(e.face is not None for e in examples),
+            has_source=np.array([e.source is not None for e in examples]),
+            has_face=np.array([e.face is not None for e in examples]),
             task=np.array([names.index(row.task) for row in rows], np.int32),
             sample_id=np.array([row.sample_id % 2**32 for row in rows], np.uint32),
-            valid=_flags(row.valid for row in rows),
-            text=_stack([text.embedding for text in texts]),
+            valid=np.array([row.valid for row in rows]),
         )
         return self.drop_conditions(batch, [row.drop for row in rows])
 
@@ -78,15 +76,16 @@ class Collator:
 
         Raises UserError if the tokenizer cannot make `shape.num_tokens` tokens.
         """
-        spec = self.shape.spec(batch_size)
-        embedding = self._any_tag().embedding
-        if embedding is None:
-            return spec
         text = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), embedding
+            lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype),
+            self._any_tag()["text"],
         )
         # Inside eval_shape, because `Batch` takes arrays only, not their shapes.
-        return jax.eval_shape(lambda batch, t: dataclasses.replace(batch, text=t), spec, text)
+        return jax.eval_shape(
+            lambda batch, text: dataclasses.replace(batch, text=text),
+            self.shape.spec(batch_size),
+            text,
+        )
 
     def drop_conditions(self, batch: Batch, drop: Drop | Sequence[Drop]) -> Batch:
         """`batch` with conditions withheld: the same for all rows, or one choice per row.
@@ -94,29 +93,19 @@ class Collator:
         A row without its text keeps its task's tag. It also loses its face, because the place of
         the face was in the text. A row without its image has no source, and a mask of ones.
         """
-        drops = [drop] * batch.size if isinstance(drop, str) else drop
-        no_text = _flags(d in ("text", "both") for d in drops)
-        no_image = _flags(d in ("image", "both") for d in drops)
-        names = list(TASKS)
-        tags = {t: self._tokenize(names[t], "") for t in set(batch.task[no_text].tolist())}
-        tokens, text_mask, identity_slot = (
-            np.array(x) for x in (batch.tokens, batch.text_mask, batch.identity_slot)
-        )
-        text = batch.text and jax.tree.map(np.array, batch.text)
-        for row in np.flatnonzero(no_text):
-            tag = tags[int(batch.task[row])]
-            tokens[row], text_mask[row] = tag.tokens, tag.text_mask
-            identity_slot[row] = tag.identity_slot
-            if text is not None:
-                text.emb[row], text.mask[row] = tag.embedding.emb[0], tag.embedding.mask[0]
-                text.pooled[row] = tag.embedding.pooled[0]
+        drops = np.array([drop] * batch.size if isinstance(drop, str) else drop)
+        no_text, no_image = np.isin(drops, ("text", "both")), np.isin(drops, ("image", "both"))
+        rows, names = np.flatnonzero(no_text), list(TASKS)
+        texts = {name: getattr(batch, name) for name in _TEXT_FIELDS}
+        if len(rows):
+            texts = jax.tree.map(np.array, texts)
+            tags = self._texts([(names[task], "") for task in batch.task[rows]])
+            for array, tag in zip(jax.tree.leaves(texts), jax.tree.leaves(tags), strict=True):
+                array[rows] = tag
         has_image = (~no_image)[:, None, None, None]
         return dataclasses.replace(
             batch,
-            tokens=tokens,
-            text_mask=text_mask,
-            identity_slot=identity_slot,
-            text=text,
+            **texts,
             face=np.where(no_text[:, None, None, None], np.uint8(0), batch.face),
             has_face=batch.has_face & ~no_text,
             source=np.where(has_image, batch.source, np.uint8(0)),
@@ -124,27 +113,26 @@ class Collator:
             has_source=batch.has_source & ~no_image,
         )
 
-    def _tokenize(self, task: str, text: str) -> TokenizedText:
-        return self.tokenizer(tasks.prompt(task, text), self.shape.num_tokens)
+    def _texts(self, rows: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """The fields _TEXT_FIELDS of a batch with these (task, text)."""
+        texts = [
+            self.tokenizer(tasks.prompt(task, text), self.shape.num_tokens) for task, text in rows
+        ]
+        # Without a cache every embedding is None, which is a tree without leaves.
+        embeddings = [text.embedding for text in texts]
+        return dict(
+            tokens=np.stack([text.tokens for text in texts]),
+            text_mask=np.stack([text.text_mask for text in texts]),
+            identity_slot=np.stack([text.identity_slot for text in texts]),
+            text=jax.tree.map(lambda *rows: np.concatenate(rows), *embeddings),
+        )
 
-    def _any_tag(self) -> TokenizedText:
-        """The tokens of some task's tag."""
+    def _any_tag(self) -> dict[str, Any]:
+        """The fields of a batch with some task's tag alone."""
         # A cache of embeddings has the tags of its own config's tasks only, so the first may be
         # missing there.
         *others, last = TASKS
         for task in others:
-            try:
-                return self._tokenize(task, "")
-            except UserError:
-                continue
-        return self._tokenize(last, "")
-
-
-def _stack(embeddings: Sequence[Text | None]) -> Text | None:
-    if embeddings[0] is None:
-        return None
-    return jax.tree.map(lambda *rows: np.concatenate(rows), *embeddings)
-
-
-def _flags(values: Iterable[bool]) -> Bool[np.ndarray, " b"]:
-    return np.array(list(values), bool)
+            with contextlib.suppress(UserError):
+                return self._texts([(task, "")])
+        return self._texts([(last, "")])

@@ -5,7 +5,6 @@ and gives each host its rows. An example's number in the sequence is its sample 
 random choices, so that the same example is the same on any number of hosts.
 """
 
-import bisect
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,28 +46,23 @@ class HeldOut(Sequence):
     ):
         self.task = check_name(task, config.tasks, what="task of this config")
         self._resolution = config.data.resolution
-        self._suitable: list[tuple[Source, Sequence[int]]] = []  # the records' indices by source
-        missing = num
+        opened = dict(sources or {})
         for name in config.tasks[task].sources:
-            source = (sources or {}).get(name)
-            if source is None:
-                source = open_source(name, split, data_dir=config.data.dir)
-            indices: Sequence[int] = range(len(source))
-            if TASKS[task].may_refuse:
-                suitable = (i for i in indices if self._suits(source, i))
-                indices = list(itertools.islice(suitable, missing))
-            elif missing is not None:
-                indices = indices[:missing]
-            self._suitable.append((source, indices))
-            if missing is not None:
-                missing -= len(indices)
-        self._ends = list(itertools.accumulate(len(indices) for _, indices in self._suitable))
+            if name not in opened:
+                opened[name] = open_source(name, split, data_dir=config.data.dir)
+        suitable = (
+            (source, index)
+            for source in (opened[name] for name in config.tasks[task].sources)
+            for index in range(len(source))
+            if not TASKS[task].may_refuse or self._suits(source, index)
+        )
+        self._places = list(itertools.islice(suitable, num))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Record:
-        source, stored = self._find(index)
+        source, stored = self._places[index]
         return transforms.resize_and_crop(source.read(stored), resolution=self._resolution)
 
     def example(self, index: int, *, seed: int = 0) -> Example:
@@ -77,29 +71,12 @@ class HeldOut(Sequence):
         Reads only the fields that the task needs. Raises UserError for a record with a missing or
         wrong field.
         """
-        source, stored = self._find(index)
-        return self._example(source, stored, np.random.default_rng((seed, index)))
-
-    def origin(self, index: int) -> str:
-        """Where record `index` is stored, for messages: `scenes/validation[7]`."""
-        source, stored = self._find(index)
-        return f"{source.name}[{stored}]"
-
-    def _find(self, index: int) -> tuple[Source, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} of {len(self)} records")
-        number = bisect.bisect_right(self._ends, index)
-        source, indices = self._suitable[number]
-        return source, indices[index - self._ends[number]]  # a negative index, from the end
+        return self._example(*self._places[index], np.random.default_rng((seed, index)))
 
     def _example(self, source: Source, stored: int, rng: np.random.Generator) -> Example:
-        return TASKS[self.task].example(
-            source.read(stored, TASKS[self.task].needs),
-            rng,
-            self._resolution,
-            where=f"{source.name}[{stored}]",
-            center=True,
-        )
+        task = TASKS[self.task]
+        record, where = source.read(stored, task.needs), f"{source.name}[{stored}]"
+        return task.example(record, rng, self._resolution, where=where, center=True)
 
     def _suits(self, source: Source, stored: int) -> bool:
         try:
@@ -133,37 +110,14 @@ class HeldOutBatches:
         return -(-len(self._held_out) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        last = len(self._held_out) - 1
         for start in range(0, len(self._held_out), self._batch_size):
-            last = len(self._held_out) - 1
             indices = [start + row for row in self._rows]
             # Padding repeats the host's last record. A host whose rows all lie past the end needs
             # some record for its shape, and takes the very last one.
-            rows = {i: self._row(i) for i in dict.fromkeys(min(i, last) for i in indices)}
+            rows = {
+                i: Row(example=self._held_out.example(i), task=self._held_out.task, sample_id=i)
+                for i in dict.fromkeys(min(i, last) for i in indices)
+            }
             padding = dataclasses.replace(rows[max(rows)], valid=False)
             yield self._collator([rows[i] if i <= last else padding for i in indices])
-
-    def _row(self, index: int) -> Row:
-        example = self._held_out.example(index)
-        return Row(example=example, task=self._held_out.task, sample_id=index)
-
-
-def batches(
-    config: Config,
-    task: str,
-    *,
-    split: str,
-    num: int | None = None,
-    batch_size: int,
-    collator: Collator,
-    process_index: int = 0,
-    process_count: int = 1,
-    sources: Mapping[str, Source] | None = None,
-) -> HeldOutBatches:
-    """The `HeldOutBatches` of a config's task: see there, and `HeldOut` for the arguments."""
-    return HeldOutBatches(
-        HeldOut(config, task, split=split, num=num, sources=sources),
-        batch_size=batch_size,
-        collator=collator,
-        process_index=process_index,
-        process_count=process_count,
-    )

@@ -1,8 +1,8 @@
 """A page of what a config trains on: rows of its stream beside the labels of their records."""
 
 import collections
-import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import cv2
 import jinja2
@@ -10,8 +10,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from data_pipelines import mixture, renderings, tasks, transforms
+from data_pipelines import renderings, tasks, transforms
 from data_pipelines.collate import Collator, Row
+from data_pipelines.mixture import Stream
 from data_pipelines.sources import Source
 from data_pipelines.tasks import TASKS
 from data_pipelines.transforms import Record
@@ -24,31 +25,12 @@ MAX_ROWS = 20_000  # searched for examples of rare tasks
 _RECORD_PIXELS = 384  # the longer side of a record's picture, on which labels are drawn
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Picture:
-    name: str
-    url: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Card:
-    sample_id: int
-    origin: str
-    prompt: str
-    num_tokens: int
-    truncated: bool
-    drop: str
-    pictures: list[_Picture]
-    boxes: list[tuple[str, str]]  # phrase and its CSS color
-
-
 def write_inspection(
     config: Config,
     out: epath.PathLike,
     *,
     collator: Collator,
     num_examples: int = 8,
-    split: str = "train",
     sources: Mapping[str, Source] | None = None,
 ) -> None:
     """Writes a self-contained page with `num_examples` rows of each task, in the stream's order.
@@ -57,10 +39,10 @@ def write_inspection(
     conditions, and its pictures: source, mask, face, target, and the whole record with its boxes,
     masks and joints drawn on.
 
-    Raises UserError as `mixture.make_stream` does.
+    Raises UserError as `mixture.Stream` does.
     """
-    stream = mixture.make_stream(config, collator=collator, split=split, sources=sources)
-    cards: dict[str, list[_Card]] = {name: [] for name in TASKS if name in stream.shares}
+    stream = Stream(config, collator=collator, sources=sources)
+    cards: dict[str, list[dict[str, Any]]] = {name: [] for name in TASKS if name in stream.shares}
     counts: collections.Counter[str] = collections.Counter()
     for position in range(MAX_ROWS):
         if position >= MIN_ROWS and all(len(found) >= num_examples for found in cards.values()):
@@ -91,31 +73,33 @@ def write_inspection(
     write_whole(out, page)
 
 
-def _card(row: Row, collator: Collator) -> _Card:
+def _card(row: Row, collator: Collator) -> dict[str, Any]:
+    """What the template shows of a row."""
     source, index = row.origin
+    record = source.read(index)
     text = tasks.prompt(row.task, "" if row.drop in ("text", "both") else row.example.text)
     tokens = collator.tokenizer(text, collator.shape.num_tokens)
-    pictures = [
-        ("source", row.example.source),
-        ("target", row.example.target),
-        ("face", row.example.face),
-    ]
-    if row.example.mask is not None:
-        pictures.insert(1, ("mask", renderings.render_mask(row.example.mask[..., 0])))
-    record = source.read(index)
-    pictures.append(("record", _labels(record)))
-    return _Card(
+    mask = row.example.mask
+    pictures = dict(
+        source=row.example.source,
+        mask=None if mask is None else renderings.render_mask(mask[..., 0]),
+        target=row.example.target,
+        face=row.example.face,
+        record=_labels(record),
+    )
+    return dict(
         sample_id=row.sample_id,
         origin=f"{source.name}[{index}]",
         prompt=text,
         num_tokens=int(tokens.text_mask.sum()),
         truncated=tokens.num_truncated > 0,
         drop=row.drop,
-        pictures=[
-            _Picture(name=name, url=data_uri(png_bytes(image, optimize=True)))
-            for name, image in pictures
+        pictures={
+            name: data_uri(png_bytes(image, optimize=True))
+            for name, image in pictures.items()
             if image is not None
-        ],
+        },
+        # Each phrase and the color of its box.
         boxes=[
             (phrase, "rgb({}, {}, {})".format(*_color(k)))
             for k, phrase in enumerate(record.get("phrases", ()))
@@ -127,9 +111,7 @@ def _labels(record: Record) -> UInt8[np.ndarray, "h w 3"]:
     """The record's image, enlarged, with the outlines of its masks, its boxes and its joints."""
     scale = _RECORD_PIXELS / max(record["image"].shape[:2])
     height, width = (max(1, round(side * scale)) for side in record["image"].shape[:2])
-    image = np.ascontiguousarray(
-        transforms.resize_image(record["image"], height=height, width=width)
-    )
+    image = np.array(transforms.resize_image(record["image"], height=height, width=width))
     for k, mask in enumerate(record.get("masks", ())):
         large = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
         contours, _ = cv2.findContours(large, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -139,10 +121,8 @@ def _labels(record: Record) -> UInt8[np.ndarray, "h w 3"]:
         cv2.rectangle(image, (x0, y0), (x1 - 1, y1 - 1), _color(k), 2)
     for x, y, visible in record.get("joints", ()):
         center = (round(float(x) * width), round(float(y) * height))
-        cv2.circle(image, center, 5, (0, 0, 0), -1, cv2.LINE_AA)
-        cv2.circle(
-            image, center, 3, (255, 255, 255) if visible else (130, 130, 130), -1, cv2.LINE_AA
-        )
+        for radius, gray in ((5, 0), (3, 255 if visible else 130)):
+            cv2.circle(image, center, radius, (gray, gray, gray), -1, cv2.LINE_AA)
     return image
 
 

@@ -6,10 +6,11 @@ order that each epoch shuffles anew. Because nothing else is remembered, the sta
 one number, and any number of hosts may continue it.
 """
 
+import collections
 import dataclasses
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import cv2
@@ -48,7 +49,6 @@ class Component:
 def components(
     task_settings: Mapping[str, settings.Task],
     *,
-    split: str = "train",
     data_dir: str = "",
     sources: Mapping[str, Source] | None = None,
 ) -> list[Component]:
@@ -73,12 +73,16 @@ def components(
             continue
         for source in task.sources:
             if source not in opened:
-                opened[source] = open_source(source, split, data_dir=data_dir)
-            _check_fields(name, opened[source])
-        if isinstance(task.sources, Mapping):
-            weights = {source: float(weight) for source, weight in task.sources.items()}
-        else:
-            weights = {source: float(len(opened[source])) for source in task.sources}
+                opened[source] = open_source(source, "train", data_dir=data_dir)
+            fields = opened[source].fields
+            if missing := [field for field in TASKS[name].needs if field not in fields]:
+                raise UserError(
+                    f"task {name!r} cannot read {opened[source].name}: no field {missing[0]!r} "
+                    f"(has {', '.join(fields)})"
+                )
+        weights = task.sources
+        if not isinstance(weights, Mapping):
+            weights = {source: len(opened[source]) for source in task.sources}
         total = sum(weights.values())
         result += [
             Component(task=name, source=opened[source], weight=task.weight * weight / total)
@@ -88,51 +92,93 @@ def components(
     return result
 
 
-def _check_fields(task: str, source: Source) -> None:
-    missing = [field for field in TASKS[task].needs if field not in source.fields]
-    if missing:
-        raise UserError(
-            f"task {task!r} cannot read {source.name}: no field {missing[0]!r} "
-            f"(has {', '.join(source.fields)})"
-        )
+class Stream:
+    """The endless training stream of a config, from position 0: an iterator of `Batch`.
 
+    It gives this host's rows of each global batch of `data.batch_size` rows, made by threads.
+    `sources` maps names to sources, which are then not opened below `data.dir`: for example
+    `{"scenes": MemorySource("scenes", records)}`.
 
-class Mixture:
-    """Position -> row, the same on every host. Safe to use from several threads."""
+    Raises:
+      UserError: an unknown task, a batch that does not divide by the hosts, a record that breaks
+        the schema (some of each source are tried here); from `next`: more than 1% of the records
+        are unusable.
+      NotFoundError: a source that does not exist.
+    """
 
-    def __init__(self, components: Sequence[Component], *, config: Config):
-        self._components, self._config = components, config
-        self._rotation = Rotation([c.weight for c in components], seed=config.seed)
+    def __init__(
+        self,
+        config: Config,
+        *,
+        collator: Collator,
+        process_index: int = 0,
+        process_count: int = 1,
+        sources: Mapping[str, Source] | None = None,
+    ):
+        # Rows are the unit of parallelism; OpenCV's own threads would contend with XLA for the
+        # cores.
+        cv2.setNumThreads(1)
+        self._config, self._collator = config, collator
+        self._components = components(config.tasks, data_dir=config.data.dir, sources=sources)
+        self._rotation = Rotation([c.weight for c in self._components], seed=config.seed)
         self._orders = [
             grain.MapDataset.range(len(c.source))
             .seed(zlib.crc32(f"{config.seed} {c.task} {c.source.name}".encode()))
             .shuffle()
             .repeat()
-            for c in components
+            for c in self._components
         ]
-        self.quarantine = Quarantine()
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """JSON-able: all that decides which record a position has."""
-        return {
-            "seed": self._config.seed,
-            "components": [
-                [c.task, c.source.name, len(c.source), c.weight] for c in self._components
-            ],
-        }
+        self._quarantine = Quarantine()
+        self._host_rows = host_rows(
+            config.data.batch_size, process_index=process_index, process_count=process_count
+        )
+        self._next = 0  # the first position of the next global batch
+        self._iterator: Any = None
+        self._probe()
 
     @property
     def shares(self) -> dict[str, float]:
         """The fraction of rows that each task gets."""
-        total = sum(c.weight for c in self._components)
-        return {
-            name: sum(c.weight for c in self._components if c.task == name) / total
-            for name in dict.fromkeys(c.task for c in self._components)
-        }
+        weights: dict[str, float] = collections.defaultdict(float)
+        for component in self._components:
+            weights[component.task] += component.weight
+        return {task: weight / sum(weights.values()) for task, weight in weights.items()}
+
+    def specs(self) -> list[Batch]:
+        """The shapes of the global batches that the stream gives."""
+        return [self._collator.spec(self._config.data.batch_size)]
+
+    def counters(self) -> dict[str, int]:
+        """`quarantined`: the records that this host could not use, each replaced by another."""
+        return {"quarantined": len(self._quarantine)}
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._start(self._next)
+        batch = next(self._iterator)
+        self._next += self._config.data.batch_size
+        return batch
+
+    def _start(self, start: int) -> Any:
+        """Starts the threads that read, from a global position on."""
+        data, rows = self._config.data, self._host_rows
+        positions = grain.MapDataset.range(_MAX_POSITION // data.batch_size * len(rows)).map(
+            lambda i: start + i // len(rows) * data.batch_size + rows[i % len(rows)]
+        )
+        batches = positions.map(self.row).batch(
+            len(rows), drop_remainder=True, batch_fn=self._collator
+        )
+        # Without options grain would keep 500 elements (here: batches) ready, from 16 threads.
+        read = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch)
+        return iter(batches.to_iter_dataset(read_options=read))
 
     def row(self, position: int) -> Row:
-        """The row at a global position. An unusable record is replaced by the next of its source.
+        """The row at a global position, the same on every host; safe to call from several threads.
+
+        An unusable record is replaced by the next of its source.
 
         Raises UserError if too many records are unusable.
         """
@@ -150,27 +196,23 @@ class Mixture:
             try:
                 record = source.read(index, task.needs)
                 example = task.example(record, rng, self._config.data.resolution, where=name)
-            except UnsuitableRecord as error:
-                reason: Exception = error
             # A decoder or a transform may raise anything on a corrupt record.
             except Exception as error:
                 reason = error
-                self.quarantine.add(task.name, name, error)
-            else:
-                self.quarantine.record_success()
-                return Row(
-                    example=example,
-                    task=task.name,
-                    sample_id=position,
-                    drop=drop,
-                    origin=(source, index),
-                )
+                if not isinstance(error, UnsuitableRecord):
+                    self._quarantine.add(task.name, name, error)
+                continue
+            self._quarantine.record_success()
+            origin = (source, index)
+            return Row(
+                example=example, task=task.name, sample_id=position, drop=drop, origin=origin
+            )
         raise UserError(
             f"{attempt + 1} records in succession of {source.name} cannot serve task "
             f"{task.name!r}; the last: {reason}"
         )
 
-    def probe(self) -> None:
+    def _probe(self) -> None:
         """Makes a few examples of every component: a wrong dataset fails before a model is built.
 
         Raises UserError for a record that breaks the schema. One that cannot be decoded is only
@@ -192,71 +234,15 @@ class Mixture:
                 except UnsuitableRecord as error:
                     _logger.info("%s", error)
 
-
-class Stream:
-    """This host's rows of the endless training stream: an iterator of `Batch`, made by threads."""
-
-    def __init__(
-        self,
-        mixture: Mixture,
-        *,
-        collator: Collator,
-        data: settings.Data,
-        process_index: int,
-        process_count: int,
-    ):
-        self._mixture, self._collator, self._data = mixture, collator, data
-        self._host_rows = host_rows(
-            data.batch_size, process_index=process_index, process_count=process_count
-        )
-        self._next = 0  # the first position of the next global batch
-        self._iterator: Any = None
-
     @property
-    def shares(self) -> dict[str, float]:
-        """The fraction of rows that each task gets."""
-        return self._mixture.shares
-
-    def specs(self) -> list[Batch]:
-        """The shapes of the global batches that the stream gives."""
-        return [self._collator.spec(self._data.batch_size)]
-
-    def counters(self) -> dict[str, int]:
-        """`quarantined`: the records that this host could not use, each replaced by another."""
-        return {"quarantined": len(self._mixture.quarantine)}
-
-    def __iter__(self) -> "Stream":
-        return self
-
-    def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = self._start(self._next)
-        batch = next(self._iterator)
-        self._next += self._data.batch_size
-        return batch
-
-    def _start(self, start: int) -> Any:
-        """Starts the threads that read, from a global position on."""
-        batch_size, rows = self._data.batch_size, self._host_rows
-        positions = grain.MapDataset.range(_MAX_POSITION // batch_size * len(rows)).map(
-            lambda i: start + i // len(rows) * batch_size + rows[i % len(rows)]
-        )
-        batches = positions.map(self._mixture.row).batch(
-            len(rows), drop_remainder=True, batch_fn=self._collator
-        )
-        # Without options grain would keep 500 elements (here: batches) ready, from 16 threads.
-        read = grain.ReadOptions(
-            num_threads=self._data.read_threads, prefetch_buffer_size=self._data.prefetch
-        )
-        return iter(batches.to_iter_dataset(read_options=read))
-
-    def row(self, position: int) -> Row:
-        """The row at a global position, which any host can make."""
-        return self._mixture.row(position)
+    def _identity(self) -> dict[str, Any]:
+        """JSON-able: all that decides which record a position has."""
+        components = [[c.task, c.source.name, len(c.source), c.weight] for c in self._components]
+        return {"seed": self._config.seed, "components": components}
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able and the same on every host: the next global position, and the mixture."""
-        return {"next": self._next, "mixture": self._mixture.identity}
+        return {"next": self._next, "mixture": self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues at a saved state, on any number of hosts.
@@ -265,9 +251,8 @@ class Stream:
           UserError: the state is of another mixture, in which the position would silently skip and
             repeat records.
         """
-        saved, own = state.get("mixture"), self._mixture.identity
+        saved, own = state.get("mixture", {}), self._identity
         if saved != own:
-            saved = saved if isinstance(saved, dict) else {}
             field = next((k for k in own if saved.get(k) != own[k]), "mixture")
             raise UserError(
                 "the saved data position belongs to another mixture: "
@@ -282,42 +267,6 @@ class Stream:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
-
-
-def make_stream(
-    config: Config,
-    *,
-    collator: Collator,
-    split: str = "train",
-    process_index: int = 0,
-    process_count: int = 1,
-    sources: Mapping[str, Source] | None = None,
-) -> Stream:
-    """The training stream of a config (`seed`, `tasks`, `data`), from position 0.
-
-    `data.batch_size` is global. `sources` maps names to sources, which are then not opened below
-    `data.dir`: for example `{"scenes": MemorySource("scenes", records)}`.
-
-    Raises:
-      UserError: an unknown task, a batch that does not divide by the hosts, a record that breaks
-        the schema (some of each source are tried here); from `next`: more than 1% of the records
-        are unusable.
-      NotFoundError: a source that does not exist.
-    """
-    # Rows are the unit of parallelism; OpenCV's own threads would contend with XLA for the cores.
-    cv2.setNumThreads(1)
-    mixture = Mixture(
-        components(config.tasks, split=split, data_dir=config.data.dir, sources=sources),
-        config=config,
-    )
-    mixture.probe()
-    return Stream(
-        mixture,
-        collator=collator,
-        data=config.data,
-        process_index=process_index,
-        process_count=process_count,
-    )
 
 
 def _sample_drop(task: settings.Task, rng: np.random.Generator) -> Drop:

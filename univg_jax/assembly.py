@@ -8,10 +8,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Int, PyTree, UInt8
 
-from data_pipelines import held_out, mixture
 from data_pipelines.cache import CachedTokenizer
 from data_pipelines.collate import Collator
 from data_pipelines.datasets import DATASETS
+from data_pipelines.held_out import HeldOut, HeldOutBatches
+from data_pipelines.mixture import Stream
 from data_pipelines.sources import open_source
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer, load_tokenizer
@@ -42,7 +43,7 @@ class Run:
     collator: Collator
     step_fns: TrainStep
     frozen: PyTree
-    stream: mixture.Stream
+    stream: Stream
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -54,14 +55,11 @@ class Run:
         """What samples from the model in training."""
         return make_generator(self.config, self.step_fns.model, self.step_fns.conditioner)
 
-    def validation(self, *, num: int, batch_size: int) -> dict[str, held_out.HeldOutBatches]:
+    def validation(self, *, num: int, batch_size: int) -> dict[str, HeldOutBatches]:
         """This process's batches of the first `num` validation examples of each task."""
         return {
-            name: held_out.batches(
-                self.config,
-                name,
-                split="validation",
-                num=num,
+            name: HeldOutBatches(
+                HeldOut(self.config, name, split="validation", num=num),
                 batch_size=batch_size,
                 collator=self.collator,
                 process_index=jax.process_index(),
@@ -125,7 +123,7 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
             task_names=tuple(TASKS),
         ),
         frozen=found.frozen,
-        stream=mixture.make_stream(
+        stream=Stream(
             config,
             collator=collator,
             process_index=jax.process_index(),

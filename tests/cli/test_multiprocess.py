@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import mixture
 from data_pipelines.collate import Collator
+from data_pipelines.mixture import Stream
 from tests.processes import run, running, wait_for
 from univg_jax import Pipeline, assembly, checkpoint, configs
 from univg_jax.batch import BatchShape
@@ -232,7 +232,7 @@ def first_batch(data, **processes):
     """The first training batch, or a process's rows of it."""
     config = configs.load("experiments/emoji.py:preset=smoke,stage=2", [f"data.dir={data}"])
     collator = Collator(tokenizer=assembly.make_tokenizer(config), shape=BatchShape.of(config.data))
-    stream = mixture.make_stream(config, collator=collator, **processes)
+    stream = Stream(config, collator=collator, **processes)
     batch = next(stream)
     stream.close()
     return batch

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from data_pipelines import held_out
 from data_pipelines.cache import RECORD, CachedTokenizer, prompts, write_cache
 from data_pipelines.collate import Collator, Row
 from data_pipelines.datasets import emoji_scenes
-from data_pipelines.mixture import make_stream
+from data_pipelines.held_out import HeldOut, HeldOutBatches
+from data_pipelines.mixture import Stream
 from data_pipelines.tasks import Example, prompt
 from data_pipelines.tokenizer import load_tokenizer
 from univg_jax.batch import BatchShape, Text
@@ -135,12 +135,12 @@ def test_the_prompts_of_a_run_are_all_that_it_asks_for(tmp_path):
     write_cache(tmp_path / "cache", rows, embed=embed, identity={})
     cached = CachedTokenizer(TOKENIZER, tmp_path / "cache", identity={})
     collator = dataclasses.replace(plain, tokenizer=cached)
-    stream = make_stream(config, collator=collator)
+    stream = Stream(config, collator=collator)
     for _ in range(2):
         next(stream)
     stream.close()
     for name in tasks:
-        options = dict(split="validation", num=5, batch_size=8, collator=collator)
-        (batch,) = held_out.batches(config, name, **options)
+        examples = HeldOut(config, name, split="validation", num=5)
+        (batch,) = HeldOutBatches(examples, batch_size=8, collator=collator)
         assert batch.text is not None
         collator.drop_conditions(batch, "text")

@@ -5,7 +5,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.collate import Collator
-from data_pipelines.mixture import Stream, make_stream
+from data_pipelines.mixture import Stream
 from data_pipelines.sources import MemorySource
 from data_pipelines.tokenizer import TokenizedText
 from univg_jax.batch import BatchShape
@@ -121,7 +121,7 @@ OPEN: list[Stream] = []  # conftest.py closes them after each test
 def stream(config: ConfigDict | None = None, **changes) -> Stream:
     config = Config.of(config or make_config())
     options = dict(collator=make_collator(config), sources=sources()) | changes
-    OPEN.append(make_stream(config, **options))
+    OPEN.append(Stream(config, **options))
     return OPEN[-1]
 
 
