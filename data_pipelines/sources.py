@@ -28,7 +28,7 @@ class Source(Protocol):
 class MemorySource:
     """Records in a list: to try a task or a model on a few examples without writing a dataset.
 
-    `make_stream(config, sources={"scenes": MemorySource("scenes", records)}, ...)` trains on them.
+    `Stream(config, sources={"scenes": MemorySource("scenes", records)}, ...)` trains on them.
     """
 
     def __init__(self, name: str, items: Sequence[Record]):

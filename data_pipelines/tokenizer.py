@@ -166,33 +166,22 @@ def load_tokenizer(name_or_folder: str = "minilm") -> Tokenizer:
             f"{folder}: tokenizer and tokenizer_2 differ in their vocabularies; "
             "SD3's CLIPs share one"
         )
-    t5 = (
-        EncoderTokenizer(_read(folder / "tokenizer_3"))
-        if (folder / "tokenizer_3").is_dir()
-        else None
-    )
-    return SD3Tokenizer(clip=clip, t5=t5)
+    third = folder / "tokenizer_3"
+    return SD3Tokenizer(clip=clip, t5=EncoderTokenizer(_read(third)) if third.is_dir() else None)
 
 
 def _read(folder: Path) -> tokenizers.Tokenizer:
     """A folder's tokenizer, with the special tokens that it names and its padding enabled."""
-    file = next(
-        (folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()),
-        None,
-    )
-    if file is None:
+    files = [folder / name for name in ("tokenizer.json", "vocab.json")]
+    if (file := next(filter(Path.is_file, files), None)) is None:
         raise NotFoundError(f"{folder} has no tokenizer.json, nor CLIP's vocab.json and merges.txt")
-    if file.name == "vocab.json" and not (folder / "merges.txt").is_file():
+    is_clip = file.name == "vocab.json"
+    if is_clip and not (folder / "merges.txt").is_file():
         raise NotFoundError(f"{folder} has no merges.txt beside its vocab.json")
     try:
-        tokenizer = (
-            tokenizers.Tokenizer.from_file(str(file))
-            if file.name == "tokenizer.json"
-            else _clip(folder)
-        )
-        config = _json(folder / "tokenizer_config.json")
-        if file.name == "vocab.json":
-            config = CLIP_SPECIALS | config
+        tokenizer = _clip(folder) if is_clip else tokenizers.Tokenizer.from_file(str(file))
+        defaults = CLIP_SPECIALS if is_clip else {}
+        config = defaults | _json(folder / "tokenizer_config.json")
         # The older of two ways in which a folder says which tokens are special.
         if "added_tokens_decoder" not in config:
             config |= _json(folder / "special_tokens_map.json")
@@ -209,34 +198,20 @@ def _read(folder: Path) -> tokenizers.Tokenizer:
 
 def _clip(folder: Path) -> tokenizers.Tokenizer:
     """CLIP's tokenizer: lower-cased words as bytes, merged in pairs (arXiv 2103.00020, 2.4)."""
-    vocab, merges = tokenizers.models.BPE.read_file(
-        str(folder / "vocab.json"), str(folder / "merges.txt")
-    )
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    vocab, merges = tokenizers.models.BPE.read_file(*files)
     if not {CLIP_START, CLIP_END} <= vocab.keys():
         raise UserError(f"CLIP's vocabulary has {CLIP_START} and {CLIP_END}")
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(
-            vocab,
-            merges,
-            unk_token=CLIP_END,
-            continuing_subword_prefix="",
-            end_of_word_suffix="</w>",
-            fuse_unk=False,
-        )
+    model = tokenizers.models.BPE(
+        vocab, merges, unk_token=CLIP_END, continuing_subword_prefix="", end_of_word_suffix="</w>"
     )
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFC(),
-            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-            normalizers.Lowercase(),
-        ]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(CLIP_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    tokenizer = tokenizers.Tokenizer(model)
+    one_space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    steps = [normalizers.NFC(), one_space, normalizers.Lowercase()]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    words = pre_tokenizers.Split(tokenizers.Regex(CLIP_WORDS), behavior="removed", invert=True)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     ends = [(token, vocab[token]) for token in (CLIP_START, CLIP_END)]
     tokenizer.post_processor = processors.TemplateProcessing(
         f"{CLIP_START} $A {CLIP_END}", special_tokens=ends

@@ -31,11 +31,8 @@ def resize_and_crop(
         top, left = (height - side) // 2, (width - side) // 2
     else:
         top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
-    return resize(
-        crop(record, top=top, left=left, height=side, width=side),
-        height=resolution,
-        width=resolution,
-    )
+    square = crop(record, top=top, left=left, height=side, width=side)
+    return resize(square, height=resolution, width=resolution)
 
 
 def crop(record: Record, *, top: int, left: int, height: int, width: int) -> Record:
@@ -44,9 +41,7 @@ def crop(record: Record, *, top: int, left: int, height: int, width: int) -> Rec
     Raises ValueError for a window that is empty or leaves the image.
     """
     full_height, full_width = record["image"].shape[:2]
-    rows_inside = 0 <= top < top + height <= full_height
-    columns_inside = 0 <= left < left + width <= full_width
-    if not (rows_inside and columns_inside):
+    if not (0 <= top < top + height <= full_height and 0 <= left < left + width <= full_width):
         raise ValueError(
             f"crop of {height}x{width} at ({top}, {left}) "
             f"leaves the image of {full_height}x{full_width}"
@@ -54,28 +49,22 @@ def crop(record: Record, *, top: int, left: int, height: int, width: int) -> Rec
     scale = np.array([full_width / width, full_height / height], np.float32)
     shift = np.array([left / width, top / height], np.float32)
     rows, columns = slice(top, top + height), slice(left, left + width)
-    out = dict(record)
-    for name in _PLANES:
-        if name in record:
-            out[name] = record[name][rows, columns]
+    planes = [name for name in _PLANES if name in record]
+    out = record | {name: record[name][rows, columns] for name in planes}
     if "masks" in record:
         out["masks"] = record["masks"][:, rows, columns]
     if "boxes" in record:
-        out["boxes"] = np.clip(
-            record["boxes"] * np.tile(scale, 2) - np.tile(shift, 2), 0, 1
-        ).astype(np.float32)
+        corners = record["boxes"] * np.tile(scale, 2) - np.tile(shift, 2)
+        out["boxes"] = np.clip(corners, 0, 1).astype(np.float32)
     if "joints" in record:
-        xy = record["joints"][:, :2] * scale - shift
-        inside = ((xy >= 0) & (xy <= 1)).all(axis=1)
-        out["joints"] = np.column_stack(
-            [np.clip(xy, 0, 1), record["joints"][:, 2] * inside]
-        ).astype(np.float32)
+        xy, visible = record["joints"][:, :2] * scale - shift, record["joints"][:, 2]
+        visible = visible * ((xy >= 0) & (xy <= 1)).all(axis=1)
+        out["joints"] = np.column_stack([np.clip(xy, 0, 1), visible]).astype(np.float32)
     return out
 
 
 def resize(record: Record, *, height: int, width: int) -> Record:
     """All planes at another size: images antialiased, masks by majority, depth by nearest pixel."""
-    # A mean of depths on both sides of an edge would be a depth where there is nothing.
     out = dict(record)
     for name in ("image", "source"):
         if name in record:
@@ -85,10 +74,10 @@ def resize(record: Record, *, height: int, width: int) -> Record:
     if "masks" in record:
         masks = [_resize_mask(mask, height, width) for mask in record["masks"]]
         out["masks"] = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+    # A mean of depths on both sides of an edge would be a depth where there is nothing.
     if "depth" in record:
-        out["depth"] = cv2.resize(
-            record["depth"], (width, height), interpolation=cv2.INTER_NEAREST_EXACT
-        )
+        nearest = cv2.INTER_NEAREST_EXACT
+        out["depth"] = cv2.resize(record["depth"], (width, height), interpolation=nearest)
     return out
 
 
@@ -98,22 +87,21 @@ def resize_image(
     """`image` at another size: means over pixel areas where it shrinks, cubic where it grows."""
     if image.shape[:2] == (height, width):
         return image
-    shrinks = height <= image.shape[0] and width <= image.shape[1]
-    return cv2.resize(
-        image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    )
+    return _resize(image, height, width, growing=cv2.INTER_CUBIC)
 
 
 def _resize_mask(
     mask: UInt8[np.ndarray, "h w"], height: int, width: int
 ) -> UInt8[np.ndarray, "h2 w2"]:
-    shrinks = height <= mask.shape[0] and width <= mask.shape[1]
-    coverage = cv2.resize(
-        mask.astype(np.float32),
-        (width, height),
-        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
-    )
+    coverage = _resize(mask.astype(np.float32), height, width, growing=cv2.INTER_LINEAR)
     return (coverage >= 0.5).astype(np.uint8)
+
+
+def _resize(pixels: np.ndarray, height: int, width: int, *, growing: int) -> np.ndarray:
+    """Means over pixel areas where it shrinks, OpenCV's interpolation `growing` where it grows."""
+    shrinks = height <= pixels.shape[0] and width <= pixels.shape[1]
+    kind = cv2.INTER_AREA if shrinks else growing
+    return cv2.resize(pixels, (width, height), interpolation=kind)
 
 
 def sample_hole(

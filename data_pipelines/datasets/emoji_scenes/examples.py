@@ -33,14 +33,11 @@ def check(options: Options) -> Options:
     Raises UserError for a value out of range.
     """
     options = dataclasses.replace(options, nouns=options.nouns or len(WHITELIST))
-    if options.resolution < 16:
-        raise UserError(f"resolution is {options.resolution}; expected at least 16 pixels")
-    if options.num_scenes < 1:
-        raise UserError(f"num_scenes is {options.num_scenes}; expected at least 1")
-    if options.seed < 0:
-        raise UserError(f"seed is {options.seed}; expected a non-negative integer")
-    if not MIN_NOUNS <= options.nouns <= len(WHITELIST):
-        raise UserError(f"nouns is {options.nouns}; expected {MIN_NOUNS} to {len(WHITELIST)}")
+    for name, least in dict(resolution=16, num_scenes=1, seed=0, nouns=MIN_NOUNS).items():
+        if (value := getattr(options, name)) < least:
+            raise UserError(f"{name} is {value}; expected at least {least}")
+    if options.nouns > len(WHITELIST):
+        raise UserError(f"nouns is {options.nouns}; expected at most {len(WHITELIST)}")
     persons = sum(options.count("persons", split) for split in SPLITS) // PICTURES
     if persons > (available := len(portraits.identities(options.seed))):
         raise UserError(

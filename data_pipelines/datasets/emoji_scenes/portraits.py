@@ -8,18 +8,15 @@ have the same face, and splits that take different numbers have different faces.
 import dataclasses
 import functools
 import importlib.resources
-import io
 import itertools
 import json
 
 import numpy as np
-import resvg_py
 from dicebear import Avatar, Style
 from jaxtyping import UInt8
-from PIL import Image
 
 from data_pipelines.datasets.emoji_scenes import PICTURES, captions
-from data_pipelines.datasets.emoji_scenes.sprites import COLORS
+from data_pipelines.datasets.emoji_scenes.sprites import COLORS, rasterize
 
 _HAIR = (
     *("bobBangs", "bobCut", "bunUndercut", "buzzcut", "curly", "curlyBun", "curlyHighTop"),
@@ -89,13 +86,8 @@ def sample_portraits(rng: np.random.Generator, person: int) -> list[Portrait]:
 
 @functools.cache
 def _style() -> Style:
-    return Style(
-        json.loads(
-            importlib.resources.files("dicebear_styles")
-            .joinpath("personas.json")
-            .read_text("utf-8")
-        )
-    )
+    file = importlib.resources.files("dicebear_styles") / "personas.json"
+    return Style(json.loads(file.read_text("utf-8")))
 
 
 def _hex(color: tuple[int, int, int]) -> str:
@@ -130,9 +122,4 @@ def render_portrait(
     # The artwork lightens the face by a white overlay, which would make its color differ from that
     # of the ears.
     svg = svg.replace('opacity=".36"', 'opacity=".12"')
-    png = bytes(
-        resvg_py.svg_to_bytes(
-            svg_string=svg, width=resolution, height=resolution, skip_system_fonts=True
-        )
-    )
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    return rasterize(svg, resolution, resolution)[..., :3]

