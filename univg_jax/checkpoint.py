@@ -11,8 +11,8 @@ In a run of several processes every process calls every function here. Paths may
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
+from orbax.checkpoint.future import ChainedFuture, Future
 from orbax.checkpoint.handlers import DefaultCheckpointHandlerRegistry
 
 from univg_jax import checksums
@@ -52,18 +53,10 @@ class StepReport:
     problems: tuple[str, ...]
 
 
-@runtime_checkable
-class Write(Protocol):
-    """What orbax awaits: a write that goes on in the background."""
-
-    def result(self, timeout: float | None = None) -> None: ...
-    def cancel(self) -> None: ...
-
-
 class _StateHandler(ocp.PyTreeCheckpointHandler):
     """Orbax's handler of trees; each process also sums the files that it has written."""
 
-    async def async_save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> list[Write]:
+    async def async_save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> list[Future]:
         writes = await super().async_save(directory, *args, **kwargs)
         own = f"process_{jax.process_index()}"
 
@@ -71,23 +64,7 @@ class _StateHandler(ocp.PyTreeCheckpointHandler):
             folder, _, rest = name.partition("/")
             return folder == f"ocdbt.{own}" or rest == own
 
-        return [_AfterWrites(writes, lambda: checksums.write_own(directory, is_own))]
-
-
-class _AfterWrites:
-    """Orbax awaits this instead of the writes; `then` runs in its background thread after them."""
-
-    def __init__(self, writes: Sequence[Write], then: Callable[[], None]) -> None:
-        self._writes, self._then = writes, then
-
-    def result(self, timeout: float | None = None) -> None:
-        for write in self._writes:
-            write.result(timeout)
-        self._then()
-
-    def cancel(self) -> None:
-        for write in self._writes:
-            write.cancel()
+        return [ChainedFuture(writes, cb=lambda: checksums.write_own(directory, is_own))]
 
 
 class Checkpointer:

@@ -221,13 +221,13 @@ class Pipeline:
         size = min(-(-len(rows) // unit) * unit, max(unit, MAX_BATCH // unit * unit))
         images: list[np.ndarray] = []
         for start in range(0, len(rows), size):
-            part, its_seeds = list(rows[start : start + size]), list(seeds[start : start + size])
-            padding = size - len(part)
-            batch = self.collator(part + part[-1:] * padding)
+            chunk, chunk_seeds = list(rows[start:][:size]), list(seeds[start:][:size])
+            padding = size - len(chunk)  # with one size for all batches, one program serves all
+            batch = self.collator(chunk + chunk[-1:] * padding)
             made = self.generate_batch(
-                batch, task, seed=its_seeds + its_seeds[-1:] * padding, callback=callback
+                batch, task, seed=chunk_seeds + chunk_seeds[-1:] * padding, callback=callback
             )
-            images += list(made[: len(part)])
+            images += list(made[: len(chunk)])
         return images
 
     def generate_batch(
