@@ -1,10 +1,10 @@
 """`univg plan`: will it fit, and how fast can it be, on a TPU that is not here."""
 
 import argparse
+import collections
 import functools
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -112,19 +112,16 @@ def run(args: argparse.Namespace) -> None:
 
 def print_plans(plans: list[Plan]) -> None:
     """Prints one column for each plan; all have the same config and programs."""
-    title = f"{plans[0].config}, a step of one device"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    table = _table(f"{plans[0].config}, a step of one device")
     table.add_column("")
     for plan in plans:
         table.add_column(plan.topology, justify="right")
-    for name, cell in _PLAN_ROWS:
-        table.add_row(name, *map(cell, plans))
+    _add_rows(table, [_plan_cells(plan) for plan in plans])
     for i, program in enumerate(plans[0].programs):
         table.add_section()
         encoders = "with" if program.name != "train" or plans[0].encoders else "without"
         table.add_row(f"[bold]{program.name}[/bold], {encoders} encoders", *[""] * len(plans))
-        for name, cell in _PROGRAM_ROWS:
-            table.add_row(f"  {name}", *(cell(plan, plan.programs[i]) for plan in plans))
+        _add_rows(table, [_program_cells(plan, plan.programs[i]) for plan in plans])
     _print(table, width=60 + 24 * len(plans))
     for plan in plans:
         for program in plan.programs:
@@ -135,14 +132,9 @@ def print_plans(plans: list[Plan]) -> None:
 
 def print_sweep(topology: str, plans: list[Plan]) -> None:
     """Prints one row for each plan of a topology."""
-    title = f"{plans[0].config} on {topology}"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("data x fsdp x tensor", justify="right")
-    table.add_column("remat")
-    table.add_column("HBM", justify="right")
-    table.add_column("roofline", justify="right")
-    table.add_column("bound by")
-    table.add_column("MFU at most", justify="right")
+    table = _table(f"{plans[0].config} on {topology}")
+    for name in ("data x fsdp x tensor", "remat", "HBM", "roofline", "bound by", "MFU at most"):
+        table.add_column(name, justify="left" if name in ("remat", "bound by") else "right")
     table.add_column("received of ideal", justify="right")
     for plan in plans:
         program = plan.programs[0]
@@ -150,9 +142,18 @@ def print_sweep(topology: str, plans: list[Plan]) -> None:
         if program.fits:
             mfu = f"{plan.mfu_bound(program):.1%}"
             values = [_seconds(program.roofline), program.bound, mfu, _of_ideal(program)]
-        memory = f"{format_bytes(program.peak)} of {format_bytes(plan.chip.hbm)}"
-        table.add_row(_mesh(plan), plan.model["remat"], memory, *values)
+        table.add_row(_mesh(plan), plan.model["remat"], _memory(plan, program), *values)
     _print(table, width=120)
+
+
+def _table(title: str) -> Table:
+    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+
+
+def _add_rows(table: Table, columns: list[dict[str, str]]) -> None:
+    """Adds one row for each name in the columns' cells, which are the same."""
+    for name in columns[0]:
+        table.add_row(name, *(cells[name] for cells in columns))
 
 
 def _print(table: Table, *, width: int) -> None:
@@ -160,10 +161,48 @@ def _print(table: Table, *, width: int) -> None:
     Console(width=None if os.isatty(1) else width).print(table)
 
 
-def _bandwidths(plan: Plan) -> str:
-    chip = plan.chip
-    values = (chip.hbm_bandwidth, chip.ici_bandwidth, chip.dcn_bandwidth)
-    return " | ".join(f"{value / 1e9:.4g}" for value in values)
+def _plan_cells(plan: Plan) -> dict[str, str]:
+    """What is the same for all programs of a plan, by the name of its row."""
+    chip, model = plan.chip, plan.model
+    bandwidths = (chip.hbm_bandwidth, chip.ici_bandwidth, chip.dcn_bandwidth)
+    return {
+        "device": f"{chip.kind}, {chip.flops / 1e12:.0f} TFLOP/s",
+        "  GB/s: HBM | ICI | DCN": " | ".join(f"{value / 1e9:.4g}" for value in bandwidths),
+        "devices": f"{plan.devices}",
+        "mesh data x fsdp x tensor": _mesh(plan),
+        "remat, attention, dtype": f"{model['remat']}, {model['attention']}, {model['dtype']}",
+        "optimizer, first moment": f"{plan.optimizer['name']}, {plan.optimizer['mu_dtype']}",
+        "parameters": f"{plan.parameters / 1e9:.3f} B",
+        "batch, rows a device": f"{plan.batch}, {plan.rows:g}",
+        "whole on every device, over 4 MiB": ", ".join(plan.replicated) or "nothing",
+    }
+
+
+def _program_cells(plan: Plan, program: Program) -> dict[str, str]:
+    """The figures of one program, by the name of its row."""
+    over = "" if program.fits else "OVER: "
+    received = f"{format_bytes(program.wire_bytes)}, {_of_ideal(program)}"
+    counted = {
+        "compiled FLOPs, of model": f"{program.flops:.4g}, "
+        f"{program.flops / program.model_flops:.3f} x",
+        "collectives: arrays (number)": _collectives(program),
+        "received, of the FSDP ideal": received,
+        "HBM traffic, FLOPs a byte": f"{format_bytes(program.memory_bytes)}, "
+        f"{program.intensity:.0f}",
+        "time: compute | HBM | ICI | DCN": " | ".join(map(_seconds, program.seconds.values())),
+        "roofline": f"{_seconds(program.roofline)} ({program.bound})",
+        "MFU at most": f"{plan.mfu_bound(program):.1%}",
+    }
+    cells = {
+        "HBM: arguments": format_bytes(program.arguments),
+        "HBM: temporaries": format_bytes(program.temporaries),
+        "HBM: all at once, of available": f"{over}{_memory(plan, program)}",
+        "model FLOPs": f"{program.model_flops:.4g}",
+        # Nothing was counted of a program that does not fit.
+        **(counted if program.fits else dict.fromkeys(counted, "-")),
+        "compiled in": f"{program.compile_seconds:.0f} s",
+    }
+    return {f"  {name}": cell for name, cell in cells.items()}
 
 
 def _mesh(plan: Plan) -> str:
@@ -171,17 +210,15 @@ def _mesh(plan: Plan) -> str:
 
 
 def _memory(plan: Plan, program: Program) -> str:
-    over = "" if program.fits else "OVER: "
-    return f"{over}{format_bytes(program.peak)} of {format_bytes(plan.chip.hbm)}"
+    return f"{format_bytes(program.peak)} of {format_bytes(plan.chip.hbm)}"
 
 
-def _collectives(_: Plan, program: Program) -> str:
+def _collectives(program: Program) -> str:
     """One line for each kind: bytes and number; kinds with next to no bytes are left out."""
-    sizes: dict[str, float] = {}
-    counts: dict[str, int] = {}
+    sizes, counts = collections.defaultdict(float), collections.Counter()
     for c in program.collectives:
-        sizes[c.kind] = sizes.get(c.kind, 0.0) + c.bytes
-        counts[c.kind] = counts.get(c.kind, 0) + c.count
+        sizes[c.kind] += c.bytes
+        counts[c.kind] += c.count
     lines = [
         f"{kind} {format_bytes(size)} ({counts[kind]})"
         for kind, size in sizes.items()
@@ -198,55 +235,3 @@ def _of_ideal(program: Program) -> str:
 
 def _seconds(seconds: float | int) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
-
-
-_PlanCell = Callable[[Plan], str]
-_ProgramCell = Callable[[Plan, Program], str]
-
-
-def _if_fits(cell: _ProgramCell) -> _ProgramCell:
-    """A cell of what is unknown of a program that does not fit."""
-    return lambda plan, program: cell(plan, program) if program.fits else "-"
-
-
-# Each row of the table of plans: its name, and what it shows of a plan.
-_PLAN_ROWS: tuple[tuple[str, _PlanCell], ...] = (
-    ("device", lambda p: f"{p.chip.kind}, {p.chip.flops / 1e12:.0f} TFLOP/s"),
-    ("  GB/s: HBM | ICI | DCN", _bandwidths),
-    ("devices", lambda p: f"{p.devices}"),
-    ("mesh data x fsdp x tensor", _mesh),
-    (
-        "remat, attention, dtype",
-        lambda p: f"{p.model['remat']}, {p.model['attention']}, {p.model['dtype']}",
-    ),
-    ("optimizer, first moment", lambda p: f"{p.optimizer['name']}, {p.optimizer['mu_dtype']}"),
-    ("parameters", lambda p: f"{p.parameters / 1e9:.3f} B"),
-    ("batch, rows a device", lambda p: f"{p.batch}, {p.rows:g}"),
-    ("whole on every device, over 4 MiB", lambda p: ", ".join(p.replicated) or "nothing"),
-)
-_PROGRAM_ROWS: tuple[tuple[str, _ProgramCell], ...] = (
-    ("HBM: arguments", lambda _, g: format_bytes(g.arguments)),
-    ("HBM: temporaries", lambda _, g: format_bytes(g.temporaries)),
-    ("HBM: all at once, of available", _memory),
-    ("model FLOPs", lambda _, g: f"{g.model_flops:.4g}"),
-    (
-        "compiled FLOPs, of model",
-        _if_fits(lambda _, g: f"{g.flops:.4g}, {g.flops / g.model_flops:.3f} x"),
-    ),
-    ("collectives: arrays (number)", _if_fits(_collectives)),
-    (
-        "received, of the FSDP ideal",
-        _if_fits(lambda _, g: f"{format_bytes(g.wire_bytes)}, {_of_ideal(g)}"),
-    ),
-    (
-        "HBM traffic, FLOPs a byte",
-        _if_fits(lambda _, g: f"{format_bytes(g.memory_bytes)}, {g.intensity:.0f}"),
-    ),
-    (
-        "time: compute | HBM | ICI | DCN",
-        _if_fits(lambda _, g: " | ".join(_seconds(s) for s in g.seconds.values())),
-    ),
-    ("roofline", _if_fits(lambda _, g: f"{_seconds(g.roofline)} ({g.bound})")),
-    ("MFU at most", _if_fits(lambda p, g: f"{p.mfu_bound(g):.1%}")),
-    ("compiled in", lambda _, g: f"{g.compile_seconds:.0f} s"),
-)

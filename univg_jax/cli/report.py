@@ -4,7 +4,7 @@ import argparse
 
 from etils import epath
 
-from univg_jax.evaluation.report import read_results, write_report, write_sheet
+from univg_jax.evaluation.report import write_report, write_sheet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,5 +24,5 @@ def run(args: argparse.Namespace) -> None:
     out, evaluation = epath.Path(args.out), epath.Path(args.evaluation)
     page, numbers, sheet = (out / f for f in ("report.html", "report.json", "samples.png"))
     write_report(out, page, numbers, stages=args.stages.split(","), evaluation=evaluation)
-    write_sheet(read_results(evaluation), evaluation, sheet)
+    write_sheet(evaluation, sheet)
     print(f"wrote {page}, {numbers} and {sheet}")

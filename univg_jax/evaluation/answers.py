@@ -7,7 +7,8 @@ case at a time and keeps no pictures but its result.
 import numpy as np
 
 from data_pipelines import renderings
-from univg_jax.evaluation.benchmark import AnswerFn, Case, Cases, Image
+from univg_jax.evaluation.benchmark import AnswerFn, Case, Cases
+from univg_jax.evaluation.metrics import Image
 
 
 def constant(image: Image) -> AnswerFn:

@@ -15,17 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import UInt8
 
 from data_pipelines import tasks, transforms
-from data_pipelines.tasks import TASKS
 from data_pipelines.transforms import Record
 from univg_jax.errors import UserError
-from univg_jax.evaluation.metrics import Ratio
+from univg_jax.evaluation.metrics import Image, Ratio
 from univg_jax.evaluation.scorers import PROTOCOLS, Scorers
 from univg_jax.settings import Config
-
-Image = UInt8[np.ndarray, "h w 3"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +65,7 @@ class Cases(Sequence[Case]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Case:
-        task, where = TASKS[self.task], f"case {index} of task {self.task!r}"
+        task, where = tasks.TASKS[self.task], f"case {index} of task {self.task!r}"
         record = self.records[index]
         tasks.check(record, (*task.needs, *self.fields), where=where)
         record = transforms.resize_and_crop(record, resolution=self.resolution)

@@ -15,7 +15,8 @@ from jaxtyping import UInt8
 from data_pipelines.collate import Row
 from univg_jax.batch import Batch
 from univg_jax.errors import UserError
-from univg_jax.evaluation.benchmark import Case, Cases, Image
+from univg_jax.evaluation.benchmark import Case, Cases
+from univg_jax.evaluation.metrics import Image
 from univg_jax.images import write_png
 
 # Makes an image of each row of this process.
@@ -64,9 +65,7 @@ def picture_names(case: Case) -> dict[str, str]:
     return {kind: f"{stem}_{kind}.png" for kind in case.pictures} | {"output": f"{stem}.png"}
 
 
-def write_pictures(
-    folder: epath.Path, case: Case, image: Image, *, with_case: bool = False
-) -> None:
+def write_pictures(folder: epath.Path, case: Case, image: Image, *, with_case: bool) -> None:
     """Writes a case's image, and the case's own pictures beside it if asked."""
     names = picture_names(case)
     for kind, picture in {**(case.pictures if with_case else {}), "output": image}.items():

@@ -19,6 +19,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Num, UInt8
 
 Number = float | int | np.number
+Image = UInt8[np.ndarray, "h w 3"]
+Map = Num[np.ndarray, "h w"]
+Mask = Bool[np.ndarray, "h w"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +55,7 @@ def merge(ratios: Iterable[Ratio]) -> Ratio:
     return Ratio(*np.apply_along_axis(math.fsum, 0, np.array(rows)))
 
 
-def l1(
-    prediction: UInt8[np.ndarray, "h w 3"],
-    target: UInt8[np.ndarray, "h w 3"],
-    region: Num[np.ndarray, "h w"] | Bool[np.ndarray, "h w"] | None = None,
-) -> Ratio:
+def l1(prediction: Image, target: Image, region: Map | Mask | None = None) -> Ratio:
     """Mean |prediction - target| / 255 over pixels and channels, within `region` if given.
 
     An image whose region is empty counts nowhere.
@@ -68,19 +67,19 @@ def l1(
     return Ratio.of(error[inside].mean()) if inside.any() else Ratio.of(0.0, 0.0)
 
 
-def psnr(prediction: UInt8[np.ndarray, "h w 3"], target: UInt8[np.ndarray, "h w 3"]) -> Ratio:
+def psnr(prediction: Image, target: Image) -> Ratio:
     """10 log10(255² / MSE) in dB; the MSE is at least 0.001, so that equal images score 78.1 dB."""
     mse = np.mean((prediction.astype(float) - target.astype(float)) ** 2)
     return Ratio.of(10 * np.log10(255**2 / max(float(mse), 1e-3)))
 
 
-def mean_iou(prediction: Bool[np.ndarray, "h w"], target: Bool[np.ndarray, "h w"]) -> Ratio:
+def mean_iou(prediction: Mask, target: Mask) -> Ratio:
     """I / U of one image, for the mean over images; an empty union scores 0, as in RefCOCO."""
     union = np.sum(prediction | target)
     return Ratio.of(np.sum(prediction & target) / max(union, 1))
 
 
-def overall_iou(prediction: Bool[np.ndarray, "h w"], target: Bool[np.ndarray, "h w"]) -> Ratio:
+def overall_iou(prediction: Mask, target: Mask) -> Ratio:
     """(I, U) in pixels: the ratio of sums over the set, oIoU (also called cIoU)."""
     return Ratio.of(np.sum(prediction & target), np.sum(prediction | target))
 
@@ -118,11 +117,7 @@ def align_depth(p: Float[np.ndarray, " n"], g: Float[np.ndarray, " n"]) -> Float
     return np.clip(scale * deviation + g.mean(), g.min(), g.max())
 
 
-def depth_errors(
-    prediction: Num[np.ndarray, "h w"],
-    target: Num[np.ndarray, "h w"],
-    valid: Bool[np.ndarray, "h w"],
-) -> dict[str, Ratio]:
+def depth_errors(prediction: Map, target: Map, valid: Mask) -> dict[str, Ratio]:
     """Errors of depth p against g over valid pixels, after `align_depth`.
 
     abs_rel = mean |p - g| / g        delta1 = share of max(p/g, g/p) < 1.25

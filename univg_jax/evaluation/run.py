@@ -7,6 +7,7 @@ killed evaluation goes on with the next task.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -22,10 +23,9 @@ from data_pipelines.tasks import TASKS
 from univg_jax import assembly
 from univg_jax.errors import UserError, check_name
 from univg_jax.evaluation import generate, score
-from univg_jax.evaluation import scorers as scorers_lib
 from univg_jax.evaluation.benchmark import AnswerFn, Benchmark, BenchmarkTask, Cases, ScoreFn
 from univg_jax.evaluation.generate import Collate, System
-from univg_jax.evaluation.scorers import Scorers, local_mesh
+from univg_jax.evaluation.scorers import Scorers, digest, local_mesh
 from univg_jax.files import write_whole
 from univg_jax.pipeline import Pipeline
 
@@ -114,6 +114,7 @@ def pipeline_systems(pipeline: Pipeline, *, seed: int) -> dict[str, System]:
     }
 
 
+Answers = Mapping[str, Mapping[str, AnswerFn]]  # that need no model, by kind and name
 Key = tuple[str, str]  # who answered: ("systems", "model"), ("trivial", "a copy of the source")
 
 
@@ -149,7 +150,7 @@ class Evaluator:
             if not len(cases[name]):
                 raise UserError(f"no example of task {name!r} to evaluate")
         path = epath.Path(self.out) / "results.json"
-        settings = {**self.settings, "scorers": scorers_lib.digest(self.scorers)}
+        settings = {**self.settings, "scorers": digest(self.scorers)}
         results = _read_results(path, settings)
         version = [VERSION, self.benchmark.name, self.benchmark.version, sorted(self.systems)]
         keys = {name: _hash([*version, settings, name, len(cases[name])]) for name in cases}
@@ -177,14 +178,10 @@ class Evaluator:
             template = score_fn(cases[0], cases[0].example.target)
             answers = {"trivial": task.make_trivial(train), "references": task.references}
         rows = self._score(cases, score_fn=score_fn, answers=answers, bar=bar)
+        gather = functools.partial(score.gather, count=len(cases), template=template)
+        # Not in the order of `rows`: a process may have none, and all must gather the same thing.
         summaries = {
-            kind: {
-                # All processes gather, in the same order, also what they have no rows of.
-                name: score.summarize(
-                    score.gather(rows[kind, name], count=len(cases), template=template)
-                )
-                for name in names
-            }
+            kind: {name: score.summarize(gather(rows[kind, name])) for name in names}
             for kind, names in {"systems": self.systems, **answers}.items()
         }
         if chance := task.chance(cases):
@@ -207,12 +204,7 @@ class Evaluator:
         }
 
     def _score(
-        self,
-        cases: Cases,
-        *,
-        score_fn: ScoreFn,
-        answers: Mapping[str, Mapping[str, AnswerFn]],
-        bar: tqdm,
+        self, cases: Cases, *, score_fn: ScoreFn, answers: Answers, bar: tqdm
     ) -> Mapping[Key, dict[int, score.Scores]]:
         """The scores of this process's cases, by who answered and case index.
 

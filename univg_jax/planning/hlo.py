@@ -46,12 +46,8 @@ def count(text: str) -> Counts:
 def flops(module: Module) -> float:
     """FLOPs of one run; 2 per multiply-add. Elementwise operations are left out, as in MFU."""
     return sum(
-        (
-            run.times * _instruction_flops(instruction, run.computation)
-            for run in module.executions
-            for instruction in run.computation.values()
-        ),
-        0.0,
+        run.times * _instruction_flops(run.instruction, run.computation)
+        for run in module.executions
     )
 
 
@@ -94,9 +90,11 @@ def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> f
     of the dilated input, which holds an input where p is in it and divides by lhs_dilate.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    left_labels, right_labels, out_labels = labels[1], labels[2], labels[3]
+    left_labels, right_labels, out_labels = labels.groups()
     out = instruction.shapes[0]
-    window = _window(instruction.attributes)
+    # window={size=3x3 stride=1x1 ...}: fields that are left out have defaults.
+    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    window = dict(re.findall(r"(\w+)=(\S+)", found[1])) if found else {}
     spatial = sum(label.isdigit() for label in right_labels)
 
     def numbers(name: str, default: str) -> list[list[int]]:
@@ -120,9 +118,3 @@ def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> f
     groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     depth = right.dims[right_labels.index("i")] / (int(groups[1]) if groups else 1)
     return 2.0 * joined * features * depth
-
-
-def _window(attributes: str) -> dict[str, str]:
-    """The fields of `window={size=3x3 stride=1x1 ...}`; those that are left out have defaults."""
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    return dict(re.findall(r"(\w+)=(\S+)", found[1])) if found else {}

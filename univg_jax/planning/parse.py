@@ -75,8 +75,9 @@ class Computation(dict[str, Instruction]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-    """A computation, and how often one run of the program executes it."""
+    """An instruction, and how often one run of the program executes it where it stands."""
 
+    instruction: Instruction
     computation: Computation
     times: int
     fused: bool  # inside a fusion, where results stay on the chip
@@ -91,7 +92,7 @@ class Module:
 
     @functools.cached_property
     def executions(self) -> tuple[Execution, ...]:
-        """Every computation that runs, once for each instruction that calls it.
+        """Every instruction that runs, once for each call of its computation.
 
         Raises ValueError for a loop whose trip count is not constant.
         """
@@ -99,7 +100,10 @@ class Module:
 
     def _walk(self, name: str, *, times: int, fused: bool) -> Iterator[Execution]:
         computation = self.computations[name]
-        yield Execution(computation=computation, times=times, fused=fused)
+        for instruction in computation.values():
+            yield Execution(
+                instruction=instruction, computation=computation, times=times, fused=fused
+            )
         for instruction in computation.values():
             if instruction.opcode == "while":
                 trips = self._trips(instruction, computation)
@@ -172,14 +176,12 @@ def parse(text: str) -> Module:
 
 
 def _instruction(line: str) -> Instruction | None:
-    head = _INSTRUCTION.match(line)
-    if head is None:
+    if (head := _INSTRUCTION.match(line)) is None:
         return None
     text = line[head.end() :]
     # The shape of a tuple is in parentheses and may hold spaces; any other has none.
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
-    opcode = _OPCODE.match(text, end)
-    if opcode is None:
+    if (opcode := _OPCODE.match(text, end)) is None:
         return None
     close = _closing(text, opcode.end() - 1)
     arguments = text[opcode.end() : close - 1]

@@ -153,22 +153,21 @@ def compile_plan(
     """
     found = encoders.abstract(config.conditioning)
     model = assembly.make_model(config, found.conditioner)
-    width = model.backbone.hidden_dim
-    mesh = sharding.make_mesh(
-        **dataclasses.asdict(config.mesh), width=width, devices=topology.devices
-    )
+    sizes = dict(**dataclasses.asdict(config.mesh), width=model.backbone.hidden_dim)
+    mesh = sharding.make_mesh(**sizes, devices=topology.devices)
     if config.data.batch_size % sharding.num_row_shards(mesh):
         raise UserError(
             f"data.batch_size={config.data.batch_size} does not divide over data x fsdp = "
             f"{mesh.shape['data']} x {mesh.shape['fsdp']} devices"
         )
+    step = TrainStep(
+        config=config, model=model, conditioner=found.conditioner, task_names=tuple(TASKS)
+    )
     compiler = _Compiler(
         config=config,
         topology=topology,
         mesh=mesh,
-        step=TrainStep(
-            config=config, model=model, conditioner=found.conditioner, task_names=tuple(TASKS)
-        ),
+        step=step,
         frozen=sharding.with_shardings(found.frozen, sharding.tree_shardings(found.frozen, mesh)),
         with_encoders=with_encoders,
         quick=quick,
@@ -193,17 +192,14 @@ class _Compiler:
         """Compiles these programs, and describes what all of them share."""
         kinds = {"train": self.train, "sampling": self.sampling, "evaluation": self.evaluation}
         backbone = self.step.model.backbone
+        dtype = str(jnp.dtype(backbone.dtype))
         return Plan(
             config=self.config.name,
             topology=self.topology.name,
             chip=self.topology.chip,
             devices=self.mesh.size,
             mesh=dict(self.mesh.shape),
-            model=dict(
-                remat=backbone.remat,
-                attention=str(backbone.attention),
-                dtype=str(jnp.dtype(backbone.dtype)),
-            ),
+            model=dict(remat=backbone.remat, attention=str(backbone.attention), dtype=dtype),
             optimizer=dict(name=self.config.optim.name, mu_dtype=self.config.optim.mu_dtype),
             parameters=num_parameters(self.state.params),
             batch=self.config.data.batch_size,
@@ -261,12 +257,10 @@ class _Compiler:
 
         It takes the passes of the task that has most.
         """
-        sampling = self.config.sampling
+        sampling, tasks = self.config.sampling, self.config.tasks
         generator = assembly.make_generator(self.config, self.step.model, self.step.conditioner)
         rows = sharding.num_row_shards(self.mesh)
-        passes = max(
-            len(guidance_weights(sampling.guidance.get(task))) for task in self.config.tasks
-        )
+        passes = max(len(guidance_weights(sampling.guidance.get(task))) for task in tasks)
         whole, split = sharding.replicated(self.mesh), sharding.batch_sharding(self.mesh)
         weights = jax.ShapeDtypeStruct((passes,), jnp.float32, sharding=whole)
         seeds = jax.ShapeDtypeStruct((rows,), jnp.uint32, sharding=split)
@@ -287,14 +281,12 @@ class _Compiler:
     def _replicated(self) -> tuple[str, ...]:
         if self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] == 1:
             return ()  # nothing is to be split
+        trees = (self.state, self.frozen)
+        shardings = jax.tree.map(lambda x: x.sharding, trees)
         return tuple(
             leaf.path
-            for tree in (self.state, self.frozen)
-            for leaf in sharding.leaf_specs(
-                tree,
-                jax.tree.map(lambda x: x.sharding, tree),
-                larger_than=MIN_REPORTED_BYTES,
-            )
+            for tree, specs in zip(trees, shardings)
+            for leaf in sharding.leaf_specs(tree, specs, larger_than=MIN_REPORTED_BYTES)
             if not any(leaf.spec)
         )
 
@@ -322,39 +314,25 @@ class _Compiler:
         return moves * (fsdp - 1) / fsdp * size + over_data
 
     def _compile(
-        self,
-        name: str,
-        function: Callable[..., PyTree],
-        inputs: tuple,
-        *,
-        model_flops: float,
-        ideal: float,
+        self, name: str, function: Callable, inputs: tuple, *, model_flops: float, ideal: float
     ) -> Program:
+        """Compiles a jitted function for shapes with shardings."""
         begin = time.monotonic()
         lowered = function.trace(*inputs).lower(lowering_platforms=("tpu",))
         options = {"exec_time_optimization_effort": -1.0} if self.quick else None
         try:
-            compiled = lowered.compile(options)
+            found = self._measured(lowered.compile(options))
         except jax.errors.JaxRuntimeError as error:
             if (temporaries := _temporaries_over_memory(str(error))) is None:
                 raise
             found = self._refused(inputs, temporaries)
-        else:
-            found = self._measured(compiled)
-        return Program(
-            name=name,
-            model_flops=model_flops,
-            ideal_wire_bytes=ideal,
-            compile_seconds=time.monotonic() - begin,
-            **found,
-        )
+        found |= dict(model_flops=model_flops, ideal_wire_bytes=ideal)
+        return Program(name=name, compile_seconds=time.monotonic() - begin, **found)
 
     def _refused(self, inputs: tuple, temporaries: int) -> dict[str, Any]:
         """What is known of a program that does not fit: its memory."""
-        arguments = sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
-            for x in jax.tree.leaves(inputs)
-        )
+        shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(inputs)]
+        arguments = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shards)
         peak = arguments + temporaries
         over = max(peak - self.topology.chip.hbm, 1.0)
         return dict(arguments=arguments, temporaries=temporaries, peak=peak, over=over)

@@ -17,17 +17,16 @@ from univg_jax.planning.plan import Plan, Program
 from univg_jax.planning.topology import Topology
 from univg_jax.settings import Config
 
-GIB = 2**30
+# Offloading is tried last: its transfers to the host's memory are not part of the roofline, which
+# would make it look too fast.
+POLICIES = [name for name in REMAT if name != "offload"]
 
 Compile = Callable[[Config, Topology], Plan]
 
 
 def replace(config: Config, **sections: Mapping[str, Any]) -> Config:
     """`config` with some fields of its sections: `replace(config, data=dict(batch_size=8))`."""
-    changed = {
-        name: dataclasses.replace(getattr(config, name), **fields)
-        for name, fields in sections.items()
-    }
+    changed = {n: dataclasses.replace(getattr(config, n), **f) for n, f in sections.items()}
     return dataclasses.replace(config, **changed)
 
 
@@ -57,10 +56,8 @@ def max_batch(config: Config, topology: Topology, compile_: Compile) -> int:
         # could both miss on the same side and narrow the interval by one unit each. Halving in
         # between keeps the number of programs logarithmic at worst.
         by_line = len(fitting) == 2 and not (by_line and high is not None)
-        if by_line:
-            guess = _units_at(topology.chip.hbm, *fitting)
-        else:
-            guess = 2 * low if high is None else (low + high) // 2
+        halfway = 2 * low if high is None else (low + high) // 2
+        guess = _units_at(topology.chip.hbm, *fitting) if by_line else halfway
         if high is None:
             # At least an eighth more. Near the limit the compiler saves memory, so the batch where
             # the line ends fits too, the next line ends just above it, and the search would creep.
@@ -87,24 +84,19 @@ def sweep(config: Config, topology: Topology, compile_: Compile) -> list[Plan]:
     """Plans of mesh shapes x remat policies: the fastest by roofline first, then what does not fit.
 
     A policy that recomputes more may still be faster where HBM traffic is the bound, so all are
-    tried. `offload` is tried only where no other policy fits: its transfers to the host's memory
-    are not part of the roofline, which would make it look too fast. Raises UserError if the batch
-    divides over no mesh.
+    tried, but `offload` only where no other fits. Raises UserError if the batch divides over no
+    mesh.
     """
-    policies = [name for name in REMAT if name != "offload"]
+
+    def plan(mesh: Mapping[str, int], remat: str) -> Plan:
+        overrides = {**config.model.overrides, "remat": remat}
+        return compile_(replace(config, mesh=mesh, model=dict(overrides=overrides)), topology)
+
     plans = []
     for mesh in tqdm(_meshes(config, topology), f"sweep {topology.name}", unit="mesh", leave=False):
-        variants = {
-            remat: replace(
-                config, mesh=mesh, model=dict(overrides={**config.model.overrides, "remat": remat})
-            )
-            for remat in REMAT
-        }
-        bar = tqdm(policies, "remat", unit="plan", leave=False)
-        tried = [compile_(variants[remat], topology) for remat in bar]
-        if not any(plan.fits for plan in tried):
-            tried.append(compile_(variants["offload"], topology))
-        plans += tried
+        bar = tqdm(POLICIES, "remat", unit="plan", leave=False)
+        tried = [plan(mesh, remat) for remat in bar]
+        plans += tried if any(p.fits for p in tried) else [*tried, plan(mesh, "offload")]
     return sorted(plans, key=lambda plan: (not plan.fits, plan.programs[0].roofline))
 
 
@@ -129,27 +121,23 @@ def _meshes(config: Config, topology: Topology) -> list[dict[str, int]]:
 
 def advice(plan: Plan, program: Program) -> str:
     """By how much a program is over the memory, and what would help, the cheapest first."""
-    options = []
     if program.name == "train":
-        policies = [name for name in REMAT if name != "offload"]
         remat = plan.model["remat"]
-        stronger = policies[policies.index(remat) + 1 :] if remat in policies else ()
-        if stronger:
-            options.append(f"--config.model.overrides.remat={stronger[0]}")
-        if plan.rows > 1:
-            options.append("--config.optim.accumulate=2 (or twice what it is)")
-        if plan.mesh["data"] > 1:
-            options.append("a larger --config.mesh.fsdp")
-        if plan.optimizer["mu_dtype"] != "bfloat16":
-            options.append("--config.optim.mu_dtype=bfloat16")
-        if plan.optimizer["name"] != "adafactor":
-            options.append("--config.optim.name=adafactor")
+        stronger = POLICIES[POLICIES.index(remat) + 1 :] if remat in POLICIES else []
+        options = [f"--config.model.overrides.remat={name}" for name in stronger[:1]]
+        others = {
+            "--config.optim.accumulate=2 (or twice what it is)": plan.rows > 1,
+            "a larger --config.mesh.fsdp": plan.mesh["data"] > 1,
+            "--config.optim.mu_dtype=bfloat16": plan.optimizer["mu_dtype"] != "bfloat16",
+            "--config.optim.name=adafactor": plan.optimizer["name"] != "adafactor",
+        }
+        options += [option for option, helps in others.items() if helps]
     else:
-        options.append("fewer rows" if program.name == "evaluation" else "more devices")
+        options = ["fewer rows" if program.name == "evaluation" else "more devices"]
     over = f"{plan.topology}: {program.name} is over the HBM by {format_bytes(program.over)}"
     return f"{over}. What helps: {'; '.join(options)}."
 
 
 def format_bytes(count: float | int) -> str:
     """In GiB, and what is less than a hundredth of that in MiB."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 100 else f"{count / 2**20:.2f} MiB"

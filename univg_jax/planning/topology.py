@@ -26,8 +26,7 @@ def open_topology(name: str) -> Topology:
 
     Raises UserError for any other name, and where libtpu is not installed.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", name)
-    if found is None:
+    if (found := re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", name)) is None:
         raise UserError(
             f"topology {name!r} should read GENERATION:AxB or AxBxC, as v5p:4x4x4, "
             "with *N for N slices"

@@ -59,32 +59,23 @@ class Collective:
 def hbm_bytes(module: Module) -> float:
     """Bytes that one run reads from a device's HBM and writes to it."""
     return sum(
-        (
-            run.times * _instruction_bytes(instruction, run.computation, module)
-            for run in module.executions
-            if not run.fused
-            for instruction in run.computation.values()
-        ),
-        0.0,
+        run.times * _instruction_bytes(run.instruction, run.computation, module)
+        for run in module.executions
+        if not run.fused
     )
 
 
 def collectives(module: Module) -> tuple[Collective, ...]:
     """What one run communicates, the most bytes first."""
-    totals: dict[tuple[str, int, int], list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    totals: dict[tuple[str, int, int], Collective] = {}
     for run in module.executions:
-        if run.fused:
-            continue
-        for instruction in run.computation.values():
-            for one in _collectives(instruction, run.computation, module):
-                total = totals[one.kind, one.group, one.span]
-                total[0] += run.times
-                total[1] += run.times * one.bytes
-    found = [
-        Collective(kind=kind, group=group, span=span, count=int(count), bytes=size)
-        for (kind, group, span), (count, size) in totals.items()
-    ]
-    return tuple(sorted(found, key=lambda collective: -collective.bytes))
+        if not run.fused:
+            for one in _collectives(run.instruction, run.computation, module):
+                key = (one.kind, one.group, one.span)
+                known = totals.get(key, dataclasses.replace(one, count=0, bytes=0.0))
+                count, size = known.count + run.times, known.bytes + run.times * one.bytes
+                totals[key] = dataclasses.replace(known, count=count, bytes=size)
+    return tuple(sorted(totals.values(), key=lambda collective: -collective.bytes))
 
 
 def _instruction_bytes(instruction: Instruction, computation: Computation, module: Module) -> float:
@@ -129,12 +120,9 @@ def _fusion_bytes(fusion: Instruction, inner: Computation) -> float:
     root = next(i for i in inner.values() if i.is_root)
     results = inner.operands(root) if root.opcode == "tuple" else [root]
     for result, shape in zip(results, fusion.shapes):
-        if not shape.in_hbm:
-            continue
-        if result.opcode == "dynamic-update-slice" and result.operands[1] in inner:
-            total += 2 * inner[result.operands[1]].shapes[0].bytes
-        else:
-            total += shape.bytes
+        if shape.in_hbm:
+            is_update = result.opcode == "dynamic-update-slice" and result.operands[1] in inner
+            total += 2 * inner[result.operands[1]].shapes[0].bytes if is_update else shape.bytes
     return total
 
 
@@ -176,17 +164,11 @@ def _collectives(
 
 
 def _send(instruction: Instruction) -> Iterator[Collective]:
-    slices = re.search(r'megascale_target="\{([\d,]+)\}', instruction.attributes)
-    if slices is None:
-        return
-    kind = re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes)[1]
-    yield Collective(
-        kind=kind.lower().replace("_", "-"),
-        group=len(slices[1].split(",")),
-        span=BETWEEN_SLICES,
-        count=1,
-        bytes=instruction.shapes[0].bytes,
-    )
+    if slices := re.search(r'megascale_target="\{([\d,]+)\}', instruction.attributes):
+        kind = re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes)[1]
+        kind, group = kind.lower().replace("_", "-"), len(_numbers(slices[1]))
+        size = instruction.shapes[0].bytes
+        yield Collective(kind=kind, group=group, span=BETWEEN_SLICES, count=1, bytes=size)
 
 
 def replica_group(attributes: str) -> list[int]:
@@ -211,9 +193,7 @@ def replica_group(attributes: str) -> list[int]:
         return _iota(list(sizes.values()))[first].ravel().tolist()
     iota = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
     if found := re.search(iota, attributes):
-        grid = _iota(_numbers(found[3]))
-        if found[4]:
-            grid = grid.transpose(_numbers(found[4]))
+        grid = _iota(_numbers(found[3])).transpose(_numbers(found[4]) if found[4] else None)
         return grid.reshape(int(found[1]), int(found[2]))[0].tolist()
     return []
 

@@ -155,7 +155,7 @@ def test_a_task_without_trivial_answers_is_reported_too(finished):
 def test_contact_sheet_shows_the_pictures_themselves(finished):
     evaluation = finished / "evaluation"
     results = json.loads((evaluation / "results.json").read_text())
-    write_sheet(results, evaluation, finished / "samples.png")
+    write_sheet(evaluation, finished / "samples.png")
     with Image.open(finished / "samples.png") as sheet:
         before = np.asarray(sheet.convert("RGB"))
     assert before.shape[1] == 1200
@@ -163,7 +163,7 @@ def test_contact_sheet_shows_the_pictures_themselves(finished):
     with Image.open(evaluation / sample["output"]) as picture:
         size = picture.size
     Image.new("RGB", size, (255, 0, 255)).save(evaluation / sample["output"])
-    write_sheet(results, evaluation, finished / "samples.png")
+    write_sheet(evaluation, finished / "samples.png")
     with Image.open(finished / "samples.png") as sheet:
         after = np.asarray(sheet.convert("RGB"))
     changed = (before != after).any(-1)

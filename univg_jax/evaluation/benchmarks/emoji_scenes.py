@@ -37,11 +37,10 @@ from univg_jax.evaluation.benchmark import (
     BenchmarkTask,
     Case,
     Cases,
-    Image,
     Metric,
     ScoreFn,
 )
-from univg_jax.evaluation.metrics import Ratio, unit_vectors
+from univg_jax.evaluation.metrics import Image, Ratio, unit_vectors
 from univg_jax.evaluation.scorers import Scorers
 from univg_jax.evaluation.scorers.embedders import embedders
 from univg_jax.evaluation.scorers.scene import open_scene_scorer

@@ -12,11 +12,12 @@ import jinja2
 from etils import epath
 
 from univg_jax.evaluation.report import views, wording
+from univg_jax.evaluation.report.plot import color_of
 from univg_jax.evaluation.report.read import Json, Stage, TaskResult, read_results
 from univg_jax.evaluation.report.sheet import write_sheet
 from univg_jax.files import write_whole
 
-__all__ = ["Stage", "TaskResult", "read_results", "write_report", "write_sheet"]
+__all__ = ["TaskResult", "write_report", "write_sheet"]
 
 PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader(__name__),
@@ -25,6 +26,7 @@ PAGES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
+PAGES.globals |= dict(color=color_of, words=wording)
 
 
 def write_report(
@@ -50,7 +52,6 @@ def write_report(
             for name, task in tasks.items()
         ],
         stages=[views.stage_view(run) for run in runs],
-        totals=views.totals_view(runs),
         settings=results["settings"],
     )
     numbers = {

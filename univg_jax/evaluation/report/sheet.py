@@ -8,19 +8,18 @@ from etils import epath
 from matplotlib.figure import Figure
 from PIL import Image
 
-from univg_jax.evaluation.report.read import KINDS, Json, read_sample
+from univg_jax.evaluation.report.read import KINDS, read_results, read_sample
 from univg_jax.files import write_whole
 
 COLUMNS = 4
 
 
-def write_sheet(results: Json, evaluation: epath.PathLike, path: epath.PathLike) -> None:
+def write_sheet(evaluation: epath.PathLike, path: epath.PathLike) -> None:
     """Writes the PNG `path` with a row for each task, of input, target and output side by side.
 
-    `results` are those in the folder `evaluation`, which has the pictures. Raises NotFoundError if
-    one is gone.
+    Raises NotFoundError if the results or a picture of the folder `evaluation` is missing.
     """
-    tasks = results["tasks"]
+    tasks = read_results(evaluation)["tasks"]
     figure = Figure(figsize=(12, 1.4 * len(tasks)), dpi=100, layout="constrained")
     axes = figure.subplots(len(tasks), COLUMNS, squeeze=False)
     for row, (name, task) in zip(axes, tasks.items(), strict=True):

@@ -1,4 +1,4 @@
-"""What the page's template shows, as plain dicts of texts and numbers."""
+"""What the page's template shows of each task and each stage, beside the results themselves."""
 
 import json
 import math
@@ -8,9 +8,9 @@ from typing import Any
 from etils import epath
 
 from univg_jax import trees
-from univg_jax.evaluation.report.plot import color_of, loss_plot
+from univg_jax.evaluation.report.plot import loss_plot
 from univg_jax.evaluation.report.read import Stage, TaskResult, read_sample
-from univg_jax.evaluation.report.wording import caveats, explain, format_count, format_duration
+from univg_jax.evaluation.report.wording import caveats, explain
 from univg_jax.images import data_uri
 
 View = dict[str, Any]
@@ -23,12 +23,11 @@ def task_view(
     """A task's row of the table, its reasons and its samples."""
     total = sum(sum(stage.images.values()) for stage in stages)
     seen = sum(stage.images.get(name, 0.0) for stage in stages)
-    reasons = explain(task, images_seen=seen, share_seen=seen / total if total else 0.0)
     return {
+        "name": name,
         "result": task,
-        "color": color_of(name),
         "scale": _scale(task),
-        "reasons": reasons,
+        "reasons": explain(task, images_seen=seen, share_seen=seen / total if total else 0.0),
         "samples": [
             (sample["prompt"], {k: data_uri(p) for k, p in read_sample(evaluation, sample).items()})
             for sample in task.entry["samples"]
@@ -38,7 +37,7 @@ def task_view(
     }
 
 
-def _scale(task: TaskResult) -> list[View]:
+def _scale(task: TaskResult) -> dict[str, float]:
     """Where each system stands between the worst (0 %) and the best (100 %) of them."""
     # The model last, so that it is drawn above the others.
     ordered = ("untrained", "trivial", "codec", "real", "model")
@@ -46,50 +45,31 @@ def _scale(task: TaskResult) -> list[View]:
     if "codec" in values:
         values.pop("real", None)  # two ceilings crowd a thin line; the table has both
     if not values:
-        return []
+        return {}
     best = values[task.metric.best(values)]
     worst = max(values.values(), key=lambda value: abs(value - best))
     span = abs(best - worst) or 1.0
-    return [
-        dict(
-            system=system,
-            percent=round(100 * abs(value - worst) / span, 2),
-            value=task.text(system),
-        )
-        for system, value in values.items()
-    ]
+    return {s: round(100 * abs(value - worst) / span, 2) for s, value in values.items()}
 
 
 def stage_view(stage: Stage) -> View:
-    """A stage's loss plot, mixture, speed and configuration."""
+    """A stage's loss plot, its mixture (task, realized, declared, in percent) and its settings."""
     summary = stage.summary
     declared, realized = summary.get("weights", {}), summary["shares"]
     tasks = [task for task in {**declared, **realized} if not task.startswith("_")]
     total_weight = sum(declared.values()) or 1.0
     mixture = [
-        dict(
-            task=task,
-            color=color_of(task),
-            realized=100 * realized.get(task, 0.0),
-            declared=100 * declared.get(task, 0.0) / total_weight,
-        )
+        (task, 100 * realized.get(task, 0.0), 100 * declared.get(task, 0.0) / total_weight)
         for task in tasks
     ]
     return {
-        "name": summary["stage"],
-        "steps": f"{summary['steps']:,}",
-        "duration": format_duration(summary["seconds"]),
-        "first_loss": f"{summary['first_loss']:.3f}",
-        "last_loss": f"{summary['last_loss']:.3f}",
-        "parameters": format_count(summary["parameters"]),
-        "steps_per_second": f"{stage.median('steps_per_second'):.2f}",
-        "images_per_second": f"{stage.median('images_per_second'):.0f}",
-        "images": f"{sum(stage.images.values()):,.0f}",
+        "run": stage,
+        "images": sum(stage.images.values()),
         "mixture": mixture,
-        "widest": max((max(m["realized"], m["declared"]) for m in mixture), default=1.0) or 1.0,
+        "widest": max((max(shares) for _, *shares in mixture), default=1.0) or 1.0,
         "spent": _spent_view(stage),
         "loss_svg": loss_plot(stage),
-        "legend": [(t, color_of(t)) for t in tasks if len(stage.series(f"loss/{t}")[0])],
+        "legend": [task for task in tasks if len(stage.series(f"loss/{task}")[0])],
         "config": {
             key: json.dumps(value, default=str)
             for key, value in trees.flatten(summary.get("config", {})).items()
@@ -97,23 +77,8 @@ def stage_view(stage: Stage) -> View:
     }
 
 
-def _spent_view(stage: Stage) -> list[tuple[str, str, float]]:
-    """What a stage's time went into: name, duration, percent."""
-    total = stage.summary["seconds"]
-    not_training = {n: s for n, s in stage.total("seconds").items() if n != "step"}
-    spent = {"training": max(total - sum(not_training.values()), 0.0)} | not_training
-    return [
-        (name, format_duration(seconds), 100 * seconds / max(total, 1e-9))
-        for name, seconds in spent.items()
-        if seconds >= SHORTEST
-    ]
-
-
-def totals_view(stages: Sequence[Stage]) -> View:
-    """The sums over all stages."""
-    return {
-        "steps": f"{sum(s.summary['steps'] for s in stages):,}",
-        "duration": format_duration(sum(s.summary["seconds"] for s in stages)),
-        "images": f"{sum(sum(s.images.values()) for s in stages):,.0f}",
-        "parameters": format_count(max((s.summary["parameters"] for s in stages), default=0)),
-    }
+def _spent_view(stage: Stage) -> dict[str, int | float]:
+    """The seconds of everything that a stage spent time on."""
+    other = {n: s for n, s in stage.total("seconds").items() if n != "step"}
+    spent = {"training": max(stage.summary["seconds"] - sum(other.values()), 0.0), **other}
+    return {name: seconds for name, seconds in spent.items() if seconds >= SHORTEST}

@@ -24,7 +24,6 @@ def explain(task: TaskResult, *, images_seen: int | float, share_seen: int | flo
     `images_seen` is how many training images of the task the model saw, `share_seen` their share of
     all that it saw.
     """
-
     if task.beats_both:
         return []
     model, trivial, codec = (task.value(s) for s in ("model", "trivial", "codec"))
@@ -33,14 +32,13 @@ def explain(task: TaskResult, *, images_seen: int | float, share_seen: int | flo
         "untrained": "the untrained model",
         "trivial": f"“{chosen}”" if chosen else "any trivial answer",
     }
-    sentences = []
-    for opponent, name in opponents.items():
-        if not task.beats(opponent):
-            sentences.append(
-                f"It was not compared with {name}."
-                if math.isnan(task.value(opponent))
-                else f"{task.text('model')} does not beat {name} at {task.text(opponent)}."
-            )
+    sentences = [
+        f"It was not compared with {name}."
+        if math.isnan(task.value(opponent))
+        else f"{task.text('model')} does not beat {name} at {task.text(opponent)}."
+        for opponent, name in opponents.items()
+        if not task.beats(opponent)
+    ]
     if _is_no_better(task.metric, codec, trivial):
         sentences.append(
             f"Nor does the codec's reconstruction of the true answer ({task.text('codec')}): "
