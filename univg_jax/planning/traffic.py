@@ -72,9 +72,9 @@ def collectives(module: Module) -> tuple[Collective, ...]:
         if not run.fused:
             for one in _collectives(run.instruction, run.computation, module):
                 key = (one.kind, one.group, one.span)
-                known = totals.get(key, dataclasses.replace(one, count=0, bytes=0.0))
-                count, size = known.count + run.times, known.bytes + run.times * one.bytes
-                totals[key] = dataclasses.replace(known, count=count, bytes=size)
+                total = totals.get(key, dataclasses.replace(one, count=0, bytes=0.0))
+                count, size = total.count + run.times, total.bytes + run.times * one.bytes
+                totals[key] = dataclasses.replace(one, count=count, bytes=size)
     return tuple(sorted(totals.values(), key=lambda collective: -collective.bytes))
 
 

@@ -103,7 +103,7 @@ class TaskResult:
         return math.nan if value is None else value
 
     def text(self, name: str, metric: str | None = None, field: str = "value") -> str:
-        """As `get`, in percent where the metric says so, else to three decimals."""
+        """The number of `get`, in percent where the metric says so; n/a where it is None."""
         value = self.get(name, metric, field)
         if value is None:
             return "n/a"

@@ -18,7 +18,7 @@ from univg_jax.images import to_float
 RESOLUTION = 48  # pixels a side
 WIDTHS = (16, 48, 96)  # channels at 1/2, 1/4, 1/8 of the resolution
 SEED = 0
-BATCH_SIZE = 32  # while fitting
+BATCH_SIZE = 32  # of a step of the fit
 CHUNK = 128  # images that are segmented at once
 
 Params = dict[str, Float[Array, "..."]]
