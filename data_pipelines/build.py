@@ -98,10 +98,10 @@ def build_families(
     useful = sum(sum(family.counts.values()) for family in missing) // (4 * CHUNK) + 1
     # TFDS's bars count shards. Ours count records, whose number is known.
     tfds.disable_progress_bar()
+    about = dict(name=dataset, version=version, description=description, license=license)
     with _pool(min(processes or _available_cores(), useful)) as ordered_map:
         for family in missing:
-            about = dict(name=dataset, version=version, description=description, license=license)
-            _write(out, family, ordered_map=ordered_map, about=about)
+            _write(out, family, ordered_map=ordered_map, writer=functools.partial(_Writer, **about))
 
 
 def is_complete(out: epath.PathLike, family: str) -> bool:
@@ -152,7 +152,7 @@ def _pool(processes: int) -> Iterator[OrderedMap]:
 
 
 def _write(
-    out: epath.Path, family: Family, *, ordered_map: OrderedMap, about: Mapping[str, str]
+    out: epath.Path, family: Family, *, ordered_map: OrderedMap, writer: Callable[..., _Writer]
 ) -> None:
     """Writes one family whole, over whatever an interrupted build left."""
     final, is_bucket = out / family.name, "://" in os.fspath(out)
@@ -163,7 +163,7 @@ def _write(
     total = sum(family.counts.values())
     try:
         with tqdm(total=total, desc=f"build {family.name}", unit="") as bar:
-            writer = _Writer(
+            builder = writer(
                 config=family.name,
                 features=records.family_features(family.fields),
                 split_datasets={
@@ -171,12 +171,11 @@ def _write(
                 },
                 data_dir=staging,
                 file_format="array_record",
-                **about,
             )
             # TFDS prints that it downloads, which it does not.
             with contextlib.redirect_stdout(io.StringIO()):
-                writer.download_and_prepare(download_dir=staging / "downloads")
-        written = epath.Path(writer.data_dir)
+                builder.download_and_prepare(download_dir=staging / "downloads")
+        written = epath.Path(builder.data_dir)
         if is_bucket:
             final.mkdir(parents=True)
             for file in sorted(written.iterdir(), key=lambda file: file.name == DONE):

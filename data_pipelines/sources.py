@@ -1,5 +1,6 @@
 """Where records come from: random access to a dataset that TFDS wrote, or to any other `Source`."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -39,10 +40,7 @@ class MemorySource:
         return len(self._items)
 
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
-        record = self._items[index]
-        return (
-            record if fields is None else {name: record[name] for name in fields if name in record}
-        )
+        return _select(self._items[index], fields)
 
 
 class TfdsSource:
@@ -63,10 +61,11 @@ class TfdsSource:
         return len(self._data)
 
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
-        stored = self._data[index]
-        return records.decode(
-            stored if fields is None else {name: stored[name] for name in fields if name in stored}
-        )
+        return records.decode(_select(self._data[index], fields))
+
+
+def _select(record: Record, fields: Sequence[str] | None) -> Record:
+    return record if fields is None else {name: record[name] for name in fields if name in record}
 
 
 def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
@@ -81,23 +80,23 @@ def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
     """
     folders = [epath.Path(data_dir) / name] if data_dir else []
     folders.append(epath.Path(name))
-    for folder in folders:
-        for pattern in ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json"):
-            if found := [info.parent for info in folder.glob(pattern)]:
-                datasets = {d.parent if _version(d) else d for d in found}
-                if len(datasets) > 1:
-                    inside = ", ".join(sorted(d.name for d in datasets))
-                    raise UserError(f"{folder} holds several datasets ({inside}): name one of them")
-                newest = max(found, key=_version)
-                try:
-                    builder = tfds.builder_from_directory(newest)
-                except Exception as error:  # whatever TFDS's parsers raise for a damaged file
-                    raise UserError(f"{newest} is no readable dataset: {error}") from None
-                check_name(split, builder.info.splits, what=f"split of {folder}:")
-                source = TfdsSource(name, builder, split)
-                if not len(source):
-                    raise UserError(f"split {split!r} of {folder} is empty")
-                return source
+    patterns = ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json")
+    for folder, pattern in itertools.product(folders, patterns):
+        if found := [info.parent for info in folder.glob(pattern)]:
+            datasets = {d.parent if _version(d) else d for d in found}
+            if len(datasets) > 1:
+                inside = ", ".join(sorted(d.name for d in datasets))
+                raise UserError(f"{folder} holds several datasets ({inside}): name one of them")
+            newest = max(found, key=_version)
+            try:
+                builder = tfds.builder_from_directory(newest)
+            except Exception as error:  # whatever TFDS's parsers raise for a damaged file
+                raise UserError(f"{newest} is no readable dataset: {error}") from None
+            check_name(split, builder.info.splits, what=f"split of {folder}:")
+            source = TfdsSource(name, builder, split)
+            if not len(source):
+                raise UserError(f"split {split!r} of {folder} is empty")
+            return source
     parent = folders[0].parent
     siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.exists() else []
     try:

@@ -38,6 +38,9 @@ POSES: dict[str, tuple] = {  # of the left and the right arm
 }
 
 
+Point = Float[np.ndarray, "2"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Puppet:
     """A figure with its clothes and its place in the picture."""
@@ -76,8 +79,7 @@ def sample_puppet(rng: np.random.Generator) -> Puppet:
     points = _sample_points(rng, arms)
     low, high = points.min(0) - 0.05, points.max(0) + 0.05
     size = high - low
-    scale = float(rng.uniform(0.78, 0.97) / size[1])
-    scale = min(scale, 0.97 / size[0])
+    scale = min(float(rng.uniform(0.78, 0.97) / size[1]), 0.97 / size[0])
     free = 1 - scale * size
     offset = free * [rng.uniform(0.1, 0.9), rng.uniform(0.5, 1)] - scale * low
     ground, sky = str(rng.choice(list(GROUNDS))), str(rng.choice(list(SKIES)))
@@ -161,10 +163,6 @@ def _shade(color: tuple, factor: float) -> tuple:
     return tuple(round(c * factor) for c in color)
 
 
-def _between(a: tuple, b: tuple, share: float) -> tuple:
-    return tuple(p + (q - p) * share for p, q in zip(a, b))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Pen:
     """Draws on a canvas, with radii in units of the figure's height."""
@@ -172,14 +170,14 @@ class _Pen:
     draw: ImageDraw.ImageDraw
     unit: float  # the figure's height in pixels
 
-    def dot(self, center: tuple, radius: float, color: tuple) -> None:
+    def dot(self, center: Point, radius: float, color: tuple) -> None:
         x, y, r = *center, radius * self.unit
         self.draw.ellipse((x - r, y - r, x + r, y + r), fill=(*color, 255))
 
-    def line(self, a: tuple, b: tuple, width: float, color: tuple) -> None:
-        self.draw.line((a, b), fill=(*color, 255), width=max(1, round(width * self.unit)))
+    def line(self, a: Point, b: Point, width: float, color: tuple) -> None:
+        self.draw.line((*a, *b), fill=(*color, 255), width=max(1, round(width * self.unit)))
 
-    def limb(self, a: tuple, b: tuple, radius: float, color: tuple) -> None:
+    def limb(self, a: Point, b: Point, radius: float, color: tuple) -> None:
         """A thick line with round ends."""
         self.line(a, b, 2 * radius, color)
         self.dot(a, radius, color)
@@ -189,24 +187,23 @@ class _Pen:
 def _draw(puppet: Puppet, size: int) -> Image.Image:
     """The figure alone, on a transparent square: what is behind comes first."""
     canvas = Image.new("RGBA", (size, size), (0, 0, 0, 0))
-    at = {name: tuple(point * size) for name, point in zip(JOINTS, puppet.joints)}
+    at = dict(zip(JOINTS, puppet.joints * size))
     unit = puppet.scale * size
     pen = _Pen(ImageDraw.Draw(canvas), unit)
     shirt, pants, skin = COLORS[puppet.shirt], COLORS[puppet.pants], puppet.skin
-    head = _between(at["left_ear"], at["right_ear"], 0.5)
-    neck = _between(at["left_shoulder"], at["right_shoulder"], 0.5)
+    head = at["left_ear"] + (at["right_ear"] - at["left_ear"]) * 0.5
+    neck = at["left_shoulder"] + (at["right_shoulder"] - at["left_shoulder"]) * 0.5
     if puppet.long_hair:
-        pen.limb(head, _between(head, neck, 0.75), 0.105, puppet.hair)
+        pen.limb(head, head + (neck - head) * 0.75, 0.105, puppet.hair)
     for side, sign in (("left", 1), ("right", -1)):
         hip, knee, ankle = (at[f"{side}_{name}"] for name in ("hip", "knee", "ankle"))
         leg = _shade(pants, 1.0 if side == "left" else 0.88)
         pen.limb(hip, knee, 0.052, leg)
         pen.limb(knee, ankle, 0.044, leg)
-        toe = (ankle[0] + sign * 0.03 * unit, ankle[1] + 0.015 * unit)
-        pen.limb(ankle, toe, 0.032, _SHOE)
+        pen.limb(ankle, ankle + np.array([sign * 0.03, 0.015]) * unit, 0.032, _SHOE)
     pen.limb(neck, head, 0.04, _shade(skin, 0.9))
     corners = [at[name] for name in ("left_shoulder", "right_shoulder", "right_hip", "left_hip")]
-    pen.draw.polygon(corners, fill=(*shirt, 255))
+    pen.draw.polygon(np.ravel(corners).tolist(), fill=(*shirt, 255))
     for a, b in zip(corners, [*corners[1:], corners[0]]):
         pen.limb(a, b, 0.038, shirt)
     for side in ("left", "right"):
@@ -214,11 +211,11 @@ def _draw(puppet: Puppet, size: int) -> Image.Image:
         pen.limb(at[f"{side}_shoulder"], at[f"{side}_elbow"], 0.036, _shade(shirt, 0.86))
         pen.dot(at[f"{side}_wrist"], 0.042, skin)
         pen.dot(at[f"{side}_ear"], 0.022, _shade(skin, 0.88))
-    pen.dot((head[0], head[1] - 0.022 * unit), 0.102, puppet.hair)
-    pen.dot((head[0], head[1] + 0.012 * unit), 0.09, skin)
+    pen.dot(head - [0, 0.022 * unit], 0.102, puppet.hair)
+    pen.dot(head - [0, -0.012 * unit], 0.09, skin)
     for side in ("left", "right"):
         pen.dot(at[f"{side}_eye"], 0.017, (30, 26, 30))
     pen.dot(at["nose"], 0.014, _shade(skin, 0.72))
-    x, y = at["nose"][0], at["nose"][1] + 0.036 * unit
-    pen.line((x - 0.025 * unit, y), (x + 0.025 * unit, y), 0.014, _MOUTH)
+    mouth, half = at["nose"] + [0, 0.036 * unit], np.array([0.025 * unit, 0])
+    pen.line(mouth - half, mouth + half, 0.014, _MOUTH)
     return canvas

@@ -27,11 +27,11 @@ from data_pipelines.datasets.emoji_scenes import (
 )
 from univg_jax.errors import UserError
 
-LARGE = Options(resolution=48, num_scenes=200, seed=3, nouns=10)
+OPTIONS = Options(resolution=48, num_scenes=200, seed=3, nouns=10)
 IMAGES = ("image", "source", "edit_mask", "depth", "face")
 
 
-def decoded(family: str, index: int, *, split: str = "train", options: Options = LARGE) -> dict:
+def decoded(family: str, index: int, *, split: str = "train", options: Options = OPTIONS) -> dict:
     return records.decode(examples.example(options, family, split, index))
 
 
@@ -176,13 +176,13 @@ def test_edit_mask_is_exactly_what_differs(index):
 def test_every_kind_of_edit_occurs_in_every_split():
     starts = {"remove", "add", "replace", "swap", "change", "make", "move"}
     for split in SPLITS:
-        said = [examples.sample_edit(LARGE, split, k).instruction for k in range(28)]
+        said = [examples.sample_edit(OPTIONS, split, k).instruction for k in range(28)]
         assert {instruction.split()[0] for instruction in said} == starts
 
 
 def test_edits_do_what_they_say():
     rng = np.random.default_rng(0)
-    nouns = list(examples.noun_names(LARGE))
+    nouns = list(examples.noun_names(OPTIONS))
     for _ in range(20):
         removed = edits.KINDS["remove"](rng, nouns)
         assert removed.instruction.removeprefix("remove the ") not in captions.caption(
@@ -232,12 +232,12 @@ def test_persons_of_the_splits_are_other_faces():
     numbers = {
         split: {
             decoded("persons", k, split=split)["person"]
-            for k in range(LARGE.count("persons", split))
+            for k in range(OPTIONS.count("persons", split))
         }
         for split in SPLITS
     }
     assert sum(map(len, numbers.values())) == len(set.union(*numbers.values()))
-    faces = portraits.identities(LARGE.seed)
+    faces = portraits.identities(OPTIONS.seed)
     assert len(set(faces)) == len(faces)
 
 
@@ -251,7 +251,9 @@ def test_puppet_joints_lie_in_the_picture_and_its_box(index):
     joints, (box,) = record["joints"], record["boxes"]
     assert ((joints[:, :2] > 0) & (joints[:, :2] < 1)).all()
     assert (joints[:, 2] == 1).all()
-    pixel = 1 / LARGE.resolution  # the box is that of whole pixels that are more than half covered
+    pixel = (
+        1 / OPTIONS.resolution
+    )  # the box is that of whole pixels that are more than half covered
     assert (joints[:, :2] >= box[:2] - pixel).all()
     assert (joints[:, :2] <= box[2:] + pixel).all()
     assert box[3] - box[1] > 0.4
@@ -349,5 +351,5 @@ def test_options_out_of_range_name_themselves(tmp_path, field, value):
 def test_other_seeds_give_other_records():
     other = Options(resolution=48, num_scenes=200, seed=4, nouns=10)
     for family in FAMILIES:
-        a, b = (examples.example(options, family, "train", 0) for options in (LARGE, other))
+        a, b = (examples.example(options, family, "train", 0) for options in (OPTIONS, other))
         assert a["image"] != b["image"]
