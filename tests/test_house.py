@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "pipeline": {
         *("assembly", "batch", "checkpoint", "data_pipelines", "encoders", "sampling", "sharding"),
-        "workdir",
+        *("tpu", "workdir"),
     },
     "__init__": {"pipeline"},
     # What is done with them.
