@@ -133,10 +133,14 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
 
 
 def is_finished(config: Config, workdir: epath.PathLike) -> bool:
-    """Whether `workdir` has the last step of `config` and its summary."""
+    """Whether `workdir` has the last step of `config` and its summary.
+
+    Raises UserError if a finished run in it is of another config.
+    """
     workdir = epath.Path(workdir)
     if not (workdir / "summary.json").exists():
         return False
+    claim_workdir(workdir, config.to_dict())
     return max(list_steps(workdir), default=0) == config.train.steps
 
 

@@ -179,8 +179,7 @@ class Pipeline:
         Raises UserError for a task that the run was not trained on, a missing or superfluous input,
         or one that cannot be read.
         """
-        check_name(task, TASKS, what="task")
-        check_name(task, self.tasks, what=f"task of {self.path or 'this run'}:")
+        self.check_task(task)
         inputs = dict(prompt=prompt, image=image, mask=mask, face=face)
         lists = {k: v for k, v in {**inputs, "seed": seed}.items() if isinstance(v, list | tuple)}
         count = len(next(iter(lists.values()))) if lists else 1
@@ -287,6 +286,11 @@ class Pipeline:
         spec = self.collator.shape.spec(1)
         encoded = self.generator.conditioner.encoded_spec(self.frozen, spec)
         return self.generator.model.init_params(key, *encoded)
+
+    def check_task(self, task: str) -> None:
+        """Raises UserError for a task that is unknown, or that the model was not trained on."""
+        check_name(task, TASKS, what="task")
+        check_name(task, self.tasks, what=f"task of {self.path or 'this run'}:")
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         sampling=flags.sampling(args),
         pretrained=args.pretrained,
     )
+    pipeline.check_task(args.task)
     with tqdm(
         total=pipeline.config.sampling.steps,
         desc=f"sample {args.task}",
