@@ -64,6 +64,7 @@ def build(args: argparse.Namespace) -> None:
 
 def inspect_config(args: argparse.Namespace) -> None:
     """Writes a page of the rows that a config trains on."""
+    configure(args)
     config = configs.load(args.config, args.overrides)
     assembly.check_config(config)
     assembly.prepare_data(config)
