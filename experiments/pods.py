@@ -24,48 +24,23 @@ TOPOLOGIES = {
     "v6e-256": "v6e:16x16",
 }
 
-# (remat, accumulate) at 256, 512 and 1024 px.
-RECOMMENDED = {
-    "v5e-16": dict(
-        b=(("minimal", 1), ("minimal", 2), ("minimal", 8)),
-        l=(("minimal", 1), ("minimal", 4), ("minimal", 16)),
-        xl=(("minimal", 2), ("minimal", 8), ("minimal", 32)),
-    ),
-    "v5e-64": dict(
-        b=(("minimal", 1), ("minimal", 1), ("minimal", 2)),
-        l=(("minimal", 1), ("minimal", 1), ("minimal", 4)),
-        xl=(("minimal", 1), ("minimal", 1), ("minimal", 4)),
-    ),
-    "v5e-256": dict(
-        b=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
-        l=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
-        xl=(("none", 1), ("minimal", 1), ("minimal", 1)),
-    ),
-    "v5p-8": dict(
-        b=(("minimal", 1), ("minimal", 1), ("minimal", 4)),
-        l=(("minimal", 1), ("minimal", 2), ("minimal", 8)),
-        xl=(("minimal", 1), ("minimal", 4), ("minimal", 16)),
-    ),
-    "v5p-64": dict(
-        b=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
-        l=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
-        xl=(("minimal", 1), ("minimal", 1), ("minimal", 2)),
-    ),
-    "v5p-512": dict(
-        b=(("none", 1), ("minimal", 1), ("minimal", 1)),
-        l=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
-        xl=(("none", 1), ("minimal", 1), ("minimal", 1)),
-    ),
-    "v6e-64": dict(
-        b=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
-        l=(("minimal", 1), ("minimal", 1), ("minimal", 2)),
-        xl=(("minimal", 1), ("minimal", 1), ("minimal", 2)),
-    ),
-    "v6e-256": dict(
-        b=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
-        l=(("minimal", 1), ("minimal", 1), ("minimal", 1)),
-        xl=(("none", 1), ("minimal", 1), ("minimal", 1)),
-    ),
+# Micro-batches a step, at 256, 512 and 1024 px.
+ACCUMULATE = {
+    "v5e-16": dict(b=(1, 2, 8), l=(1, 4, 16), xl=(2, 8, 32)),
+    "v5e-64": dict(b=(1, 1, 2), l=(1, 1, 4), xl=(1, 1, 4)),
+    "v5e-256": dict(b=(1, 1, 1), l=(1, 1, 1), xl=(1, 1, 1)),
+    "v5p-8": dict(b=(1, 1, 4), l=(1, 2, 8), xl=(1, 4, 16)),
+    "v5p-64": dict(b=(1, 1, 1), l=(1, 1, 1), xl=(1, 1, 2)),
+    "v5p-512": dict(b=(1, 1, 1), l=(1, 1, 1), xl=(1, 1, 1)),
+    "v6e-64": dict(b=(1, 1, 1), l=(1, 1, 2), xl=(1, 1, 2)),
+    "v6e-256": dict(b=(1, 1, 1), l=(1, 1, 1), xl=(1, 1, 1)),
+}
+# Where the interconnect is the bound, so that remat would only cost time.
+WITHOUT_REMAT = {
+    ("v5e-256", "xl", 256),
+    ("v5p-512", "b", 256),
+    ("v5p-512", "xl", 256),
+    ("v6e-256", "xl", 256),
 }
 
 
@@ -75,12 +50,13 @@ def fit(config: ConfigDict, pod: str) -> None:
     Raises UserError for a pod, a size or a resolution that is not in the table.
     """
     size, resolution = config.model.size, config.data.resolution
-    sizes = RECOMMENDED[check_name(pod, RECOMMENDED, what="pod")]
+    sizes = ACCUMULATE[check_name(pod, ACCUMULATE, what="pod")]
     if size not in sizes or resolution not in RESOLUTIONS:
         listed = f"sizes {', '.join(sizes)} at {', '.join(map(str, RESOLUTIONS))} px"
         raise UserError(
             f"pod={pod}: size={size},res={resolution} has no recommendation, only {listed}; "
             "plan your own"
         )
-    remat, accumulate = sizes[size][RESOLUTIONS.index(resolution)]
-    config.model.overrides.remat, config.optim.accumulate = remat, accumulate
+    config.optim.accumulate = sizes[size][RESOLUTIONS.index(resolution)]
+    without = (pod, size, resolution) in WITHOUT_REMAT
+    config.model.overrides.remat = "none" if without else "minimal"

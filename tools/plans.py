@@ -48,7 +48,7 @@ def recommended() -> list[tuple[Case, str, str, int]]:
             res,
         )
         for pod, topology in pods.TOPOLOGIES.items()
-        for size in pods.RECOMMENDED[pod]
+        for size in pods.ACCUMULATE[pod]
         for res in pods.RESOLUTIONS
     ]
 
@@ -106,7 +106,8 @@ def pods_table(plans: dict[str, Any]) -> str:
     for case, pod, size, res in recommended():
         plan = plans[case.key]
         (program,) = plan["programs"]
-        remat, accumulate = pods.RECOMMENDED[pod][size][pods.RESOLUTIONS.index(res)]
+        remat = plan["model"]["remat"]
+        accumulate = pods.ACCUMULATE[pod][size][pods.RESOLUTIONS.index(res)]
         memory = f"{program['peak'] / 2**30:.1f} of {plan['chip']['hbm'] / 2**30:.2f} GiB"
         cells = [f"OVER: {memory}", "-", "-", "-"]
         if program["fits"]:

@@ -72,10 +72,7 @@ def start(
     else:
         _check_free(int(port))
     _initialize(
-        timeout,
-        coordinator_address=coordinator,
-        num_processes=num_processes,
-        process_id=process_id,
+        timeout, coordinator_address=coordinator, num_processes=num_processes, process_id=process_id
     )
 
 

@@ -19,7 +19,7 @@ SOURCE = "cloud.google.com/tpu/docs, of bf16 without sparsity"
 _GOOGLE = "0x1ae0"  # the vendor of a TPU on the PCI bus
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Chip:
     """What one device can do, by libtpu's count of devices.
 
@@ -36,61 +36,19 @@ class Chip:
     dcn_bandwidth: float  # bytes a second, a device's share of its host's network cards
 
 
+# fmt: off
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip(
-            name="v4",
-            kind="TPU v4",
-            sides=3,
-            flops=275e12 / 2,
-            hbm=15.25 * GIB,
-            hbm_bandwidth=1228e9 / 2,
-            ici_bandwidth=300e9 / 2,
-            dcn_bandwidth=3.1e9 / 2,
-        ),
-        Chip(
-            name="v5e",
-            kind="TPU v5 lite",
-            sides=2,
-            flops=197e12,
-            hbm=15.75 * GIB,
-            hbm_bandwidth=819e9,
-            ici_bandwidth=200e9,
-            dcn_bandwidth=3.1e9,
-        ),
-        Chip(
-            name="v5p",
-            kind="TPU v5",
-            sides=3,
-            flops=459e12,
-            hbm=95.74 * GIB,
-            hbm_bandwidth=2765e9,
-            ici_bandwidth=600e9,
-            dcn_bandwidth=6.2e9,
-        ),
-        Chip(
-            name="v6e",
-            kind="TPU v6 lite",
-            sides=2,
-            flops=918e12,
-            hbm=31.25 * GIB,
-            hbm_bandwidth=1600e9,
-            ici_bandwidth=400e9,
-            dcn_bandwidth=12.5e9,
-        ),
-        Chip(
-            name="tpu7x",
-            kind="TPU7x",
-            sides=3,
-            flops=2307e12 / 2,
-            hbm=94.75 * GIB,
-            hbm_bandwidth=7380e9 / 2,
-            ici_bandwidth=600e9 / 2,
-            dcn_bandwidth=12.5e9 / 2,
-        ),
+        #    name     kind           sides flops        hbm          HBM         ICI        DCN
+        Chip("v4",    "TPU v4",      3, 275e12 / 2,  15.25 * GIB, 1228e9 / 2, 300e9 / 2, 3.1e9 / 2),
+        Chip("v5e",   "TPU v5 lite", 2, 197e12,      15.75 * GIB, 819e9,      200e9,     3.1e9),
+        Chip("v5p",   "TPU v5",      3, 459e12,      95.74 * GIB, 2765e9,     600e9,     6.2e9),
+        Chip("v6e",   "TPU v6 lite", 2, 918e12,      31.25 * GIB, 1600e9,     400e9,     12.5e9),
+        Chip("tpu7x", "TPU7x",       3, 2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 600e9 / 2, 12.5e9 / 2),
     )
 }
+# fmt: on
 
 # Options of the compiler for a training step, per platform. They go with the program
 # (`jax.jit(compiler_options=...)`), so that no environment variable has to be set on every host.
@@ -110,7 +68,7 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "gpu": {
         # The weights of the next layer are gathered while this one computes.
-        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_enable_latency_hiding_scheduler": True
     },
 }
 

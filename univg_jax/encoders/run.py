@@ -25,14 +25,7 @@ from jaxtyping import Int, PyTree, UInt8
 
 from univg_jax import sharding
 from univg_jax.conditioning import Conditioner, Frozen, TextEncoder
-from univg_jax.encoders.kinds import (
-    KINDS,
-    FitData,
-    Fitted,
-    Networks,
-    Pretrained,
-    find_kind,
-)
+from univg_jax.encoders.kinds import KINDS, FitData, Fitted, Networks, Pretrained, find_kind
 from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.files import write_whole
 from univg_jax.pretrained import local_path
@@ -118,11 +111,7 @@ def prepare(
 
 
 def load(
-    workdir: epath.PathLike,
-    *,
-    folder: str = "",
-    mesh: Mesh | None = None,
-    skip: Sequence[str] = (),
+    workdir: epath.PathLike, *, folder: str = "", mesh: Mesh | None = None, skip: Sequence[str] = ()
 ) -> Encoders:
     """The encoders that a run has recorded, with the pretrained weights in `folder`.
 

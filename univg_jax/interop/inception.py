@@ -7,12 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from univg_jax.errors import NotFoundError, UserError
-from univg_jax.interop.folder import (
-    StoredModel,
-    loader,
-    map_weights,
-    open_model,
-)
+from univg_jax.interop.folder import StoredModel, loader, map_weights, open_model
 from univg_jax.interop.tensors import PICKLES, PathLike
 from univg_jax.models.inception import InceptionV3
 from univg_jax.pretrained import local_path

@@ -117,12 +117,7 @@ def value_and_grad(
 
 
 def update_ema(
-    ema: PyTree,
-    params: PyTree,
-    *,
-    decay: float,
-    step: Int[Array, ""] | int,
-    warmup: float = 10.0,
+    ema: PyTree, params: PyTree, *, decay: float, step: Int[Array, ""] | int, warmup: float = 10.0
 ) -> PyTree:
     """`ema + (1 - decay_t) (params - ema)` in float32, `decay_t = min(decay, (1+t)/(warmup+t))`.
 
