@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import cv2
-import jinja2
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
@@ -18,6 +17,7 @@ from data_pipelines.tasks import TASKS
 from data_pipelines.transforms import Record
 from univg_jax.files import write_whole
 from univg_jax.images import data_uri, png_bytes
+from univg_jax.pages import load_templates
 from univg_jax.settings import Config
 
 MIN_ROWS = 512  # that the histogram of tasks counts
@@ -53,22 +53,19 @@ def write_inspection(
             cards[row.task].append(_card(row, collator))
     total = counts.total()
     shares = [(name, counts[name], counts[name] / total, stream.shares[name]) for name in cards]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("data_pipelines", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("inspect.html").render(
-        name=config.name,
-        data=config.data,
-        seed=config.seed,
-        cards=cards,
-        shares=shares,
-        largest=max(max(realized, expected) for _, _, realized, expected in shares),
-        total=total,
-        quarantined=stream.counters()["quarantined"],
+    page = (
+        load_templates("data_pipelines")
+        .get_template("inspect.html")
+        .render(
+            name=config.name,
+            data=config.data,
+            seed=config.seed,
+            cards=cards,
+            shares=shares,
+            largest=max(max(realized, expected) for _, _, realized, expected in shares),
+            total=total,
+            quarantined=stream.counters()["quarantined"],
+        )
     )
     write_whole(out, page)
 

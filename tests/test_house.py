@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 OURS = ("univg_jax", "data_pipelines", "experiments")
 
 # Small rooms that any other may import. They know nothing of models, data or training.
-FOUNDATION = {"errors", "files", "images", "settings", "trees"}
+FOUNDATION = {"errors", "files", "images", "pages", "settings", "trees"}
 
 # Each room, and which others it imports besides the foundation. A room is a module or package of
 # the first level; names without a dot are of univg_jax, but for data_pipelines and experiments.
@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "images": set(),
+    "pages": set(),
     "settings": set(),
     "trees": set(),
     # Ideas of their own.
@@ -65,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "__init__": {"pipeline"},
     # What is done with them.
-    "precompute": {"assembly", "batch", "data_pipelines", "encoders"},
+    "precompute": {"assembly", "data_pipelines", "encoders"},
     "previews": {"assembly", "pipeline", "training"},
     "evaluation": {"assembly", "batch", "conditioning", "data_pipelines", "pipeline", "sharding"},
     "planning": {

@@ -85,6 +85,7 @@ SMALL = {
     "trees": "names of a tree's leaves",
     "files": "a file whole, or not at all",
     "images": "pixels, PNG",
+    "pages": "HTML from templates",
     "pretrained": "folders of pretrained weights",
     "tpu": "chips, compiler options",
     "writers": "TensorBoard, JSONL",

@@ -108,9 +108,8 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
         parent.check()
     claim_workdir(workdir, config.to_dict())
     prepare_data(config)
-    tokenizer = make_tokenizer(config)
     found = prepare_encoders(config, workdir, mesh)
-    collator = Collator(tokenizer=tokenizer, shape=BatchShape.of(config.data))
+    collator = make_collator(config)
     return Run(
         config=config,
         workdir=workdir,
@@ -198,6 +197,11 @@ def make_tokenizer(config: Config) -> Tokenizer:
         identity = encoders.text_identity(config.conditioning, num_tokens=config.data.num_tokens)
         loaded = CachedTokenizer(loaded, config.data.text_cache, identity=identity)
     return loaded
+
+
+def make_collator(config: Config) -> Collator:
+    """What makes batches of a config's shape from rows, with `make_tokenizer`."""
+    return Collator(tokenizer=make_tokenizer(config), shape=BatchShape.of(config.data))
 
 
 def prepare_encoders(config: Config, workdir: epath.PathLike, mesh: jax.sharding.Mesh) -> Encoders:

@@ -25,7 +25,7 @@ from data_pipelines.collate import Collator, Row
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer
 from univg_jax import assembly, checkpoint, encoders, sharding, tpu
-from univg_jax.batch import Batch, BatchShape
+from univg_jax.batch import Batch
 from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.images import to_uint8
 from univg_jax.sampling import NULL_CONDITIONS, Generator, guidance_weights
@@ -107,9 +107,7 @@ class Pipeline:
             frozen=found.frozen,
             mesh=mesh,
             generator=assembly.make_generator(config, model, found.conditioner),
-            collator=Collator(
-                tokenizer=assembly.make_tokenizer(config), shape=BatchShape.of(config.data)
-            ),
+            collator=assembly.make_collator(config),
             path=os.fspath(path),
             step=checkpoint.step_of(path),
         )

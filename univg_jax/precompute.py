@@ -5,9 +5,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from data_pipelines import cache
-from data_pipelines.collate import Collator
 from univg_jax import assembly, encoders
-from univg_jax.batch import BatchShape
 from univg_jax.errors import AlreadyExistsError
 from univg_jax.settings import Config
 
@@ -23,15 +21,13 @@ def cache_prompts(config: Config, out: epath.PathLike, *, steps: int) -> int:
         raise AlreadyExistsError(f"{out} has a cache; choose another folder or delete it")
     assembly.prepare_data(config)
     mesh = assembly.make_mesh(config)
-    tokenizer = assembly.make_tokenizer(config)
+    prompts = cache.prompts(config, assembly.make_collator(config), steps=steps)
     module, params = encoders.load_text(config.conditioning, mesh=mesh)
     embed = jax.jit(lambda params, tokens, mask: module.apply({"params": params}, tokens, mask))
     with jax.set_mesh(mesh):
         return cache.write_cache(
             out,
-            cache.prompts(
-                config, Collator(tokenizer=tokenizer, shape=BatchShape.of(config.data)), steps=steps
-            ),
+            prompts,
             embed=lambda tokens, mask: jax.device_get(
                 embed(params, jnp.asarray(tokens), jnp.asarray(mask))
             ),

@@ -37,17 +37,14 @@ class Chip:
 
 
 # fmt: off
-CHIPS: dict[str, Chip] = {
-    chip.name: chip
-    for chip in (
-        #    name     kind           sides flops        hbm          HBM         ICI        DCN
-        Chip("v4",    "TPU v4",      3, 275e12 / 2,  15.25 * GIB, 1228e9 / 2, 300e9 / 2, 3.1e9 / 2),
-        Chip("v5e",   "TPU v5 lite", 2, 197e12,      15.75 * GIB, 819e9,      200e9,     3.1e9),
-        Chip("v5p",   "TPU v5",      3, 459e12,      95.74 * GIB, 2765e9,     600e9,     6.2e9),
-        Chip("v6e",   "TPU v6 lite", 2, 918e12,      31.25 * GIB, 1600e9,     400e9,     12.5e9),
-        Chip("tpu7x", "TPU7x",       3, 2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 600e9 / 2, 12.5e9 / 2),
-    )
-}
+CHIPS: dict[str, Chip] = {chip.name: chip for chip in (
+    #    name     kind           sides flops        hbm          HBM         ICI        DCN
+    Chip("v4",    "TPU v4",      3, 275e12 / 2,  15.25 * GIB, 1228e9 / 2, 300e9 / 2, 3.1e9 / 2),
+    Chip("v5e",   "TPU v5 lite", 2, 197e12,      15.75 * GIB, 819e9,      200e9,     3.1e9),
+    Chip("v5p",   "TPU v5",      3, 459e12,      95.74 * GIB, 2765e9,     600e9,     6.2e9),
+    Chip("v6e",   "TPU v6 lite", 2, 918e12,      31.25 * GIB, 1600e9,     400e9,     12.5e9),
+    Chip("tpu7x", "TPU7x",       3, 2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 600e9 / 2, 12.5e9 / 2),
+)}
 # fmt: on
 
 # Options of the compiler for a training step, per platform. They go with the program

@@ -4,10 +4,8 @@ import argparse
 import dataclasses
 
 from data_pipelines import inspect
-from data_pipelines.collate import Collator
 from data_pipelines.datasets import DATASETS
 from univg_jax import assembly, configs, precompute
-from univg_jax.batch import BatchShape
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.errors import check_name
@@ -68,7 +66,7 @@ def inspect_config(args: argparse.Namespace) -> None:
     config = configs.load(args.config, args.overrides)
     assembly.check_config(config)
     assembly.prepare_data(config)
-    collator = Collator(tokenizer=assembly.make_tokenizer(config), shape=BatchShape.of(config.data))
+    collator = assembly.make_collator(config)
     inspect.write_inspection(config, args.out, collator=collator, num_examples=args.examples)
     print(f"wrote {args.out}")
 

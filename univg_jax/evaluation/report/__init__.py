@@ -8,7 +8,6 @@ model and the best trivial answer, and each that does not is named with the reas
 import json
 from collections.abc import Sequence
 
-import jinja2
 from etils import epath
 
 from univg_jax.evaluation.report import views, wording
@@ -16,16 +15,11 @@ from univg_jax.evaluation.report.plot import color_of
 from univg_jax.evaluation.report.read import Json, Stage, TaskResult, read_results
 from univg_jax.evaluation.report.sheet import write_sheet
 from univg_jax.files import write_whole
+from univg_jax.pages import load_templates
 
 __all__ = ["TaskResult", "write_report", "write_sheet"]
 
-PAGES = jinja2.Environment(
-    loader=jinja2.PackageLoader(__name__),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)
+PAGES = load_templates(__name__)
 PAGES.globals |= dict(color=color_of, words=wording)
 
 
