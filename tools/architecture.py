@@ -17,7 +17,7 @@ from html import escape
 ROOT = pathlib.Path(__file__).parents[1]
 DRAWING = ROOT / "docs" / "architecture.svg"
 PACKAGES = ("univg_jax", "data_pipelines", "experiments")
-WIDTH, HEIGHT = 1000, 855
+WIDTH = 1000
 BOX_HEIGHT = 50
 INK = "#1b1f24"
 
@@ -90,6 +90,9 @@ SMALL = {
     "tpu": "chips, compiler options",
     "writers": "TensorBoard, JSONL",
 }
+COLUMNS, TOP, ROW_HEIGHT = 3, 745, 24  # of the box with the small rooms
+SMALL_HEIGHT = 36 + ROW_HEIGHT * -(-len(SMALL) // COLUMNS)
+HEIGHT = TOP + SMALL_HEIGHT + 2
 
 
 def modules() -> dict[str, pathlib.Path]:
@@ -229,10 +232,10 @@ def _box(name: str, box: Box) -> str:
 
 
 def _small_rooms() -> list[str]:
-    lines = [_box("", Box(0, 745, WIDTH, "", BASE, 108))]
-    lines.append(_text(10, 765, "Many rooms import these. No arrows to them are drawn."))
+    lines = [_box("", Box(0, TOP, WIDTH, "", BASE, SMALL_HEIGHT))]
+    lines.append(_text(10, TOP + 20, "Many rooms import these. No arrows to them are drawn."))
     for i, (name, purpose) in enumerate(SMALL.items()):
-        x, y = 10 + i % 3 * 330, 791 + i // 3 * 24
+        x, y = 10 + i % COLUMNS * 330, TOP + 46 + i // COLUMNS * ROW_HEIGHT
         lines.append(
             f'<text x="{x}" y="{y}" font-size="12" fill="{INK}"><tspan font-size="14" '
             f'font-weight="bold">{name}</tspan><tspan dx="8">{escape(purpose)}</tspan></text>'
