@@ -7,10 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import ENCODERS, ENCODERS_WITH_FACES, images, prepare_encoders, unused
+from tests.helpers import (
+    ENCODERS,
+    ENCODERS_WITH_FACES,
+    fake_batch,
+    images,
+    prepare_encoders,
+    unused,
+)
 from tests.sd3_folder import write_image_encoder, write_sd3
 from univg_jax import encoders
-from univg_jax.batch import BatchShape, fake_batch
+from univg_jax.batch import BatchShape
 from univg_jax.errors import UserError
 from univg_jax.settings import Conditioning
 
