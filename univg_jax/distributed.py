@@ -42,11 +42,8 @@ def start(
     port is taken or it does not answer within `timeout` seconds. If other processes never come, JAX
     ends this one.
     """
-    given = {
-        "--coordinator": coordinator,
-        "--num_processes": num_processes,
-        "--process_id": process_id,
-    }
+    names = ("--coordinator", "--num_processes", "--process_id")
+    given = dict(zip(names, (coordinator, num_processes, process_id), strict=True))
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         if distributed or os.environ.get(ENVIRONMENT, "0") not in ("", "0"):
