@@ -27,11 +27,11 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
-from tqdm import tqdm
 
 from data_pipelines import records
 from univg_jax.errors import UserError
 from univg_jax.files import write_whole
+from univg_jax.progress import Bar
 
 CHUNK = 64  # records that a process makes at a time: enough to hide the cost of handing them over
 CLAIM = "build.json"
@@ -162,7 +162,7 @@ def _write(
         folder.rmtree(missing_ok=True)
     total = sum(family.counts.values())
     try:
-        with tqdm(total=total, desc=f"build {family.name}", unit="") as bar:
+        with Bar(total=total, desc=f"build {family.name}", unit="") as bar:
             builder = writer(
                 config=family.name,
                 features=records.family_features(family.fields),
@@ -187,7 +187,7 @@ def _write(
 
 
 def _examples(
-    family: Family, split: str, ordered_map: OrderedMap, bar: tqdm
+    family: Family, split: str, ordered_map: OrderedMap, bar: Bar
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The records of a split by their indices."""
     indices = range(family.counts[split])

@@ -22,7 +22,6 @@ from etils import epath
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from tqdm import tqdm
 
 from data_pipelines import tasks
 from data_pipelines.collate import Collator
@@ -32,6 +31,7 @@ from data_pipelines.tokenizer import TokenizedText, Tokenizer
 from univg_jax.batch import Text
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError
 from univg_jax.files import write_whole
+from univg_jax.progress import Bar
 from univg_jax.settings import Config
 
 RECORD = "cache.json"
@@ -118,7 +118,7 @@ def prompts(config: Config, collator: Collator, *, steps: int) -> list[Tokenized
 
     remembering = dataclasses.replace(collator, tokenizer=remember)
     stream = Stream(config, collator=remembering)
-    for _ in tqdm(range(steps), desc="read prompts", unit="step"):
+    for _ in Bar(range(steps), desc="read prompts", unit="step"):
         next(stream)
     stream.close()
     num = max(config.train.eval_examples, config.train.sample_examples)
@@ -173,7 +173,7 @@ def _embedded(
     rows: Sequence[TokenizedText], *, embed: Embed, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """The arrays to store for each batch of rows, with a progress bar."""
-    with tqdm(total=len(rows), desc="embed prompts", unit="prompt") as bar:
+    with Bar(total=len(rows), desc="embed prompts", unit="prompt") as bar:
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             # The last batch is filled up, so that `embed` compiles for one shape only.

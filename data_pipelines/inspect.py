@@ -18,6 +18,7 @@ from data_pipelines.transforms import Record
 from univg_jax.files import write_whole
 from univg_jax.images import data_uri, png_bytes
 from univg_jax.pages import load_templates
+from univg_jax.progress import Bar
 from univg_jax.settings import Config
 
 MIN_ROWS = 512  # that the histogram of tasks counts
@@ -44,13 +45,16 @@ def write_inspection(
     stream = Stream(config, collator=collator, sources=sources)
     cards: dict[str, list[dict[str, Any]]] = {name: [] for name in TASKS if name in stream.shares}
     counts: collections.Counter[str] = collections.Counter()
-    for position in range(MAX_ROWS):
-        if position >= MIN_ROWS and all(len(found) >= num_examples for found in cards.values()):
-            break
-        row = stream.row(position)
-        counts[row.task] += 1
-        if len(cards[row.task]) < num_examples:
-            cards[row.task].append(_card(row, collator))
+    with Bar(total=MIN_ROWS, desc="read rows", unit="row") as bar:
+        for position in range(MAX_ROWS):
+            if position >= MIN_ROWS and all(len(found) >= num_examples for found in cards.values()):
+                break
+            row = stream.row(position)
+            counts[row.task] += 1
+            if len(cards[row.task]) < num_examples:
+                cards[row.task].append(_card(row, collator))
+            bar.total = max(MIN_ROWS, position + 1)
+            bar.update()
     total = counts.total()
     shares = [(name, counts[name], counts[name] / total, stream.shares[name]) for name in cards]
     page = (

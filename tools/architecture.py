@@ -86,6 +86,7 @@ SMALL = {
     "files": "a file whole, or not at all",
     "images": "pixels, PNG",
     "pages": "HTML from templates",
+    "progress": "bars, or lines in a log",
     "pretrained": "folders of pretrained weights",
     "tpu": "chips, compiler options",
     "writers": "TensorBoard, JSONL",

@@ -15,9 +15,8 @@ import multiprocessing
 import pathlib
 from typing import Any
 
-from tqdm import tqdm
-
 from experiments import pods
+from univg_jax.progress import Bar
 
 ROOT = pathlib.Path(__file__).parents[1]
 WEAK_SCALING = ("v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16", "v5p:16x16x16")
@@ -90,7 +89,7 @@ def compile_all(cases: list[Case], *, cache: pathlib.Path, workers: int) -> dict
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         futures = {pool.submit(compile_case, case): case for case in missing}
         done = concurrent.futures.as_completed(futures)
-        for future in tqdm(done, total=len(missing), unit="plan"):
+        for future in Bar(done, total=len(missing), unit="plan"):
             plans[futures[future].key] = future.result()
             cache.write_text(json.dumps(plans))
     return plans

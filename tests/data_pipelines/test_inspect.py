@@ -92,6 +92,18 @@ def test_the_histogram_has_the_shares(page):
     assert all(abs(float(realized) - float(expected)) < 0.5 for realized, expected in shares)
 
 
+def test_it_says_how_far_it_is(tmp_path, capsys):
+    toy = MemorySource("toy", [make_record(k) for k in range(5)])
+    inspect.write_inspection(
+        make_config(),
+        tmp_path / "page.html",
+        collator=make_collator(),
+        num_examples=1,
+        sources=dict(toy=toy),
+    )
+    assert f"{inspect.MIN_ROWS}/{inspect.MIN_ROWS}" in capsys.readouterr().err
+
+
 def test_the_page_may_go_to_a_bucket(bucket):
     toy = MemorySource("toy", [make_record(k) for k in range(5)])
     inspect.write_inspection(

@@ -11,7 +11,6 @@ import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from univg_jax import configs, runtime, tpu
 from univg_jax.cli import flags
@@ -21,6 +20,7 @@ from univg_jax.planning import search
 from univg_jax.planning.plan import Plan, Program, compile_plan
 from univg_jax.planning.search import format_bytes
 from univg_jax.planning.topology import open_topology
+from univg_jax.progress import Bar
 
 INCLUDE = ("encoders", "sampling", "evaluation")
 
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
         report["sweep"] = {name: [p.to_json() for p in plans] for name, plans in ranked.items()}
     else:
         programs = ("train", *(name for name in include if name != "encoders"))
-        bar = tqdm(topologies, desc="compile", unit="topology", leave=False)
+        bar = Bar(topologies, desc="compile", unit="topology", leave=False)
         plans = [compile_(config, topology, programs=programs) for topology in bar]
         print_plans(plans)
         report["plans"] = [p.to_json() for p in plans]

@@ -4,7 +4,6 @@ import argparse
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.tasks import PLACEHOLDER, TASKS
 from univg_jax.cli import flags
@@ -12,6 +11,7 @@ from univg_jax.cli.main import configure
 from univg_jax.errors import UserError, check_name
 from univg_jax.images import write_png
 from univg_jax.pipeline import Pipeline, read_picture
+from univg_jax.progress import Bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         pretrained=args.pretrained,
     )
     pipeline.check_task(args.task)
-    with tqdm(
+    with Bar(
         total=pipeline.config.sampling.steps,
         desc=f"sample {args.task}",
         unit="step",

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from data_pipelines.tasks import TASKS
 from univg_jax import assembly
@@ -28,6 +27,7 @@ from univg_jax.evaluation.generate import Collate, System
 from univg_jax.evaluation.scorers import Scorers, digest, local_mesh
 from univg_jax.files import write_whole
 from univg_jax.pipeline import Pipeline
+from univg_jax.progress import Bar
 
 VERSION = 3  # of the arithmetic and of the results' keys: results of another one are not reused
 NUM_TRAIN = 256  # training cases that trivial answers are made from
@@ -157,7 +157,7 @@ class Evaluator:
         todo = [n for n in cases if results["tasks"].get(n, {}).get("key") != keys[n]]
         total = sum(len(cases[name]) * len(self.systems) for name in todo)
         quiet = not total or jax.process_index() > 0
-        with tqdm(total=total, unit="image", disable=quiet) as bar:
+        with Bar(total=total, unit="image", disable=quiet) as bar:
             for name in todo:
                 bar.set_description(f"evaluate {name}")
                 task = self.benchmark.tasks[name]
@@ -170,7 +170,7 @@ class Evaluator:
         return results
 
     def _evaluate(
-        self, task: BenchmarkTask, cases: Cases, *, train: Cases, bar: tqdm
+        self, task: BenchmarkTask, cases: Cases, *, train: Cases, bar: Bar
     ) -> dict[str, Any]:
         """The entry of one task in results.json."""
         with local_mesh():
@@ -204,7 +204,7 @@ class Evaluator:
         }
 
     def _score(
-        self, cases: Cases, *, score_fn: ScoreFn, answers: Answers, bar: tqdm
+        self, cases: Cases, *, score_fn: ScoreFn, answers: Answers, bar: Bar
     ) -> Mapping[Key, dict[int, score.Scores]]:
         """The scores of this process's cases, by who answered and case index.
 

@@ -9,12 +9,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tqdm import tqdm
-
 from univg_jax.errors import UserError
 from univg_jax.models.mmdit import REMAT, make_mmdit
 from univg_jax.planning.plan import Plan, Program
 from univg_jax.planning.topology import Topology
+from univg_jax.progress import Bar
 from univg_jax.settings import Config
 
 # Offloading is tried last: its transfers to the host's memory are not part of the roofline, which
@@ -43,7 +42,7 @@ def max_batch(config: Config, topology: Topology, compile_: Compile) -> int:
     guess, remainder = divmod(config.data.batch_size, unit)
     programs = {} if remainder else {guess: first.programs[0]}
     low, high, guess, by_line = 0, None, max(guess, 1), False
-    bar = tqdm(desc=f"largest batch on {topology.name}", unit="plan", initial=1, leave=False)
+    bar = Bar(desc=f"largest batch on {topology.name}", unit="plan", initial=1, leave=False)
     while high is None or high - low > 1:
         bar.set_postfix_str(f"{guess * unit}?")
         if guess not in programs:
@@ -93,8 +92,8 @@ def sweep(config: Config, topology: Topology, compile_: Compile) -> list[Plan]:
         return compile_(replace(config, mesh=mesh, model=dict(overrides=overrides)), topology)
 
     plans = []
-    for mesh in tqdm(_meshes(config, topology), f"sweep {topology.name}", unit="mesh", leave=False):
-        bar = tqdm(POLICIES, "remat", unit="plan", leave=False)
+    for mesh in Bar(_meshes(config, topology), f"sweep {topology.name}", unit="mesh", leave=False):
+        bar = Bar(POLICIES, "remat", unit="plan", leave=False)
         tried = [plan(mesh, remat) for remat in bar]
         plans += tried if any(p.fits for p in tried) else [*tried, plan(mesh, "offload")]
     return sorted(plans, key=lambda plan: (not plan.fits, plan.programs[0].roofline))

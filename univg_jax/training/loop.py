@@ -16,13 +16,13 @@ from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
-from tqdm import tqdm
 
 from univg_jax import sharding, writers
 from univg_jax.batch import Batch
 from univg_jax.checkpoint import Checkpointer
 from univg_jax.errors import Preempted, UserError
 from univg_jax.files import write_whole
+from univg_jax.progress import Bar
 from univg_jax.training import optim
 from univg_jax.training.history import History, write_summary
 from univg_jax.training.initialize import initial_state
@@ -168,7 +168,7 @@ def train(
     schedule = optim.make_schedule(config.optim, total_steps=c.steps)
     writer = writers.create_writer(workdir, resume_step=start, active=is_main)
     trace = Trace(workdir / "profile", steps=profile, start=start)
-    bar = tqdm(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main)
+    bar = Bar(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main)
 
     def is_due(step: int, every: int) -> bool:
         return step > start and (step == c.steps or step % every == 0)

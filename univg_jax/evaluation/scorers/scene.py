@@ -23,13 +23,13 @@ import safetensors.numpy
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, Int, UInt8
-from tqdm import tqdm
 
 from data_pipelines.sources import Source
 from univg_jax import trees
 from univg_jax.evaluation.scorers import TextEmbedder, local_mesh, segmenter
 from univg_jax.evaluation.scorers.segmenter import RESOLUTION, Params
 from univg_jax.files import write_whole
+from univg_jax.progress import Bar
 
 VERSION = 1  # of the fit: part of the cache's key
 STEPS = 300
@@ -141,7 +141,7 @@ def fit_scene_scorer(
     """
     chosen = np.random.default_rng(segmenter.SEED).permutation(len(source))[:MAX_RECORDS]
     fields = ("image", "caption", "phrases", "masks")
-    records = [source.read(int(i), fields) for i in tqdm(chosen, "scorer: reading scenes")]
+    records = [source.read(int(i), fields) for i in Bar(chosen, "scorer: reading scenes")]
     nouns = tuple(sorted({noun_of(phrase) for r in records for phrase in r["phrases"]}))
     classes = {noun: i for i, noun in enumerate(nouns, start=1)}
     images = np.concatenate([_resize(r["image"][None]) for r in records])

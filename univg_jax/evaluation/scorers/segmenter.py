@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float, Int, PyTree, UInt8
-from tqdm import tqdm
 
 from univg_jax.batch import Array
 from univg_jax.images import to_float
+from univg_jax.progress import Bar
 
 RESOLUTION = 48  # pixels a side
 WIDTHS = (16, 48, 96)  # channels at 1/2, 1/4, 1/8 of the resolution
@@ -63,7 +63,7 @@ def fit(
         return optax.apply_updates(params, updates), opt_state, loss
 
     rng, key = np.random.default_rng(SEED), jax.random.key(SEED)
-    bar = tqdm(range(steps), "scorer: learning to segment")
+    bar = Bar(range(steps), "scorer: learning to segment")
     for i in bar:
         rows = rng.integers(len(images), size=BATCH_SIZE)
         flip = -1 if rng.random() < 0.5 else 1
