@@ -20,15 +20,22 @@ A task is served by any record that has its `needs` (`data_pipelines.records` li
 import dataclasses
 import re
 from collections.abc import Callable, Collection
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 
 from data_pipelines import renderings, transforms
 from data_pipelines.transforms import Record
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, quote
 
 PLACEHOLDER = "<p>"
+# The pictures that a user may give a task, and what each shows.
+INPUTS = {
+    "image": "the picture to change or to read, or a canvas of colored blocks",
+    "mask": "white (255, or 1) where to generate, black where the image stays",
+    "face": "a picture of the person",
+}
 BACKGROUND_FRACTION = 0.5  # of ip's examples: no caption, so that it learns to fill in background
 
 
@@ -52,11 +59,13 @@ class Task:
     """What a task needs of a record or of a user, and how it makes an example of either."""
 
     name: str
+    title: str  # what it does, in the field's words
     needs: tuple[str, ...]  # fields of a record
     make: Callable[[Record, np.random.Generator], Example]  # of a record of the final size
     may_refuse: bool = False  # whether `make` can raise UnsuitableRecord
-    inputs: tuple[str, ...] = ()  # what a user gives beside the prompt: "image", "mask", "face"
-    needs_prompt: bool = True
+    inputs: tuple[str, ...] = ()  # the INPUTS that a user gives
+    prompt: Literal["needed", "optional", "none"] = "needed"  # whether a user gives one
+    prompt_says: str = "what to paint"
 
     def example(
         self,
@@ -98,15 +107,18 @@ class Task:
         `resolution`. `mask` is white where to generate. `prompt` has no tag; for task id it has
         `<p>` where the person stands.
 
-        Raises UserError for a prompt, a picture or a `<p>` that is missing, for a picture that the
-        task does not take, and for a mask without any white.
+        Raises UserError for a prompt, a picture or a `<p>` that is missing, for a prompt or a
+        picture that the task does not take, and for a mask without any white.
         """
         prompt = prompt.strip()
-        if self.needs_prompt and not prompt:
+        if self.prompt == "needed" and not prompt:
             raise UserError(f"task {self.name!r} needs a prompt")
+        if self.prompt == "none" and prompt:
+            raise UserError(f"task {self.name!r} takes no prompt, but has {quote(prompt)}")
         if "face" in self.inputs and PLACEHOLDER not in prompt:
             raise UserError(
-                f"prompt {prompt!r} has no {PLACEHOLDER}: task {self.name!r} puts the person there"
+                f"prompt {quote(prompt)} has no {PLACEHOLDER}: "
+                f"task {self.name!r} puts the person there"
             )
         given = {"image": image, "mask": mask, "face": face}
         for name, picture in given.items():
@@ -265,46 +277,72 @@ def _segment(record: Record, rng: np.random.Generator) -> Example:
 
 def _identity(record: Record, rng: np.random.Generator) -> Example:
     if PLACEHOLDER not in record["caption"]:
-        raise UserError(f"field 'caption' has no {PLACEHOLDER}: {record['caption']!r}")
+        raise UserError(f"field 'caption' has no {PLACEHOLDER}: {quote(record['caption'])}")
     return Example(target=record["image"], text=record["caption"], face=record["face"])
 
 
 # `Batch.task` is an index into this order, also in checkpoints' data: append, never reorder.
 _TASKS = (
-    Task(name="t2i", needs=("image", "caption"), make=_text_to_image),
-    Task(name="ie", needs=("image", "source", "instruction"), make=_edit, inputs=("image",)),
+    Task(name="t2i", title="text-to-image", needs=("image", "caption"), make=_text_to_image),
+    Task(
+        name="ie",
+        title="instruction editing",
+        needs=("image", "source", "instruction"),
+        make=_edit,
+        inputs=("image",),
+        prompt_says="what to change",
+    ),
     Task(
         name="ip",
+        title="in- and outpainting",
         needs=("image", "caption"),
         make=_inpaint,
         inputs=("image", "mask"),
-        needs_prompt=False,
+        prompt="optional",
+        prompt_says="the whole picture; without one, background is filled in",
     ),
     Task(
         name="lg",
+        title="layout-guided generation",
         needs=("image", "caption", "boxes", "phrases"),
         make=_layout,
         may_refuse=True,
         inputs=("image",),
+        prompt_says="what to paint, with '(red block)' after what stands in that block",
     ),
     Task(
-        name="depth", needs=("image", "depth"), make=_depth, inputs=("image",), needs_prompt=False
+        name="depth",
+        title="depth estimation",
+        needs=("image", "depth"),
+        make=_depth,
+        inputs=("image",),
+        prompt="none",
     ),
     Task(
         name="pose",
+        title="pose estimation",
         needs=("image", "joints"),
         make=_pose,
         may_refuse=True,
         inputs=("image",),
-        needs_prompt=False,
+        prompt="none",
     ),
     Task(
         name="seg",
+        title="referring segmentation",
         needs=("image", "masks", "expressions"),
         make=_segment,
         may_refuse=True,
         inputs=("image",),
+        prompt_says="what to find",
     ),
-    Task(name="id", needs=("image", "caption", "face"), make=_identity, inputs=("face",)),
+    Task(
+        name="id",
+        title="a picture of a given person",
+        needs=("image", "caption", "face"),
+        make=_identity,
+        inputs=("face",),
+        prompt_says=f"what to paint, with {PLACEHOLDER} for the person",
+    ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}

@@ -55,6 +55,13 @@ def suggestion(name: object, names: Collection[str]) -> str:
     return (f"; did you mean {near[0]!r}?" if near else "") + listed
 
 
+def quote(value: object, most: int = 80) -> str:
+    """A user's value for a message: its `repr`, cut in the middle where it is long."""
+    text = repr(value)
+    half = most // 2 - 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
 def shorten(lines: Sequence[str], most: int = 12) -> str:
     """The first `most` lines as one, and how many more there are."""
     more = f"; and {len(lines) - most} more" if len(lines) > most else ""

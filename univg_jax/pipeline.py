@@ -22,7 +22,7 @@ from PIL import Image
 
 from data_pipelines import records
 from data_pipelines.collate import Collator, Row
-from data_pipelines.tasks import TASKS
+from data_pipelines.tasks import INPUTS, TASKS
 from data_pipelines.tokenizer import Tokenizer
 from univg_jax import assembly, checkpoint, encoders, sharding, tpu
 from univg_jax.batch import Batch
@@ -190,7 +190,7 @@ class Pipeline:
         examples = []
         for i in range(count):
             given = {k: v[i] if k in lists else v for k, v in inputs.items()}
-            pictures = {k: read_picture(v, k) for k, v in given.items() if k != "prompt"}
+            pictures = {name: read_picture(given[name], name) for name in INPUTS}
             examples.append(
                 TASKS[task].from_inputs(
                     prompt=given["prompt"], **pictures, resolution=self.config.data.resolution

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.tasks import TASKS
+from data_pipelines.tasks import TASKS, Example, Task
 from tests import processes, smoke_run
 from tests.smoke_run import CONFIG
 from univg_jax import checkpoint
@@ -123,6 +123,44 @@ def test_every_task_samples_a_picture(root, pictures, tmp_path, task):
     assert np.asarray(Image.open(out)).shape == (32, 32, 3)
 
 
+GRAY_CONFIG = """
+from experiments import emoji
+from experiments.base import task
+
+
+def get_config():
+    c = emoji.get_config(stage=1, preset="smoke")
+    c.tasks = dict(gray=task(1.0, "scenes"))
+    return c
+"""
+
+
+def test_a_task_is_known_everywhere_by_its_entry(root, pictures, tmp_path, monkeypatch, capsys):
+    """As README's recipe adds one: a function and an entry."""
+
+    def gray(record, rng):
+        mean = record["image"].mean(-1, keepdims=True).astype(np.uint8)
+        return Example(target=np.repeat(mean, 3, -1), source=record["image"])
+
+    entry = Task(
+        name="gray", title="gray", needs=("image",), make=gray, inputs=("image",), prompt="none"
+    )
+    monkeypatch.setitem(TASKS, "gray", entry)
+    (tmp_path / "config.py").write_text(GRAY_CONFIG)
+    config = [f"--config={tmp_path / 'config.py'}", f"--config.data.dir={root / 'data'}", *FAST]
+    run, out = tmp_path / "run", tmp_path / "out.png"
+    assert main(["train", f"--workdir={run}", *config]) == 0
+    command = ["sample", f"--checkpoint={run}", "--task=gray", f"--out={out}"]
+    assert main([*command, f"--image={pictures}/image.png"]) == 0
+    assert out.is_file()
+    capsys.readouterr()
+    assert main(command) == 1
+    assert "task 'gray' needs an image" in error_line(capsys)
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    assert "gray" in capsys.readouterr().out
+
+
 def test_inpainting_keeps_what_is_not_masked(root, pictures, tmp_path):
     assert sample(root, pictures, "ip", SAMPLES["ip"], tmp_path / "out.png") == 0
     from data_pipelines.transforms import resize_and_crop
@@ -189,6 +227,7 @@ def error_line(capsys):
         (["--task=ie", "--prompt=remove it"], "task 'ie' needs an image"),
         (["--task=depth", "--image=nowhere.png"], "--image=nowhere.png does not exist"),
         (["--task=t2i", "--prompt=x", "--image=image.png"], "task 't2i' takes no image"),
+        (["--task=pose", "--prompt=x", "--image=image.png"], "task 'pose' takes no prompt"),
         (["--task=t2i", "--prompt=x", "--out=x.jpg"], "should end in .png"),
     ],
 )

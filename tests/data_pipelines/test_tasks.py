@@ -252,16 +252,16 @@ def from_inputs(task: str, **inputs) -> tasks.Example:
 
 
 def test_each_task_says_what_it_takes_from_a_user():
-    table = {name: (task.inputs, task.needs_prompt) for name, task in TASKS.items()}
+    table = {name: (task.inputs, task.prompt) for name, task in TASKS.items()}
     assert table == {
-        "t2i": ((), True),
-        "ie": (("image",), True),
-        "ip": (("image", "mask"), False),
-        "lg": (("image",), True),
-        "depth": (("image",), False),
-        "pose": (("image",), False),
-        "seg": (("image",), True),
-        "id": (("face",), True),
+        "t2i": ((), "needed"),
+        "ie": (("image",), "needed"),
+        "ip": (("image", "mask"), "optional"),
+        "lg": (("image",), "needed"),
+        "depth": (("image",), "none"),
+        "pose": (("image",), "none"),
+        "seg": (("image",), "needed"),
+        "id": (("face",), "needed"),
     }
 
 
@@ -269,9 +269,10 @@ def test_each_task_says_what_it_takes_from_a_user():
 def test_a_users_inputs_have_the_form_of_a_training_example(task):
     given = dict(image=PICTURE, mask=np.full((40, 40, 3), 255, np.uint8), face=FACE)
     inputs = {name: given[name] for name in TASKS[task].inputs}
-    made = from_inputs(task, prompt=" <p> smiles ", **inputs)
+    prompt = "" if TASKS[task].prompt == "none" else " <p> smiles "
+    made = from_inputs(task, prompt=prompt, **inputs)
     trained = example(task, caption="<p> and a pig and an apple")
-    assert made.text == "<p> smiles"
+    assert made.text == prompt.strip()
     assert not made.target.any()
     for name in ("target", "source", "mask"):
         a, b = getattr(made, name), getattr(trained, name)
@@ -307,6 +308,8 @@ def test_a_mask_may_have_another_size_than_the_image():
         ("ip", dict(image=PICTURE), "task 'ip' needs a mask"),
         ("t2i", dict(prompt="a pig", image=PICTURE), "task 't2i' takes no image"),
         ("depth", dict(image=PICTURE, face=FACE), "task 'depth' takes no face"),
+        ("depth", dict(image=PICTURE, prompt="a pig"), "task 'depth' takes no prompt, but has 'a"),
+        ("pose", dict(image=PICTURE, prompt="a pig"), "task 'pose' takes no prompt"),
         ("id", dict(prompt="<p> smiles"), "task 'id' needs a face"),
         ("id", dict(prompt="a person", face=FACE), "prompt 'a person' has no <p>"),
         (

@@ -5,7 +5,7 @@ import argparse
 import jax
 import numpy as np
 
-from data_pipelines.tasks import PLACEHOLDER, TASKS
+from data_pipelines.tasks import INPUTS, TASKS
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.errors import UserError, check_name
@@ -18,29 +18,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     flags.add_checkpoint(parser)
     parser.add_argument("--task", required=True, metavar="|".join(TASKS))
-    parser.add_argument(
-        "--prompt",
-        default="",
-        help=f"without the task's tag; for id with {PLACEHOLDER} for the person",
-    )
-    parser.add_argument(
-        "--image",
-        metavar="FILE",
-        help="ie, ip, depth, pose, seg: the source; lg: a canvas of colored blocks",
-    )
-    parser.add_argument("--mask", metavar="FILE", help="ip: white where to generate")
-    parser.add_argument("--face", metavar="FILE", help="id: a picture of the person")
+    parser.add_argument("--prompt", default="", help=_prompt_help())
+    for name, shows in INPUTS.items():
+        takers = [task.name for task in TASKS.values() if name in task.inputs]
+        parser.add_argument(f"--{name}", metavar="FILE", help=f"{', '.join(takers)}: {shows}")
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture to write")
     flags.add_processes(parser)
     parser.set_defaults(run=run)
+
+
+def _prompt_help() -> str:
+    """What each task's prompt says, the tasks with the same together."""
+    says: dict[str, list[str]] = {}
+    for task in TASKS.values():
+        if task.prompt != "none":
+            says.setdefault(task.prompt_says, []).append(task.name)
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in says.items())
 
 
 def run(args: argparse.Namespace) -> None:
     """Checks the inputs, loads the model, and writes the picture."""
     if not args.out.lower().endswith(".png"):
         raise UserError(f"--out={args.out} should end in .png")
-    files = dict(image=args.image, mask=args.mask, face=args.face)
-    pictures = {name: read_picture(file, f"--{name}") for name, file in files.items()}
+    pictures = {name: read_picture(getattr(args, name), f"--{name}") for name in INPUTS}
     # The inputs are checked before the model is loaded; any size does for that.
     task = TASKS[check_name(args.task, TASKS, what="task")]
     task.from_inputs(prompt=args.prompt, **pictures, resolution=64)
