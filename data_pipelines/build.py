@@ -1,13 +1,15 @@
 """What all dataset builds share: records -> ArrayRecord folders, made by all cores, resumable.
 
-A build writes one folder a family (records of the same fields) below its output folder. It can be
-killed at any time and started again:
+`write_dataset` writes records of one's own. `build_families` writes one folder a family (records of
+the same fields) below its output folder, and can be killed at any time and started again:
 
 * `build.json` says by which arguments the folder was claimed; other arguments are refused.
-* A family is written beside its final place, and moved there when it is complete. So a family that
-  has a `dataset_info.json` is complete, and is not built again.
+* A dataset is written beside its final place, into a folder of this process's own, and moved there
+  when it is complete. So one that has a `dataset_info.json` is complete, and is not built again. Of
+  two builds at once, the second to be complete keeps what the first has put there.
 * A record depends on its split and index alone, so the files do not depend on the number of
   processes.
+* `checksums.json` has the checksums of its shards, by which a run knows them again.
 
 TFDS writes local files only. For a bucket it writes into a temporary local folder, from where the
 files are copied, `dataset_info.json` last.
@@ -18,24 +20,28 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import multiprocessing
 import os
+import re
+import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
 
-from data_pipelines import records
-from univg_jax.errors import UserError
+from data_pipelines import records, tfds_folder
+from univg_jax import checksums
+from univg_jax.errors import AlreadyExistsError, UserError
 from univg_jax.files import write_whole
 from univg_jax.progress import Bar
 
 CHUNK = 64  # records that a process makes at a time: enough to hide the cost of handing them over
 CLAIM = "build.json"
-DONE = "dataset_info.json"  # TFDS's own file, which a complete family has
+DONE = tfds_folder.INFO  # TFDS's own file, which a complete dataset has
 
 OrderedMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
@@ -91,17 +97,55 @@ def build_families(
 
     Raises UserError if `out` was claimed by other arguments.
     """
-    out = epath.Path(out)
-    claim(out, {**arguments, "version": version})
+    out, arguments = epath.Path(out), {**arguments, "version": version}
+    claim(out, arguments)
     missing = [family for family in families if not is_complete(out, family.name)]
     # A process takes a second to start, so each should have some chunks to make.
     useful = sum(sum(family.counts.values()) for family in missing) // (4 * CHUNK) + 1
-    # TFDS's bars count shards. Ours count records, whose number is known.
-    tfds.disable_progress_bar()
     about = dict(name=dataset, version=version, description=description, license=license)
     with _pool(min(processes or _available_cores(), useful)) as ordered_map:
         for family in missing:
-            _write(out, family, ordered_map=ordered_map, writer=functools.partial(_Writer, **about))
+            total = sum(family.counts.values())
+            with (
+                Bar(total=total, desc=f"build {family.name}", unit="") as bar,
+                _written(
+                    out / family.name,
+                    family.fields,
+                    {split: _examples(family, split, ordered_map, bar) for split in family.counts},
+                    **about,
+                ) as written,
+            ):
+                claim(out, arguments)  # another build may have claimed it since
+                _publish(written, out / family.name)
+
+
+def write_dataset(
+    folder: epath.PathLike, splits: Mapping[str, Iterable[Mapping[str, Any]]], *, license: str = ""
+) -> None:
+    """Writes records of one's own into `folder`, as a dataset.
+
+    With `folder="data/mine"`, a config reads it with `data.dir="data"`, and `"mine"` among the
+    `sources` of its tasks. `splits` has the records of "train", of "validation" for the validation
+    loss, and of "test" for evaluation. All records have the same fields, in stored form
+    (`data_pipelines.records`): a picture is the bytes of its PNG or JPEG file. They are read as
+    they come, decoded once to be sure of them, and never all in memory.
+
+    Raises UserError for a record that cannot be decoded or has other fields than the first one, by
+    its split and place, and AlreadyExistsError if `folder` has other records.
+    """
+    final, readers = epath.Path(folder), {}
+    fields: tuple[str, ...] = ()
+    for split, split_records in splits.items():
+        rest = iter(split_records)
+        if (first := next(rest, None)) is None:
+            raise UserError(f"split {split!r} has no records")
+        fields = fields or tuple(first)
+        readers[split] = _checked(itertools.chain([first], rest), fields, split)
+    if not readers:
+        raise UserError('no records: expected a mapping such as {"train": records}')
+    about = dict(name="records", version="1.0.0", description="", license=license)
+    with _written(final, fields, readers, **about) as written:
+        _publish(written, final)
 
 
 def is_complete(out: epath.PathLike, family: str) -> bool:
@@ -112,22 +156,26 @@ def is_complete(out: epath.PathLike, family: str) -> bool:
 def claim(out: epath.PathLike, arguments: Mapping[str, Any]) -> None:
     """Writes the arguments of a build into `out`, or compares them with those already there.
 
-    Raises UserError if `out` holds a build by other arguments.
+    Raises UserError if `out` holds a build by other arguments, or cannot be written to.
     """
     path = epath.Path(out) / CLAIM
-    if not path.exists():
-        write_whole(path, json.dumps(dict(arguments), indent=2) + "\n")
-        return
     try:
+        if not path.exists():
+            write_whole(path, json.dumps(dict(arguments), indent=2) + "\n")
+            return
         found = dict(json.loads(path.read_text()))
+    except OSError as error:
+        raise UserError(f"cannot build a dataset in {out}: {error}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); remove {out} and build again") from None
-    for name, value in arguments.items():
-        if found.get(name) != value:
-            raise UserError(
-                f"{out} was built with {name}={found.get(name)}, not {value}: "
-                "choose another directory, or remove it"
-            )
+    different = [name for name in arguments if found.get(name) != arguments[name]]
+    if different:
+        raise UserError(
+            f"{out} was built with "
+            f"{', '.join(f'{name}={found.get(name)}' for name in different)}, not "
+            f"{', '.join(str(arguments[name]) for name in different)}: "
+            "choose another directory, or remove it, or ask for what it has (data.build)"
+        )
 
 
 def _available_cores() -> int:
@@ -151,39 +199,105 @@ def _pool(processes: int) -> Iterator[OrderedMap]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _write(
-    out: epath.Path, family: Family, *, ordered_map: OrderedMap, writer: Callable[..., _Writer]
-) -> None:
-    """Writes one family whole, over whatever an interrupted build left."""
-    final, is_bucket = out / family.name, "://" in os.fspath(out)
-    # A local family is staged in the output folder, since a rename cannot cross file systems.
-    staging = epath.Path(tempfile.mkdtemp()) if is_bucket else out / f".{family.name}.unfinished"
-    for folder in (staging, final):
-        folder.rmtree(missing_ok=True)
-    total = sum(family.counts.values())
+@contextlib.contextmanager
+def _written(
+    final: epath.Path,
+    fields: Iterable[str],
+    splits: Mapping[str, Iterator[tuple[int, Mapping[str, Any]]]],
+    **about: str,
+) -> Iterator[epath.Path]:
+    """A local folder, of this process alone, with the dataset that is to go to `final`."""
+    staging = _staging(final)
     try:
-        with Bar(total=total, desc=f"build {family.name}", unit="") as bar:
-            builder = writer(
-                config=family.name,
-                features=records.family_features(family.fields),
-                split_datasets={
-                    split: _examples(family, split, ordered_map, bar) for split in family.counts
-                },
-                data_dir=staging,
-                file_format="array_record",
-            )
-            # TFDS prints that it downloads, which it does not.
-            with contextlib.redirect_stdout(io.StringIO()):
-                builder.download_and_prepare(download_dir=staging / "downloads")
+        builder = _Writer(
+            **about,
+            config=final.name,
+            features=records.family_features(fields),
+            split_datasets=splits,
+            data_dir=staging,
+            file_format=tfds_folder.SUFFIX,
+        )
+        tfds.disable_progress_bar()  # it counts shards; ours counts records
+        # TFDS prints that it downloads, which it does not.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(download_dir=staging / "downloads")
         written = epath.Path(builder.data_dir)
-        if is_bucket:
-            final.mkdir(parents=True)
-            for file in sorted(written.iterdir(), key=lambda file: file.name == DONE):
-                file.copy(final / file.name)
-        else:
-            written.rename(final)
+        shards = sorted(file.name for file in written.glob(f"*.{tfds_folder.SUFFIX}*"))
+        sums = checksums.checksums(written, shards)
+        write_whole(written / checksums.FILE, json.dumps(sums, indent=1))
+        yield written
     finally:
         staging.rmtree(missing_ok=True)
+
+
+def _staging(final: epath.Path) -> epath.Path:
+    """A new folder that no other process writes to; removes those that killed ones have left.
+
+    It is on the disk of `final`, since a rename cannot cross file systems, but for a bucket.
+    """
+    if "://" in os.fspath(final):
+        return epath.Path(tempfile.mkdtemp())
+    host = socket.gethostname()
+    pattern = rf"\.{re.escape(final.name)}\.{re.escape(host)}-(\d+)-\w+\.unfinished"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.iterdir():
+        found = re.fullmatch(pattern, left.name)
+        if found and not _is_alive(int(found[1])):
+            left.rmtree(missing_ok=True)
+    prefix = f".{final.name}.{host}-{os.getpid()}-"
+    return epath.Path(tempfile.mkdtemp(prefix=prefix, suffix=".unfinished", dir=final.parent))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def _publish(written: epath.Path, final: epath.Path) -> None:
+    """Puts a complete dataset in its place, or keeps the same one that another build has put there.
+
+    Raises AlreadyExistsError if what is there differs.
+    """
+    is_bucket = "://" in os.fspath(final)
+    if not (final / DONE).exists():
+        if final.exists() and not is_bucket:
+            final.rmtree()  # nobody is writing it: a local dataset comes there by a rename
+        try:
+            if is_bucket:
+                final.mkdir(parents=True, exist_ok=True)
+                for file in sorted(written.iterdir(), key=lambda file: file.name == DONE):
+                    file.copy(final / file.name, overwrite=True)
+            else:
+                written.rename(final)
+            return
+        except OSError:
+            if not (final / DONE).exists():
+                raise
+    ours, theirs = (tfds_folder.read_checksums(folder) for folder in (written, final))
+    if theirs and ours != theirs:
+        raise AlreadyExistsError(f"{final} has other records; choose another folder, or remove it")
+
+
+def _checked(
+    split_records: Iterable[Mapping[str, Any]], fields: tuple[str, ...], split: str
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The records with their places; raises UserError for one that cannot be used."""
+    for index, record in enumerate(split_records):
+        if set(record) != set(fields):
+            raise UserError(
+                f"{split}[{index}] has the fields {', '.join(record)}; "
+                f"the first record has {', '.join(fields)}"
+            )
+        try:
+            records.decode(record)
+        except UserError as error:
+            raise UserError(f"{split}[{index}]: {error}") from None
+        yield index, record
 
 
 def _examples(

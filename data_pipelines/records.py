@@ -55,8 +55,10 @@ def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def family_features(names: Iterable[str]) -> features.FeaturesDict:
-    """The features of a dataset that stores these fields."""
-    return features.FeaturesDict({name: FIELDS[name].feature for name in names})
+    """The features of a dataset that stores these fields. Raises UserError for an unknown one."""
+    return features.FeaturesDict(
+        {name: FIELDS[check_name(name, FIELDS, what="record field")].feature for name in names}
+    )
 
 
 def _open(data: Any, name: str) -> Image.Image:

@@ -1,15 +1,17 @@
 """Where records come from: random access to a dataset that TFDS wrote, or to any other `Source`."""
 
+import hashlib
 import itertools
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-import tensorflow_datasets as tfds
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
-from data_pipelines import records
+from data_pipelines import records, tfds_folder
 from data_pipelines.transforms import Record
-from univg_jax.errors import NotFoundError, UserError, check_name
+from univg_jax.errors import NotFoundError, UserError, suggestion
 
 
 @runtime_checkable
@@ -18,6 +20,10 @@ class Source(Protocol):
 
     name: str
     fields: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """A checksum of the records: another one where they differ, wherever they lie."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -36,6 +42,14 @@ class MemorySource:
         self.name, self._items = name, items
         self.fields = tuple(items[0]) if items else ()
 
+    def fingerprint(self) -> str:
+        """A checksum of all records."""
+        digest = hashlib.blake2b(digest_size=16)
+        for item in self._items:
+            for part in _parts(item):
+                digest.update(part)
+        return digest.hexdigest()
+
     def __len__(self) -> int:
         return len(self._items)
 
@@ -46,66 +60,93 @@ class MemorySource:
 class TfdsSource:
     """Records that TFDS wrote as ArrayRecord; `read` decodes only the fields it is asked for."""
 
-    def __init__(self, name: str, builder: tfds.core.DatasetBuilder, split: str):
-        self.name = f"{name}/{split}"
-        features = builder.info.features
-        self.fields = tuple(features)
-        skip = {
-            field: tfds.decode.SkipDecoding()
-            for field, feature in features.items()
-            if isinstance(feature, tfds.features.Image)
-        }
-        self._data = builder.as_data_source(split, decoders=skip)
+    def __init__(self, name: str, split: tfds_folder.Split):
+        self.name, self._split = name, split
+        self.fields = tuple(split.features)
+        self._data = ArrayRecordDataSource(split.shards)
+
+    def fingerprint(self) -> str:
+        """See `tfds_folder.Split.fingerprint`; read at the first call."""
+        return self._split.fingerprint
 
     def __len__(self) -> int:
         return len(self._data)
 
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
-        return records.decode(_select(self._data[index], fields))
+        return records.decode(_select(self._split.parse(self._data[index]), fields))
 
 
 def _select(record: Record, fields: Sequence[str] | None) -> Record:
     return record if fields is None else {name: record[name] for name in fields if name in record}
 
 
+def _parts(value: Any) -> Iterator[bytes]:
+    """A decoded value as bytes that tell it from any other."""
+    if isinstance(value, dict):
+        value = list(value.items())
+    if isinstance(value, list | tuple):
+        yield b"%d[" % len(value)
+        for item in value:
+            yield from _parts(item)
+    elif isinstance(value, np.ndarray):
+        yield repr((value.dtype.str, value.shape)).encode()
+        yield np.ascontiguousarray(value).tobytes()
+    else:
+        yield repr(value).encode()
+
+
 def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
     """The dataset in the folder `name` below `data_dir`, or in the folder `name` itself.
 
     TFDS puts a dataset at most two folders deeper (config and version); of several versions the
-    newest is opened.
+    newest is opened. Its files are checked: see `tfds_folder.open_split`.
 
     Raises:
       NotFoundError: no dataset is there; names the nearest that is.
-      UserError: the dataset has no such split, or the split is empty.
+      UserError: the dataset has no such split, the split is empty, or a file is not what it should
+        be.
     """
+    try:
+        return TfdsSource(f"{name}/{split}", tfds_folder.open_split(_find(name, data_dir), split))
+    except UserError:
+        raise
+    except OSError as error:  # no permission, a file where a folder should be, a dead disk
+        raise UserError(f"cannot read the dataset {name} in {data_dir or '.'}: {error}") from None
+
+
+def _find(name: str, data_dir: str) -> epath.Path:
+    """The folder with the `dataset_info.json` of a dataset."""
     folders = [epath.Path(data_dir) / name] if data_dir else []
     folders.append(epath.Path(name))
-    patterns = ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json")
+    patterns = (tfds_folder.INFO, f"*/{tfds_folder.INFO}", f"*/*/{tfds_folder.INFO}")
     for folder, pattern in itertools.product(folders, patterns):
-        if found := [info.parent for info in folder.glob(pattern)]:
+        # TFDS writes into a folder "VERSION.incomplete..." first.
+        found = [info.parent for info in folder.glob(pattern)]
+        if found := [d for d in found if ".incomplete" not in d.name]:
             datasets = {d.parent if _version(d) else d for d in found}
             if len(datasets) > 1:
                 inside = ", ".join(sorted(d.name for d in datasets))
                 raise UserError(f"{folder} holds several datasets ({inside}): name one of them")
-            newest = max(found, key=_version)
-            try:
-                builder = tfds.builder_from_directory(newest)
-            except Exception as error:  # whatever TFDS's parsers raise for a damaged file
-                raise UserError(f"{newest} is no readable dataset: {error}") from None
-            check_name(split, builder.info.splits, what=f"split of {folder}:")
-            source = TfdsSource(name, builder, split)
-            if not len(source):
-                raise UserError(f"split {split!r} of {folder} is empty")
-            return source
-    parent = folders[0].parent
-    siblings = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.exists() else []
-    try:
-        check_name(folders[0].name, siblings, what="dataset")
-    except UserError as error:
-        raise NotFoundError(f"no dataset at {folders[0]}: {error}") from None
-    raise NotFoundError(
-        f"no dataset at {folders[0]}: it has no dataset_info.json; an unfinished build?"
-    )
+            return max(found, key=_version)
+    raise NotFoundError(f"no dataset at {folders[0]}: {_why_missing(folders[0])}")
+
+
+def _why_missing(folder: epath.Path) -> str:
+    """Why no dataset is in a folder, with the nearest name where another one is beside it."""
+    parent = folder.parent
+    if folder.exists():
+        return f"it has no {tfds_folder.INFO}; an unfinished build?"
+    if not parent.exists():
+        return f"{parent} does not exist"
+    if not parent.is_dir():
+        return f"{parent} is a file, expected a folder of datasets"
+    inside = sorted(path.name for path in parent.iterdir())
+    if any(path.startswith(f".{folder.name}.") for path in inside):
+        return "its build is not finished: build it again"
+    siblings = [name for name in inside if name[0] != "." and (parent / name).is_dir()]
+    if not siblings:
+        return f"{parent} has no datasets"
+    return f"unknown dataset {folder.name!r}{suggestion(folder.name, siblings)}"
 
 
 def _version(folder: epath.Path) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         *("tpu", "writers"),
     },
     # Data never sees a model.
-    "data_pipelines": {"batch", "pretrained"},
+    "data_pipelines": {"batch", "checksums", "pretrained"},
     "experiments": set(),
     # From a config to a run, and from a run to a trained model.
     "assembly": {

@@ -29,13 +29,6 @@ def test_a_dataset_is_opened_by_its_name_or_path_and_read_in_part(tmp_path):
         open_source(str(tmp_path), "train")
 
 
-def test_a_damaged_dataset_is_named(tmp_path):
-    (tmp_path / "scenes").mkdir()
-    (tmp_path / "scenes" / "dataset_info.json").write_text("{")
-    with pytest.raises(UserError, match="scenes is no readable dataset"):
-        open_source("scenes", "train", data_dir=str(tmp_path))
-
-
 def test_a_dataset_is_looked_for_in_a_bucket(bucket):
     (bucket / "data" / "scenes").mkdir(parents=True)
     with pytest.raises(NotFoundError, match=r"no dataset at gs://bucket/data/scene: .*'scenes'"):

@@ -1,0 +1,277 @@
+"""A dataset's folder as TFDS writes it, checked before its first record is read.
+
+TFDS's own reader imports whatever module `features.json` names, and meets a missing, cut or foreign
+shard only when a record of it is due, which may be days into a run. Here each shard's footer is
+read when the dataset is opened, and features are made from an allow list alone.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from etils import epath
+from google.protobuf import json_format, message
+from tensorflow_datasets.core.proto import dataset_info_pb2, feature_pb2
+
+from data_pipelines.records import FIELDS, family_features
+from univg_jax import checksums
+from univg_jax.errors import NotFoundError, UserError, check_name
+
+INFO, FEATURES = "dataset_info.json", "features.json"
+SUFFIX = "array_record"
+HASHED_WHOLE = 256 * 2**20  # bytes of a split, up to which its fingerprint reads them all
+HEAD, TAIL = 2**16, 2**17  # bytes of each shard that the fingerprint of a larger split reads
+THREADS = 64  # shards opened at a time: in a bucket each waits for the network
+
+_T = TypeVar("_T")
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A file of records, in the form that `ArrayRecordDataSource` takes."""
+
+    filename: str
+    examples_in_shard: int
+    skip = 0
+
+    @property
+    def take(self) -> int:
+        """All of its records."""
+        return self.examples_in_shard
+
+    @property
+    def path(self) -> epath.Path:
+        """Where it lies."""
+        return epath.Path(self.filename)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split of a dataset: the features that its records are parsed by, and its shards."""
+
+    folder: epath.Path
+    features: tfds.features.FeaturesDict
+    shards: tuple[Shard, ...]
+
+    @functools.cached_property
+    def _decoders(self) -> dict[str, tfds.decode.Decoder]:
+        return {
+            name: tfds.decode.SkipDecoding()
+            for name, feature in self.features.items()
+            if isinstance(feature, tfds.features.Image)
+        }
+
+    def parse(self, record: bytes) -> dict[str, Any]:
+        """A record's fields in stored form (`data_pipelines.records`): images are bytes."""
+        return self.features.deserialize_example_np(record, decoders=self._decoders)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A checksum of the split's content, the same wherever the folder lies, in hex.
+
+        It covers every byte of the shards, if they are at most HASHED_WHOLE together, or if
+        `checksums.json` beside them, which our builds write, has their sums. Else it covers each
+        shard's size, its first and its last bytes: these hold most of its index, and so the sizes
+        of its records. Then a change that leaves all of that as it was is not seen.
+
+        Raises UserError if a shard is not the one that `checksums.json` has the sum of.
+        """
+        names = [shard.path.name for shard in self.shards]
+        sizes = _in_parallel(lambda shard: shard.path.stat().length, self.shards)
+        written = read_checksums(self.folder)
+        if sum(sizes) <= HASHED_WHOLE:
+            sums = checksums.checksums(self.folder, names)
+            for name in names:
+                if written.get(name, sums[name]) != sums[name]:
+                    raise UserError(f"{self.folder / name} is not the file that was built here")
+            parts = [sums[name] for name in names]
+        elif all(name in written for name in names):
+            parts = [written[name] for name in names]
+        else:
+            parts = _in_parallel(lambda shard: _ends(shard.path), self.shards)
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def open_split(folder: epath.Path, split: str) -> Split:
+    """A split of the dataset in `folder`, all of its shards checked.
+
+    Each is there, is an ArrayRecord file with a readable footer, has as many records as
+    `dataset_info.json` says, and has the fields of `features.json` in its first one. No shard is
+    there that `dataset_info.json` does not name. Records are not read but for the first ones.
+
+    Raises UserError (NotFoundError for a missing file) with the path of what is wrong.
+    """
+    info = _parse(folder / INFO, dataset_info_pb2.DatasetInfo())
+    if not info.splits:
+        raise UserError(f"{folder / INFO} names no splits: it is damaged, or of another program")
+    if info.file_format != SUFFIX:
+        raise UserError(
+            f"{folder / INFO} says that the records are {info.file_format or 'tfrecord'!r}; "
+            f"expected {SUFFIX!r} (TFDS's file_format={SUFFIX!r})"
+        )
+    splits = {found.name: _shards(folder, info, found) for found in info.splits}
+    check_name(split, splits, what=f"split of {folder}:")
+    named = {shard.path.name for shards in splits.values() for shard in shards}
+    for file in sorted(folder.iterdir()):
+        if f".{SUFFIX}" in file.name and file.name not in named and not file.name.startswith("."):
+            raise UserError(f"{file} is no shard that {INFO} names: of another dataset or build?")
+    opened = Split(folder=folder, features=_features(folder / FEATURES), shards=splits[split])
+    _in_parallel(lambda shard: _check_shard(shard, opened), opened.shards)
+    if not sum(shard.examples_in_shard for shard in opened.shards):
+        raise UserError(f"split {split!r} of {folder} is empty")
+    return opened
+
+
+def _parse(file: epath.Path, into: message.Message) -> message.Message:
+    try:
+        return json_format.Parse(file.read_text(), into, ignore_unknown_fields=True)
+    except FileNotFoundError:
+        raise NotFoundError(f"{file} does not exist; an unfinished build or copy?") from None
+    except (OSError, ValueError, RecursionError, json_format.ParseError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"{file} cannot be read: {reason}") from None
+
+
+def _shards(folder: epath.Path, info: message.Message, split: message.Message) -> tuple[Shard, ...]:
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=info.name, filetype_suffix=SUFFIX
+    )
+    try:
+        found = tfds.core.splits.SplitInfo.from_proto(split, template)
+        paths = found.filename_template.sharded_filepaths(len(split.shard_lengths))
+    except (ValueError, LookupError, AttributeError) as error:
+        raise UserError(f"{folder / INFO}, split {split.name!r}: {error}") from None
+    if any(path.parent != folder for path in paths):
+        raise UserError(f"{folder / INFO}, split {split.name!r}: its files are in another folder")
+    return tuple(
+        Shard(filename=os.fspath(path), examples_in_shard=length)
+        for path, length in zip(paths, split.shard_lengths, strict=True)
+    )
+
+
+def _check_shard(shard: Shard, split: Split) -> None:
+    """Raises UserError if a shard is not what `dataset_info.json` and `features.json` say."""
+    if not shard.path.exists():
+        raise NotFoundError(f"{shard.path} does not exist, but {INFO} names it")
+    reader = array_record_module.ArrayRecordReader(
+        shard.filename, options="readahead_buffer_size:0", file_reader_buffer_size=2**15
+    )
+    if not reader.ok():
+        try:
+            reader.close()
+        except RuntimeError as error:  # Riegeli's reason: a page of text after the first clause
+            reason = str(error).partition(";")[0][:200]
+            raise UserError(
+                f"{shard.path} is truncated, or no ArrayRecord file: {reason}"
+            ) from None
+    with contextlib.closing(reader):
+        if (count := reader.num_records()) != shard.examples_in_shard:
+            raise UserError(
+                f"{shard.path} has {count} records, but {INFO} says {shard.examples_in_shard}: "
+                "of another dataset or build?"
+            )
+        try:
+            first = reader.read([0])[0] if count else None
+        except RuntimeError:
+            return  # one damaged record in a sound file: for whoever reads it to skip
+    try:
+        is_ours = first is None or all(v is not None for v in split.parse(first).values())
+    except Exception:  # whatever TFDS raises for a record without a field, or no record at all
+        is_ours = False
+    if not is_ours:
+        raise UserError(
+            f"{shard.path}: its first record has not the fields of {FEATURES} "
+            f"({', '.join(split.features)}): of another dataset?"
+        )
+
+
+# --- features ---
+
+
+def _kinds(feature: feature_pb2.Feature) -> Iterator[tuple[str, str | None]]:
+    """The class and the kind of content of a feature and of all inside it."""
+    yield feature.python_class_name, feature.WhichOneof("content")
+    for inner in feature.features_dict.features.values():
+        yield from _kinds(inner)
+    if feature.HasField("sequence"):
+        yield from _kinds(feature.sequence.feature)
+
+
+_KNOWN = frozenset(_kinds(family_features(FIELDS).to_proto()))
+
+
+def _features(file: epath.Path) -> tfds.features.FeaturesDict:
+    """The features of those fields that we know, without an import of what the file names.
+
+    Fields that `records.FIELDS` does not have are left out, with a log line.
+
+    Raises UserError for a feature of a class that none of our fields has, or not of TFDS.
+    """
+    proto = _parse(file, feature_pb2.Feature())
+    fields = proto.features_dict.features
+    if not fields:
+        raise UserError(f"{file} names no fields: it is damaged, or TFDS before 4.5 wrote it")
+    for name in sorted(fields):
+        for kind in _kinds(fields[name]):
+            ours = kind[0].startswith("tensorflow_datasets.")
+            if kind not in _KNOWN and (name in FIELDS or not ours):
+                raise UserError(
+                    f"{file}: field {name!r} is a {kind[0][:100] or 'feature without a class'!r}, "
+                    f"which is not read; expected {_class_names()}"
+                )
+        if name not in FIELDS:
+            _logger.info("%s: field %r is none of records.FIELDS, and is not read", file, name)
+            del fields[name]
+    proto_class = (proto.python_class_name, "features_dict")
+    if proto_class not in _KNOWN:
+        raise UserError(f"{file} is a {proto.python_class_name[:100]!r}; expected a FeaturesDict")
+    try:
+        return tfds.features.FeaturesDict.from_proto(proto)
+    except Exception as error:  # whatever TFDS raises for a feature without its parts
+        raise UserError(f"{file} is damaged: {str(error).partition(chr(10))[0][:200]}") from None
+
+
+def _class_names() -> str:
+    return ", ".join(sorted(name.rpartition(".")[2] for name, _ in _KNOWN))
+
+
+# --- checksums ---
+
+
+def read_checksums(folder: epath.Path) -> dict[str, str]:
+    """The checksums of the shards by name, as our builds write them; empty where there are none."""
+    file = folder / checksums.FILE
+    if not file.exists():
+        return {}
+    try:
+        return {str(name): str(value) for name, value in json.loads(file.read_text()).items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}); remove it, or build again") from None
+
+
+def _ends(file: epath.Path) -> str:
+    """A checksum of a file's size, its first HEAD and its last TAIL bytes."""
+    size = file.stat().length
+    with file.open("rb") as f:
+        digest = hashlib.blake2b(b"%d " % size + f.read(HEAD), digest_size=16)
+        f.seek(max(0, size - TAIL))
+        digest.update(f.read(TAIL))
+    return digest.hexdigest()
+
+
+def _in_parallel(function: Callable[[Shard], _T], shards: Sequence[Shard]) -> list[_T]:
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        try:
+            return list(pool.map(function, shards))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error, not all the others
