@@ -1,12 +1,17 @@
-"""A file is written whole or not at all."""
+"""A file is written whole or not at all, and read as what it should be or named."""
 
+import json
+import os
 import threading
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from univg_jax import files, images
+from univg_jax.errors import NotFoundError, UserError
 
 
 def test_the_folder_is_made_and_nothing_else_is_left(tmp_path):
@@ -36,6 +41,58 @@ def test_writers_at_once_do_not_mix(tmp_path):
         thread.join()
     assert (tmp_path / "a").read_bytes() in contents
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(value=st.dictionaries(st.text(), JSON, max_size=3), cut=st.floats(0, 0.999))
+def test_an_object_is_read_back_and_a_torn_one_is_named(value, cut):
+    content = json.dumps(value).encode()
+    assert files.parse_json(content, where="a.json") == value
+    with pytest.raises(UserError, match=r"^a\.json is not "):
+        files.parse_json(content[: int(len(content) * cut)], where="a.json")
+
+
+@settings(max_examples=50, deadline=None)
+@given(content=st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
+def test_whatever_is_in_a_file_is_an_object_or_one_line(content):
+    try:
+        found = files.parse_json(content, where="a.json")
+    except UserError as error:
+        found = str(error)
+    assert isinstance(found, dict) or found.startswith("a.json ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1, "a": 2}', "the name 'a' is there twice"),
+        (b'{"a": {"b": 1, "b": 1}}', "the name 'b' is there twice"),
+        (b'{"a": ' + b"[" * 10**6, "nested too deeply"),
+        (b'{"a": ' + b"9" * 10**5 + b"}", "not JSON: Exceeds the limit"),
+        (b'{"a": "\xff"}', "not JSON: 'utf-8'"),
+        (b"[]", "not a JSON object, but a list"),
+        (b"{}" + b" " * files.MAX_JSON_BYTES, "has more than"),
+    ],
+    ids=["twice", "twice-inside", "deep", "digits", "utf-8", "list", "large"],
+)
+def test_json_that_is_none_is_named(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.json .*{message}"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_what_is_no_file_is_said_so(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in {"a": "does not exist", ".": "not a file", "pipe": "not a file"}.items():
+        with pytest.raises(NotFoundError, match=message):
+            files.read_json(tmp_path / name)
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 3), (4, 6)])

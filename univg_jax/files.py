@@ -1,9 +1,16 @@
-"""One way to write a file: whole, or not at all."""
+"""Small files: written whole or not at all; read as JSON, or named in the error."""
 
+import collections
+import json
 import os
 import uuid
+from typing import Any
 
 from etils import epath
+
+from univg_jax.errors import NotFoundError, UserError
+
+MAX_JSON_BYTES = 2**24  # an index of 100,000 tensors has half of this
 
 
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:
@@ -22,3 +29,49 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """The JSON object in a file, which may be anybody's.
+
+    Raises NotFoundError if there is no such file, and UserError with its name if it is torn or
+    anything else than one JSON object of at most `MAX_JSON_BYTES`: see `parse_json`.
+    """
+    path = epath.Path(path)
+    # `epath` takes a pipe, on which reading would wait, for a file.
+    is_file = path.is_file() if "://" in os.fspath(path) else os.path.isfile(path)
+    if not is_file:
+        kind = "is not a file" if path.exists() else "does not exist"
+        raise NotFoundError(f"{path} {kind}")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    return parse_json(content, where=os.fspath(path))
+
+
+def parse_json(content: bytes, *, where: str) -> dict[str, Any]:
+    """The JSON object in UTF-8 that `content` is; `where` names its file in messages.
+
+    Raises UserError for more than `MAX_JSON_BYTES`, for what is no JSON or nested too deeply, and
+    for an object with one name twice: readers differ in which of the two they take.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the name {twice[:80]!r} is there twice")
+        return found
+
+    if len(content) > MAX_JSON_BYTES:
+        raise UserError(f"{where} has more than {MAX_JSON_BYTES} bytes of JSON")
+    try:
+        value = json.loads(content.decode(), object_pairs_hook=unique)
+    except RecursionError:
+        raise UserError(f"{where} is not JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:  # also of UTF-8, and of numbers of thousands of digits
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is not a JSON object, but a {type(value).__name__}")
+    return value
