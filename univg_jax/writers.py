@@ -6,14 +6,21 @@ tensorboardX one in its place; nothing else in the project imports `clu.metric_w
 """
 
 import json
+import operator
+import os
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorboardX
+from absl import logging
 from etils import epath
+
+from univg_jax.files import write_whole
+
+Row = dict[str, float | int]  # of one step, which its key "step" names
 
 _stand_in = types.ModuleType("clu.metric_writers.summary_writer")
 _stand_in.SummaryWriter = None  # set below; clu only looks the name up
@@ -50,12 +57,20 @@ class TensorBoardWriter(_ScalarsAndImages):
     checkpoint.
     """
 
-    def __init__(self, logdir: str, *, purge_step: int | None = None) -> None:
-        self._writer = tensorboardX.SummaryWriter(logdir, purge_step=purge_step)
+    def __init__(self, logdir: str, *, purge_step: int = 0) -> None:
+        # A file is named by its second: an attempt within the same one must not overwrite it.
+        self._writer = tensorboardX.SummaryWriter(
+            logdir, purge_step=purge_step, filename_suffix=f".{purge_step:08d}"
+        )
+        self._newest: tuple[int, set[str]] = (-1, set())  # a step, and what it has
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, float(value), step)
+        """Events cannot be changed: what the newest step has already stays as it is."""
+        if step != self._newest[0]:
+            self._newest = (step, set())
+        for name in scalars.keys() - self._newest[1]:
+            self._writer.add_scalar(name, float(scalars[name]), step)
+        self._newest[1].update(scalars)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         for name, image in images.items():
@@ -73,40 +88,71 @@ class TensorBoardWriter(_ScalarsAndImages):
 
 
 class JsonlWriter(_ScalarsAndImages):
-    """One JSON object a step in `metrics.jsonl`. Resuming at a step drops the lines after it.
+    """One JSON object a step in `metrics.jsonl`, after `rows`: those that a resumed run keeps.
 
-    The file is rewritten at every flush, since object stores cannot append: a line a hundred
-    steps keeps it small.
+    A new row is appended: a kill or a full disk costs at most the row that was being written. What
+    else changes the file (rows that a resumed run drops, one that is amended) is written aside and
+    renamed; so is everything in a bucket, which cannot append. Nothing is synced to the disk: a
+    kill loses no row that was flushed, the machine's crash may.
     """
 
-    def __init__(self, path: epath.PathLike, *, resume_step: int = 0) -> None:
+    def __init__(self, path: epath.PathLike, rows: Iterable[Row] = ()) -> None:
         self._path = epath.Path(path)
-        self._rows: dict[int, dict[str, float | int]] = {
-            row["step"]: row for row in read_metrics(path) if row["step"] <= resume_step
-        }
+        self._rows: dict[int, Row] = {row["step"]: dict(row) for row in rows}
+        self._new: set[int] = set()  # steps that the file lacks
+        self._can_append = False  # whether it has all others, as they are
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        if step not in self._rows:
+            self._new.add(step)
+        elif step not in self._new:
+            self._can_append = False
         row = self._rows.setdefault(step, {"step": step})
         row.update({name: float(value) for name, value in scalars.items()})
 
     def flush(self) -> None:
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows.values()))
+        can_append, self._can_append = self._can_append, False  # if it fails, half a row is there
+        rows = [self._rows[step] for step in (sorted(self._new) if can_append else self._rows)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if can_append:
+            with self._path.open("a") as file:
+                file.write(text)
+        else:
+            write_whole(self._path, text)
+        self._new.clear()
+        self._can_append = "://" not in os.fspath(self._path)
 
 
-def read_metrics(path: epath.PathLike) -> list[dict[str, float | int]]:
-    """The rows of a `metrics.jsonl`, in order of steps; none where there is no file."""
-    path = epath.Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read_metrics(path: epath.PathLike) -> list[Row]:
+    """The rows of a `metrics.jsonl`, in order of steps; none where there is no file.
+
+    A line that cannot be read, as a killed or older run may leave it, is left out with a warning.
+    """
+    path, rows = epath.Path(path), {}
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows[operator.index(row["step"])] = row
+        except (ValueError, TypeError, KeyError, RecursionError):
+            where = "the last line" if number == len(lines) else f"line {number}"
+            logging.warning(
+                "%s: %s is torn and left out (%d bytes, after step %d)",
+                *(path, where, len(line), max(rows, default=0)),
+            )
+    return [rows[step] for step in sorted(rows)]
 
 
 _stand_in.SummaryWriter = TensorBoardWriter
 
 
 def create_writer(
-    workdir: epath.PathLike, *, resume_step: int, active: bool
+    workdir: epath.PathLike, *, resume_step: int, rows: Iterable[Row], active: bool
 ) -> metric_writers.MetricWriter:
     """Writes `workdir/tensorboard` and `workdir/metrics.jsonl`; nothing where not `active` (other
-    processes).
+    processes). `rows` are those up to `resume_step`, which the run keeps.
     """
     if not active:
         return metric_writers.MultiWriter([])
@@ -115,6 +161,6 @@ def create_writer(
     return metric_writers.MultiWriter(
         [
             TensorBoardWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1),
-            JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step),
+            JsonlWriter(workdir / "metrics.jsonl", rows),
         ]
     )

@@ -21,8 +21,8 @@ def test_goodput_counts_a_step_that_was_lost_and_made_again_once(tmp_path, monke
         nonlocal now
         attempt = history.History(epath.Path(tmp_path), helpers.TASKS)
         clock = attempt.clock
-        attempt.resume(start)
-        writer = writers.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=start)
+        rows = attempt.resume(start, is_own=start > 0)
+        writer = writers.JsonlWriter(tmp_path / "metrics.jsonl", rows)
         now += 3
         clock.switch("step")
         for step in range(start + 1, stop + 1):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import time
 
@@ -125,6 +126,21 @@ def test_a_finished_run_restores_and_does_nothing(finished):
     stream = helpers.CountingStream()
     assert_equal_bits(run(workdir, stream=stream), expected)
     assert stream.seen == []
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_rows_that_are_missing_are_said_and_the_summary_is_written(
+    finished, tmp_path, kept, caplog
+):
+    workdir = shutil.copytree(finished[0], tmp_path / "copy")
+    metrics = workdir / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:kept]))
+    (workdir / "summary.json").unlink()
+    run(workdir)
+    assert f"metrics.jsonl: the rows of steps {kept + 1} to 6 are missing" in caplog.text
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert (summary["first_loss"] is None) == (kept == 0)
 
 
 def test_what_a_run_leaves_behind(finished):

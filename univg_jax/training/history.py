@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from jaxtyping import Array
 
@@ -75,16 +76,27 @@ class History:
     def __init__(self, workdir: epath.Path, task_names: Sequence[str]) -> None:
         self.clock = Clock("start")
         self._task_names = task_names
-        self._rows = writers.read_metrics(workdir / "metrics.jsonl")
+        self._file = workdir / "metrics.jsonl"
+        self._rows = writers.read_metrics(self._file)
         self._seconds_before = max((row.get("time", 0.0) for row in self._rows), default=0.0)
         self._step_seconds = 0.0
         self._steps: list[dict[str, np.ndarray]] = []
         self._last_row_seconds: dict[str, float] = {}
 
-    def resume(self, step: int) -> None:
-        """Counts the steps up to `step` that earlier attempts made; later ones were lost."""
-        kept = (row for row in self._rows if row["step"] <= step)
+    def resume(self, step: int, *, is_own: bool) -> list[writers.Row]:
+        """Counts the steps up to `step` that earlier attempts made, and returns their rows.
+
+        Later ones were lost. Every step that is saved has a row: warns if one of this run's own
+        (`is_own`) has none.
+        """
+        kept = [row for row in self._rows if row["step"] <= step]
+        newest = max((row["step"] for row in kept), default=0)
+        if is_own and newest < step:
+            logging.warning(
+                "%s: the rows of steps %d to %d are missing", self._file, newest + 1, step
+            )
         self._step_seconds = sum(row.get("seconds/step", 0.0) for row in kept)
+        return kept
 
     def add(self, step: int, metrics: Mapping[str, Array]) -> None:
         """Fetches one step's metrics. Raises NonFiniteLossError for a NaN or infinite one."""
@@ -138,17 +150,20 @@ class History:
 def write_summary(
     workdir: epath.Path, config: Config, task_names: Sequence[str], *, num_parameters: int
 ) -> Json:
-    """Writes summary.json, the run in a few numbers from its metrics.jsonl, and returns it."""
+    """Writes summary.json, a finished run in a few numbers, and returns it.
+
+    Losses, times and shares are those of the rows that metrics.jsonl has; null where it has none.
+    """
     rows = [row for row in writers.read_metrics(workdir / "metrics.jsonl") if "loss" in row]
     counts = {name: sum(row.get(f"count/{name}", 0.0) for row in rows) for name in task_names}
     total_count = sum(counts.values())
     total_weight = sum(task.weight for task in config.tasks.values())
     summary = {
         "stage": config.name,
-        "steps": rows[-1]["step"],
-        "seconds": rows[-1]["time"],
-        "first_loss": rows[0]["loss"],
-        "last_loss": rows[-1]["loss"],
+        "steps": config.train.steps,
+        "seconds": max((row.get("time", 0.0) for row in rows), default=0.0),
+        "first_loss": rows[0]["loss"] if rows else None,
+        "last_loss": rows[-1]["loss"] if rows else None,
         "shares": {name: count / total_count for name, count in counts.items() if count},
         "weights": {name: task.weight / total_weight for name, task in config.tasks.items()},
         "parameters": num_parameters,

@@ -157,7 +157,7 @@ def train(
         mesh=mesh,
     )
     start = int(state.step)
-    history.resume(start)
+    rows = history.resume(start, is_own=newest > 0)
     if is_main:
         overview = parameter_overview.get_parameter_overview(
             programs.abstract.params, include_stats="sharding"
@@ -166,7 +166,7 @@ def train(
 
     config, clock, pending = step_fns.config, history.clock, PendingMetrics(history)
     schedule = optim.make_schedule(config.optim, total_steps=c.steps)
-    writer = writers.create_writer(workdir, resume_step=start, active=is_main)
+    writer = writers.create_writer(workdir, resume_step=start, rows=rows, active=is_main)
     trace = Trace(workdir / "profile", steps=profile, start=start)
     bar = Bar(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main)
 
