@@ -25,7 +25,7 @@ from safetensors.numpy import save
 
 from data_pipelines import tasks
 from data_pipelines.collate import Collator
-from data_pipelines.held_out import HeldOut, HeldOutBatches
+from data_pipelines.held_out import HeldOut
 from data_pipelines.mixture import Stream
 from data_pipelines.tokenizer import TokenizedText, Tokenizer
 from univg_jax.batch import Text
@@ -44,8 +44,8 @@ Embed = Callable[[Shaped[np.ndarray, "b m"], Shaped[np.ndarray, "b m"]], Text]
 class CachedTokenizer:
     """`tokenizer` whose prompts come with their embeddings from `folder`.
 
-    Raises NotFoundError if there is no finished cache, and UserError for a damaged one, for one of
-    another identity, and for a prompt that it does not have.
+    Raises NotFoundError if there is no finished cache, and for a prompt that it does not have;
+    UserError for a damaged one, and for one of another identity.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class CachedTokenizer:
         tokenized = self._tokenizer(text, num_tokens)
         place = self._places.get(_key(tokenized))
         if place is None:
-            raise UserError(
+            raise NotFoundError(
                 f"{self._folder} has no embedding of the prompt {text!r}; "
                 "make it anew (univg data cache)"
             )
@@ -124,9 +124,8 @@ def prompts(config: Config, collator: Collator, *, steps: int) -> list[Tokenized
     num = max(config.train.eval_examples, config.train.sample_examples)
     for name in stream.shares:
         remember(tasks.prompt(name, ""), config.data.num_tokens)  # of rows without their text
-        examples = HeldOut(config, name, split="validation", num=num)
-        for _ in HeldOutBatches(examples, batch_size=config.data.batch_size, collator=remembering):
-            pass
+        # Making the sequence tokenizes the prompts of its examples.
+        HeldOut(config, name, split="validation", num=num, collator=remembering)
     return list(seen.values())
 
 

@@ -1,4 +1,4 @@
-"""Rows -> `Batch`: pads and stacks examples, tokenizes prompts, withholds conditions."""
+"""Examples -> rows -> `Batch`: tokenizes prompts, pads and stacks, withholds conditions."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 from data_pipelines import tasks, transforms
 from data_pipelines.sources import Source
 from data_pipelines.tasks import TASKS, Example
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.tokenizer import TokenizedText, Tokenizer
 from univg_jax.batch import Batch, BatchShape
 from univg_jax.errors import UserError
 
@@ -24,25 +24,48 @@ _TEXT_FIELDS = ("tokens", "text_mask", "identity_slot", "text")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One example on its way into a batch."""
+    """One example on its way into a batch, of the batch's shape (`Collator.row`)."""
 
     example: Example
+    prompt: TokenizedText  # tag and text
     task: str
     sample_id: int
     drop: Drop = "none"
     valid: bool = True  # False = padding
     origin: tuple[Source, int] | None = None  # the source of its record, and the index in it
+    # What became of the record whose turn it was, the first time: see `Stream.counters`.
+    events: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collator:
-    """Makes batches of one shape from rows of any tasks.
+    """Makes rows and batches of one shape from examples of any tasks.
 
     Absent sources and faces become zeros, absent masks ones. `sample_id` is taken modulo 2^32.
     """
 
     tokenizer: Tokenizer
     shape: BatchShape
+
+    def row(self, example: Example, *, task: str, sample_id: int, **options: Any) -> Row:
+        """An example as a row: its prompt tokenized, its face resized, its shapes checked.
+
+        All that can fail for one example fails here, so that no example ends the batch of others.
+        `options` are further fields of `Row`. Raises UserError.
+        """
+        height, width, face = self.shape.height, self.shape.width, self.shape.face
+        if example.face is not None:
+            resized = transforms.resize_image(example.face, height=face, width=face)
+            example = dataclasses.replace(example, face=resized)
+        shapes = dict(target=(height, width, 3), source=(height, width, 3), mask=(height, width, 1))
+        for name, expected in {**shapes, "face": (face, face, 3)}.items():
+            pixels = getattr(example, name)
+            if pixels is not None and (pixels.shape != expected or pixels.dtype != np.uint8):
+                raise UserError(
+                    f"{name} is {pixels.dtype} {pixels.shape}, expected uint8 {expected}"
+                )
+        prompt = self.tokenizer(tasks.prompt(task, example.text), self.shape.num_tokens)
+        return Row(example=example, prompt=prompt, task=task, sample_id=sample_id, **options)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         height, width, face = self.shape.height, self.shape.width, self.shape.face
@@ -51,16 +74,12 @@ class Collator:
         no_face = np.zeros((face, face, 3), np.uint8)
         names = list(TASKS)
         examples = [row.example for row in rows]
-        faces = [
-            no_face if e.face is None else transforms.resize_image(e.face, height=face, width=face)
-            for e in examples
-        ]
         batch = Batch(
-            **self._texts([(row.task, row.example.text) for row in rows]),
+            **_stack([row.prompt for row in rows]),
             target=np.stack([e.target for e in examples]),
             source=np.stack([no_source if e.source is None else e.source for e in examples]),
             mask=np.stack([all_ones if e.mask is None else e.mask for e in examples]),
-            face=np.stack(faces),
+            face=np.stack([no_face if e.face is None else e.face for e in examples]),
             has_source=np.array([e.source is not None for e in examples]),
             has_face=np.array([e.face is not None for e in examples]),
             task=np.array([names.index(row.task) for row in rows], np.int32),
@@ -78,7 +97,7 @@ class Collator:
         """
         text = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype),
-            self._any_tag()["text"],
+            self._any_tag().embedding,
         )
         # Inside eval_shape, because `Batch` takes arrays only, not their shapes.
         return jax.eval_shape(
@@ -99,7 +118,7 @@ class Collator:
         texts = {name: getattr(batch, name) for name in _TEXT_FIELDS}
         if len(rows):
             texts = jax.tree.map(np.array, texts)
-            tags = self._texts([(names[task], "") for task in batch.task[rows]])
+            tags = _stack([self._tag(names[task]) for task in batch.task[rows]])
             for array, tag in zip(jax.tree.leaves(texts), jax.tree.leaves(tags), strict=True):
                 array[rows] = tag
         has_image = (~no_image)[:, None, None, None]
@@ -113,26 +132,28 @@ class Collator:
             has_source=batch.has_source & ~no_image,
         )
 
-    def _texts(self, rows: Sequence[tuple[str, str]]) -> dict[str, Any]:
-        """The fields _TEXT_FIELDS of a batch with these (task, text)."""
-        texts = [
-            self.tokenizer(tasks.prompt(task, text), self.shape.num_tokens) for task, text in rows
-        ]
-        # Without a cache every embedding is None, which is a tree without leaves.
-        embeddings = [text.embedding for text in texts]
-        return dict(
-            tokens=np.stack([text.tokens for text in texts]),
-            text_mask=np.stack([text.text_mask for text in texts]),
-            identity_slot=np.stack([text.identity_slot for text in texts]),
-            text=jax.tree.map(lambda *rows: np.concatenate(rows), *embeddings),
-        )
+    def _tag(self, task: str) -> TokenizedText:
+        """The prompt of a row without its text."""
+        return self.tokenizer(tasks.prompt(task, ""), self.shape.num_tokens)
 
-    def _any_tag(self) -> dict[str, Any]:
-        """The fields of a batch with some task's tag alone."""
+    def _any_tag(self) -> TokenizedText:
+        """Some task's tag."""
         # A cache of embeddings has the tags of its own config's tasks only, so the first may be
         # missing there.
         *others, last = TASKS
         for task in others:
             with contextlib.suppress(UserError):
-                return self._texts([(task, "")])
-        return self._texts([(last, "")])
+                return self._tag(task)
+        return self._tag(last)
+
+
+def _stack(prompts: Sequence[TokenizedText]) -> dict[str, Any]:
+    """The fields _TEXT_FIELDS of a batch with these prompts."""
+    # Without a cache every embedding is None, which is a tree without leaves.
+    embeddings = [prompt.embedding for prompt in prompts]
+    return dict(
+        tokens=np.stack([prompt.tokens for prompt in prompts]),
+        text_mask=np.stack([prompt.text_mask for prompt in prompts]),
+        identity_slot=np.stack([prompt.identity_slot for prompt in prompts]),
+        text=jax.tree.map(lambda *rows: np.concatenate(rows), *embeddings),
+    )

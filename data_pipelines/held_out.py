@@ -6,33 +6,38 @@ random choices, so that the same example is the same on any number of hosts.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from data_pipelines import transforms
 from data_pipelines.collate import Collator, Row
 from data_pipelines.order import host_rows
+from data_pipelines.quarantine import Quarantine
+from data_pipelines.reader import SKIPPED, Reader
 from data_pipelines.sources import Source, open_source
-from data_pipelines.tasks import TASKS, Example, UnsuitableRecord
 from data_pipelines.transforms import Record
 from univg_jax.batch import Batch
-from univg_jax.errors import check_name
+from univg_jax.errors import UserError, check_name
 from univg_jax.settings import Config
 
 
 # Not `Sequence[Record]`: whoever checks that type at run time would read records for it.
 class HeldOut(Sequence):
-    """The first `num` (None: all) records of a split that suit a task, center-cropped, all fields.
+    """The first `num` (None: all) usable records of a split for a task, center-cropped.
 
-    They come in the stored order, the task's sources one after another, the same on every host.
-    `held_out[i]` reads and decodes record i only then. For a task that can refuse a sound record
-    (`Task.may_refuse`), making the sequence reads the task's fields of each record once, up to the
-    `num`-th suitable one, and keeps only which are suitable.
+    They come in the stored order, the task's sources one after another. `held_out[i]` reads and
+    decodes record i only then, its fields that the task needs and `fields`; `held_out.row(i)` makes
+    a row of it as `collator` shapes it, its random choices keyed by (seed, i).
 
-    Raises UserError (NotFoundError) for a task that the config does not have, and for a source or a
-    split that does not exist.
+    Making the sequence reads every record once, up to the `num`-th that can be used, and keeps only
+    where those lie: all hosts then agree on the sequence, and what is wrong is found before a model
+    is made. Records that hold nothing for the task are left out, damaged ones by name in the log.
+
+    Raises:
+      UserError: a task that the config does not have, a source without a needed field, no record
+        that can be used, far too many damaged ones (`data_pipelines.quarantine`).
+      NotFoundError: a source or a split that does not exist.
+      UnreachableError: the storage does not answer.
     """
 
     def __init__(
@@ -41,50 +46,53 @@ class HeldOut(Sequence):
         task: str,
         *,
         split: str,
+        collator: Collator,
         num: int | None = None,
+        seed: int = 0,
+        fields: tuple[str, ...] = (),
         sources: Mapping[str, Source] | None = None,
     ):
         self.task = check_name(task, config.tasks, what="task of this config")
-        self._resolution = config.data.resolution
+        self._seed = seed
         opened = dict(sources or {})
-        for name in config.tasks[task].sources:
+        for name in config.tasks[task].source_names:
             if name not in opened:
                 opened[name] = open_source(name, split, data_dir=config.data.dir)
-        suitable = (
-            (source, index)
-            for source in (opened[name] for name in config.tasks[task].sources)
-            for index in range(len(source))
-            if not TASKS[task].may_refuse or self._suits(source, index)
-        )
-        self._places = list(itertools.islice(suitable, num))
+        readers = [
+            Reader(task, opened[name], collator=collator, fields=fields)
+            for name in config.tasks[task].source_names
+        ]
+        self._places: list[tuple[Reader, int]] = []
+        quarantine = Quarantine()
+        for reader, index in ((r, i) for r in readers for i in range(len(r.source))):
+            if len(self._places) == num:
+                break
+            try:
+                self._row(reader, index, len(self._places))
+            except SKIPPED as error:
+                reason = error
+                quarantine.skip(error)
+            else:
+                quarantine.accept()
+                self._places.append((reader, index))
+        if not self._places and num != 0:
+            names = ", ".join(reader.source.name for reader in readers)
+            raise UserError(f"no record of {names} can serve task {task!r}; the last: {reason}")
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Record:
-        source, stored = self._places[index]
-        return transforms.resize_and_crop(source.read(stored), resolution=self._resolution)
+        reader, stored = self._places[index]
+        return reader.record(stored)
 
-    def example(self, index: int, *, seed: int = 0) -> Example:
-        """Record `index` as an example of the task, its random choices keyed by (seed, index).
+    def row(self, index: int) -> Row:
+        """Record `index` as a row, with its place in the sequence as its sample id."""
+        return self._row(*self._places[index], index)
 
-        Reads only the fields that the task needs. Raises UserError for a record with a missing or
-        wrong field.
-        """
-        return self._example(*self._places[index], np.random.default_rng((seed, index)))
-
-    def _example(self, source: Source, stored: int, rng: np.random.Generator) -> Example:
-        task = TASKS[self.task]
-        record, where = source.read(stored, task.needs), f"{source.name}[{stored}]"
-        return task.example(record, rng, self._resolution, where=where, center=True)
-
-    def _suits(self, source: Source, stored: int) -> bool:
-        try:
-            # Whether a record suits a task does not depend on the random choices.
-            self._example(source, stored, np.random.default_rng(0))
-        except UnsuitableRecord:
-            return False
-        return True
+    def _row(self, reader: Reader, stored: int, index: int) -> Row:
+        rng = np.random.default_rng((self._seed, index))
+        return reader.row(stored, rng, sample_id=index, center=True)
 
 
 class HeldOutBatches:
@@ -115,9 +123,6 @@ class HeldOutBatches:
             indices = [start + row for row in self._rows]
             # Padding repeats the host's last record. A host whose rows all lie past the end needs
             # some record for its shape, and takes the very last one.
-            rows = {
-                i: Row(example=self._held_out.example(i), task=self._held_out.task, sample_id=i)
-                for i in dict.fromkeys(min(i, last) for i in indices)
-            }
+            rows = {i: self._held_out.row(i) for i in dict.fromkeys(min(i, last) for i in indices)}
             padding = dataclasses.replace(rows[max(rows)], valid=False)
             yield self._collator([rows[i] if i <= last else padding for i in indices])

@@ -45,14 +45,16 @@ def write_inspection(
     stream = Stream(config, collator=collator, sources=sources)
     cards: dict[str, list[dict[str, Any]]] = {name: [] for name in TASKS if name in stream.shares}
     counts: collections.Counter[str] = collections.Counter()
+    events: collections.Counter[str] = collections.Counter()
     with Bar(total=MIN_ROWS, desc="read rows", unit="row") as bar:
         for position in range(MAX_ROWS):
             if position >= MIN_ROWS and all(len(found) >= num_examples for found in cards.values()):
                 break
             row = stream.row(position)
             counts[row.task] += 1
+            events.update(row.events)
             if len(cards[row.task]) < num_examples:
-                cards[row.task].append(_card(row, collator))
+                cards[row.task].append(_card(row))
             bar.total = max(MIN_ROWS, position + 1)
             bar.update()
     total = counts.total()
@@ -68,32 +70,36 @@ def write_inspection(
             shares=shares,
             largest=max(max(realized, expected) for _, _, realized, expected in shares),
             total=total,
-            quarantined=stream.counters()["quarantined"],
+            events=events,
         )
     )
     write_whole(out, page)
 
 
-def _card(row: Row, collator: Collator) -> dict[str, Any]:
+def _card(row: Row) -> dict[str, Any]:
     """What the template shows of a row."""
     source, index = row.origin
-    record = source.read(index)
+    try:
+        record = source.read(index)
+        labels = _labels(record)
+    except Exception:  # of a field that the task does not need: nobody checked it
+        record = source.read(index, TASKS[row.task].needs)
+        labels = _labels(record)
     text = tasks.prompt(row.task, "" if row.drop in ("text", "both") else row.example.text)
-    tokens = collator.tokenizer(text, collator.shape.num_tokens)
     mask = row.example.mask
     pictures = dict(
         source=row.example.source,
         mask=None if mask is None else renderings.render_mask(mask[..., 0]),
         target=row.example.target,
         face=row.example.face,
-        record=_labels(record),
+        record=labels,
     )
     return dict(
         sample_id=row.sample_id,
         origin=f"{source.name}[{index}]",
         prompt=text,
-        num_tokens=int(tokens.text_mask.sum()),
-        truncated=tokens.num_truncated > 0,
+        num_tokens=int(row.prompt.text_mask.sum()),
+        truncated=row.prompt.num_truncated > 0,
         drop=row.drop,
         pictures={
             name: data_uri(png_bytes(image, optimize=True))

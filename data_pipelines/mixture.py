@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -20,8 +20,9 @@ import numpy as np
 from data_pipelines.collate import Collator, Drop, Row
 from data_pipelines.order import Rotation, host_rows
 from data_pipelines.quarantine import Quarantine
+from data_pipelines.reader import SKIPPED, DamagedRecord, Reader
 from data_pipelines.sources import Source, open_source
-from data_pipelines.tasks import TASKS, UnsuitableRecord
+from data_pipelines.tasks import TASKS
 from univg_jax import settings
 from univg_jax.batch import Batch
 from univg_jax.errors import UserError, check_name
@@ -31,6 +32,7 @@ from univg_jax.settings import Config
 # dataset, and a row that tried on and on would look like a hang.
 MAX_ATTEMPTS = 100
 PROBED_RECORDS = 8  # of each component, before a model is built
+EVENTS = ("quarantined", "unsuitable", "truncated")  # what `Stream.counters` counts
 
 _MAX_POSITION = 1 << 62  # the end of the "endless" stream: grain wants a length that fits int64
 
@@ -59,7 +61,7 @@ def components(
     by name.
 
     Raises:
-      UserError: an unknown task, or a source that lacks a field which its task needs.
+      UserError: an unknown task.
       NotFoundError: a source that does not exist.
     """
     for name in task_settings:
@@ -71,23 +73,18 @@ def components(
         if task.weight == 0:
             _logger.info("task %r has weight 0 and is left out", name)
             continue
-        for source in task.sources:
+        for source in task.source_names:
             if source not in opened:
                 opened[source] = open_source(source, "train", data_dir=data_dir)
-            fields = opened[source].fields
-            if missing := [field for field in TASKS[name].needs if field not in fields]:
-                raise UserError(
-                    f"task {name!r} cannot read {opened[source].name}: no field {missing[0]!r} "
-                    f"(has {', '.join(fields)})"
-                )
         weights = task.sources
         if not isinstance(weights, Mapping):
             weights = {source: len(opened[source]) for source in task.sources}
         total = sum(weights.values())
         result += [
-            Component(task=name, source=opened[source], weight=task.weight * weight / total)
-            for source, weight in weights.items()
-            if weight > 0
+            Component(
+                task=name, source=opened[source], weight=task.weight * weights[source] / total
+            )
+            for source in task.source_names
         ]
     return result
 
@@ -100,10 +97,11 @@ class Stream:
     `{"scenes": MemorySource("scenes", records)}`.
 
     Raises:
-      UserError: an unknown task, a batch that does not divide by the hosts, a record that breaks
-        the schema (some of each source are tried here); from `next`: more than 1% of the records
-        are unusable.
+      UserError: an unknown task, a source that lacks a field which its task needs or of which no
+        record that is tried can be used, a batch that does not divide by the hosts; from `next`:
+        more than 1% of the records are unusable (`data_pipelines.quarantine`).
       NotFoundError: a source that does not exist.
+      UnreachableError: from `next`, the storage does not answer.
     """
 
     def __init__(
@@ -128,7 +126,9 @@ class Stream:
             .repeat()
             for c in self._components
         ]
+        self._readers = [Reader(c.task, c.source, collator=collator) for c in self._components]
         self._quarantine = Quarantine()
+        self._counts = dict.fromkeys(EVENTS, 0)
         self._host_rows = host_rows(
             config.data.batch_size, process_index=process_index, process_count=process_count
         )
@@ -149,8 +149,16 @@ class Stream:
         return [self._collator.spec(self._config.data.batch_size)]
 
     def counters(self) -> dict[str, int]:
-        """`quarantined`: the records that this host could not use, each replaced by another."""
-        return {"quarantined": len(self._quarantine)}
+        """How many records this host's batches came across so far, since the stream was made.
+
+        quarantined: could not be used, and were replaced by others
+        unsuitable: are sound but hold nothing for the task, and were replaced by others
+        truncated: have a prompt of more than `data.num_tokens` tokens, which was cut
+
+        A record counts once a task, in the first epoch, when its turn comes. So the numbers are a
+        function of the positions, and those of several hosts or attempts add up.
+        """
+        return dict(self._counts)
 
     def __iter__(self) -> "Stream":
         return self
@@ -158,7 +166,9 @@ class Stream:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._start(self._next)
-        batch = next(self._iterator)
+        batch, events = next(self._iterator)
+        for event in events:
+            self._counts[event] += 1
         self._next += self._config.data.batch_size
         return batch
 
@@ -169,70 +179,74 @@ class Stream:
             lambda i: start + i // len(rows) * data.batch_size + rows[i % len(rows)]
         )
         batches = positions.map(self.row).batch(
-            len(rows), drop_remainder=True, batch_fn=self._collator
+            len(rows), drop_remainder=True, batch_fn=self._collate
         )
         # Without options grain would keep 500 elements (here: batches) ready, from 16 threads.
         read = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch)
         return iter(batches.to_iter_dataset(read_options=read))
 
+    def _collate(self, rows: Sequence[Row]) -> tuple[Batch, list[str]]:
+        return self._collator(rows), [event for row in rows for event in row.events]
+
     def row(self, position: int) -> Row:
         """The row at a global position, the same on every host; safe to call from several threads.
 
-        An unusable record is replaced by the next of its source.
+        A record that cannot be used is replaced by the next of its source.
 
-        Raises UserError if too many records are unusable.
+        Raises UserError if too many records cannot be used.
         """
         visit = self._rotation[position]
-        component = self._components[visit.component]
-        task, source = TASKS[component.task], component.source
+        reader = self._readers[visit.component]
+        count = len(reader.source)
         first = int(self._orders[visit.component][visit.number])
-        for attempt in range(min(len(source), MAX_ATTEMPTS)):
-            index = (first + attempt) % len(source)
-            name = f"{source.name}[{index}]"
+        events: list[str] = []
+        for attempt in range(min(count, MAX_ATTEMPTS)):
+            # A record's turn comes once an epoch; beside that it may replace others.
+            is_new = attempt == 0 and visit.number < count
             # Each attempt starts the random numbers anew: a row then depends on the record that
             # serves it, and not on how many were skipped before.
             rng = np.random.default_rng((self._config.seed, position))
-            drop = _sample_drop(self._config.tasks[task.name], rng)
+            drop = _sample_drop(self._config.tasks[reader.task], rng)
+            index = (first + attempt) % count
             try:
-                record = source.read(index, task.needs)
-                example = task.example(record, rng, self._config.data.resolution, where=name)
-            # A decoder or a transform may raise anything on a corrupt record.
-            except Exception as error:
+                row = reader.row(index, rng, sample_id=position, drop=drop)
+            except SKIPPED as error:
                 reason = error
-                if not isinstance(error, UnsuitableRecord):
-                    self._quarantine.add(task.name, name, error)
+                self._quarantine.skip(error, is_new=is_new)
+                if is_new:
+                    is_damaged = isinstance(error, DamagedRecord)
+                    events.append("quarantined" if is_damaged else "unsuitable")
                 continue
-            self._quarantine.record_success()
-            origin = (source, index)
-            return Row(
-                example=example, task=task.name, sample_id=position, drop=drop, origin=origin
-            )
+            if is_new:
+                self._quarantine.accept()
+                events += ["truncated"] * (row.prompt.num_truncated > 0)
+            return dataclasses.replace(row, events=tuple(events))
         raise UserError(
-            f"{attempt + 1} records in succession of {source.name} cannot serve task "
-            f"{task.name!r}; the last: {reason}"
+            f"{attempt + 1} records in succession of {reader.source.name} cannot serve task "
+            f"{reader.task!r}; the last: {reason}"
         )
 
     def _probe(self) -> None:
-        """Makes a few examples of every component: a wrong dataset fails before a model is built.
+        """Reads a few records of every component: a wrong dataset fails before a model is built.
 
-        Raises UserError for a record that breaks the schema. One that cannot be decoded is only
-        logged, since a few damaged records are no reason to stop.
+        Raises UserError if none of them is sound. A few damaged ones are no reason to stop.
         """
-        for component in self._components:
-            task, source = TASKS[component.task], component.source
-            spread = np.linspace(0, len(source) - 1, PROBED_RECORDS).astype(int)
-            for index in np.unique(spread).tolist():
+        for reader in self._readers:
+            spread = np.linspace(0, len(reader.source) - 1, PROBED_RECORDS).astype(int)
+            indices = np.unique(spread).tolist()
+            damaged = []
+            for index in indices:
                 try:
-                    record = source.read(index, task.needs)
-                except Exception as error:
-                    _logger.warning("cannot decode %s[%d]: %s", source.name, index, error)
-                    continue
-                name = f"task {task.name!r}, {source.name}[{index}]"
-                rng = np.random.default_rng(0)
-                try:
-                    task.example(record, rng, self._config.data.resolution, where=name)
-                except UnsuitableRecord as error:
-                    _logger.info("%s", error)
+                    reader.example(index, np.random.default_rng(0))
+                except SKIPPED as error:
+                    self._quarantine.skip(error, is_new=False)
+                    if isinstance(error, DamagedRecord):
+                        damaged.append(error)
+            if len(damaged) == len(indices):
+                raise UserError(
+                    f"none of {len(indices)} records tried of {reader.source.name} can serve task "
+                    f"{reader.task!r}; the first: {damaged[0]}"
+                )
 
     @property
     def _identity(self) -> dict[str, Any]:

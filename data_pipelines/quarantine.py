@@ -1,54 +1,83 @@
-"""Unusable records: each is logged once and counted, and too many of them end the run.
+"""Unusable records: each is named once, and too large a share of them ends the run.
 
-A few damaged records among millions should not stop a training run, but a wrong dataset should.
+A few damaged records among millions should not stop a run, but a wrong dataset should. A sequential
+test tells them apart (Ville 1939; Robbins 1970). With k damaged ones among n records,
+
+    E = mean over p in [p0, 1] of p^k (1 - p)^(n - k) / (p0^k (1 - p0)^(n - k))
+
+weighs all shares p above the tolerance p0 against p0. While the true share is at most p0, E is a
+supermartingale that starts at 1: the chance that it ever reaches 1 / alpha is at most alpha,
+however long the run. Above p0 it grows without bound.
 """
 
 import logging
+import math
 import threading
 
+from scipy import special
+
+from data_pipelines.reader import DamagedRecord, UnsuitableRecord
 from univg_jax.errors import UserError
 
-# A fraction says something only after some records: one bad record among the first ten is no 10%.
-MIN_READ = 100
-MAX_FRACTION = 0.01  # of the records read; more than that is a wrong dataset, not damage
+TOLERANCE = 0.01  # p0: a share up to this is damage, a larger one a wrong dataset
+# The chance that one process ends one attempt of a run whose share is within the tolerance. Each
+# process, and each attempt, counts for itself: a thousand of them together stay below 1e-3. A share
+# of 100%, 5% or 2% is seen after about 4, 500 or 5,000 records.
+ALPHA = 1e-6
+MAX_LOGGED = 100  # records; to name more of them would bury the log
 
 _logger = logging.getLogger(__name__)
 
 
-class Quarantine:
-    """Counts the records that were read, and those of them that are unusable.
+def log_evidence(damaged: int, read: int) -> float:
+    """log E: how much speaks for a share above TOLERANCE after `read` records."""
+    k, sound = damaged, read - damaged
+    # The integral of p^k (1 - p)^sound over [p0, 1] is an incomplete beta function.
+    above = special.betaincc(k + 1, sound + 1, TOLERANCE)
+    if above == 0:
+        return -math.inf
+    mean = special.betaln(k + 1, sound + 1) + math.log(above) - math.log1p(-TOLERANCE)
+    return float(mean - k * math.log(TOLERANCE) - sound * math.log1p(-TOLERANCE))
 
-    Safe to use from several threads.
+
+class Quarantine:
+    """Names damaged records, counts them and the sound ones, and ends a run with too many.
+
+    A record counts once a task. So the epochs of a small dataset are no new evidence: one cut
+    picture of 32 is 3%, but never ends a run. Safe to use from several threads.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._num_read = 0
-        self._unusable: set[tuple[str, str]] = set()
+        self._read = self._damaged = 0
+        self._named: set[str] = set()
 
-    def __len__(self) -> int:
-        """How many different (task, record) pairs are unusable so far."""
-        return len(self._unusable)
-
-    def record_success(self) -> None:
-        """Counts a record that was read and made into an example."""
+    def accept(self) -> None:
+        """Counts a record that was read for the first time."""
         with self._lock:
-            self._num_read += 1
+            self._read += 1
 
-    def add(self, task: str, record: str, error: Exception) -> None:
-        """Counts an unusable record, named like `scenes/train[7]`, and logs it the first time.
+    def skip(self, error: DamagedRecord | UnsuitableRecord, *, is_new: bool = True) -> None:
+        """Names a damaged record the first time; counts any skipped record if it `is_new`.
 
-        Raises:
-          UserError: more than MAX_FRACTION of at least MIN_READ records are unusable.
+        Raises UserError once the share of damaged records is surely above TOLERANCE.
         """
+        if isinstance(error, UnsuitableRecord):
+            if is_new:
+                self.accept()
+            return
         with self._lock:
-            self._num_read += 1
-            if (task, record) not in self._unusable:
-                self._unusable.add((task, record))
-                _logger.warning("quarantined %s for task %s: %s", record, task, error)
-            count, total = len(self._unusable), self._num_read
-        if total >= MIN_READ and count > MAX_FRACTION * total:
+            if error.record not in self._named and len(self._named) < MAX_LOGGED:
+                self._named.add(error.record)
+                _logger.warning("quarantined %s", error)
+                if len(self._named) == MAX_LOGGED:
+                    _logger.warning("further quarantined records are counted, but not named")
+            if not is_new:
+                return
+            self._read, self._damaged = self._read + 1, self._damaged + 1
+            damaged, read = self._damaged, self._read
+        if log_evidence(damaged, read) >= -math.log(ALPHA):
             raise UserError(
-                f"{count} of {total} records read are unusable (more than {MAX_FRACTION:.0%}); "
-                f"the last, {record}: {error}"
+                f"{damaged} of {read} records read are unusable (more than {TOLERANCE:.0%}); "
+                f"the last: {error}"
             ) from error

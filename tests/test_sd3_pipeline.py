@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.collate import Collator, Row
+from data_pipelines.collate import Collator
 from data_pipelines.tasks import Example
 from data_pipelines.tokenizer import load_tokenizer
 from tests.helpers import prepare_encoders, record_parity, unused
@@ -78,9 +78,9 @@ def prompts(folder, *texts) -> Batch:
     """Rows of plain prompts: a text's task has a tag, which SD3 does not know."""
     tokenizer = load_tokenizer(str(folder))
     blank = Example(target=np.zeros((24, 24, 3), np.uint8), text="")
-    rows = [Row(example=blank, task="t2i", sample_id=i) for i in range(len(texts))]
     shape = BatchShape(height=24, width=24, num_tokens=NUM_TOKENS, face=16)
-    batch = Collator(tokenizer=tokenizer, shape=shape)(rows)
+    collator = Collator(tokenizer=tokenizer, shape=shape)
+    batch = collator([collator.row(blank, task="t2i", sample_id=i) for i in range(len(texts))])
     encoded = [tokenizer(text, NUM_TOKENS) for text in texts]
     return dataclasses.replace(
         batch,

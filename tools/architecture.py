@@ -69,7 +69,7 @@ DATA_LINES = (
     "datasets, build: native files",
     "    -> records",
     "sources: records on disk",
-    "tasks: record -> example",
+    "reader, tasks: record -> example",
     "renderings, transforms: pixels",
     "order, mixture: which record",
     "    at which position",

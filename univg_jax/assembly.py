@@ -59,7 +59,7 @@ class Run:
         """This process's batches of the first `num` validation examples of each task."""
         return {
             name: HeldOutBatches(
-                HeldOut(self.config, name, split="validation", num=num),
+                HeldOut(self.config, name, split="validation", num=num, collator=self.collator),
                 batch_size=batch_size,
                 collator=self.collator,
                 process_index=jax.process_index(),
@@ -159,7 +159,7 @@ def check_config(config: Config) -> None:
         dataset.make_options(config.data.build)
     for name, task in config.tasks.items():
         check_name(name, TASKS, what="task")
-        for source in task.sources:
+        for source in task.source_names:
             if dataset is not None and not epath.Path(source).exists():
                 check_name(source, dataset.families, what=f"source of task {name}:")
     for name in config.flow.weight_changes:

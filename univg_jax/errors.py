@@ -27,7 +27,7 @@ class AlreadyExistsError(UserError, FileExistsError):
 
 
 class UnreachableError(UserError, ConnectionError):
-    """Another process does not answer."""
+    """Another process, or the storage, does not answer."""
 
 
 class NonFiniteLossError(UserError, RuntimeError):

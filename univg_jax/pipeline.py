@@ -196,7 +196,7 @@ class Pipeline:
                     prompt=given["prompt"], **pictures, resolution=self.config.data.resolution
                 )
             )
-        rows = [Row(example=example, task=task, sample_id=0) for example in examples]
+        rows = [self.collator.row(example, task=task, sample_id=0) for example in examples]
         pixels = self._generate_rows(rows, task, seeds, callback)
         if task == "ip":  # what is kept is the input's own pixels
             pixels = [

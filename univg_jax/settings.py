@@ -49,6 +49,13 @@ class Task:
     drop_both: float = 0.05
 
     @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources that have a weight."""
+        if isinstance(self.sources, Mapping):
+            return tuple(name for name, weight in self.sources.items() if weight > 0)
+        return tuple(self.sources)
+
+    @property
     def dropout(self) -> tuple[float, float, float]:
         """The probabilities of going without the text, the image, both."""
         return self.drop_text, self.drop_image, self.drop_both

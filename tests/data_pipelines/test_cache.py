@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.cache import RECORD, CachedTokenizer, prompts, write_cache
-from data_pipelines.collate import Collator, Row
+from data_pipelines.collate import Collator
 from data_pipelines.datasets import emoji_scenes
 from data_pipelines.held_out import HeldOut, HeldOutBatches
 from data_pipelines.mixture import Stream
@@ -61,19 +61,27 @@ def test_every_prompt_has_its_own_embedding(folder):
 def test_batches_carry_them_also_where_the_text_is_dropped(folder):
     cached = CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
     blank = np.zeros((8, 8, 3), np.uint8)
-    rows = [
-        Row(example=Example(target=blank, text=f"{count} pigs"), task="t2i", sample_id=i, drop=drop)
-        for i, (count, drop) in enumerate([("two", "none"), ("five", "text"), ("one", "image")])
-    ]
+
+    def make_batch(collator: Collator):
+        given = [("two", "none"), ("five", "text"), ("one", "image")]
+        return collator(
+            [
+                collator.row(
+                    Example(target=blank, text=f"{n} pigs"), task="t2i", sample_id=i, drop=drop
+                )
+                for i, (n, drop) in enumerate(given)
+            ]
+        )
+
     collator = Collator(tokenizer=cached, shape=SHAPE)
-    batch = collator(rows)
+    batch = make_batch(collator)
     without = collator.drop_conditions(batch, "both")
     for made in (batch, without):
         want = embed(made.tokens, made.text_mask)
         np.testing.assert_array_equal(made.text.emb, want.emb)
         np.testing.assert_array_equal(made.text.pooled, want.pooled)
     assert (without.text.emb == without.text.emb[:1]).all()  # the tag's
-    assert Collator(tokenizer=TOKENIZER, shape=SHAPE)(rows).text is None
+    assert make_batch(Collator(tokenizer=TOKENIZER, shape=SHAPE)).text is None
 
 
 def test_what_is_missing_stale_or_unfinished_is_an_error(folder, tmp_path):
@@ -140,7 +148,7 @@ def test_the_prompts_of_a_run_are_all_that_it_asks_for(tmp_path):
         next(stream)
     stream.close()
     for name in tasks:
-        examples = HeldOut(config, name, split="validation", num=5)
+        examples = HeldOut(config, name, split="validation", num=5, collator=collator)
         (batch,) = HeldOutBatches(examples, batch_size=8, collator=collator)
         assert batch.text is not None
         collator.drop_conditions(batch, "text")

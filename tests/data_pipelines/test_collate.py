@@ -29,7 +29,7 @@ def rows(drop: str = "none") -> list[Row]:
     result = []
     for sample_id, scene in zip([4, 9, 2], SCENES):
         example = TASKS["ip"].example(scene, np.random.default_rng(sample_id), SIZE)
-        result.append(Row(example=example, task="ip", sample_id=sample_id, drop=drop))
+        result.append(make_collator().row(example, task="ip", sample_id=sample_id, drop=drop))
     return result
 
 
@@ -66,7 +66,7 @@ def test_absent_parts_are_blank_and_pictures_may_be_oblong():
     examples = [
         Example(target=np.ones((8, 12, 3), np.uint8), text="<p>", face=f) for f in (None, face)
     ]
-    batch = collator([Row(example=e, task="id", sample_id=2**32 + 5) for e in examples])
+    batch = collator([collator.row(e, task="id", sample_id=2**32 + 5) for e in examples])
     assert not batch.source.any()
     assert (batch.mask == 1).all()
     np.testing.assert_array_equal(batch.has_face, [False, True])
@@ -88,9 +88,17 @@ def test_the_spec_has_the_embeddings_of_a_cache():
         return dataclasses.replace(tokenize(text, num_tokens), embedding=embedding)
 
     collator = Collator(tokenizer=cached, shape=make_collator().shape)
-    assert shapes(collator.spec(3)) == shapes(collator(rows()))
+    again = [collator.row(r.example, task=r.task, sample_id=r.sample_id) for r in rows()]
+    assert shapes(collator.spec(3)) == shapes(collator(again))
     assert collator.spec(3).text.emb.shape == (3, NUM_TOKENS, 3)
     assert make_collator().spec(3).text is None
+
+
+def test_what_cannot_be_a_row_is_refused_alone():
+    """So that a batch of rows that were made can be made."""
+    wide = Example(target=np.zeros((SIZE, SIZE + 1, 3), np.uint8))
+    with pytest.raises(UserError, match=r"^target is uint8 \(8, 9, 3\), expected .*8, 8, 3"):
+        make_collator().row(wide, task="ip", sample_id=0)
 
 
 def test_a_length_that_the_tokenizer_cannot_make_fails_in_the_spec():

@@ -1,5 +1,7 @@
 """Held-out examples: each once on any hosts, and read only as they are needed."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from tests.data_pipelines.toy import (
     NUM_RECORDS,
     SCENES,
     SIZE,
+    BrokenSource,
     CountingSource,
     assert_same,
     join,
@@ -17,13 +20,14 @@ from tests.data_pipelines.toy import (
     make_config,
     sources,
     text_of,
+    tokenize,
 )
 from univg_jax.errors import UserError
 from univg_jax.settings import Config
 
 
 def make(task: str, **options) -> HeldOut:
-    options = dict(split="validation", sources=sources()) | options
+    options = dict(split="validation", sources=sources(), collator=make_collator()) | options
     return HeldOut(Config.of(make_config()), task, **options)
 
 
@@ -55,7 +59,7 @@ def test_batches_can_be_iterated_anew():
 
 def test_it_stops_at_the_number_asked_for():
     assert [r["caption"] for r in make("t2i", num=5)] == [f"pig {k}" for k in range(5)]
-    assert [r["caption"] for r in make("seg", num=2)] == ["pig 1", "pig 3"]
+    assert [r["expressions"] for r in make("seg", num=2)] == [["the pig 1"], ["the pig 3"]]
     assert len(make("t2i", num=99)) == NUM_RECORDS
     with pytest.raises(IndexError):
         make("t2i", num=5)[5]
@@ -65,39 +69,42 @@ def test_sources_follow_one_another():
     config = make_config(t2i=1.0, seg=1.0)
     config.tasks.t2i.sources = config.tasks.seg.sources = ("few", "none", "scenes")
     given = dict(few=MemorySource("few", SCENES[2:5]), none=MemorySource("none", SCENES[:1]))
-    made = HeldOut(Config.of(config), "seg", split="test", num=3, sources=sources(**given))
-    assert [r["caption"] for r in made] == ["pig 3", "pig 1", "pig 3"]
-    made = HeldOut(Config.of(config), "t2i", split="test", num=5, sources=sources(**given))
+    options = dict(split="test", collator=make_collator(), sources=sources(**given))
+    made = HeldOut(Config.of(config), "seg", num=3, **options)
+    assert [r["expressions"] for r in made] == [[f"the pig {k}"] for k in (3, 1, 3)]
+    made = HeldOut(Config.of(config), "t2i", num=5, **options)
     assert [r["caption"] for r in made] == ["pig 2", "pig 3", "pig 4", "pig 0", "pig 0"]
 
 
-def test_records_are_whole_and_center_cropped():
+def test_records_have_the_fields_asked_for_and_are_center_cropped():
     image = np.zeros((SIZE, 3 * SIZE, 3), np.uint8)
     image[:, SIZE : 2 * SIZE] = 255
     wide = dict(image=image, caption="a pig", depth=np.ones((SIZE, 3 * SIZE), np.float32))
-    record = make("t2i", sources=dict(scenes=MemorySource("scenes", [wide])))[0]
+    source = MemorySource("scenes", [wide])
+    record = make("t2i", sources=dict(scenes=source), fields=("depth",))[0]
     assert (record["image"] == 255).all()
     assert record["image"].shape == (SIZE, SIZE, 3)
     assert record["depth"].shape == (SIZE, SIZE)
     assert record["caption"] == "a pig"
 
 
-def test_a_record_is_read_when_it_is_asked_for_and_never_kept():
-    source = CountingSource("scenes", SCENES)
-    made = make("t2i", sources=dict(scenes=source))
-    assert len(made) == NUM_RECORDS
-    assert source.reads == []
+def test_each_record_is_read_once_to_know_whether_it_can_be_used_and_never_kept():
+    source, needs = CountingSource("scenes", SCENES), TASKS["seg"].needs
+    made = make("seg", num=3, sources=dict(scenes=source))
+    # up to the third usable one, and only the fields of the task
+    assert source.reads == [(k, needs) for k in range(6)]
+    source.reads.clear()
     for _ in range(2):
-        assert made[3]["caption"] == "pig 3"
-    made.example(4)
-    assert source.reads == [(3, None), (3, None), (4, TASKS["t2i"].needs)]
+        assert made[1]["expressions"] == ["the pig 3"]
+    made.row(2)
+    assert source.reads == [(3, needs), (3, needs), (5, needs)]
 
 
 def test_a_host_reads_its_own_rows_one_batch_at_a_time():
     source = CountingSource("scenes", SCENES)
     options = dict(sources=dict(scenes=source), process_index=1, process_count=2)
     iterator = iter(batches("t2i", **options))
-    assert source.reads == []
+    source.reads.clear()
     next(iterator)
     assert [index for index, _ in source.reads] == [4, 5, 6, 7]
     next(iterator)
@@ -107,26 +114,59 @@ def test_a_host_reads_its_own_rows_one_batch_at_a_time():
     assert [index for index, _ in source.reads] == [20, 21, 22]
 
 
-def test_only_a_task_that_may_refuse_records_looks_for_suitable_ones():
-    source = CountingSource("scenes", SCENES)
-    made = make("seg", num=3, sources=dict(scenes=source))
-    # up to the third suitable one, and only the fields of the task
-    assert source.reads == [(k, TASKS["seg"].needs) for k in range(6)]
-    source.reads.clear()
-    assert made[1]["caption"] == "pig 3"
-    assert source.reads == [(3, None)]
-    assert {name for name, task in TASKS.items() if task.may_refuse} == {"lg", "pose", "seg"}
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_a_damaged_record_is_left_out_by_name_on_all_hosts_alike(hosts, caplog):
+    broken = dict(scenes=BrokenSource("scenes", SCENES, {0, 5, 6}))
+    parts = [
+        list(batches("t2i", sources=broken, process_index=i, process_count=hosts))
+        for i in range(hosts)
+    ]
+    whole = [join(pieces) for pieces in zip(*parts, strict=True)]
+    texts = [text_of(t) for batch in whole for t in batch.tokens[batch.valid]]
+    assert texts == [f"<t2i> pig {k}" for k in range(NUM_RECORDS) if k not in (0, 5, 6)]
+    ids = np.concatenate([batch.sample_id[batch.valid] for batch in whole])
+    np.testing.assert_array_equal(ids, np.arange(NUM_RECORDS - 3))
+    assert "quarantined scenes[5] for task 't2i': ValueError: truncated image" in caplog.text
 
 
-def test_no_suitable_record_gives_no_batch():
+def test_a_prompt_that_cannot_be_tokenized_is_damage_too(caplog):
+    def tokenizer(text, num_tokens):
+        if "pig 1" in text:
+            raise UserError("prompt 'pig 1' would lose <p>")
+        return tokenize(text, num_tokens)
+
+    collator = dataclasses.replace(make_collator(), tokenizer=tokenizer)
+    made = make("t2i", num=2, collator=collator)
+    assert [r["caption"] for r in made] == ["pig 0", "pig 2"]
+    assert "quarantined scenes[1] for task 't2i': prompt 'pig 1' would lose <p>" in caplog.text
+
+
+def test_a_split_without_one_usable_record_is_refused():
     plain = [scene | dict(expressions=[""]) for scene in SCENES]
-    made = batches("seg", sources=dict(scenes=MemorySource("scenes", plain)))
-    assert list(made) == []
+    message = r"no record of scenes can serve task 'seg'; the last: scenes\[22\] for task 'seg'"
+    with pytest.raises(UserError, match=message):
+        make("seg", sources=dict(scenes=MemorySource("scenes", plain)))
+    with pytest.raises(UserError, match="no record of scenes can serve task 't2i'; the last: "):
+        make("t2i", sources=dict(scenes=BrokenSource("scenes", SCENES[:3], {0, 1, 2})))
 
 
-def test_a_wrong_task_or_record_is_named():
+def test_far_too_many_damaged_records_are_refused_before_all_are_read():
+    broken = dict(scenes=BrokenSource("scenes", SCENES * 10, set(range(5, 230))))
+    with pytest.raises(UserError, match=r"of \d+ records read are unusable \(more than 1%\)"):
+        make("t2i", sources=broken)
+
+
+def test_a_wrong_task_or_field_is_named():
     with pytest.raises(UserError, match="unknown task of this config 'segm'; did you mean 'seg'"):
         make("segm")
-    broken = [SCENES[0], SCENES[1] | dict(caption="")]
-    with pytest.raises(UserError, match=r"^scenes\[1\]: field 'caption' is empty"):
-        list(batches("t2i", sources=dict(scenes=MemorySource("scenes", broken))))
+    with pytest.raises(UserError, match="task 't2i' cannot read scenes: no field 'depth'"):
+        make("t2i", fields=("depth",))
+
+
+def test_sources_with_weights_follow_one_another_too():
+    config = make_config(t2i=1.0).to_dict()
+    config["tasks"]["t2i"]["sources"] = dict(none=0.0, few=3.0, scenes=1.0)
+    given = sources(few=MemorySource("few", SCENES[2:4]))
+    options = dict(split="test", collator=make_collator(), sources=given)
+    made = HeldOut(Config.of(config), "t2i", num=3, **options)
+    assert [r["caption"] for r in made] == ["pig 2", "pig 3", "pig 0"]

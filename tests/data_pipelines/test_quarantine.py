@@ -1,33 +1,101 @@
-"""A few unusable records are logged and counted; too many of them end the run."""
+"""A few damaged records are named and counted; a share that is surely too large ends the run."""
 
+import math
+
+import numpy as np
 import pytest
 
-from data_pipelines.quarantine import MAX_FRACTION, MIN_READ, Quarantine
+from data_pipelines.quarantine import ALPHA, MAX_LOGGED, Quarantine, log_evidence
+from data_pipelines.reader import DamagedRecord, UnsuitableRecord
 from univg_jax.errors import UserError
 
 
-def test_a_record_counts_once_a_task_and_is_logged_once(caplog):
+def damaged(k: int, task: str = "t2i") -> DamagedRecord:
+    return DamagedRecord(f"scenes[{k}] for {task}", f"scenes[{k}] for task {task!r}: truncated")
+
+
+def reads_until(threshold: float, is_damaged: np.ndarray) -> float:
+    """After how many reads E reaches `threshold`; infinity if it never does."""
+    # A sound record only lowers E.
+    for k, index in enumerate(np.flatnonzero(is_damaged), start=1):
+        if log_evidence(k, int(index) + 1) >= math.log(threshold):
+            return int(index) + 1
+    return math.inf
+
+
+@pytest.mark.parametrize("share", [0.005, 0.008, 0.01])
+def test_a_share_within_the_tolerance_ends_no_run(share):
+    """The old rule, "more than 1% of 100 or more", ended 33%, 71% and 100% of such runs."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        assert reads_until(1 / ALPHA, rng.random(100_000) < share) == math.inf
+
+
+def test_the_chance_of_a_false_end_is_what_the_threshold_says():
+    """Ville's inequality, at a threshold low enough to see some: P(E ever >= 20) <= 1/20."""
+    rng = np.random.default_rng(0)
+    runs = 1000
+    ended = [reads_until(20, rng.random(10_000) < 0.01) < math.inf for _ in range(runs)]
+    # four standard deviations of a binomial above 5%; and the rule is not idle
+    assert 0 < np.mean(ended) < 0.05 + 4 * math.sqrt(0.05 * 0.95 / runs)
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [(300, 3), (1000, 10), (10_000, 100)], ids=["300", "1000", "10000"]
+)
+def test_the_same_holds_for_a_finite_set_that_is_read_without_repetition(size, count):
+    rng = np.random.default_rng(0)
+    is_damaged = np.arange(size) < count  # exactly 1%
+    ended = [reads_until(20, rng.permutation(is_damaged)) < math.inf for _ in range(500)]
+    assert np.mean(ended) < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 500)
+
+
+@pytest.mark.parametrize(("share", "reads"), [(1.0, 4), (0.2, 150), (0.05, 1500), (0.02, 15_000)])
+def test_a_share_that_is_too_large_ends_a_run_soon(share, reads):
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        assert reads_until(1 / ALPHA, rng.random(reads) < share) <= reads
+
+
+def test_a_record_is_named_once_a_task(caplog):
     quarantine = Quarantine()
     for task in ("t2i", "t2i", "ie"):
-        quarantine.add(task, "scenes[7]", OSError("truncated"))
-    assert len(quarantine) == 2
-    assert caplog.text.count("quarantined scenes[7] for task t2i: truncated") == 1
+        quarantine.skip(damaged(7, task), is_new=False)
+    assert caplog.text.count("quarantined scenes[7] for task 't2i': truncated") == 1
+    assert caplog.text.count("quarantined scenes[7] for task 'ie'") == 1
 
 
-def test_a_fraction_counts_only_after_some_records():
+def test_the_log_is_not_buried(caplog):
     quarantine = Quarantine()
-    for k in range(MIN_READ - 1):
-        quarantine.add("t2i", f"scenes[{k}]", OSError("truncated"))
-    with pytest.raises(UserError, match=r"100 of 100 records read are unusable \(more than 1%\)"):
-        quarantine.add("t2i", "scenes[99]", OSError("truncated"))
+    for k in range(2 * MAX_LOGGED):
+        quarantine.skip(damaged(k), is_new=False)
+    assert caplog.text.count("quarantined scenes") == MAX_LOGGED
+    assert "further quarantined records are counted, but not named" in caplog.text
 
 
-def test_as_many_as_the_limit_are_tolerated():
+def test_repeated_epochs_are_no_new_evidence():
+    """One cut picture of 32 is 3%, but one."""
     quarantine = Quarantine()
-    for _ in range(300 - 3):
-        quarantine.record_success()
+    for epoch in range(1000):
+        quarantine.skip(damaged(3), is_new=epoch == 0)
+        for _ in range(31):
+            if epoch == 0:
+                quarantine.accept()
+
+
+def test_the_end_says_how_many_and_which():
+    quarantine = Quarantine()
+    quarantine.accept()
+    message = r"^4 of 5 records read are unusable \(more than 1%\); the last: scenes\[3\] for task"
     for k in range(3):
-        quarantine.add("t2i", f"scenes[{k}]", OSError("truncated"))
-    assert len(quarantine) == MAX_FRACTION * 300
-    with pytest.raises(UserError, match=r"4 of 301 .* the last, scenes\[3\]: truncated"):
-        quarantine.add("t2i", "scenes[3]", OSError("truncated"))
+        quarantine.skip(damaged(k))
+    with pytest.raises(UserError, match=message):
+        quarantine.skip(damaged(3))
+
+
+def test_a_record_that_does_not_suit_is_sound():
+    quarantine = Quarantine()
+    for _ in range(100):
+        quarantine.skip(UnsuitableRecord("scenes[0]: no visible joint"))
+    quarantine.skip(damaged(1))
+    quarantine.skip(damaged(2))

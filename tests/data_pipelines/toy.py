@@ -75,7 +75,7 @@ class BrokenSource(MemorySource):
 
     def read(self, index, fields=None):
         if index in self.broken:
-            raise OSError("truncated image")
+            raise ValueError("truncated image")
         return super().read(index, fields)
 
 

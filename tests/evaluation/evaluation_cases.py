@@ -1,11 +1,10 @@
 """Small scenes of colored squares, as records, and batches and systems without a model."""
 
-import dataclasses
-
 import numpy as np
 
-from tests.helpers import fake_batch
-from univg_jax.batch import Batch, BatchShape
+from data_pipelines.collate import Collator
+from data_pipelines.tokenizer import TokenizedText
+from univg_jax.batch import BatchShape
 from univg_jax.evaluation.benchmark import Cases
 from univg_jax.evaluation.benchmarks.emoji_scenes import BENCHMARK
 
@@ -47,15 +46,14 @@ def make_cases(task: str, records, **options) -> Cases:
     return Cases(task, records, resolution=48, fields=fields, **options)
 
 
-def stack(rows) -> Batch:
-    """A batch with the rows' targets, ids and validity; the rest is random."""
-    shape = BatchShape(height=48, width=48, num_tokens=4, face=8)
-    return dataclasses.replace(
-        fake_batch(shape=shape, batch_size=len(rows)),
-        target=np.stack([row.example.target for row in rows]),
-        sample_id=np.array([row.sample_id for row in rows], np.uint32),
-        valid=np.array([row.valid for row in rows]),
-    )
+def tokenize(text: str, num_tokens: int) -> TokenizedText:
+    """Lengths of words as tokens."""
+    tokens = np.array([*map(len, text.split()), *[0] * num_tokens], np.int32)[:num_tokens]
+    blank = np.zeros(num_tokens, bool)
+    return TokenizedText(tokens=tokens, text_mask=tokens > 0, identity_slot=blank, num_truncated=0)
+
+
+COLLATOR = Collator(tokenizer=tokenize, shape=BatchShape(height=48, width=48, num_tokens=4, face=8))
 
 
 def noise(batch) -> np.ndarray:

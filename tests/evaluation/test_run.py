@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from data_pipelines.collate import Collator
-from data_pipelines.tokenizer import TokenizedText
 from tests import helpers, processes
 from tests.evaluation import evaluation_cases as data
 from univg_jax import sharding
@@ -30,7 +29,7 @@ def run(out, *, batch_size=4, count=7, settings=None, model=data.blurred, tasks=
     evaluator = Evaluator(
         benchmark=BENCHMARK,
         systems={name: system for name, system in systems.items() if system},
-        collate=data.stack,
+        collator=data.COLLATOR,
         scorers={},
         settings=settings or {"checkpoint_step": 3, "seed": 0},
         out=out,
@@ -151,7 +150,7 @@ def test_two_processes_agree_with_one_bitwise(tmp_path):
 TOY = dataclasses.replace(
     BENCHMARK,
     name="toy",
-    cases=lambda config, task, *, split, num: Cases(
+    cases=lambda config, task, *, split, num, collator: Cases(
         task,
         [data.scene(i + 100 * (split == "train")) for i in range(min(num, 9))],
         resolution=config.data.resolution,
@@ -160,13 +159,6 @@ TOY = dataclasses.replace(
     fingerprint=lambda config: config.data.dir,
     open_scorers=lambda pipeline, *, needs: {},
 )
-
-
-def tokenize(text: str, num_tokens: int) -> TokenizedText:
-    """Lengths of words as tokens."""
-    tokens = np.array([*map(len, text.split()), *[0] * num_tokens], np.int32)[:num_tokens]
-    blank = np.zeros(num_tokens, bool)
-    return TokenizedText(tokens=tokens, text_mask=tokens > 0, identity_slot=blank, num_truncated=0)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +180,7 @@ def pipeline() -> Pipeline:
         frozen=frozen,
         mesh=sharding.make_mesh(data=-1),
         generator=generator,
-        collator=Collator(tokenizer=tokenize, shape=helpers.SHAPE),
+        collator=Collator(tokenizer=data.tokenize, shape=helpers.SHAPE),
         path="run",
         step=7,
     )

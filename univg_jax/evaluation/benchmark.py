@@ -139,9 +139,10 @@ class BenchmarkTask:
 class Benchmark:
     """A set of tasks with their cases.
 
-    `cases(config, task, split=..., num=...)` are the first `num` cases of a split, read as needed;
-    `config.data.dir` says where. `fingerprint(config)` is a text that changes when the data does;
-    it is made without reading pictures. `open_scorers(pipeline, needs=...)` opens the scorers with
+    `cases(config, task, split=..., num=..., collator=...)` are the first `num` usable cases of a
+    split, read as needed; `config.data.dir` says where, `collator` which prompts can be used.
+    `fingerprint(config)` is a text that changes when the data does; it is made without reading
+    pictures. `open_scorers(pipeline, needs=...)` opens the scorers with
     those names; all processes call it. Raise `version` when numbers would change.
     """
 

@@ -5,14 +5,14 @@ number of processes. Of every batch a process has an equal run of rows: with 2 p
 of 4, process 0 makes cases 0, 1, 4, 5, ... and process 1 cases 2, 3, 6, 7, ...
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from data_pipelines.collate import Row
+from data_pipelines.collate import Collator
 from univg_jax.batch import Batch
 from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmark import Case, Cases
@@ -21,11 +21,10 @@ from univg_jax.images import write_png
 
 # Makes an image of each row of this process.
 System = Callable[[Batch], UInt8[np.ndarray, "b h w 3"]]
-Collate = Callable[[Sequence[Row]], Batch]
 
 
 def case_batches(
-    cases: Cases, *, collate: Collate, batch_size: int
+    cases: Cases, *, collator: Collator, batch_size: int
 ) -> Iterator[tuple[list[Case], Batch]]:
     """Every case once, in order, in batches of `batch_size` rows over all processes.
 
@@ -43,20 +42,11 @@ def case_batches(
     for first in range(index * local, index * local + len(cases), batch_size):
         mine = [cases[i] for i in range(first, min(first + local, len(cases)))]
         padding = [mine[-1] if mine else cases[len(cases) - 1]] * (local - len(mine))
-        yield (
-            mine,
-            collate(
-                [
-                    Row(
-                        example=case.example,
-                        task=case.task,
-                        sample_id=case.index,
-                        valid=i < len(mine),
-                    )
-                    for i, case in enumerate(mine + padding)
-                ]
-            ),
-        )
+        rows = [
+            collator.row(case.example, task=case.task, sample_id=case.index, valid=i < len(mine))
+            for i, case in enumerate(mine + padding)
+        ]
+        yield mine, collator(rows)
 
 
 def picture_names(case: Case) -> dict[str, str]:

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 from etils import epath
 
+from data_pipelines.collate import Collator
 from data_pipelines.tasks import TASKS
 from univg_jax import assembly
 from univg_jax.errors import UserError, check_name
 from univg_jax.evaluation import generate, score
 from univg_jax.evaluation.benchmark import AnswerFn, Benchmark, BenchmarkTask, Cases, ScoreFn
-from univg_jax.evaluation.generate import Collate, System
+from univg_jax.evaluation.generate import System
 from univg_jax.evaluation.scorers import Scorers, digest, local_mesh
 from univg_jax.files import write_whole
 from univg_jax.pipeline import Pipeline
@@ -70,15 +71,16 @@ def evaluate(
         check_name(name, benchmark.tasks, what=f"task of {benchmark.name}:")
     chosen = [name for name in benchmark.tasks if name in (tasks or pipeline.tasks)]
     assembly.prepare_data(config)
-    cases = {name: benchmark.cases(config, name, split=split, num=num_examples) for name in chosen}
-    train = {name: benchmark.cases(config, name, split="train", num=NUM_TRAIN) for name in chosen}
+    make_cases = functools.partial(benchmark.cases, config, collator=pipeline.collator)
+    cases = {name: make_cases(name, split=split, num=num_examples) for name in chosen}
+    train = {name: make_cases(name, split="train", num=NUM_TRAIN) for name in chosen}
     needs = {need: None for name in chosen for need in benchmark.tasks[name].needs_scorers}
     sampling = config.to_dict()["sampling"]
     kept = ("solver", "steps", "shift", "rescale", "interval", "guidance")
     evaluator = Evaluator(
         benchmark=benchmark,
         systems=pipeline_systems(pipeline, seed=seed),
-        collate=pipeline.collator,
+        collator=pipeline.collator,
         scorers=benchmark.open_scorers(pipeline, needs=tuple(needs)),
         settings={  # in the order in which the report shows them
             "checkpoint": pipeline.path,
@@ -128,7 +130,7 @@ class Evaluator:
 
     benchmark: Benchmark
     systems: Mapping[str, System]
-    collate: Collate
+    collator: Collator
     scorers: Scorers
     settings: Mapping[str, Any]
     out: epath.PathLike
@@ -212,7 +214,7 @@ class Evaluator:
         The model's images are written on the way.
         """
         rows: dict[Key, dict[int, score.Scores]] = collections.defaultdict(dict)
-        batches = generate.case_batches(cases, collate=self.collate, batch_size=self.batch_size)
+        batches = generate.case_batches(cases, collator=self.collator, batch_size=self.batch_size)
         for mine, batch in batches:
             images: dict[Key, Iterable[np.ndarray]] = {}
             for name, system in self.systems.items():

@@ -27,6 +27,7 @@ import numpy as np
 from etils import epath
 
 from data_pipelines import renderings
+from data_pipelines.collate import Collator
 from data_pipelines.held_out import HeldOut
 from data_pipelines.sources import open_source
 from univg_jax.errors import UserError
@@ -54,15 +55,13 @@ DEPTH_RANGE = (0.001, 10.0)  # meters that count, as in NYUv2; the scenes' sky i
 # --- the data and its scorers ---
 
 
-def cases(config: Config, task: str, *, split: str, num: int) -> Cases:
-    """The first `num` records of a split that suit the task. Raises UserError if it has none."""
-    return Cases(
-        task,
-        HeldOut(config, task, split=split, num=num),
-        resolution=config.data.resolution,
-        seed=config.seed,
-        fields=BENCHMARK.tasks[task].needs_fields,
+def cases(config: Config, task: str, *, split: str, num: int, collator: Collator) -> Cases:
+    """The first `num` records of a split that serve the task. Raises UserError if it has none."""
+    fields = BENCHMARK.tasks[task].needs_fields
+    records = HeldOut(
+        config, task, split=split, num=num, collator=collator, seed=config.seed, fields=fields
     )
+    return Cases(task, records, resolution=config.data.resolution, seed=config.seed, fields=fields)
 
 
 def fingerprint(config: Config) -> str:
@@ -83,7 +82,7 @@ def open_scorers(pipeline: Pipeline, *, needs: Sequence[str]) -> Scorers:
         # Both tasks that need the scorer are served by the scenes.
         task = next(config.tasks[name] for name in ("t2i", "lg") if name in config.tasks)
         scorers["scene"] = open_scene_scorer(
-            open_source(next(iter(task.sources)), "train", data_dir=config.data.dir),
+            open_source(task.source_names[0], "train", data_dir=config.data.dir),
             noun_of=emoji_noun,
             embed_text=scorers["text_embed"],
             cache_dir=epath.Path(config.data.dir) / "scorers",

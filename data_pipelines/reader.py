@@ -1,0 +1,117 @@
+"""The one way from a stored record to a row: read, decode, check, crop, size, tokenize.
+
+Training, held-out examples, the fits of encoders, `univg data` and evaluation all read through
+`Reader`: a record is of use to all of them or to none, and every message names it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from data_pipelines import tasks, transforms
+from data_pipelines.collate import Collator, Drop, Row
+from data_pipelines.sources import Source
+from data_pipelines.tasks import TASKS, Example, UnsuitableRecord
+from data_pipelines.transforms import Record
+from univg_jax.errors import NotFoundError, UnreachableError, UserError
+
+
+class DamagedRecord(UserError):
+    """A record that cannot be read, breaks the schema, or has a prompt that cannot be tokenized."""
+
+    def __init__(self, record: str, message: str):
+        super().__init__(message)
+        self.record = record  # its task and place, which name it
+
+
+# What `Reader` raises about one record: whoever reads many goes on with the next.
+SKIPPED = (DamagedRecord, UnsuitableRecord)
+
+
+class Reader:
+    """Reads a source's records for one task, in the shape of the rows that `collator` makes.
+
+    `fields` are those needed beside the task's. Raises UserError if the source lacks one. Every
+    method may raise
+
+      DamagedRecord: nobody can use the record, whatever is wrong with it.
+      UnsuitableRecord: it is sound, but holds nothing for this task.
+      UnreachableError: the storage does not answer. Another host or the next try would read the
+        record, so whoever went on without it would make another stream than they.
+      NotFoundError: what is missing is not in the record, such as a prompt in a cache.
+    """
+
+    def __init__(
+        self, task: str, source: Source, *, collator: Collator, fields: tuple[str, ...] = ()
+    ):
+        self.task, self.source, self._collator = task, source, collator
+        self._fields = tuple(dict.fromkeys((*TASKS[task].needs, *fields)))
+        if missing := [field for field in self._fields if field not in source.fields]:
+            raise UserError(
+                f"task {task!r} cannot read {source.name}: no field {missing[0]!r} "
+                f"(has {', '.join(source.fields)})"
+            )
+
+    def record(self, index: int) -> Record:
+        """The checked fields of a record, center-cropped to the size of the target."""
+        with self._naming(index) as where:
+            record = self.source.read(index, self._fields)
+            tasks.check(record, self._fields, where=where)
+            return transforms.resize_and_crop(record, resolution=self._collator.shape.height)
+
+    def example(self, index: int, rng: np.random.Generator, *, center: bool = False) -> Example:
+        """A record as an example of the task, cropped at random or to the `center`."""
+        with self._naming(index) as where:
+            return self._example(index, rng, center=center, where=where)
+
+    def row(
+        self,
+        index: int,
+        rng: np.random.Generator,
+        *,
+        sample_id: int = 0,
+        drop: Drop = "none",
+        center: bool = False,
+    ) -> Row:
+        """The same as a row, with its prompt tokenized."""
+        with self._naming(index) as where:
+            example = self._example(index, rng, center=center, where=where)
+            origin = (self.source, index)
+            return self._collator.row(
+                example, task=self.task, sample_id=sample_id, drop=drop, origin=origin
+            )
+
+    def _example(
+        self, index: int, rng: np.random.Generator, *, center: bool, where: str
+    ) -> Example:
+        record = self.source.read(index, self._fields)
+        tasks.check(record, self._fields, where=where)
+        size = self._collator.shape.height
+        return TASKS[self.task].example(record, rng, size, where=where, center=center)
+
+    @contextlib.contextmanager
+    def _naming(self, index: int) -> Iterator[str]:
+        """Makes one of the documented errors of what is raised inside, and names the record."""
+        where = f"{self.source.name}[{index}]"
+        try:
+            yield where
+        except NotFoundError:
+            raise
+        # A decoder or a transform may raise anything on a damaged record.
+        except Exception as error:
+            if _is_of_storage(error):
+                raise UnreachableError(f"cannot read {where}: {error}") from error
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            text = str(error).removeprefix(f"{where}: ")
+            message = f"{where} for task {self.task!r}: {kind}{text}"
+            if isinstance(error, UnsuitableRecord):
+                raise UnsuitableRecord(message) from error
+            raise DamagedRecord(f"{where} for {self.task}", message) from error
+
+
+def _is_of_storage(error: Exception) -> bool:
+    """Whether the storage failed, and not a decoder."""
+    # Pillow raises OSErrors for damaged pictures, but only the system's have a number.
+    has_number = isinstance(error, OSError) and error.errno is not None
+    return has_number or isinstance(error, ConnectionError | TimeoutError)
