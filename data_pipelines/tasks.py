@@ -62,7 +62,6 @@ class Task:
     title: str  # what it does, in the field's words
     needs: tuple[str, ...]  # fields of a record
     make: Callable[[Record, np.random.Generator], Example]  # of a record of the final size
-    may_refuse: bool = False  # whether `make` can raise UnsuitableRecord
     inputs: tuple[str, ...] = ()  # the INPUTS that a user gives
     prompt: Literal["needed", "optional", "none"] = "needed"  # whether a user gives one
     prompt_says: str = "what to paint"
@@ -306,7 +305,6 @@ _TASKS = (
         title="layout-guided generation",
         needs=("image", "caption", "boxes", "phrases"),
         make=_layout,
-        may_refuse=True,
         inputs=("image",),
         prompt_says="what to paint, with '(red block)' after what stands in that block",
     ),
@@ -323,7 +321,6 @@ _TASKS = (
         title="pose estimation",
         needs=("image", "joints"),
         make=_pose,
-        may_refuse=True,
         inputs=("image",),
         prompt="none",
     ),
@@ -332,7 +329,6 @@ _TASKS = (
         title="referring segmentation",
         needs=("image", "masks", "expressions"),
         make=_segment,
-        may_refuse=True,
         inputs=("image",),
         prompt_says="what to find",
     ),
