@@ -46,7 +46,7 @@ def test_fields_of_the_model_may_be_added():
             "config file 'experiments/stage1.py' does not exist; did you mean 'experiments/",
         ),
         ("experiments/emoji.py:stag=1", [], "takes no argument 'stag'; did you mean 'stage'?"),
-        ("experiments/emoji.py:stage=x", [], "emoji.py:stage=x should be int"),
+        ("experiments/emoji.py:stage=x", [], "emoji.py:stage='x': expected a whole number"),
         (
             "experiments/emoji.py:preset=smok",
             [],
@@ -63,9 +63,13 @@ def test_fields_of_the_model_may_be_added():
         (
             "experiments/base.py",
             ["optim.lr=fast"],
-            "--config.optim.lr=fast should be float, as its default 0.0001 is",
+            "optim.lr='fast': expected a finite number >= 0",
         ),
-        ("experiments/base.py", ["train.steps=1.5"], "--config.train.steps=1.5 should be int"),
+        (
+            "experiments/base.py",
+            ["train.steps=1.5"],
+            "train.steps=1.5: expected a whole number >= 1",
+        ),
         ("experiments/base.py", ["seed"], "--config.seed has no value"),
     ],
 )

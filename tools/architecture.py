@@ -80,6 +80,7 @@ DATA_LINES = (
 # Small rooms that many others import. They import only each other.
 SMALL = {
     "settings": "a config's sections and their defaults",
+    "fields": "types, ranges, meanings",
     "batch": "Batch, the one schema",
     "errors": "UserError and its kinds",
     "trees": "names of a tree's leaves",

@@ -56,7 +56,12 @@ class Run:
         return make_generator(self.config, self.step_fns.model, self.step_fns.conditioner)
 
     def validation(self, *, num: int, batch_size: int) -> dict[str, HeldOutBatches]:
-        """This process's batches of the first `num` validation examples of each task."""
+        """This process's batches of the first `num` validation examples of each task.
+
+        There are none where `num` is 0, and the split then need not exist.
+        """
+        if not num:
+            return {}
         return {
             name: HeldOutBatches(
                 HeldOut(self.config, name, split="validation", num=num, collator=self.collator),

@@ -44,13 +44,13 @@ class Preempted(UserError):
 def check_name(name: object, names: Collection[str], *, what: str) -> str:
     """Returns `name` if it is one of `names`, else raises UserError with the nearest one."""
     if name not in names:
-        raise UserError(f"unknown {what} {name!r}{suggestion(name, names)}")
+        raise UserError(f"unknown {what} {quote(name)}{suggestion(name, names)}")
     return name
 
 
 def suggestion(name: object, names: Collection[str]) -> str:
     """The end of a message about an unknown name: `; did you mean 'b'? (known: a, b)`."""
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.3)
+    near = difflib.get_close_matches(str(name)[:200], names, n=1, cutoff=0.3)
     listed = f" (known: {', '.join(names) or 'none'})" if len(names) <= MAX_LISTED else ""
     return (f"; did you mean {near[0]!r}?" if near else "") + listed
 

@@ -1,52 +1,49 @@
 """The settings of a run: one frozen dataclass a section, every default stated once.
 
 `experiments/base.py` makes the complete `ConfigDict` from these, stages and users change it, and
-`Config.of` gives the library what it reads. Values are checked here as far as no data is needed.
-Loads without JAX.
+`Config.of` gives the library what it reads. Every field says what it means and what it may be: a
+`Config` that exists is sound as far as no data is needed. docs/config.md has all of them as a
+table, made by `univg config`. Loads without JAX.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from univg_jax.errors import UserError, check_name
+from univg_jax import fields
+from univg_jax.errors import UserError
+from univg_jax.fields import setting
 
 DISTRIBUTIONS = ("logit_normal", "uniform")
 SOLVERS = ("euler", "heun")
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine")
 WHICH = ("ema", "params", "state")
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_SEED = 2**32 - 1
+MAX_STEPS = 2**31 - 1  # a step is folded into the seed's key
 
 Options = Mapping[str, Any]  # of something that has defaults of its own
-
-
-def _positive(section: object, where: str, *names: str) -> None:
-    for name in names:
-        if not getattr(section, name) > 0:
-            raise UserError(f"{where}.{name}={getattr(section, name)}: expected more than 0")
-
-
-def _not_negative(section: object, where: str, *names: str) -> None:
-    for name in names:
-        if not getattr(section, name) >= 0:
-            raise UserError(f"{where}.{name}={getattr(section, name)}: expected 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """A task's share of the stream, the dataset families that serve it, and condition dropout.
 
-    Sources share the weight by their number of records, or by the weights of a mapping
-    `{source: weight}`. The three kinds of dropout are disjoint events (InstructPix2Pix, arXiv
-    2211.09800, 3.2.1); they make guidance possible. How large they are is our choice.
+    The three kinds of dropout are disjoint events (InstructPix2Pix, arXiv 2211.09800, 3.2.1); they
+    make guidance possible. How large they are is our choice.
     """
 
-    weight: float
-    sources: tuple[str, ...] | Mapping[str, float]
-    drop_text: float = 0.05
-    drop_image: float = 0.05
-    drop_both: float = 0.05
+    weight: float = setting(help="share of the stream, relative to the other tasks'", least=0)
+    sources: tuple[str, ...] | Mapping[str, float] = setting(
+        help="families of the dataset, or folders of others; they share the weight by their number "
+        "of records, or by the weights of {source: weight}",
+        least=0,
+        is_path=True,
+    )
+    drop_text: float = setting(0.05, "probability of going without the text", least=0, most=1)
+    drop_image: float = setting(0.05, "probability of going without the image", least=0, most=1)
+    drop_both: float = setting(0.05, "probability of going without both", least=0, most=1)
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -60,89 +57,103 @@ class Task:
         """The probabilities of going without the text, the image, both."""
         return self.drop_text, self.drop_image, self.drop_both
 
-    def check(self, name: str) -> None:
-        """Raises UserError for a weight or a dropout that cannot be, or no source."""
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise UserError(
-                f"weight of task {name!r} is {self.weight}, expected a finite number >= 0"
-            )
+    def check(self, where: str) -> None:
+        """Raises UserError for dropouts that cannot be together, or no source."""
         if not self.sources:
-            raise UserError(f"task {name!r} has no source")
-        if not (min(self.dropout) >= 0 and sum(self.dropout) <= 1):
+            raise UserError(f"{where} has no source")
+        if isinstance(self.sources, Mapping) and not any(self.sources.values()):
+            raise UserError(f"{where}.sources: no weight is above zero")
+        if sum(self.dropout) > 1:
             raise UserError(
-                f"drop_text, drop_image, drop_both of task {name!r} are {list(self.dropout)}: "
+                f"{where}: drop_text, drop_image, drop_both are {list(self.dropout)}: "
                 "expected probabilities that sum to at most 1"
             )
-        if isinstance(self.sources, Mapping):
-            weights = self.sources.values()
-            if any(not math.isfinite(w) or w < 0 for w in weights) or not any(weights):
-                raise UserError(
-                    f"source weights of task {name!r} are {dict(self.sources)}, "
-                    "expected finite numbers >= 0, one above"
-                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     """Where records lie, and what shape a batch of them has."""
 
-    dataset: str = "emoji_scenes"  # built on demand when embedded; any folder of records otherwise
-    dir: str = "runs/data/emoji_64px"
-    build: Options = dataclasses.field(  # nouns: 0 = all
-        default_factory=lambda: dict(resolution=64, num_scenes=10_000, seed=0, nouns=0)
+    dataset: str = setting(
+        "emoji_scenes", "an embedded dataset, built on demand; any other text: records in `dir`"
     )
-    resolution: int = 64
-    face_resolution: int = 64
-    num_tokens: int = 32
-    # A folder of prompts' embeddings (univg data cache): the run then holds no text encoder.
-    text_cache: str = ""
-    batch_size: int = 512  # global
-    read_threads: int = 2
-    prefetch: int = 8
+    dir: str = setting("runs/data/emoji_64px", "folder of the records", least=1, is_path=True)
+    build: Options = setting(
+        help="options of an embedded dataset, below",
+        factory=lambda: dict(resolution=64, num_scenes=10_000, seed=0, nouns=0),
+    )
+    resolution: int = setting(64, "pixels a side of a picture", least=1)
+    face_resolution: int = setting(64, "pixels a side of a face", least=1)
+    num_tokens: int = setting(32, "tokens of a prompt; longer ones are cut", least=1)
+    text_cache: str = setting(
+        "",
+        "folder of prompts' embeddings (univg data cache): the run then holds no text encoder",
+        is_path=True,
+    )
+    batch_size: int = setting(512, "rows of a step, over all devices", least=1)
+    read_threads: int = setting(2, "threads of a host that read; 0: none, the loop reads", least=0)
+    prefetch: int = setting(8, "batches that a host holds ready", least=0)
 
-    def __post_init__(self) -> None:
-        _positive(self, "data", "resolution", "face_resolution", "num_tokens", "batch_size")
-        _not_negative(self, "data", "read_threads", "prefetch")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearCodec:
+    """Options of `conditioning.codec.kind="linear"`, which is fitted on the run's own pictures."""
+
+    patch: int = setting(4, "pixels a side of a latent cell", least=1)
+    channels: int = setting(16, "channels of a latent", least=1)
+    whiten: float = setting(
+        0.5, "0 keeps the variances of the components, 1 makes them equal", least=0, most=1
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LdaIdentity:
+    """Options of `conditioning.identity.kind="lda"`, fitted on the run's own portraits."""
+
+    dim: int = setting(64, "length of a face's vector", least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainedEncoder:
+    """Options of the kinds of encoders whose weights lie in a folder or come with a package."""
+
+    dtype: str = setting("float32", "type of the weights and the computation", names=DTYPES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditioning:
     """The frozen encoders: a kind, or a dict of the kind and its options (`encoders.kinds`)."""
 
-    folder: str = ""  # where pretrained encoders lie, of those kinds that do not come by pip
-    text: str | Options | None = "minilm"
-    codec: str | Options | None = dataclasses.field(
-        default_factory=lambda: dict(kind="linear", **LINEAR_CODEC)
+    folder: str = setting("", "pretrained encoders that do not come by pip", is_path=True)
+    text: str | Options | None = setting("minilm", "minilm, sd3, clip, t5; or {kind: ..., options}")
+    codec: str | Options | None = setting(
+        help="linear, vae; or {kind: ..., options}",
+        factory=lambda: dict(kind="linear", **dataclasses.asdict(LinearCodec())),
     )
-    identity: str | Options | None = None
-
-
-# Options of the encoders that are fitted on a run's own data.
-LINEAR_CODEC = dict(patch=4, channels=16, whiten=0.5)
-LDA_IDENTITY = dict(dim=64)
+    identity: str | Options | None = setting(None, "lda, clip; or {kind: ..., options}; None: none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """A named size, and any fields of `models.mmdit.MMDiT` that differ from it."""
 
-    size: str = "xl"
-    overrides: Options = dataclasses.field(default_factory=dict)
+    size: str = setting("xl", "tiny, b, l, xl, sd3-medium, sd3.5-large")
+    overrides: Options = setting(
+        help="fields of the MM-DiT that differ from the size's, below", factory=dict
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flow:
-    """How training times are drawn; `mean` and `std` belong to the logit-normal distribution."""
+    """How training times are drawn."""
 
-    distribution: str = "logit_normal"
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
-    weight_changes: tuple[str, ...] = ()  # tasks whose loss weighs changed regions, e.g. ("ie",)
-
-    def __post_init__(self) -> None:
-        check_name(self.distribution, DISTRIBUTIONS, what="flow.distribution")
-        _positive(self, "flow", "shift", "std")
+    distribution: str = setting("logit_normal", "of the times", names=DISTRIBUTIONS)
+    mean: float = setting(0.0, "of the logit-normal distribution")
+    std: float = setting(1.0, "of the logit-normal distribution", above=0)
+    shift: float = setting(1.0, "above 1: more times near the noise", above=0)
+    weight_changes: tuple[str, ...] = setting(
+        (), 'tasks whose loss weighs the changed regions, such as ("ie",)'
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,111 +163,114 @@ class Optim:
     Steps are optimizer updates, whatever `accumulate` is.
     """
 
-    name: str = "adamw"
-    lr: float = 1e-4
-    b1: float = 0.9  # decay of the first moment (adamw, adafactor; muon's own is 0.95)
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # of kernels only
-    clip: float = 1.0  # global norm of the trained parameters' gradient; 0 = off
-    warmup: int = 1000
-    schedule: str = "constant"
-    accumulate: int = 1  # micro-batches a step: see `training.optim.value_and_grad`
-    mu_dtype: str = "float32"  # of the first moment
-    ema: float = 0.9999
-    ema_warmup: float = 10.0  # 1 = none: see `training.optim.update_ema`
-    freeze: tuple[str, ...] = ()  # regexes searched in the parameters' paths
-
-    def __post_init__(self) -> None:
-        check_name(self.name, OPTIMIZERS, what="optim.name")
-        check_name(self.schedule, SCHEDULES, what="optim.schedule")
-        _positive(self, "optim", "accumulate")
-        _not_negative(self, "optim", "lr", "warmup", "clip", "weight_decay")
+    name: str = setting("adamw", "the optimizer", names=OPTIMIZERS)
+    lr: float = setting(1e-4, "learning rate after the warm-up", least=0)
+    b1: float = setting(
+        0.9, "decay of the first moment (adamw, adafactor; muon's own is 0.95)", least=0, below=1
+    )
+    b2: float = setting(0.999, "decay of the second moment", least=0, below=1)
+    eps: float = setting(1e-8, "added to the root of the second moment", least=0)
+    weight_decay: float = setting(0.0, "of kernels only", least=0)
+    clip: float = setting(1.0, "global norm that gradients are cut to; 0: off", least=0)
+    warmup: int = setting(1000, "steps until the rate is `lr`; 0: none", least=0)
+    schedule: str = setting("constant", "of the rate after the warm-up", names=SCHEDULES)
+    accumulate: int = setting(1, "micro-batches of a step (training.optim.value_and_grad)", least=1)
+    mu_dtype: str = setting("float32", "of the first moment", names=DTYPES)
+    ema: float = setting(0.9999, "decay of the parameters' average", least=0, below=1)
+    ema_warmup: float = setting(
+        10.0, "how fast the average starts (training.optim.update_ema); 1: at once", least=1
+    )
+    freeze: tuple[str, ...] = setting((), "regexes of the parameters that stay as they are")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Sizes of the mesh's axes; -1 is the rest, and `data` and `fsdp` may both be (`make_mesh`)."""
+    """Sizes of the mesh's axes; `data` and `fsdp` may both be -1 (`sharding.make_mesh`)."""
 
-    data: int = -1
-    fsdp: int = -1
-    tensor: int = 1
+    data: int = setting(-1, "copies of the parameters; -1: the devices that remain", least=-1)
+    fsdp: int = setting(-1, "devices that share parameters and rows; -1: as many as fit", least=-1)
+    tensor: int = setting(1, "devices that share a matrix product; -1: the rest", least=-1)
+
+    def check(self, where: str) -> None:
+        """Raises UserError for a size of 0."""
+        for name, size in dataclasses.asdict(self).items():
+            if size == 0:
+                raise UserError(f"{where}.{name}=0: expected a whole number >= 1, or -1 (the rest)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitFrom:
-    """Where parameters come from when the workdir has no checkpoint of its own.
+    """Where parameters come from when the workdir has no checkpoint of its own."""
 
-    `path`: another run, or a diffusers folder. `new`, `dropped`: regexes of the leaves that only
-    this run, or only the other one, has.
-    """
+    path: str = setting("", "another run's workdir or step, or a diffusers folder", is_path=True)
+    which: str = setting(
+        "ema", "average or raw parameters; state: go on with all of that run", names=WHICH
+    )
+    new: tuple[str, ...] = setting((), "regexes of the parameters that only this run has")
+    dropped: tuple[str, ...] = setting((), "regexes of the parameters that only the other run has")
 
-    path: str = ""
-    which: str = "ema"
-    new: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        check_name(self.which, WHICH, what="init_from.which")
+AT_THE_END = "only after the last step"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long, and how often what is done beside the steps."""
+    """How long, and how often what is done beside the steps. The last step does all of it."""
 
-    steps: int = 400_000
-    log_every: int = 100
-    eval_every: int = 10_000
-    sample_every: int = 10_000
-    save_every: int = 2_000
-    keep: int = 3
-    eval_examples: int = 64  # a task, at 8 fixed times each
-    sample_examples: int = 4  # a task, in the grids
-
-    def __post_init__(self) -> None:
-        _positive(self, "train", *(field.name for field in dataclasses.fields(self)))
+    steps: int = setting(400_000, "updates of the parameters", least=1, most=MAX_STEPS)
+    log_every: int | None = setting(100, "steps between rows of metrics", least=1, none=AT_THE_END)
+    eval_every: int | None = setting(10_000, "steps between validations", least=1, none=AT_THE_END)
+    sample_every: int | None = setting(10_000, "steps between samples", least=1, none=AT_THE_END)
+    save_every: int | None = setting(2_000, "steps between checkpoints", least=1, none=AT_THE_END)
+    keep: int | None = setting(3, "checkpoints that are kept, the newest", least=1, none="all")
+    eval_examples: int = setting(
+        64, "validation examples of a task, at 8 fixed times each; 0: no validation", least=0
+    )
+    sample_examples: int = setting(4, "samples of a task, in one grid; 0: no samples", least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guidance:
     """Scales of guidance: none (one pass), text (two passes), or text and image (three)."""
 
-    text: float | None = None
-    image: float | None = None
+    text: float | None = setting(None, "scale of the text", least=0, none="no guidance")
+    image: float | None = setting(None, "scale of the image", least=0, none="of the text only")
 
-    def __post_init__(self) -> None:
+    def check(self, where: str) -> None:
+        """Raises UserError for an image scale alone."""
         if self.image is not None and self.text is None:
-            raise UserError("guidance needs a text scale when it has an image scale")
+            raise UserError(f"{where}: guidance needs a text scale when it has an image scale")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How the flow is solved.
+    """How the flow is solved."""
 
-    `shift` spaces the times as in training (SD3). `rescale` in [0, 1] pulls the guided velocity's
-    standard deviation back to the conditional one's (arXiv 2305.08891, section 3.4). Guidance acts
-    for `interval[0] <= t <= interval[1]` only (arXiv 2404.07724), else the full condition alone.
-    """
+    solver: str = setting("euler", "one or two evaluations a step", names=SOLVERS)
+    steps: int = setting(50, "steps of the solver", least=1)
+    shift: float = setting(1.0, "spaces the times as in training (SD3)", above=0)
+    rescale: float = setting(
+        0.0,
+        "pulls the guided velocity's deviation back to the conditional one's (2305.08891, 3.4)",
+        least=0,
+        most=1,
+    )
+    interval: tuple[float, float] = setting(
+        (0.0, 1.0), "times between which guidance acts (2404.07724)", least=0, most=1
+    )
 
-    solver: str = "euler"
-    steps: int = 50
-    shift: float = 1.0
-    rescale: float = 0.0
-    interval: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        check_name(self.solver, SOLVERS, what="sampling.solver")
-        _positive(self, "sampling", "steps", "shift")
-        if len(self.interval) != 2:
-            raise UserError(f"sampling.interval={self.interval}: expected two times")
+    def check(self, where: str) -> None:
+        """Raises UserError for an interval that ends before it begins."""
+        if self.interval[0] > self.interval[1]:
+            raise UserError(f"{where}.interval={self.interval}: expected two ascending times")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(Sampler):
     """The sampler, and the guidance of each task; a task that is not named takes one pass."""
 
-    guidance: Mapping[str, Guidance] = dataclasses.field(
-        default_factory=lambda: dict(
+    guidance: Mapping[str, Guidance] = setting(
+        factory=lambda: dict(
             t2i=Guidance(text=5.0),
             ie=Guidance(text=5.0, image=1.5),
             ip=Guidance(text=3.0),
@@ -274,27 +288,26 @@ class Sampling(Sampler):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """All of a run's settings."""
+    """All of a run's settings. Raises UserError for what cannot be."""
 
-    name: str = "base"
-    seed: int = 0
-    tasks: Mapping[str, Task] = dataclasses.field(
-        default_factory=lambda: dict(t2i=Task(weight=1.0, sources=("scenes",)))
+    name: str = setting("base", "of the run, in messages and reports", least=1)
+    seed: int = setting(0, "of all that is random", least=0, most=MAX_SEED)
+    tasks: Mapping[str, Task] = setting(
+        factory=lambda: dict(t2i=Task(weight=1.0, sources=("scenes",)))
     )
-    data: Data = Data()
-    conditioning: Conditioning = dataclasses.field(default_factory=Conditioning)
-    model: Model = Model()
-    flow: Flow = Flow()
-    optim: Optim = Optim()
-    mesh: Mesh = Mesh()
-    init_from: InitFrom = InitFrom()
-    train: Train = Train()
-    sampling: Sampling = Sampling()
+    data: Data = setting(factory=Data)
+    conditioning: Conditioning = setting(factory=Conditioning)
+    model: Model = setting(factory=Model)
+    flow: Flow = setting(factory=Flow)
+    optim: Optim = setting(factory=Optim)
+    mesh: Mesh = setting(factory=Mesh)
+    init_from: InitFrom = setting(factory=InitFrom)
+    train: Train = setting(factory=Train)
+    sampling: Sampling = setting(factory=Sampling)
 
     def __post_init__(self) -> None:
-        _not_negative(self, "config", "seed")
-        for name, task in self.tasks.items():
-            task.check(name)
+        for name, value in fields.read_fields(Config, self, "").items():
+            object.__setattr__(self, name, value)
         if not any(task.weight > 0 for task in self.tasks.values()):
             raise UserError("no task has a weight above zero")
         if self.data.batch_size % self.optim.accumulate:
@@ -305,7 +318,8 @@ class Config:
         if self.optim.schedule == "cosine" and self.train.steps <= self.optim.warmup:
             raise UserError(
                 f"cosine ends at step {self.train.steps} (train.steps): not after "
-                f"optim.warmup={self.optim.warmup}"
+                f"optim.warmup={self.optim.warmup}; --config.optim.warmup="
+                f"{self.train.steps // 2} would do"
             )
 
     @classmethod
@@ -317,21 +331,7 @@ class Config:
         """
         if isinstance(config, Config):
             return config
-        values = dict(config.to_dict() if hasattr(config, "to_dict") else config)
-        sections = {field.name: field.type for field in dataclasses.fields(cls)}
-        for name, given in values.items():
-            section = sections.get(name)
-            if name == "tasks":
-                values[name] = {k: _section(Task, v, f"tasks.{k}") for k, v in given.items()}
-            elif name == "sampling":
-                guidance = {
-                    k: _section(Guidance, v, f"sampling.guidance.{k}")
-                    for k, v in given.get("guidance", {}).items()
-                }
-                values[name] = _section(Sampling, {**given, "guidance": guidance}, name)
-            elif dataclasses.is_dataclass(section):
-                values[name] = _section(section, given, name)
-        return _section(cls, values, "config")
+        return fields.make(cls, config.to_dict() if hasattr(config, "to_dict") else config, "")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, as `of` takes them and config.json has them; no scales that are None."""
@@ -340,19 +340,3 @@ class Config:
             for name in [name for name, scale in scales.items() if scale is None]:
                 del scales[name]
         return result
-
-
-def _section(cls: type, values: Options, where: str) -> Any:
-    """`cls(**values)`, with numbers and lists as the fields want them."""
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
-    for key in values:
-        check_name(key, fields, what=f"key of {where}:")
-
-    def convert(key: str, value: Any) -> Any:
-        if fields[key] in (float, float | None) and isinstance(value, int):
-            return float(value)
-        if key == "sources" and isinstance(value, Mapping):
-            return {source: float(weight) for source, weight in value.items()}
-        return tuple(value) if isinstance(value, list) else value
-
-    return cls(**{key: convert(key, value) for key, value in values.items()})

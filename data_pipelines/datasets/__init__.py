@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data_pipelines.datasets import emoji_scenes
-from univg_jax.errors import UserError, check_name
+from univg_jax import fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
     """A dataset that can be built.
 
-    `options` is a frozen dataclass: its fields are the arguments of a build, each with a default
-    and a text `metadata["help"]`. `build(out, options)` writes the families that are not complete
+    `options` is a frozen dataclass of `fields.setting`s with defaults: the arguments of a build.
+    `build(out, options)` writes the families that are not complete
     yet below `out`, a local folder or a bucket. It raises UserError for options out of range, and
     if `out` holds a build by other options.
     """
@@ -28,20 +28,13 @@ class Dataset:
     families: tuple[str, ...]
     build: Callable[..., None]
 
-    def make_options(self, values: Mapping[str, Any]) -> Any:
+    def make_options(self, values: Mapping[str, Any], *, where: str = "data.build") -> Any:
         """`values` as `options`, with the defaults of those left out.
 
-        Raises UserError for an unknown name, with the nearest one, or for a value of another type.
+        `where` they were given is part of messages. Raises UserError for an unknown name, with the
+        nearest one, and for a value of another type or out of range.
         """
-        types = {field.name: field.type for field in dataclasses.fields(self.options)}
-        for name, value in values.items():
-            check_name(name, types, what=f"option of dataset {self.name}:")
-            if type(value) is not types[name]:
-                raise UserError(
-                    f"option {name} of dataset {self.name} is {value!r}, "
-                    f"expected {types[name].__name__}"
-                )
-        return self.options(**values)
+        return fields.make(self.options, values, where)
 
 
 _DATASETS = (

@@ -99,7 +99,7 @@ def test_a_killed_fit_is_done_again(tmp_path):
         ),
         (
             dict(codec=dict(kind="linear", ptach=4)),
-            r"unknown conditioning\.codec option 'ptach'; did you mean 'patch'",
+            r"unknown key of conditioning\.codec: 'ptach'; did you mean 'patch'",
         ),
         (dict(codec=None), r"conditioning\.codec is missing; expected one of: linear, vae"),
         (

@@ -5,7 +5,7 @@ import dataclasses
 
 from data_pipelines import inspect
 from data_pipelines.datasets import DATASETS
-from univg_jax import assembly, configs, precompute
+from univg_jax import assembly, configs, fields, precompute
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.errors import check_name
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = build_.add_argument_group(dataset.name, dataset.summary)
         for field in dataclasses.fields(dataset.options):
             if field.name not in added:
-                summary = f"{field.metadata['help']} (default: {field.default})"
+                summary = f"{fields.rule_of(field).help} (default: {field.default})"
                 group.add_argument(f"--{field.name}", type=field.type, help=summary)
                 added.add(field.name)
     build_.set_defaults(run=build)

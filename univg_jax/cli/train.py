@@ -41,4 +41,5 @@ def run(args: argparse.Namespace) -> None:
             print(f"{config.name}: all {config.train.steps} steps are done in {args.workdir}")
         return
     run = assembly.make_run(config, args.workdir)
-    run.train(preview=make_preview(run), profile=profile)
+    preview = make_preview(run) if config.train.sample_examples else None
+    run.train(preview=preview, profile=profile)

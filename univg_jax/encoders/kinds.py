@@ -11,7 +11,7 @@ A new kind is one entry of `KINDS`.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,7 +70,7 @@ class Kind:
 class Fitted(Kind):
     """An encoder fitted on the run's own data; its parameters are saved beside the run."""
 
-    defaults: Mapping[str, Any]  # the options that a config may set
+    options: type  # a dataclass of what a config may set
     fit: Callable[..., dict[str, np.ndarray]]  # FitData, options -> parameters
 
 
@@ -84,7 +84,7 @@ class Pretrained(Kind):
     tokenizer: Callable[[Path], Path | str] | None = None  # conditioning.folder -> the tokenizer's
     needs_folder: bool = True  # False: the weights come with a package
 
-    defaults: ClassVar[Mapping[str, Any]] = {"dtype": "float32"}
+    options: ClassVar[type] = settings.PretrainedEncoder
 
 
 def find_kind(role: str, name: object) -> Fitted | Pretrained:
@@ -187,7 +187,7 @@ KINDS: dict[str, dict[str, Fitted | Pretrained]] = {
             # The latents' scale, which `whiten` decides, is fitted: no field of the module.
             module=lambda patch, channels, whiten: PatchCodec(patch=patch, channels=channels),
             inputs=_image(64),
-            defaults=settings.LINEAR_CODEC,
+            options=settings.LinearCodec,
             fit=lambda data, **options: fit_patch_codec(data.images(), **options),
         ),
         "vae": Pretrained(
@@ -201,7 +201,7 @@ KINDS: dict[str, dict[str, Fitted | Pretrained]] = {
         "lda": Fitted(
             module=IdentityEncoder,
             inputs=_image(64),
-            defaults=settings.LDA_IDENTITY,
+            options=settings.LdaIdentity,
             fit=lambda data, **options: fit_identity_encoder(*data.portraits(), **options),
         ),
         "clip": Pretrained(

@@ -23,16 +23,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int, PyTree, UInt8
 
-from univg_jax import sharding
+from univg_jax import fields, sharding
 from univg_jax.conditioning import Conditioner, Frozen, TextEncoder
 from univg_jax.encoders.kinds import KINDS, FitData, Fitted, Networks, Pretrained, find_kind
-from univg_jax.errors import NotFoundError, UserError, check_name
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.files import write_whole
 from univg_jax.pretrained import local_path
 from univg_jax.settings import Conditioning
 
 RECORD = "encoders.json"
-DTYPES = ("float32", "bfloat16", "float16")
 
 Record = dict[str, Any]  # the kind, its options, and once it is obtained the sha256 of its weights
 
@@ -178,12 +177,10 @@ def _chosen(conditioning: Conditioning) -> dict[str, Record | None]:
             chosen[role] = None
             continue
         given = {"kind": given} if isinstance(given, str) else dict(given)
-        defaults = _kind(role, given).defaults
-        for option in given:
-            check_name(option, ["kind", *defaults], what=f"conditioning.{role} option")
-        chosen[role] = {**defaults, **given}
-        if "dtype" in defaults:
-            check_name(chosen[role]["dtype"], DTYPES, what=f"conditioning.{role}.dtype")
+        options = _kind(role, given).options
+        kind = given.pop("kind", None)
+        made = fields.make(options, given, f"conditioning.{role}")
+        chosen[role] = {**dataclasses.asdict(made), "kind": kind}
     return chosen
 
 

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Bool, Float
 
-from univg_jax import sharding
+from univg_jax import fields, sharding
 from univg_jax.batch import Array
 from univg_jax.errors import UserError, check_name
+from univg_jax.fields import setting
 from univg_jax.models.attention import ATTENTION, ATTENTION_OUT
 from univg_jax.models.layers import (
     MLP,
@@ -35,6 +36,7 @@ from univg_jax.models.layers import (
     sincos_table,
     time_features,
 )
+from univg_jax.settings import DTYPES
 
 
 def _all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -170,39 +172,39 @@ class MMDiT(nn.Module):
     does not divide.
     """
 
-    hidden_dim: int
-    depth: int
-    num_heads: int
-    patch_size: int = 2
-    in_channels: int = 33
-    out_channels: int = 16
-    text_dim: int = 4096
-    pooled_dim: int = 2048
-    mlp_ratio: int = 4
-    qk_norm: str | None = "rms_norm"
-    position: str = "sincos"  # or 'rope'
-    pos_embed_max_size: int = 192  # tokens a side; of 'sincos'
-    pos_embed_base_size: int = 64  # the table's extent in units of position; of 'sincos'
-    sandwich_norm: bool = False
-    shared_adaln: bool = False
-    remat: str = "none"  # a name of REMAT
-    scan: bool = True  # False unrolls the depth: slower to compile, faster on CPU
-    # a name of attention.ATTENTION, or a function of its signature
-    attention: str | Callable = "auto"
-    dtype: Any = jnp.float32  # of the computation; parameters are float32
+    hidden_dim: int = setting(help="width, a multiple of 4 num_heads", least=4)
+    depth: int = setting(help="blocks", least=1)
+    num_heads: int = setting(help="heads of attention", least=1)
+    patch_size: int = setting(2, "latent cells a side of a token", least=1)
+    in_channels: int = setting(33, "channels of noise, source and mask", least=1)
+    out_channels: int = setting(16, "channels of a latent", least=1)
+    text_dim: int = setting(4096, "width of the tokens' embeddings", least=1)
+    pooled_dim: int = setting(2048, "width of the whole text's embedding", least=1)
+    mlp_ratio: int = setting(4, "an MLP's inner width, in widths", least=1)
+    qk_norm: str | None = setting(
+        "rms_norm", "of queries and keys", names=("rms_norm",), none="no norm"
+    )
+    position: str = setting("sincos", "of the image's tokens", names=("sincos", "rope"))
+    pos_embed_max_size: int = setting(192, "tokens a side, of sincos", least=1)
+    pos_embed_base_size: int = setting(
+        64, "the table's extent in units of position, of sincos", least=1
+    )
+    sandwich_norm: bool = setting(False, "norms after attention and MLP too")
+    shared_adaln: bool = setting(False, "one modulation for all blocks")
+    remat: str = setting("none", "what a block keeps for the backward pass", names=tuple(REMAT))
+    scan: bool = setting(True, "False unrolls the depth: slower to compile, faster on CPU")
+    attention: str | Callable = setting(
+        "auto", "or a function of the same signature", names=tuple(ATTENTION)
+    )
+    dtype: Any = setting(jnp.float32, "of the computation; parameters are float32", names=DTYPES)
 
     def __post_init__(self):
         super().__post_init__()
+        fields.read_fields(MMDiT, self, "model.overrides")
         if self.hidden_dim % (4 * self.num_heads):
             raise UserError(
                 f"hidden_dim {self.hidden_dim} is not a multiple of 4 * num_heads {self.num_heads}"
             )
-        check_name(self.position, ("sincos", "rope"), what="position")
-        check_name(self.remat, REMAT, what="remat policy")
-        if self.qk_norm is not None:
-            check_name(self.qk_norm, ("rms_norm",), what="qk_norm")
-        if not callable(self.attention):
-            check_name(self.attention, ATTENTION, what="attention")
 
     def matmul_flops(self, *, height: int, width: int, num_tokens: int, train: bool) -> float:
         """FLOPs of all matrix products for one example with latents of height x width.
@@ -285,11 +287,11 @@ class MMDiT(nn.Module):
     ) -> Float[Array, "b n d"]:
         """The image stream after all blocks, from both streams (image, text) before them."""
         # The fields of a stream have the same names here.
-        stream_fields = (f.name for f in dataclasses.fields(StreamBlock))
-        fields = dict(
+        names = (field.name for field in dataclasses.fields(StreamBlock))
+        options = dict(
             stream={
                 name: getattr(self, name)
-                for name in stream_fields
+                for name in names
                 if name not in ("final", "parent", "name")
             },
             attention=self.attention if callable(self.attention) else ATTENTION[self.attention],
@@ -309,8 +311,8 @@ class MMDiT(nn.Module):
                 length=self.depth - 1,
                 unroll=1 if self.scan else self.depth - 1,
             )
-            carry, _ = stack(**fields, name="blocks")(carry, cond, text_mask)
-        (image, _), _ = block(**fields, final=True, name="last_block")(carry, cond, text_mask)
+            carry, _ = stack(**options, name="blocks")(carry, cond, text_mask)
+        (image, _), _ = block(**options, final=True, name="last_block")(carry, cond, text_mask)
         return image
 
 
@@ -334,7 +336,5 @@ def make_mmdit(size: str, **overrides: Any) -> MMDiT:
 
     Raises UserError for an unknown size or field, with the nearest name.
     """
-    fields = [f.name for f in dataclasses.fields(MMDiT) if f.name not in ("parent", "name")]
-    for name in overrides:
-        check_name(name, fields, what="model field")
-    return MMDiT(**{**SIZES[check_name(size, SIZES, what="model size")], **overrides})
+    read = fields.read_fields(MMDiT, overrides, "model.overrides")
+    return MMDiT(**{**SIZES[check_name(size, SIZES, what="model.size")], **read})

@@ -170,8 +170,9 @@ def train(
     trace = Trace(workdir / "profile", steps=profile, start=start)
     bar = Bar(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main)
 
-    def is_due(step: int, every: int) -> bool:
-        return step > start and (step == c.steps or step % every == 0)
+    def is_due(step: int, every: int | None) -> bool:
+        is_multiple = every is not None and step % every == 0
+        return step > start and (step == c.steps or is_multiple)
 
     # The loop. DO NOT CHANGE THE ORDER: evaluate, write the row, save, next batch, update. With it
     # a checkpoint of step n has the state after n updates and the position after n batches, and a

@@ -7,9 +7,10 @@ its options are known where the artwork is not installed.
 
 import dataclasses
 import functools
-from typing import Any
 
 from etils import epath
+
+from univg_jax.fields import setting
 
 VERSION = "1.0.0"  # of the records: any change of what a (seed, split, index) gives moves it
 SPLITS = ("train", "validation", "test")
@@ -24,22 +25,19 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 PICTURES = 4  # of each person
 
 
-def _option(default: int, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """The arguments of a build, on which every record depends."""
 
-    resolution: int = _option(64, "pixels a side")
-    num_scenes: int = _option(
+    resolution: int = setting(64, "pixels a side", least=16)
+    num_scenes: int = setting(
         10_000,
         "training scenes; half as many edits, a fifth as many puppets, a twentieth as many persons "
         "of 4 pictures",
+        least=1,
     )
-    seed: int = _option(0, "of everything that is random")
-    nouns: int = _option(0, "use the first so many nouns of the whitelist; 0: all")
+    seed: int = setting(0, "of everything that is random", least=0)
+    nouns: int = setting(0, "use the first so many nouns of the whitelist; 0: all", least=0)
 
     def count(self, family: str, split: str) -> int:
         """How many records a family's split has: for evaluation at most 256."""

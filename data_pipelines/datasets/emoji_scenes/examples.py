@@ -33,11 +33,10 @@ def check(options: Options) -> Options:
     Raises UserError for a value out of range.
     """
     options = dataclasses.replace(options, nouns=options.nouns or len(WHITELIST))
-    for name, least in dict(resolution=16, num_scenes=1, seed=0, nouns=MIN_NOUNS).items():
-        if (value := getattr(options, name)) < least:
-            raise UserError(f"{name} is {value}; expected at least {least}")
-    if options.nouns > len(WHITELIST):
-        raise UserError(f"nouns is {options.nouns}; expected at most {len(WHITELIST)}")
+    if not MIN_NOUNS <= options.nouns <= len(WHITELIST):
+        raise UserError(
+            f"nouns is {options.nouns}; expected 0 (all), or {MIN_NOUNS} to {len(WHITELIST)}"
+        )
     persons = sum(options.count("persons", split) for split in SPLITS) // PICTURES
     if persons > (available := len(portraits.identities(options.seed))):
         raise UserError(
