@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from univg_jax import flow
+from univg_jax.models.vae import AutoencoderKL
 from univg_jax.settings import Flow
 
 
@@ -107,11 +108,32 @@ def test_loss_is_float32_for_a_bfloat16_model():
 def test_change_weights_favor_small_edits():
     x = latents(0, (2, 4, 4, 3))
     edited = x.at[0, 0, 0].add(1.0).at[1].add(5.0)
-    weight = flow.change_weights(edited, x)
+    changed = jnp.any(edited != x, axis=-1, keepdims=True)
+    weight = flow.change_weights(edited, x, changed)
     mean_square = 3 * 1.0 / (4 * 4 * 3)  # one cell of three channels changed by one
     assert float(weight[0, 0, 0, 0]) == pytest.approx(1 / mean_square, rel=1e-4)
     np.testing.assert_array_equal(weight[0].ravel()[1:], 1.0)  # unchanged cells
     np.testing.assert_array_equal(weight[1], 1.0)  # a change of everything is not weighted down
+
+
+def test_an_edit_changes_the_cells_that_it_touches_whatever_the_encoder_sees():
+    rng = np.random.default_rng(0)
+    source = rng.integers(20, 235, (3, 64, 64, 3), np.uint8)
+    target = source.copy()
+    target[0, 8:16, 24:32] += 20  # one cell of 64: 1.6% of the pixels
+    target[1] += rng.integers(-4, 5, target[1].shape).astype(np.uint8)  # as compression does
+    target[2] = 255 - target[2]
+    vae = AutoencoderKL(latent_channels=4, widths=(8, 8, 8, 8), depth=1, groups=4)
+    params = vae.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    encode = lambda x: vae.apply({"params": params}, x / 127.5 - 1, method="encode").mode  # noqa: E731
+    moved = jnp.abs(encode(target) - encode(source)).max(-1)[0]
+    assert (moved > 0).all()  # the encoder's normalization and attention reach every cell
+    changed = np.asarray(
+        flow.changed_cells(jnp.asarray(target), jnp.asarray(source), cell=vae.downsampling)
+    )
+    assert np.argwhere(changed[0, ..., 0]).tolist() == [[1, 3]]
+    assert not changed[1].any()
+    assert changed[2].all()
 
 
 def test_unknown_distribution_names_the_nearest():

@@ -12,11 +12,13 @@ import re
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Float, PyTree, Shaped
 
 from univg_jax.batch import Array
@@ -238,16 +240,33 @@ def rows_divisible(num_rows: int) -> bool:
     return not mesh.empty and num_rows % num_row_shards(mesh) == 0
 
 
-def matmul(x: Float[Array, "r i"], weight: Float[Array, "i o"], name: str) -> Float[Array, "r o"]:
-    """x W, with the rows of x split over `data` and `fsdp`, and W split by the rule for `name`.
+def platform() -> str:
+    """Inside jit: what this is compiled for, "cpu", "tpu" or "gpu".
 
-    This is the one place where FSDP communicates, in the weight's dtype. W is gathered, and again
-    for the gradient (no remat policy keeps it); the gradient is summed straight into shards. One
-    training step thus moves three times the bytes of all weights. Written by hand because the
-    compiler, left to itself, may move activations instead.
+    The mesh comes first: `univg plan` compiles for devices that are not here.
     """
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).platform
+
+
+def matmul(
+    x: Float[Array, "r i"],
+    weight: Float[Array, "i o"],
+    name: str,
+    *,
+    sum_dtype: DTypeLike | None = None,
+) -> Float[Array, "r o"]:
+    """x W in x's dtype, with the rows of x split over `data` and `fsdp`, W by the rule for `name`.
+
+    This is the one place where FSDP communicates. W is gathered in x's dtype, and again for the
+    gradient (no remat policy keeps it); the gradient is summed straight into shards, in `sum_dtype`
+    (None: x's). In x's dtype, one training step moves three times the bytes of all weights. Written
+    by hand because the compiler, left to itself, may move activations instead.
+    """
+    # XLA's CPU compiler aborts on sums of bfloat16 over devices that are written by hand.
+    sum_dtype = jnp.float32 if platform() == "cpu" else sum_dtype or x.dtype
+    weight = weight.astype(jnp.promote_types(x.dtype, sum_dtype))
     if not is_fsdp() or not rows_divisible(len(x)):
-        return x @ weight
+        return _product(x, weight)
     mesh = jax.sharding.get_abstract_mesh()
     spec = layer_spec(name, weight.shape, mesh)
     # `tensor` stays with the compiler: inside, the code sees `data` and `fsdp` only.
@@ -255,28 +274,62 @@ def matmul(x: Float[Array, "r i"], weight: Float[Array, "i o"], name: str) -> Fl
     rows = P(ROWS)
 
     def local(x: jax.Array, weight: jax.Array) -> jax.Array:
-        if "fsdp" in manual:
-            # Declares the weight different on each `data` device, so that its gradient is summed
-            # over `data` last, after the reduce-scatter has cut it to a shard.
-            weight = jax.lax.pcast(weight, "data", to="varying")
-            weight = _gather(weight, manual.index("fsdp"), mesh.shape["fsdp"])
-        return x @ weight
+        # Declares the weight different on each device, so that its gradient is summed here; over
+        # `data` last, after the reduce-scatter has cut it to a shard.
+        if "fsdp" not in manual:
+            return _product(x, jax.lax.pcast(weight, ROWS, to="varying"))
+        weight = jax.lax.pcast(weight, "data", to="varying")
+        return _product(x, _gather(weight, manual.index("fsdp"), mesh.shape["fsdp"], x.dtype))
 
     return jax.shard_map(local, in_specs=(rows, manual), out_specs=rows, axis_names=set(ROWS))(
         x, weight
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(shard: jax.Array, axis: int, size: int) -> jax.Array:
-    return jax.lax.all_gather(shard, "fsdp", axis=axis, tiled=True)
+def _product(x: Float[Array, "r i"], weight: Float[Array, "i o"]) -> Float[Array, "r o"]:
+    """x W in x's dtype; the gradient of W is in W's, which may be wider."""
+    return x @ weight if x.dtype == weight.dtype else _mixed_product(x, weight)
 
 
-def _gather_forward(shard: jax.Array, axis: int, size: int) -> tuple[jax.Array, None]:
-    return jax.lax.all_gather(shard, "fsdp", axis=axis, tiled=True), None
+@jax.custom_vjp
+def _mixed_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return x @ weight.astype(x.dtype)
 
 
-def _gather_backward(axis: int, size: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _mixed_product_forward(
+    x: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _mixed_product(x, weight), (x, weight)
+
+
+def _mixed_product_backward(
+    saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    # Not rounded before it is summed over devices.
+    of_weight = jnp.matmul(x.T, gradient, preferred_element_type=weight.dtype)
+    return gradient @ weight.astype(x.dtype).T, of_weight
+
+
+_mixed_product.defvjp(_mixed_product_forward, _mixed_product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(shard: jax.Array, axis: int, size: int, dtype: np.dtype) -> jax.Array:
+    """The whole of `shard`, rounded to `dtype`; its gradient is summed in the shard's own dtype."""
+    whole = jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
+    return whole.astype(shard.dtype)
+
+
+def _gather_forward(
+    shard: jax.Array, axis: int, size: int, dtype: np.dtype
+) -> tuple[jax.Array, None]:
+    return _gather(shard, axis, size, dtype), None
+
+
+def _gather_backward(
+    axis: int, size: int, dtype: np.dtype, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
     """A reduce-scatter in two hops, over `size / 4` devices, then over 4.
 
     XLA for TPU makes an all-reduce, twice the traffic, of a reduce-scatter over all devices of a

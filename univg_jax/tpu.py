@@ -23,7 +23,8 @@ _GOOGLE = "0x1ae0"  # the vendor of a TPU on the PCI bus
 class Chip:
     """What one device can do, by libtpu's count of devices.
 
-    A chip of v4 or tpu7x is two devices, so it can do twice as much.
+    A chip of tpu7x is two devices, so it can do twice as much. The two cores of a v4 are one device
+    (megacore), as JAX runs on real ones; libtpu describes them so by a configuration's name.
     """
 
     name: str
@@ -34,12 +35,14 @@ class Chip:
     hbm_bandwidth: float  # bytes a second
     ici_bandwidth: float  # bytes a second, received over all links to other chips together
     dcn_bandwidth: float  # bytes a second, a device's share of its host's network cards
+    libtpu_config: str = ""  # libtpu's name of the chip's configuration; none is its default
 
 
 # fmt: off
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in (
     #    name     kind           sides flops        hbm          HBM         ICI        DCN
-    Chip("v4",    "TPU v4",      3, 275e12 / 2,  15.25 * GIB, 1228e9 / 2, 300e9 / 2, 3.1e9 / 2),
+    Chip("v4",    "TPU v4",      3, 275e12,      30.75 * GIB, 1228e9,     300e9,     3.1e9,
+         libtpu_config="megacore"),
     Chip("v5e",   "TPU v5 lite", 2, 197e12,      15.75 * GIB, 819e9,      200e9,     3.1e9),
     Chip("v5p",   "TPU v5",      3, 459e12,      95.74 * GIB, 2765e9,     600e9,     6.2e9),
     Chip("v6e",   "TPU v6 lite", 2, 918e12,      31.25 * GIB, 1600e9,     400e9,     12.5e9),

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from univg_jax.models.layers import Linear, gelu_tanh, modulated_norm, rms_norm
+from univg_jax.models.layers import (
+    Linear,
+    add_bias,
+    add_gated,
+    gelu_tanh,
+    modulated_norm,
+    rms_norm,
+)
 
 
 def plain_gelu(x):
@@ -31,8 +38,10 @@ def plain_modulated_norm(x, scale, shift):
         (gelu_tanh, plain_gelu, [(2, 3, 40)]),
         (lambda x, scale: rms_norm(x, scale, 1e-6), plain_rms_norm, [(2, 3, 40), (40,)]),
         (modulated_norm, plain_modulated_norm, [(2, 3, 40), (2, 40), (2, 40)]),
+        (add_bias, lambda x, bias: x + bias, [(6, 40), (40,)]),
+        (add_gated, lambda x, g, y: x + g[:, None] * y, [(2, 3, 40), (2, 40), (2, 3, 40)]),
     ],
-    ids=["gelu_tanh", "rms_norm", "modulated_norm"],
+    ids=["gelu_tanh", "rms_norm", "modulated_norm", "add_bias", "add_gated"],
 )
 def test_value_and_gradients_are_the_equations(layer, plain, shapes):
     rng = np.random.default_rng(0)
@@ -47,6 +56,27 @@ def test_value_and_gradients_are_the_equations(layer, plain, shapes):
         # float32 sums of tens of terms in another order; the norms' gradients are differences of
         # such sums
         np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_gradients_of_biases_and_gates_are_sums_in_float32():
+    rng = np.random.default_rng(0)
+    rows = 20_000
+    wide = lambda x: np.asarray(x.astype(jnp.float32), np.float64)  # noqa: E731
+
+    def draw(*shape):
+        # around one, as gradients of one sign are: a sum in bfloat16 stops growing at 256 terms
+        return jnp.asarray(1 + rng.normal(size=shape), jnp.bfloat16)
+
+    x, direction = draw(rows, 8), draw(rows, 8)
+    _, backward = jax.vjp(add_bias, x, jnp.zeros(8))
+    np.testing.assert_allclose(backward(direction)[1], wide(direction).sum(0), rtol=1e-5)
+
+    x, y, direction = (v.reshape(1, rows, 8) for v in (x, draw(rows, 8), direction))
+    _, backward = jax.vjp(add_gated, x, jnp.zeros((1, 8), jnp.bfloat16), y)
+    # The gate is bfloat16, and so is its gradient, rounded once: 2^-9.
+    np.testing.assert_allclose(
+        wide(backward(direction)[1]), (wide(direction) * wide(y)).sum(1), rtol=2**-8.5
+    )
 
 
 def test_gelu_is_finite_with_its_gradient_far_from_zero():

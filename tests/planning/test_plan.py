@@ -86,6 +86,29 @@ def test_over_the_memory_says_by_how_much_and_what_helps():
     assert "\n" not in advice
 
 
+def test_gradients_summed_in_float32_move_twice_the_bytes_and_weights_do_not(small):
+    (wide,) = compiled(
+        "size=tiny,res=256", "v5e:2x2", *SMALL, "model.overrides.sum_dtype=float32"
+    ).programs
+
+    def moved(program, kind):
+        return sum(c.wire_bytes for c in program.collectives if c.kind == kind)
+
+    narrow = small.programs[0]
+    assert moved(wide, "reduce-scatter") == pytest.approx(2 * moved(narrow, "reduce-scatter"))
+    assert moved(wide, "all-gather") == pytest.approx(moved(narrow, "all-gather"), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("generation", "devices"),
+    [("v4:2x2x1", 4), ("v5e:2x2", 4), ("v5p:2x2x1", 4), ("v6e:2x2", 4), ("tpu7x:2x2x1", 8)],
+)
+def test_devices_are_those_that_jax_has_on_real_chips(generation, devices):
+    found = open_topology(generation)  # of four chips
+    assert len(found.devices) == devices
+    assert {device.device_kind for device in found.devices} == {found.chip.kind}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "offload"])
 def test_remat_policies_compile(remat, small):

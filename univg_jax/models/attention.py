@@ -232,13 +232,12 @@ def auto(
 
     `splash` on TPUs, `cudnn` on NVIDIA GPUs for 16-bit floats, `cpu` on CPUs, else `xla`.
     """
-    # The mesh comes first: `univg plan` compiles for devices that are not here.
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    if device.platform == "tpu":
+    platform = sharding.platform()
+    if platform == "tpu":
         return splash(q, k, v, mask)
-    if device.platform in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16):
+    if platform in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16):
         return cudnn_attention(q, k, v, mask)
-    if device.platform == "cpu":
+    if platform == "cpu":
         return cpu_attention(q, k, v, mask)
     return xla_attention(q, k, v, mask)
 

@@ -36,8 +36,10 @@ class UniVG(nn.Module):
                     f"face embeddings are {conditions.face_emb.shape[-1]} wide, "
                     f"face_dim={self.face_dim}"
                 )
-            dim, dtype = self.backbone.text_dim, self.backbone.dtype
-            face = MLP(dim, dim, gelu_tanh, dtype, name="identity_projector")(conditions.face_emb)
+            dim = self.backbone.text_dim
+            dtypes = dict(dtype=self.backbone.dtype, sum_dtype=self.backbone.sum_dtype)
+            projector = MLP(dim, dim, gelu_tanh, **dtypes, name="identity_projector")
+            face = projector(conditions.face_emb)
             slot = conditions.identity_slot[..., None]
             text_emb = jnp.where(slot, face[:, None].astype(text_emb.dtype), text_emb)
         latents = jnp.concatenate([x_t, conditions.cond_latents, conditions.mask], axis=-1)

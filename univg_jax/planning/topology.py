@@ -40,9 +40,10 @@ def open_topology(name: str) -> Topology:
             f"N slices are {generation}:{sides}*N"
         )
     tpu.silence_if_absent()
+    options = {"chip_config_name": chip.libtpu_config} if chip.libtpu_config else {}
     try:
         described = topologies.get_topology_desc(
-            f"{generation}:{shape}", platform="tpu", num_slices=slices
+            f"{generation}:{shape}", platform="tpu", num_slices=slices, **options
         )
     except Exception as error:  # libtpu's class of errors differs by version
         message = str(error).splitlines()[0]

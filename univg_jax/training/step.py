@@ -72,9 +72,9 @@ class TrainStep:
         if not tasks:
             return None
         chosen = jnp.isin(batch.task, jnp.array(tasks)) & batch.has_source
-        return jnp.where(
-            chosen[:, None, None, None], flow.change_weights(x0, source), jnp.float32(1.0)
-        )
+        cell = batch.target.shape[1] // x0.shape[1]
+        changed = flow.changed_cells(batch.target, batch.source, cell=cell)
+        return flow.change_weights(x0, source, changed & chosen[:, None, None, None])
 
     def update(
         self, state: TrainState, frozen: PyTree, batch: Batch
