@@ -38,8 +38,7 @@ def all_settings() -> list[tuple[str, dataclasses.Field]]:
     inside = [
         (f"{where}: {field.name}", field)
         for where, cls in OPTIONS.items()
-        for field in dataclasses.fields(cls)
-        if field.name not in ("parent", "name")  # flax's own
+        for field in fields.settings_of(cls)
     ]
     return [*SETTINGS.items(), *inside]
 
@@ -133,8 +132,8 @@ def test_an_override_is_in_its_range_or_refused(name, text):
 @pytest.mark.parametrize(("where", "cls"), OPTIONS.items(), ids=list(OPTIONS))
 @pytest.mark.parametrize("value", ["wide", -1, 0, math.nan, None, True, 2.5, 1e4])
 def test_options_are_in_their_range_or_refused(where, cls, value):
-    for field in dataclasses.fields(cls):
-        if field.name not in ("parent", "name") and is_numeric(field):
+    for field in fields.settings_of(cls):
+        if is_numeric(field):
             made = outcome(lambda n=field.name: fields.read_fields(cls, {n: value}, where)[n])
             assert_refused_or_in_range(made, value, field)
 

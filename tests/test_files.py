@@ -108,3 +108,51 @@ def test_uint8_and_floats_are_inverse():
     assert (floats.dtype, floats.min(), floats.max()) == (np.float32, -1.0, 1.0)
     np.testing.assert_array_equal(images.to_uint8(floats), levels)
     assert images.to_float(floats) is floats
+
+
+@pytest.fixture
+def places(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "folder", "message"),
+    [
+        ("folder", False, "is a folder: expected a file"),
+        ("new/", False, "is a folder: expected a file"),
+        ("file/a.png", False, "file is not a folder"),
+        ("file/a/b", True, "file is not a folder"),
+        ("file", True, "file is not a folder"),
+        ("a" * 300, False, "cannot be written: File name too long"),
+        ("/proc/nowhere/a.png", False, "cannot be written"),
+        ("/proc/nowhere", True, "cannot be written"),
+        ("", False, "--out is empty: expected a file"),
+        ("", True, "--out is empty: expected a folder"),
+        ("a.jpg", False, r"a\.jpg should end in \.png"),
+    ],
+)
+def test_an_output_that_cannot_be_is_one_line_and_nothing_is_left(places, path, folder, message):
+    path = path and (path if path.startswith("/") else f"{places}/{path}")
+    suffixes = (".png",) if path.endswith(".jpg") else ()
+    with pytest.raises(UserError, match=message) as error:
+        files.check_output(path, flag="--out", folder=folder, suffixes=suffixes)
+    assert "\n" not in str(error.value)
+    assert sorted(p.name for p in places.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("path", "folder"),
+    [("file", False), ("a.PNG", False), ("a/b/c.png", False), ("folder", True), ("a/b/", True)],
+)
+def test_an_output_that_can_be_is_not_made_yet(places, path, folder):
+    suffixes = (".png",) if path.lower().endswith(".png") else ()
+    files.check_output(f"{places}/{path}", flag="--out", folder=folder, suffixes=suffixes)
+    assert sorted(p.name for p in places.iterdir()) == ["file", "folder"]
+    files.check_output("gs://bucket/a.png", flag="--out", suffixes=suffixes)
+
+
+def test_what_the_system_refuses_is_one_line(places):
+    with pytest.raises(UserError, match=r"file/a cannot be written: Not a directory"):
+        files.write_whole(places / "file" / "a", "text")

@@ -21,7 +21,7 @@ from univg_jax.batch import BatchShape
 from univg_jax.conditioning import Conditioner
 from univg_jax.encoders import Encoders
 from univg_jax.errors import NotFoundError, UserError, check_name
-from univg_jax.models.mmdit import make_mmdit
+from univg_jax.models.mmdit import FROM_ENCODERS, make_mmdit
 from univg_jax.models.univg import UniVG
 from univg_jax.sampling import Generator
 from univg_jax.settings import Config
@@ -171,6 +171,9 @@ def check_config(config: Config) -> None:
         check_name(name, TASKS, what="task in flow.weight_changes:")
     for name in config.sampling.guidance:
         check_name(name, TASKS, what="task in sampling.guidance:")
+    for name in FROM_ENCODERS:
+        if name in config.model.overrides:
+            raise UserError(f"model.overrides.{name}: it follows from the encoders; leave it out")
     encoders.check(config.conditioning)
     make_tokenizer(config)
     conditioner = encoders.abstract(config.conditioning).conditioner

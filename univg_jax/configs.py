@@ -5,7 +5,6 @@ import fnmatch
 import importlib
 import importlib.util
 import inspect
-import json
 import os
 import sys
 import sysconfig
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 
 from univg_jax import fields
 from univg_jax.errors import NotFoundError, UserError, check_name, quote, suggestion
+from univg_jax.files import read_json
 from univg_jax.settings import Config, Options
 from univg_jax.trees import flatten
 
@@ -50,16 +50,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
 def _read_json(path: str, arguments: str) -> dict[str, Any]:
     if arguments:
         raise UserError(f"{path} takes no arguments after the colon, only --config.KEY=VALUE")
-    if not os.path.isfile(path):
-        raise NotFoundError(f"config file {path!r} does not exist")
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"config file {path!r} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"config file {path!r} is no config: expected a JSON object")
-    return values
+    return read_json(path)
 
 
 def _call(path: str, arguments: str) -> dict[str, Any]:

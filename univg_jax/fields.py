@@ -72,6 +72,11 @@ def rule_of(field: dataclasses.Field) -> Rule:
     return field.metadata.get(_RULE, Rule())
 
 
+def settings_of(cls: type) -> list[dataclasses.Field]:
+    """The fields of a class that `setting` made."""
+    return [field for field in dataclasses.fields(cls) if _RULE in field.metadata]
+
+
 def default_of(field: dataclasses.Field) -> Any:
     """The default of a field; `dataclasses.MISSING` if it must be given."""
     made = field.default_factory is not dataclasses.MISSING
@@ -84,7 +89,7 @@ def read_fields(cls: type, values: object, where: str) -> dict[str, Any]:
     `values` is a mapping or an instance of `cls`, and `where` its place in the config. Raises
     UserError for an unknown name, with the nearest one, and for a value that cannot be.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls) if _RULE in field.metadata}
+    fields = {field.name: field for field in settings_of(cls)}
     if isinstance(values, cls):
         values = {name: getattr(values, name) for name in fields}
     if not isinstance(values, Mapping):
@@ -106,7 +111,7 @@ def make(cls: type, values: object, where: str) -> Any:
     A class may have a method `check(where)`, for what concerns several fields. Raises UserError.
     """
     read = read_fields(cls, values, where)
-    for field in dataclasses.fields(cls):
+    for field in settings_of(cls):
         if field.name not in read and default_of(field) is dataclasses.MISSING:
             raise UserError(f"{where} has no {field.name}: it must be given")
     made = cls(**read)
@@ -171,7 +176,7 @@ def describe(kind: Any, rule: Rule) -> str:
     if kind in (int, float):
         word = "a whole number" if kind is int else "a finite number"
         return f"{word} {rule.range}".strip()
-    if kind is str and rule.names:
+    if kind in (str, Any) and rule.names:
         return f"one of {', '.join(rule.names)}"
     if kind is str:
         return ("a path" if rule.is_path else "a text") + (", not empty" if rule.least else "")
@@ -182,7 +187,7 @@ def describe(kind: Any, rule: Rule) -> str:
         return f"a list of {len(items) + 1}, each {describe(last, rule)}"
     if get_origin(kind) is Mapping or dataclasses.is_dataclass(kind):
         return "a group of keys"
-    return {bool: "True or False"}.get(kind, "any value")
+    return {bool: "True or False", Callable: "a function"}.get(kind, "any value")
 
 
 def leaves(cls: type, where: str = "") -> Iterator[tuple[str, dataclasses.Field]]:

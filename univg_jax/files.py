@@ -1,14 +1,20 @@
-"""Small files: written whole or not at all; read as JSON, or named in the error."""
+"""Small files: written whole or not at all; read as JSON, or named in the error.
+
+`check_output` tells beforehand whether something can be written.
+"""
 
 import collections
+import contextlib
 import json
 import os
+import tempfile
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
-from univg_jax.errors import NotFoundError, UserError
+from univg_jax.errors import NotFoundError, UserError, quote
 
 MAX_JSON_BYTES = 2**24  # an index of 100,000 tensors has half of this
 
@@ -18,17 +24,54 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
 
     The content goes to a file of another name in the same folder, which then takes the final name.
     Two processes that write the same path at once do not mix: the last one stays. Paths may be
-    `gs://`.
+    `gs://`. Raises UserError where the system refuses, such as on a full disk.
     """
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
         raise
+
+
+def check_output(
+    path: str | os.PathLike, *, flag: str, folder: bool = False, suffixes: Sequence[str] = ()
+) -> None:
+    """Raises UserError if no file (or `folder`) can be written at `path`; leaves nothing behind.
+
+    `flag` says in the message where the path was given, `suffixes` are what a file's name may end
+    in. Of a bucket only the name is checked.
+    """
+    text = os.fspath(path)
+    where = f"{flag}={quote(text)[1:-1]}"
+    if not text:
+        raise UserError(f"{flag} is empty: expected a {'folder' if folder else 'file'}")
+    if suffixes and not text.lower().endswith(tuple(suffixes)):
+        raise UserError(f"{where} should end in {' or '.join(suffixes)}")
+    if "://" in text:
+        return
+    if not folder and (os.path.isdir(text) or text.endswith(os.sep)):
+        raise UserError(f"{where} is a folder: expected a file")
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(text)  # fails for a name that is too long, too
+        there = os.path.abspath(text)
+        there = there if folder else os.path.dirname(there)
+        while not os.path.lexists(there):
+            there = os.path.dirname(there)
+        # Only trying tells: permissions do not show a disk that is mounted to be read.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except NotADirectoryError:
+        raise UserError(f"{where}: {there} is not a folder") from None
+    except OSError as error:
+        raise UserError(f"{where} cannot be written: {error.strerror or error}") from None
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:

@@ -7,10 +7,13 @@ from univg_jax import distributed
 CONFIG_HELP = "Any key of the config can be set: --config.optim.lr=1e-4"
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """`--config`; `main` collects the `--config.key=value` overrides."""
     parser.add_argument(
-        "--config", required=True, metavar="FILE.py[:NAME=VALUE,...]", help="an experiment"
+        "--config",
+        required=required,
+        metavar="CONFIG[:NAME=VALUE,...]",
+        help="a Python file, the name of an experiment such as stage1_t2i, or a config.json",
     )
     parser.epilog = parser.epilog or CONFIG_HELP
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "a benchmark's metrics for a checkpoint",
     "report": "one page about the stages of a run and its evaluation",
     "plan": "compile a config for any TPU topology, without a TPU: memory, FLOPs, roofline",
+    "config": "all settings of a config; without one, what every setting is",
     "data": "build datasets, look at what a config trains on",
     "checkpoint": "list, verify and copy checkpoints",
 }

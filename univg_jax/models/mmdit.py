@@ -57,6 +57,9 @@ REMAT = {
 }
 
 
+FROM_ENCODERS = ("in_channels", "out_channels", "text_dim", "pooled_dim")  # fields of `MMDiT`
+
+
 class StreamBlock(nn.Module):
     """One stream's part of a block: `project` before the joint attention, `update` after it.
 
