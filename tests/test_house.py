@@ -15,7 +15,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 OURS = ("univg_jax", "data_pipelines", "experiments")
 
 # Small rooms that any other may import. They know nothing of models, data or training.
-FOUNDATION = {"errors", "fields", "files", "images", "pages", "progress", "settings", "trees"}
+FOUNDATION = {
+    *("errors", "fields", "files", "images", "pages", "progress", "settings", "trees", "version"),
+}
 
 # Each room, and which others it imports besides the foundation. A room is a module or package of
 # the first level; names without a dot are of univg_jax, but for data_pipelines and experiments.
@@ -30,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "settings": set(),
     "trees": set(),
+    "version": set(),
     # Ideas of their own.
     "batch": set(),
     "checksums": set(),

@@ -87,6 +87,7 @@ SMALL = {
     "files": "a file whole, or not at all",
     "images": "pixels, PNG",
     "pages": "HTML from templates",
+    "version": "version, revision",
     "progress": "bars, or lines in a log",
     "pretrained": "folders of pretrained weights",
     "tpu": "chips, compiler options",

@@ -29,7 +29,7 @@ from univg_jax import checksums
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError, shorten
 from univg_jax.sharding import with_shardings
 from univg_jax.trees import Json, named_leaves, nest
-from univg_jax.workdir import CHECKPOINTS, as_json, barrier, claim_workdir, steps_in
+from univg_jax.workdir import CHECKPOINTS, as_json, barrier, claim_workdir, nearest_run, steps_in
 
 # Orbax writes these while or after the sums are made; they hold no data.
 NOT_SUMMED = ("_CHECKPOINT_METADATA", "commit_success.txt", checksums.FILE)
@@ -291,18 +291,16 @@ def _absolute(path: epath.PathLike) -> epath.Path:
 
 
 def _parse(path: epath.PathLike) -> tuple[epath.Path, int | None]:
-    """(folder of steps, step or None) of a workdir, its folder of steps, or one step.
-
-    Raises NotFoundError where there is none.
-    """
+    """(folder of steps, step or None) of a workdir, its steps, or one. Raises NotFoundError."""
     path = _absolute(path)
     is_step = path.parent.name == CHECKPOINTS and path.name.isdigit()
     if not path.exists() and not (is_step and path.parent.exists()):
-        raise NotFoundError(f"no checkpoint in {path}: it does not exist")
+        raise NotFoundError(f"no checkpoint in {path}: it does not exist{nearest_run(path)}")
     root = path.parent if is_step else path if path.name == CHECKPOINTS else path / CHECKPOINTS
     steps = steps_in(root)
     if not steps:
-        raise NotFoundError(f"no checkpoint in {root.parent}: it has no steps")
+        path = root.parent
+        raise NotFoundError(f"no checkpoint in {path}: it has no steps{nearest_run(path)}")
     if is_step and int(path.name) not in steps:
         there = ", ".join(map(str, steps))
         raise NotFoundError(f"no step {path.name} in {root}: steps are {there}")

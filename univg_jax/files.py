@@ -118,3 +118,8 @@ def parse_json(content: bytes, *, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where} is not a JSON object, but a {type(value).__name__}")
     return value
+
+
+def format_bytes(count: float | int) -> str:
+    """In GiB, and what is less than a hundredth of that in MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 100 else f"{count / 2**20:.2f} MiB"

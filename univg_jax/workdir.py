@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from univg_jax.errors import NotFoundError, UserError, shorten
+from univg_jax.errors import NotFoundError, UserError, shorten, suggestion
 from univg_jax.files import write_whole
 from univg_jax.trees import Json, flatten
 
@@ -61,13 +61,41 @@ def claim_workdir(workdir: epath.PathLike, config: Json) -> None:
 def list_steps(workdir: epath.PathLike) -> tuple[int, ...]:
     """The committed steps of a workdir, ascending. Raises NotFoundError if it does not exist."""
     if not epath.Path(workdir).exists():
-        raise NotFoundError(f"no checkpoint in {workdir}: it does not exist")
+        raise NotFoundError(f"no checkpoint in {workdir}: it does not exist{nearest_run(workdir)}")
     return steps_in(epath.Path(workdir) / CHECKPOINTS)
 
 
 def steps_in(root: epath.Path) -> tuple[int, ...]:
     """The committed steps in a folder of checkpoints, ascending."""
     return tuple(sorted(ocp.utils.checkpoint_steps(root))) if root.exists() else ()
+
+
+def is_run(folder: epath.PathLike) -> bool:
+    """Whether a folder is a workdir."""
+    return any((epath.Path(folder) / name).exists() for name in (CONFIG, CHECKPOINTS))
+
+
+def runs_below(folder: epath.PathLike) -> list[epath.Path]:
+    """The workdirs in a folder, in the order of their names; none if it does not exist."""
+    folder = epath.Path(folder)
+    children = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [child for child in children if child.is_dir() and is_run(child)]
+
+
+def nearest_run(path: epath.PathLike) -> str:
+    """The end of a message about a folder that is no run: the runs in it, or the nearest place.
+
+    Where nothing is near, it is empty.
+    """
+    path = epath.Path(path)
+    children = path.iterdir() if path.is_dir() else ()
+    below = runs_below(path) or [run for child in sorted(children) for run in runs_below(child)]
+    if below:
+        return f"; the runs in it are {shorten([str(run) for run in below])}"
+    parent = path.parent
+    beside = [child for child in parent.iterdir() if child != path] if parent.is_dir() else []
+    runs = [child for child in beside if is_run(child) or runs_below(child)]
+    return suggestion(str(path), [str(run) for run in runs]) if runs else ""
 
 
 def as_json(config: Json) -> Json:

@@ -1,6 +1,7 @@
 """Every command on a real (tiny) run of three stages: what it does, and what it refuses."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -296,9 +297,52 @@ def test_a_workdir_of_another_config_is_left_alone(root, capsys):
     assert {p: p.stat().st_mtime_ns for p in (root / "stage1").rglob("*")} == before
 
 
-def test_checkpoint_commands(root, tmp_path, capsys):
+STEP = r" +(\d+)  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d +[\d.]+ [MG]iB  (.*)"
+
+
+def test_checkpoint_list_shows_each_step(root, capsys):
     assert main(["checkpoint", "list", str(root / "stage1")]) == 0
-    assert capsys.readouterr().out.split() == ["1", "2"]
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [re.fullmatch(STEP, x).groups() for x in lines] == [("1", "sound"), ("2", "sound")]
+    assert main(["checkpoint", "list", "--quick", str(root / "stage1" / "checkpoints" / "2")]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert {re.fullmatch(STEP, x)[2] for x in lines} == {"not read"}
+
+
+def test_checkpoint_list_of_a_folder_names_its_runs(root, capsys):
+    assert main(["checkpoint", "list", str(root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [x for x in lines if x.endswith(":")] == [f"{root}/stage{i}:" for i in (1, 2, 3)]
+    assert sum(re.fullmatch(STEP, x) is not None for x in lines) == 6
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["checkpoint", "verify"],
+        ["checkpoint", "copy", "--out=copy"],
+        ["sample", "--task=t2i", "--prompt=x", "--out=o.png", "--checkpoint"],
+        ["evaluate", "--benchmark=emoji_scenes", "--out=out", "--checkpoint"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_folder_that_is_no_run_says_which_is(root, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+
+    def error(path):
+        assert main([*command, str(path)]) == 1
+        return error_line(capsys)
+
+    runs = [str(root / f"stage{i}") for i in (1, 2, 3)]
+    assert all(run in error(root) for run in runs)
+    assert "did you mean" in error(root / "stge2")
+    assert all(run in error(root.parent) for run in runs)
+    (tmp_path / "empty").mkdir()
+    assert error(tmp_path / "empty").endswith("it has no steps")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
+
+
+def test_checkpoint_copy_and_verify(root, tmp_path, capsys):
     assert main(["checkpoint", "copy", str(root / "stage1"), f"--out={tmp_path / 'copy'}"]) == 0
     assert main(["checkpoint", "verify", str(tmp_path / "copy")]) == 0
     assert "step 2: sound" in capsys.readouterr().out
@@ -311,6 +355,8 @@ def test_checkpoint_commands(root, tmp_path, capsys):
     shard.write_bytes(content)
     assert main(["checkpoint", "verify", str(tmp_path / "copy")]) == 1
     assert "damaged" in capsys.readouterr().err
+    assert main(["checkpoint", "list", str(tmp_path / "copy")]) == 0
+    assert "damaged: state/" in capsys.readouterr().out
 
 
 def test_data_inspect_writes_a_page(root, tmp_path):

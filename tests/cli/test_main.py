@@ -1,8 +1,14 @@
 """How a command ends: exit codes, one line for the user's errors, a traceback for ours."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
-from univg_jax import checkpoint, errors
+import univg_jax
+from univg_jax import checkpoint, errors, version
 from univg_jax.cli.main import main
 
 KINDS = [errors.UserError, *errors.UserError.__subclasses__()]
@@ -53,18 +59,85 @@ def test_a_bug_keeps_its_traceback(fails_with, capsys, kind):
     assert printed.endswith(f"{kind.__name__}: shapes (2,) and (3,)\n")
 
 
-def test_an_interrupt_is_one_line(fails_with, capsys):
-    fails_with(KeyboardInterrupt())
-    assert main(COMMAND) == 130
-    assert capsys.readouterr().err == "univg checkpoint: interrupted\n"
+@pytest.mark.parametrize(
+    ("number", "line"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")]
+)
+def test_a_signal_is_one_line_and_its_exit_code(monkeypatch, capsys, number, line):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(checkpoint, "verify", lambda path: os.kill(os.getpid(), number))
+    assert main(COMMAND) == 128 + number
+    assert capsys.readouterr().err == f"univg checkpoint: {line}\n"
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+# Sleeps in one call of C, as a compilation does.
+BUSY = """
+import ctypes, sys
+from univg_jax import checkpoint
+from univg_jax.cli import main
+checkpoint.verify = lambda path: (print("busy", flush=True), ctypes.CDLL(None).sleep(60))
+sys.exit(main.main(["checkpoint", "verify", "x"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_what_does_not_listen(number):
+    command = [sys.executable, "-c", BUSY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"busy\n"
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 128 + number
+        (line,) = process.stderr.read().splitlines()
+        assert line.startswith(b"univg")
+
+
+@pytest.mark.parametrize("arguments", [[], ["checkpoint"], ["data"]])
+def test_a_command_without_what_it_needs_shows_its_help(capsys, arguments):
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(" ".join(["usage: univg", *arguments]))
+    assert captured.err == ""
+
+
+def test_the_version_names_the_revision(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"univg {version.describe()}\n"
+    assert univg_jax.__version__ in version.describe()
+
+
+HELP = """
+import contextlib, io, sys
+from univg_jax.cli.main import COMMANDS, main
+actions = {"data": ["build", "inspect", "cache"], "checkpoint": ["list", "verify", "copy"]}
+lines = [[name, *more] for name in COMMANDS for more in [[], *([a] for a in actions.get(name, []))]]
+for line in [[], *lines]:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
+        main([*line, "--help"])
+    assert text.getvalue().startswith(" ".join(["usage: univg", *line])), line
+print(*(m for m in ("jax", "tensorflow_datasets", "orbax", "matplotlib") if m in sys.modules))
+"""
+
+
+def test_help_needs_nothing_slow():
+    done = subprocess.run([sys.executable, "-c", HELP], check=True, capture_output=True, text=True)
+    assert done.stdout == "\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["chekpoint", "list"], "unknown command 'chekpoint'; did you mean 'checkpoint'?"),
+        (["checkpoint", "lst"], "unknown action 'lst'; did you mean 'list'?"),
         (["checkpoint", "list"], "the following arguments are required: DIR"),
+        # also before what is required, which the misspelled flag may be
+        (["sample", "--promt=a pig"], "unknown flag --promt; did you mean '--prompt'?"),
+        (["sample", "--promt", "a pig"], "unknown flag --promt; did you mean '--prompt'?"),
+        (["evaluate", "--checkpiont=x"], "unknown flag --checkpiont; did you mean '--checkpoint'?"),
+        (["data", "build", "--reslution=3"], "did you mean '--resolution'?"),
+        (["checkpoint", "copy", "--stepp=3", "a"], "did you mean '--step'?"),
         ([*COMMAND, "--config.optim.lr=1"], "--config.optim.lr=1: checkpoint takes no config"),
     ],
 )

@@ -1,40 +1,80 @@
 """`univg checkpoint`: list, verify and copy the checkpoints of a run."""
 
 import argparse
+import datetime
+from typing import TYPE_CHECKING
 
-from univg_jax import checkpoint
-from univg_jax.errors import NotFoundError, UserError
-from univg_jax.workdir import list_steps
+from univg_jax.cli.parser import Parser
+from univg_jax.errors import UserError, shorten
+
+if TYPE_CHECKING:
+    from etils import epath
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The command's actions and their flags."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = parser.add_commands(dest="action")
     for name, summary, run in (
-        ("list", "the steps of a run", list_),
-        ("verify", "recompute the checksums of every step", verify),
+        ("list", "the steps of a run: when saved, how large, whether sound", list_),
+        ("verify", "recompute the checksums of every step; exit code 1 if one is damaged", verify),
         ("copy", "copy a sound step and its config into another workdir", copy),
     ):
-        description = summary.capitalize() + "."
+        description = summary[0].upper() + summary[1:] + "."
         action = actions.add_parser(name, help=summary, description=description)
-        step = " or a step of it" if name == "verify" else ""
-        action.add_argument("dir", metavar="DIR", help=f"a workdir{step}")
+        place = {"list": ", or a folder of workdirs", "verify": " or a step of it", "copy": ""}
+        action.add_argument("dir", metavar="DIR", help=f"a workdir{place[name]}")
+        if name == "list":
+            action.add_argument(
+                "--quick",
+                action="store_true",
+                help="do not read the files, so do not say if they are sound",
+            )
         if name == "copy":
-            action.add_argument("--step", type=int, help="default: the newest")
-            action.add_argument("--out", required=True, metavar="DIR")
+            action.add_argument("--step", type=int, metavar="N", help="default: the newest")
+            action.add_argument("--out", required=True, metavar="DIR", help="the other workdir")
         action.set_defaults(run=run)
 
 
 def list_(args: argparse.Namespace) -> None:
-    """Prints the steps of a workdir."""
-    steps = list_steps(args.dir)
-    if not steps:
-        raise NotFoundError(f"no checkpoint in {args.dir}: it has no steps")
-    print("\n".join(map(str, steps)))
+    """Prints the steps of a workdir, or of each one in a folder."""
+    from etils import epath
+
+    from univg_jax import workdir
+
+    given = epath.Path(args.dir).expanduser()
+    below = [] if workdir.is_run(given) else workdir.runs_below(given)
+    for run in below:
+        print(f"{run}:")
+        _print_steps(run, quick=args.quick)
+    if not below:
+        _print_steps(given, quick=args.quick)
+
+
+def _print_steps(run: "epath.Path", *, quick: bool) -> None:
+    """A line for each step: number, time, size, state."""
+    from univg_jax import checkpoint, checksums, workdir
+    from univg_jax.files import format_bytes
+
+    root = checkpoint.workdir_of(run) / workdir.CHECKPOINTS
+    steps = workdir.steps_in(root)
+    states = dict.fromkeys(steps, "not read")
+    if not quick:
+        reports = checkpoint.verify(root.parent)
+        states = {r.step: f"damaged: {shorten(r.problems, 2)}" for r in reports if r.problems}
+    print(f"{'step':>9}  {'saved':19}  {'size':>11}  state")
+    for step in steps:
+        folder = root / str(step)
+        files = [(folder / name).stat() for name in checksums.list_files(folder)]
+        saved = datetime.datetime.fromtimestamp(max(stat.mtime for stat in files))
+        size = format_bytes(sum(stat.length for stat in files))
+        state = states.get(step, "sound")
+        print(f"{step:9}  {saved:%Y-%m-%d %H:%M:%S}  {size:>11}  {state}")
 
 
 def verify(args: argparse.Namespace) -> None:
     """Prints what is wrong with each step; raises UserError if anything is."""
+    from univg_jax import checkpoint
+
     reports = checkpoint.verify(args.dir)
     for report in reports:
         found = "; ".join(report.problems) if report.problems else "sound"
@@ -45,5 +85,7 @@ def verify(args: argparse.Namespace) -> None:
 
 def copy(args: argparse.Namespace) -> None:
     """Copies one step."""
+    from univg_jax import checkpoint
+
     step = checkpoint.copy(args.dir, args.step, args.out)
     print(f"copied step {step} to {args.out}")

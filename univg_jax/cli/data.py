@@ -3,9 +3,8 @@
 import argparse
 import dataclasses
 
-from data_pipelines import inspect
 from data_pipelines.datasets import DATASETS
-from univg_jax import assembly, configs, fields, precompute
+from univg_jax import fields
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.errors import check_name
@@ -13,7 +12,7 @@ from univg_jax.errors import check_name
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's actions and their flags. A dataset's flags are the fields of its options."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = parser.add_commands(dest="action")
     build_ = actions.add_parser(
         "build", help="native files to records", description="Native files to records."
     )
@@ -62,6 +61,9 @@ def build(args: argparse.Namespace) -> None:
 
 def inspect_config(args: argparse.Namespace) -> None:
     """Writes a page of the rows that a config trains on."""
+    from data_pipelines import inspect
+    from univg_jax import assembly, configs
+
     configure(args)
     config = configs.load(args.config, args.overrides)
     assembly.check_config(config)
@@ -73,6 +75,8 @@ def inspect_config(args: argparse.Namespace) -> None:
 
 def cache_prompts(args: argparse.Namespace) -> None:
     """Embeds the prompts of a run."""
+    from univg_jax import configs, precompute
+
     configure(args)
     config = configs.load(args.config, [*args.overrides, "data.text_cache="])
     count = precompute.cache_prompts(config, args.out, steps=args.steps or config.train.steps)

@@ -2,15 +2,10 @@
 
 import argparse
 
-import jax
-
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.errors import UserError
-from univg_jax.evaluation.benchmarks import BENCHMARKS, open_benchmark
-from univg_jax.evaluation.run import evaluate
-from univg_jax.evaluation.score import table
-from univg_jax.pipeline import Pipeline
+from univg_jax.evaluation.benchmarks import BENCHMARKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Generates, scores, and prints the primary metric of each task."""
+    import jax
+
+    from univg_jax.evaluation.benchmark import open_benchmark
+    from univg_jax.evaluation.run import evaluate
+    from univg_jax.evaluation.score import table
+    from univg_jax.pipeline import Pipeline
+
     benchmark = open_benchmark(args.benchmark)
     for name in ("examples", "batch_size"):
         if getattr(args, name) < 1:

@@ -2,8 +2,6 @@
 
 import argparse
 
-from univg_jax import distributed
-
 CONFIG_HELP = "Any key of the config can be set: --config.optim.lr=1e-4"
 
 
@@ -49,8 +47,7 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="Cloud TPU, GKE, SLURM or Open MPI say who the others are; "
-        f"also {distributed.ENVIRONMENT}=1",
+        help="Cloud TPU, GKE, SLURM or Open MPI say who the others are; also UNIVG_DISTRIBUTED=1",
     )
     group.add_argument(
         "--coordinator",

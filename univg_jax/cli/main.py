@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 from absl import logging
 
+from univg_jax import progress, version
+from univg_jax.cli import signals
+from univg_jax.cli.parser import Parser
 from univg_jax.errors import UserError
 
 OWN_PACKAGES = ("univg_jax", "data_pipelines", "experiments")
@@ -25,26 +28,34 @@ COMMANDS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"univg {version.describe()}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code.
 
-    0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM with its step saved.
+    0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM; a training run has saved
+    its step then.
     """
     args = parse(list(sys.argv[1:] if argv is None else argv))
     logging.set_verbosity(logging.INFO)
     absl_logger = logging.get_absl_logger()
     (absl_logger.removeFilter if args.verbose else absl_logger.addFilter)(_is_ours_or_warning)
     try:
-        args.run(args)
+        # Training handles signals itself as soon as there is a step to save.
+        with signals.ended_by_signals(at_once=args.command != "train"):
+            if args.command:
+                from univg_jax import tpu
+
+                tpu.silence_if_absent()  # before JAX is first used, by whatever command
+            args.run(args)
         return 0
-    except KeyboardInterrupt:
-        print(f"univg {args.command}: interrupted", file=sys.stderr)
-        code = 130
+    except KeyboardInterrupt as end:
+        print(f"univg {args.command}: {str(end) or 'interrupted'}", file=sys.stderr)
+        code = getattr(end, "exit_code", 130)
     except UserError as error:
         if args.verbose:
             traceback.print_exc()
@@ -72,22 +83,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments of a command line; `run` is the function that they ask for."""
-    parser = _Parser(prog="univg", description="Train, sample and evaluate UniVG models.")
+    parser = Parser(prog="univg", description="Train, sample and evaluate UniVG models.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="the version and the revision")
     parser.add_argument(
-        "--verbose", action="store_true", help="log more, and show tracebacks of errors"
+        "--verbose",
+        action="store_true",
+        help="with any command: log more, and show tracebacks of errors",
     )
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
-    )
+    parser.epilog = "univg COMMAND --help says more of one."
+    commands = parser.add_commands(dest="command")
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
-    argv = [a for a in argv if not a.startswith("--config.")]
+    verbose = [a for a in argv if a == "--verbose"]
+    argv = [a for a in argv if not a.startswith("--config.") and a not in verbose]
     asked = next((a for a in argv if not a.startswith("-")), None)
     for name, summary in COMMANDS.items():
         description = summary[0].upper() + summary[1:] + "."
         sub = commands.add_parser(name, help=summary, description=description)
-        if name == asked:  # the others' modules, with JAX behind them, need not load
+        if name == asked:  # the others' modules need not load
             importlib.import_module(f"univg_jax.cli.{name}").add_arguments(sub)
-    args = parser.parse_args(argv)
+    args = parser.parse_args([*verbose, *argv])
     if overrides and not hasattr(args, "config"):
         parser.error(f"--config.{overrides[0]}: {args.command} takes no config")
     args.overrides = overrides
@@ -95,10 +109,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _is_ours_or_warning(record: stdlib_logging.LogRecord) -> bool:
-    """Keeps what this project logs (where parameters come from, what is fitted), and warnings."""
+    """Keeps what this project logs (where parameters come from, what is fitted), and warnings.
+
+    What is kept gets a line of its own beside the bars of a terminal.
+    """
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     ours = tuple(os.path.join(root, package) for package in OWN_PACKAGES)
-    return record.levelno >= stdlib_logging.WARNING or record.pathname.startswith(ours)
+    kept = record.levelno >= stdlib_logging.WARNING or record.pathname.startswith(ours)
+    if kept:
+        progress.make_room()
+    return kept
 
 
 def configure(args: argparse.Namespace) -> None:

@@ -2,10 +2,6 @@
 
 import argparse
 
-from etils import epath
-
-from univg_jax.evaluation.report import write_report, write_sheet
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
@@ -21,6 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the page, the same numbers as JSON, and a picture of examples."""
+    from etils import epath
+
+    from univg_jax.evaluation.report import write_report, write_sheet
+
     out, evaluation = epath.Path(args.out), epath.Path(args.evaluation)
     page, numbers, sheet = (out / f for f in ("report.html", "report.json", "samples.png"))
     write_report(out, page, numbers, stages=args.stages.split(","), evaluation=evaluation)

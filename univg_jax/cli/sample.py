@@ -2,15 +2,11 @@
 
 import argparse
 
-import jax
-import numpy as np
-
 from data_pipelines.tasks import INPUTS, TASKS
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.errors import UserError, check_name
 from univg_jax.images import write_png
-from univg_jax.pipeline import Pipeline, read_picture
 from univg_jax.progress import Bar
 
 
@@ -38,6 +34,11 @@ def _prompt_help() -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Checks the inputs, loads the model, and writes the picture."""
+    import jax
+    import numpy as np
+
+    from univg_jax.pipeline import Pipeline, read_picture
+
     if not args.out.lower().endswith(".png"):
         raise UserError(f"--out={args.out} should end in .png")
     pictures = {name: read_picture(getattr(args, name), f"--{name}") for name in INPUTS}

@@ -2,13 +2,8 @@
 
 import argparse
 
-import jax
-
-from univg_jax import assembly, configs
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
-from univg_jax.previews import make_preview
-from univg_jax.training import profiling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains, unless the run has all its steps already."""
+    import jax
+
+    from univg_jax import assembly, configs
+    from univg_jax.previews import make_preview
+    from univg_jax.training import profiling
+
     configure(args)
     config = configs.load(args.config, args.overrides)
     profile = None

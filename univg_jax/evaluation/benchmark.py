@@ -10,6 +10,7 @@ model*, which are pictures like a model's and are scored by the same code:
 
 import dataclasses
 import functools
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -18,7 +19,8 @@ import numpy as np
 
 from data_pipelines import tasks, transforms
 from data_pipelines.transforms import Record
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, check_name
+from univg_jax.evaluation import benchmarks
 from univg_jax.evaluation.metrics import Image, Ratio
 from univg_jax.evaluation.scorers import PROTOCOLS, Scorers
 from univg_jax.settings import Config
@@ -152,3 +154,9 @@ class Benchmark:
     cases: Callable[..., Cases]
     fingerprint: Callable[[Config], str]
     open_scorers: Callable[..., Scorers]
+
+
+def open_benchmark(name: str) -> Benchmark:
+    """The benchmark called `name`. Raises UserError if there is none, with the nearest name."""
+    check_name(name, benchmarks.BENCHMARKS, what="benchmark")
+    return importlib.import_module(f"{benchmarks.__name__}.{name}").BENCHMARK

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from univg_jax.errors import UserError
+from univg_jax.files import format_bytes
 from univg_jax.models.mmdit import REMAT, make_mmdit
 from univg_jax.planning.plan import Plan, Program
 from univg_jax.planning.topology import Topology
@@ -135,8 +136,3 @@ def advice(plan: Plan, program: Program) -> str:
         options = ["fewer rows" if program.name == "evaluation" else "more devices"]
     over = f"{plan.topology}: {program.name} is over the HBM by {format_bytes(program.over)}"
     return f"{over}. What helps: {'; '.join(options)}."
-
-
-def format_bytes(count: float | int) -> str:
-    """In GiB, and what is less than a hundredth of that in MiB."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 100 else f"{count / 2**20:.2f} MiB"

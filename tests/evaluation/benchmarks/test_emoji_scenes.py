@@ -6,7 +6,8 @@ import pytest
 from data_pipelines.tasks import TASKS
 from tests.evaluation import evaluation_cases as data
 from univg_jax.errors import UserError
-from univg_jax.evaluation.benchmarks import BENCHMARKS, emoji_scenes, open_benchmark
+from univg_jax.evaluation.benchmark import open_benchmark
+from univg_jax.evaluation.benchmarks import BENCHMARKS, emoji_scenes
 from univg_jax.evaluation.benchmarks.emoji_scenes import BENCHMARK, CANDIDATES, Candidates
 from univg_jax.evaluation.metrics import merge
 from univg_jax.settings import Config, Data

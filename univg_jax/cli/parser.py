@@ -1,0 +1,40 @@
+"""The command line's parser: wrong usage is one line that names the nearest right name."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from univg_jax.errors import suggestion
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser`, with examples as they are written, and errors of one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def add_commands(self, *, dest: str) -> argparse._SubParsersAction:
+        """What makes a parser for each command or action, whose name becomes `dest`."""
+        # Not `required`: without a name, the help is shown.
+        self.set_defaults(run=lambda _: self.print_help())
+        return self.add_subparsers(dest=dest, metavar=dest.upper(), parser_class=Parser)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with one line, and 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse does, after a look for unknown flags, which it would name last or never."""
+        if self._subparsers is None:
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            for flag in (a.partition("=")[0] for a in args or () if a.startswith("--")):
+                if not any(name.startswith(flag) for name in known):  # they may be cut short
+                    self.error(f"unknown flag {flag}{suggestion(flag, known)}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            self.error(f"unknown {action.dest} {value!r}{suggestion(value, action.choices)}")
+        super()._check_value(action, value)

@@ -1,0 +1,140 @@
+"""The tables that `univg plan` prints."""
+
+import collections
+import os
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from univg_jax import tpu
+from univg_jax.files import format_bytes
+from univg_jax.planning import search
+from univg_jax.planning.plan import Plan, Program
+
+
+def print_plans(plans: list[Plan]) -> None:
+    """Prints one column for each plan; all have the same config and programs."""
+    table = _table(f"{plans[0].config}, a step of one device")
+    table.add_column("")
+    for plan in plans:
+        table.add_column(plan.topology, justify="right")
+    _add_rows(table, [_plan_cells(plan) for plan in plans])
+    for i, program in enumerate(plans[0].programs):
+        table.add_section()
+        encoders = "with" if program.name != "train" or plans[0].encoders else "without"
+        table.add_row(f"[bold]{program.name}[/bold], {encoders} encoders", *[""] * len(plans))
+        _add_rows(table, [_program_cells(plan, plan.programs[i]) for plan in plans])
+    _print(table, width=60 + 24 * len(plans))
+    for plan in plans:
+        for program in plan.programs:
+            if not program.fits:
+                print(search.advice(plan, program))
+    print(f"Peaks: {tpu.SOURCE}.")
+
+
+def print_sweep(topology: str, plans: list[Plan]) -> None:
+    """Prints one row for each plan of a topology."""
+    table = _table(f"{plans[0].config} on {topology}")
+    for name in ("data x fsdp x tensor", "remat", "HBM", "roofline", "bound by", "MFU at most"):
+        table.add_column(name, justify="left" if name in ("remat", "bound by") else "right")
+    table.add_column("received of ideal", justify="right")
+    for plan in plans:
+        program = plan.programs[0]
+        values = ["does not fit", "", "", ""]
+        if program.fits:
+            mfu = f"{plan.mfu_bound(program):.1%}"
+            values = [_seconds(program.roofline), program.bound, mfu, _of_ideal(program)]
+        table.add_row(_mesh(plan), plan.model["remat"], _memory(plan, program), *values)
+    _print(table, width=120)
+
+
+def _table(title: str) -> Table:
+    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+
+
+def _add_rows(table: Table, columns: list[dict[str, str]]) -> None:
+    """Adds one row for each name in the columns' cells, which are the same."""
+    for name in columns[0]:
+        table.add_row(name, *(cells[name] for cells in columns))
+
+
+def _print(table: Table, *, width: int) -> None:
+    # A terminal says its own width; a file would get 80 columns.
+    Console(width=None if os.isatty(1) else width).print(table)
+
+
+def _plan_cells(plan: Plan) -> dict[str, str]:
+    """What is the same for all programs of a plan, by the name of its row."""
+    chip, model = plan.chip, plan.model
+    bandwidths = (chip.hbm_bandwidth, chip.ici_bandwidth, chip.dcn_bandwidth)
+    return {
+        "device": f"{chip.kind}, {chip.flops / 1e12:.0f} TFLOP/s",
+        "  GB/s: HBM | ICI | DCN": " | ".join(f"{value / 1e9:.4g}" for value in bandwidths),
+        "devices": f"{plan.devices}",
+        "mesh data x fsdp x tensor": _mesh(plan),
+        "remat, attention, dtype": f"{model['remat']}, {model['attention']}, {model['dtype']}",
+        "optimizer, first moment": f"{plan.optimizer['name']}, {plan.optimizer['mu_dtype']}",
+        "parameters": f"{plan.parameters / 1e9:.3f} B",
+        "batch, rows a device": f"{plan.batch}, {plan.rows:g}",
+        "whole on every device, over 4 MiB": ", ".join(plan.replicated) or "nothing",
+    }
+
+
+def _program_cells(plan: Plan, program: Program) -> dict[str, str]:
+    """The figures of one program, by the name of its row."""
+    over = "" if program.fits else "OVER: "
+    received = f"{format_bytes(program.wire_bytes)}, {_of_ideal(program)}"
+    counted = {
+        "compiled FLOPs, of model": f"{program.flops:.4g}, "
+        f"{program.flops / program.model_flops:.3f} x",
+        "collectives: arrays (number)": _collectives(program),
+        "received, of the FSDP ideal": received,
+        "HBM traffic, FLOPs a byte": f"{format_bytes(program.memory_bytes)}, "
+        f"{program.intensity:.0f}",
+        "time: compute | HBM | ICI | DCN": " | ".join(map(_seconds, program.seconds.values())),
+        "roofline": f"{_seconds(program.roofline)} ({program.bound})",
+        "MFU at most": f"{plan.mfu_bound(program):.1%}",
+    }
+    cells = {
+        "HBM: arguments": format_bytes(program.arguments),
+        "HBM: temporaries": format_bytes(program.temporaries),
+        "HBM: all at once, of available": f"{over}{_memory(plan, program)}",
+        "model FLOPs": f"{program.model_flops:.4g}",
+        # Nothing was counted of a program that does not fit.
+        **(counted if program.fits else dict.fromkeys(counted, "-")),
+        "compiled in": f"{program.compile_seconds:.0f} s",
+    }
+    return {f"  {name}": cell for name, cell in cells.items()}
+
+
+def _mesh(plan: Plan) -> str:
+    return " x ".join(str(n) for n in plan.mesh.values())
+
+
+def _memory(plan: Plan, program: Program) -> str:
+    return f"{format_bytes(program.peak)} of {format_bytes(plan.chip.hbm)}"
+
+
+def _collectives(program: Program) -> str:
+    """One line for each kind: bytes and number; kinds with next to no bytes are left out."""
+    sizes, counts = collections.defaultdict(float), collections.Counter()
+    for c in program.collectives:
+        sizes[c.kind] += c.bytes
+        counts[c.kind] += c.count
+    lines = [
+        f"{kind} {format_bytes(size)} ({counts[kind]})"
+        for kind, size in sizes.items()
+        if size > 1e-3 * program.wire_bytes
+    ]
+    return "\n".join(lines) or "none"
+
+
+def _of_ideal(program: Program) -> str:
+    if not program.ideal_wire_bytes:
+        return "nothing to move"
+    return f"{program.wire_bytes / program.ideal_wire_bytes:.3f} x"
+
+
+def _seconds(seconds: float | int) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
