@@ -18,6 +18,7 @@ A task is served by any record that has its `needs` (`data_pipelines.records` li
 """
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Callable, Collection
 from typing import Literal
@@ -60,11 +61,13 @@ class Task:
 
     name: str
     title: str  # what it does, in the field's words
+    aliases: tuple[str, ...] = ()  # other names that a user may call it by
     needs: tuple[str, ...]  # fields of a record
     make: Callable[[Record, np.random.Generator], Example]  # of a record of the final size
     inputs: tuple[str, ...] = ()  # the INPUTS that a user gives
     prompt: Literal["needed", "optional", "none"] = "needed"  # whether a user gives one
     prompt_says: str = "what to paint"
+    prompt_example: str = "a pig on grass"
 
     def example(
         self,
@@ -282,18 +285,27 @@ def _identity(record: Record, rng: np.random.Generator) -> Example:
 
 # `Batch.task` is an index into this order, also in checkpoints' data: append, never reorder.
 _TASKS = (
-    Task(name="t2i", title="text-to-image", needs=("image", "caption"), make=_text_to_image),
+    Task(
+        name="t2i",
+        title="text-to-image",
+        aliases=("generate", "generation"),
+        needs=("image", "caption"),
+        make=_text_to_image,
+    ),
     Task(
         name="ie",
         title="instruction editing",
+        aliases=("edit", "editing"),
         needs=("image", "source", "instruction"),
         make=_edit,
         inputs=("image",),
         prompt_says="what to change",
+        prompt_example="remove the pig",
     ),
     Task(
         name="ip",
         title="in- and outpainting",
+        aliases=("inpaint", "inpainting", "outpaint", "outpainting"),
         needs=("image", "caption"),
         make=_inpaint,
         inputs=("image", "mask"),
@@ -303,10 +315,12 @@ _TASKS = (
     Task(
         name="lg",
         title="layout-guided generation",
+        aliases=("layout",),
         needs=("image", "caption", "boxes", "phrases"),
         make=_layout,
         inputs=("image",),
         prompt_says="what to paint, with '(red block)' after what stands in that block",
+        prompt_example="a pig (red block) on grass",
     ),
     Task(
         name="depth",
@@ -327,18 +341,44 @@ _TASKS = (
     Task(
         name="seg",
         title="referring segmentation",
+        aliases=("segment", "segmentation"),
         needs=("image", "masks", "expressions"),
         make=_segment,
         inputs=("image",),
         prompt_says="what to find",
+        prompt_example="the pig",
     ),
     Task(
         name="id",
         title="a picture of a given person",
+        aliases=("identity", "face", "person"),
         needs=("image", "caption", "face"),
         make=_identity,
         inputs=("face",),
         prompt_says=f"what to paint, with {PLACEHOLDER} for the person",
+        prompt_example=f"a portrait of {PLACEHOLDER} smiling",
     ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+
+
+def find_task(name: str) -> Task:
+    """The task with a name in TASKS, a title or an alias, however it is spelled: `Text to Image`.
+
+    Raises UserError with the nearest one, and with all tasks and their titles.
+    """
+    known = {
+        _spelling(spelled): task
+        for task in TASKS.values()
+        for spelled in (task.name, task.title, *task.aliases)
+    }
+    if found := known.get(_spelling(name)):
+        return found
+    near = difflib.get_close_matches(_spelling(name), known, n=1)
+    meant = f"; did you mean {known[near[0]].name!r}?" if near else ""
+    listed = ", ".join(f"{task.name}: {task.title}" for task in TASKS.values())
+    raise UserError(f"unknown task {quote(name)}{meant} ({listed})")
+
+
+def _spelling(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,5 +1,8 @@
 """A trained model as one object: every task, lists, seeds, and what it refuses."""
 
+import dataclasses
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -108,6 +111,19 @@ def test_progress_is_told_and_compiles_nothing_anew(pipeline):
     assert first == second == [1, 2]
     assert "jit(generate)" not in compiled
     assert np.abs(silent.astype(int) - heard).max() <= 1
+
+
+def test_compiling_is_said_once_and_leaves_nothing_to_compile(pipeline, caplog):
+    caplog.set_level("INFO", logger="absl")
+    fresh = dataclasses.replace(pipeline, compiled=set())
+    for callback in (None, lambda _: None):
+        caplog.clear()
+        fresh.generate("a pig", callback=callback)
+        began, ended = (r.getMessage() for r in caplog.records if "compiling" in r.getMessage())
+        assert began.endswith("...")
+        assert re.search(r"took \d+\.\d s$", ended)
+        fresh.generate("a cat", callback=callback)
+        assert sum("compiling" in r.getMessage() for r in caplog.records) == 2
 
 
 def test_steps_and_parameters_are_chosen_at_loading(root):

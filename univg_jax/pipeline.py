@@ -11,7 +11,7 @@ measured is what users get.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypedDict, Unpack
 
 import jax
@@ -22,12 +22,13 @@ from PIL import Image
 
 from data_pipelines import records
 from data_pipelines.collate import Collator, Row
-from data_pipelines.tasks import INPUTS, TASKS
+from data_pipelines.tasks import INPUTS, TASKS, Example, find_task
 from data_pipelines.tokenizer import Tokenizer
 from univg_jax import assembly, checkpoint, encoders, sharding, tpu
 from univg_jax.batch import Batch
 from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.images import to_uint8
+from univg_jax.progress import timed
 from univg_jax.sampling import NULL_CONDITIONS, Generator, guidance_weights
 from univg_jax.settings import Config, Options
 from univg_jax.workdir import CHECKPOINTS
@@ -63,6 +64,8 @@ class Pipeline:
     collator: Collator
     path: str = ""
     step: int = 0
+    # What was compiled, so as to say it only once; copies with other parameters share it.
+    compiled: set[Hashable] = dataclasses.field(default_factory=set, repr=False, compare=False)
 
     @classmethod
     def load(
@@ -177,7 +180,7 @@ class Pipeline:
         Raises UserError for a task that the run was not trained on, a missing or superfluous input,
         or one that cannot be read.
         """
-        self.check_task(task)
+        task = self.check_task(task)
         inputs = dict(prompt=prompt, image=image, mask=mask, face=face)
         lists = {k: v for k, v in {**inputs, "seed": seed}.items() if isinstance(v, list | tuple)}
         count = len(next(iter(lists.values()))) if lists else 1
@@ -196,36 +199,39 @@ class Pipeline:
                     prompt=given["prompt"], **pictures, resolution=self.config.data.resolution
                 )
             )
-        rows = [self.collator.row(example, task=task, sample_id=0) for example in examples]
-        pixels = self._generate_rows(rows, task, seeds, callback)
-        if task == "ip":  # what is kept is the input's own pixels
-            pixels = [
-                np.where(e.mask > 0, made, e.source)
-                for e, made in zip(examples, pixels, strict=True)
-            ]
-        images = [Image.fromarray(p) for p in pixels]
+        images = list(self.answer(task, examples, seeds=seeds, callback=callback))
         return images if lists else images[0]
 
-    def _generate_rows(
+    def answer(
         self,
-        rows: Sequence[Row],
         task: str,
+        examples: Sequence[Example],
+        *,
         seeds: Sequence[int],
-        callback: Callable[[int], object] | None,
-    ) -> list[UInt8[np.ndarray, "h w 3"]]:
-        """Images of any number of rows, in batches of one size that the devices can share."""
+        batch_size: int | None = None,
+        callback: Callable[[int], object] | None = None,
+    ) -> Iterator[Image.Image]:
+        """An image for each example and its seed, in order, as soon as its batch is made.
+
+        Examples come from a user's inputs (`Task.from_inputs`) or from data (`HeldOut.example`).
+        `batch_size` images are made at a time, or as many more as divide over the devices; by
+        default up to `MAX_BATCH`. Batches of another size may round a pixel otherwise, by 1 of 255.
+        """
         unit = self.rows
-        size = min(-(-len(rows) // unit) * unit, max(unit, MAX_BATCH // unit * unit))
-        images: list[np.ndarray] = []
+        most = -(-batch_size // unit) * unit if batch_size else max(unit, MAX_BATCH // unit * unit)
+        size = min(-(-len(examples) // unit) * unit, most)
+        rows = [self.collator.row(example, task=task, sample_id=0) for example in examples]
         for start in range(0, len(rows), size):
-            chunk, chunk_seeds = list(rows[start:][:size]), list(seeds[start:][:size])
+            chunk, chunk_seeds = rows[start:][:size], list(seeds[start:][:size])
             padding = size - len(chunk)  # with one size for all batches, one program serves all
             batch = self.collator(chunk + chunk[-1:] * padding)
             made = self.generate_batch(
                 batch, task, seed=chunk_seeds + chunk_seeds[-1:] * padding, callback=callback
             )
-            images += list(made[: len(chunk)])
-        return images
+            for row, pixels in zip(chunk, made):  # without the padding
+                if row.example.mask is not None:  # what is kept is the input's own pixels
+                    pixels = np.where(row.example.mask > 0, pixels, row.example.source)
+                yield Image.fromarray(pixels)
 
     def generate_batch(
         self,
@@ -249,9 +255,15 @@ class Pipeline:
         passes = [self.collator.drop_conditions(batch, drop) for drop in drops]
         with jax.set_mesh(self.mesh):
             passes, seeds = sharding.shard_batch((passes, seeds.astype(np.uint32)), self.mesh)
-            images = self.generator(
-                self.params, self.frozen, passes, weights=weights, seeds=seeds, on_step=callback
-            )
+            arguments = (self.params, self.frozen, passes)
+            program = (self.generator, batch.size, len(passes), callback is None)
+            if program not in self.compiled:
+                with timed(f"compiling the sampler ({batch.size} x {len(passes)} rows)"):
+                    self.generator.compile(
+                        *arguments, weights=weights, seeds=seeds, stepwise=callback is not None
+                    )
+                self.compiled.add(program)
+            images = self.generator(*arguments, weights=weights, seeds=seeds, on_step=callback)
             return to_uint8(sharding.local_rows(images, self.mesh))
 
     def reconstruct(self, batch: Batch) -> Pixels:
@@ -285,10 +297,13 @@ class Pipeline:
         encoded = self.generator.conditioner.encoded_spec(self.frozen, spec)
         return self.generator.model.init_params(key, *encoded)
 
-    def check_task(self, task: str) -> None:
-        """Raises UserError for a task that is unknown, or that the model was not trained on."""
-        check_name(task, TASKS, what="task")
-        check_name(task, self.tasks, what=f"task of {self.path or 'this run'}:")
+    def check_task(self, task: str) -> str:
+        """The name in TASKS of a task, which may be given by another of its names.
+
+        Raises UserError for one that is unknown, or that the model was not trained on.
+        """
+        name = find_task(task).name
+        return check_name(name, self.tasks, what=f"task of {self.path or 'this run'}:")
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -71,8 +71,8 @@ def make_room() -> None:
 
 @contextlib.contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Logs what begins, and at its end the seconds that it took. For work without a bar."""
+    """Logs what begins, and at its end the time that it took. For work without a bar."""
     logging.info("%s ...", what)
     start = time.perf_counter()
     yield
-    logging.info("%s: %.1f s", what, time.perf_counter() - start)
+    logging.info("%s took %.1f s", what, time.perf_counter() - start)

@@ -142,6 +142,30 @@ class Generator:
             on_step(done)
         return self.decode(frozen, x)
 
+    def compile(
+        self,
+        params: PyTree,
+        frozen: PyTree,
+        passes: Sequence[Batch],
+        *,
+        weights: Sequence[float],
+        seeds: UInt32[Array, " b"],
+        stepwise: bool,
+    ) -> None:
+        """Compiles what a call with such arguments runs; without it, the first call does.
+
+        `stepwise`: for a call with `on_step`.
+        """
+        weights, passes = jnp.asarray(weights, jnp.float32), tuple(passes)
+        functions = type(self)  # a jitted method is lowered with its object as the first argument
+        if not stepwise:
+            functions.generate.lower(self, params, frozen, passes, weights, seeds).compile()
+            return
+        x, conditions = self.begin(frozen, passes, seeds)
+        interval = solver_times(self.sampler)[0]
+        functions.advance.lower(self, params, conditions, weights, x, interval).compile()
+        functions.decode.lower(self, frozen, x).compile()
+
     @functools.partial(jax.jit, static_argnums=0)
     def generate(
         self,

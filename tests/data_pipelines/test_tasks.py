@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import renderings, tasks
-from data_pipelines.tasks import TASKS
+from data_pipelines.tasks import TASKS, find_task
 from univg_jax.errors import UserError
 
 SIZE = 16
@@ -324,3 +324,22 @@ def test_inputs_that_do_not_fit_a_task_are_named(task, inputs, message):
         from_inputs(task, **inputs)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_task_is_found_by_all_of_its_names_however_they_are_spelled(task):
+    for name in (task.name, task.title, *task.aliases):
+        for spelled in (name, name.upper(), name.replace(" ", "_"), name.replace("-", " ")):
+            assert find_task(spelled) is task
+
+
+@pytest.mark.parametrize(
+    ("near", "name"),
+    [("edti", "ie"), ("inpaitning", "ip"), ("segmentatoin", "seg"), ("texttoimage", "t2i")],
+)
+def test_a_task_that_is_nearly_named_is_suggested(near, name):
+    with pytest.raises(UserError, match=f"unknown task '{near}'; did you mean '{name}'"):
+        find_task(near)
+    with pytest.raises(UserError, match="instruction editing") as error:
+        find_task("x" * 10_000)
+    assert len(str(error.value)) < 500

@@ -2,6 +2,7 @@
 
 import argparse
 
+from data_pipelines.tasks import find_task
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.errors import UserError
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("examples", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
+    tasks = [find_task(name).name for name in args.tasks.split(",")] if args.tasks else None
     configure(args)
     pipeline = Pipeline.load(
         args.checkpoint,
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         benchmark,
         out=args.out,
         data_dir=args.data,
-        tasks=args.tasks.split(",") if args.tasks else None,
+        tasks=tasks,
         split=args.split,
         num_examples=args.examples,
         batch_size=args.batch_size,

@@ -18,7 +18,7 @@ from univg_jax.errors import UserError
 OWN_PACKAGES = ("univg_jax", "data_pipelines", "experiments")
 COMMANDS = {
     "train": "run a config in a workdir, or continue it",
-    "sample": "one image from a checkpoint, for any task",
+    "sample": "pictures from a checkpoint, for any task",
     "evaluate": "a benchmark's metrics for a checkpoint",
     "report": "one page about the stages of a run and its evaluation",
     "plan": "compile a config for any TPU topology, without a TPU: memory, FLOPs, roofline",

@@ -8,7 +8,7 @@ from typing import Any
 from univg_jax.cli import flags
 from univg_jax.errors import UserError, check_name
 from univg_jax.files import write_whole
-from univg_jax.progress import Bar
+from univg_jax.progress import timed
 
 INCLUDE = ("encoders", "sampling", "evaluation")
 
@@ -92,8 +92,10 @@ def run(args: argparse.Namespace) -> None:
         report["sweep"] = {name: [p.to_json() for p in plans] for name, plans in ranked.items()}
     else:
         programs = ("train", *(name for name in include if name != "encoders"))
-        bar = Bar(topologies, desc="compile", unit="topology", leave=False)
-        plans = [compile_(config, topology, programs=programs) for topology in bar]
+        plans = []
+        for topology in topologies:
+            with timed(f"compiling for {topology.name}"):
+                plans.append(compile_(config, topology, programs=programs))
         plan_tables.print_plans(plans)
         report["plans"] = [p.to_json() for p in plans]
     if args.max_batch:

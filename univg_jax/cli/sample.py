@@ -1,25 +1,76 @@
-"""`univg sample`: one image from a checkpoint, for any task."""
+"""`univg sample`: pictures from a checkpoint, for any task."""
 
 import argparse
+import dataclasses
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from data_pipelines.tasks import INPUTS, TASKS
+from data_pipelines.tasks import INPUTS, TASKS, Example, Task, find_task
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
-from univg_jax.errors import UserError, check_name
+from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.images import write_png
 from univg_jax.progress import Bar
+
+if TYPE_CHECKING:
+    from univg_jax.pipeline import Pipeline
+
+MAX_SEED = 2**32 - 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     flags.add_checkpoint(parser)
-    parser.add_argument("--task", required=True, metavar="|".join(TASKS))
-    parser.add_argument("--prompt", default="", help=_prompt_help())
+    parser.add_argument(
+        "--task",
+        required=True,
+        metavar="|".join(TASKS),
+        help="listed below; a full name, such as editing, will do",
+    )
+    inputs = parser.add_argument_group("inputs")
+    inputs.add_argument("--prompt", default="", metavar="TEXT", help=_prompt_help())
     for name, shows in INPUTS.items():
         takers = [task.name for task in TASKS.values() if name in task.inputs]
-        parser.add_argument(f"--{name}", metavar="FILE", help=f"{', '.join(takers)}: {shows}")
-    parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture to write")
+        inputs.add_argument(f"--{name}", metavar="FILE", help=f"{', '.join(takers)}: {shows}")
+    inputs.add_argument(
+        "--prompts", metavar="FILE", help="instead of --prompt: a text file, one prompt a line"
+    )
+    inputs.add_argument(
+        "--example",
+        type=int,
+        metavar="N",
+        help="instead of all these: the inputs of example N, from 0, of the task in the test split "
+        "of the run's data; they and the true answer are written beside the picture",
+    )
+    inputs.add_argument(
+        "--data", metavar="DIR", help="where the data of --example lies; default: the run's config"
+    )
+    outputs = parser.add_argument_group("pictures")
+    outputs.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE.png|DIR",
+        help="the picture to write. Several need a folder, and are seed7.png with --num, 0003.png "
+        "of line 3 with --prompts, 0003_seed7.png with both",
+    )
+    outputs.add_argument(
+        "--num",
+        type=int,
+        metavar="N",
+        help="pictures of each prompt, with seeds from --seed on; default: 1",
+    )
+    outputs.add_argument(
+        "--batch_size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pictures made at a time, at least one a device; default: 1. More may be faster, and "
+        "may round a pixel otherwise",
+    )
     flags.add_processes(parser)
+    parser.epilog = "\n".join(["tasks:", *map(_task_help, TASKS.values())])
     parser.set_defaults(run=run)
 
 
@@ -32,19 +83,37 @@ def _prompt_help() -> str:
     return "; ".join(f"{', '.join(names)}: {text}" for text, names in says.items())
 
 
+def _task_help(task: Task) -> str:
+    """A task's name, its title, and flags to try it with."""
+    given = [f"--task={task.name}", *(f"--{name}=FILE" for name in task.inputs)]
+    given += [f'--prompt="{task.prompt_example}"'] if task.prompt != "none" else []
+    return f"  {task.name:7}{task.title}\n         {' '.join(given)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One picture to make."""
+
+    out: str
+    line: int  # of the prompt, from 1; 0 for that of the command line
+    seed: int
+
+
 def run(args: argparse.Namespace) -> None:
-    """Checks the inputs, loads the model, and writes the picture."""
+    """Checks the inputs, loads the model, and writes the pictures as they are made."""
     import jax
     import numpy as np
 
     from univg_jax.pipeline import Pipeline, read_picture
 
-    if not args.out.lower().endswith(".png"):
-        raise UserError(f"--out={args.out} should end in .png")
+    _check_numbers(args)
+    task = find_task(args.task)
+    prompts = read_prompts(args.prompts) if args.prompts else {0: args.prompt}
+    jobs = _jobs(args, list(prompts))
     pictures = {name: read_picture(getattr(args, name), f"--{name}") for name in INPUTS}
-    # The inputs are checked before the model is loaded; any size does for that.
-    task = TASKS[check_name(args.task, TASKS, what="task")]
-    task.from_inputs(prompt=args.prompt, **pictures, resolution=64)
+    if args.example is None:
+        # The inputs are checked before the model is loaded; any size does for that.
+        _make_examples(task, prompts, pictures, resolution=64)
     configure(args)
     pipeline = Pipeline.load(
         args.checkpoint,
@@ -52,22 +121,125 @@ def run(args: argparse.Namespace) -> None:
         sampling=flags.sampling(args),
         pretrained=args.pretrained,
     )
-    pipeline.check_task(args.task)
-    with Bar(
-        total=pipeline.config.sampling.steps,
-        desc=f"sample {args.task}",
-        unit="step",
-        disable=jax.process_index() != 0,
-    ) as bar:
-        image = pipeline.run(
-            args.task,
-            prompt=args.prompt,
-            **pictures,
-            seed=args.seed,
+    pipeline.check_task(task.name)
+    if args.example is None:
+        resolution = pipeline.config.data.resolution
+        examples = _make_examples(task, prompts, pictures, resolution=resolution)
+    else:
+        examples = {0: _held_out(pipeline, task.name, args.example, data_dir=args.data)}
+
+    is_main = jax.process_index() == 0
+    size = -(-args.batch_size // pipeline.rows) * pipeline.rows
+    total = -(-len(jobs) // size) * pipeline.config.sampling.steps
+    with Bar(total=total, desc=f"sample {task.name}", unit="step", disable=not is_main) as bar:
+        images = pipeline.answer(
+            task.name,
+            [examples[job.line] for job in jobs],
+            seeds=[job.seed for job in jobs],
+            batch_size=size,
             callback=lambda _: bar.update(),
         )
-    if jax.process_index() == 0:
-        write_png(args.out, np.asarray(image))
-        size = f"{image.width}x{image.height}"
-        settings = f"{args.task}, step {pipeline.step}, seed {args.seed}"
-        print(f"wrote {args.out} ({size}, {settings})")
+        for job, image in zip(jobs, images, strict=True):
+            if is_main:
+                write_png(job.out, np.asarray(image))
+    if is_main:
+        about = f"{image.width}x{image.height}, {task.name}, step {pipeline.step}"
+        seeds = f"seed {jobs[0].seed}" if args.num is None else f"seeds from {jobs[0].seed}"
+        count = args.out if len(jobs) == 1 else f"{len(jobs)} pictures to {args.out}"
+        print(f"wrote {count} ({about}, {seeds})")
+        if args.example is not None:
+            _write_example(examples[0], beside=jobs[0].out)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, least in (("seed", 0), ("num", 1), ("batch_size", 1), ("example", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UserError(f"--{name}={value}: expected at least {least}")
+    if args.seed + (args.num or 1) - 1 > MAX_SEED:
+        raise UserError(f"--seed={args.seed}: expected seeds up to {MAX_SEED}")
+    given = [name for name in ("prompt", *INPUTS) if getattr(args, name)]
+    if args.prompts is not None and args.prompt:
+        raise UserError("--prompts and --prompt: give one or the other")
+    if args.example is not None and (given or args.prompts):
+        flag = (given or ["prompts"])[0]
+        raise UserError(f"--example takes its inputs from the data: leave out --{flag}")
+    if args.data is not None and args.example is None:
+        raise UserError("--data says where the data of --example lies: give both")
+
+
+def read_prompts(path: str) -> dict[int, str]:
+    """The prompts of a text file by the number of their line, from 1; blank lines are none.
+
+    Raises UserError for a file that is not there, is not UTF-8, or has no prompt.
+    """
+    if not os.path.isfile(path):
+        raise NotFoundError(
+            f"--prompts={path} is {'a folder' if os.path.isdir(path) else 'absent'}"
+        )
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"--prompts={path} is not text in UTF-8: see line {line}") from None
+    prompts = {number: text for number, line in enumerate(lines, 1) if (text := line.strip())}
+    if not prompts:
+        raise UserError(f"--prompts={path} has no prompt")
+    return prompts
+
+
+def _jobs(args: argparse.Namespace, lines: Sequence[int]) -> list[_Job]:
+    """A picture for each prompt and seed. Raises UserError where it cannot be written."""
+    seeds = range(args.seed, args.seed + (args.num or 1))
+    if args.num is None and args.prompts is None:
+        if not args.out.lower().endswith(".png"):
+            raise UserError(f"--out={args.out} should end in .png")
+        return [_Job(args.out, lines[0], args.seed)]
+    if args.out.lower().endswith(".png"):
+        raise UserError(f"--out={args.out}: --num and --prompts need a folder, not a file")
+    jobs = []
+    for line, seed in itertools.product(lines, seeds):
+        names = [*([f"{line:04d}"] if line else []), *([f"seed{seed}"] if args.num else [])]
+        jobs.append(_Job(os.path.join(args.out, f"{'_'.join(names)}.png"), line, seed))
+    return jobs
+
+
+def _make_examples(
+    task: Task, prompts: Mapping[int, str], pictures: Mapping, *, resolution: int
+) -> dict[int, Example]:
+    """What each prompt asks for, by its line. Raises UserError as `Task.from_inputs` does."""
+    examples = {}
+    for line, prompt in prompts.items():
+        try:
+            examples[line] = task.from_inputs(prompt=prompt, **pictures, resolution=resolution)
+        except UserError as error:
+            raise UserError(f"line {line} of --prompts: {error}" if line else str(error)) from None
+    return examples
+
+
+def _held_out(pipeline: "Pipeline", task: str, index: int, *, data_dir: str | None) -> Example:
+    """Example `index` of a task in the test split of the run's data, or of that in `data_dir`."""
+    from data_pipelines.held_out import HeldOut
+    from univg_jax import assembly
+
+    config = pipeline.config
+    if data_dir is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
+    assembly.prepare_data(config)
+    held_out = HeldOut(config, task, split="test", num=index + 1)
+    if len(held_out) <= index:
+        raise UserError(f"--example={index}: the test split has {len(held_out)} of task {task!r}")
+    return held_out.example(index)
+
+
+def _write_example(example: Example, *, beside: str) -> None:
+    """Writes an example's inputs and true answer beside its picture, and prints its prompt."""
+    pictures = {"source": example.source, "face": example.face, "target": example.target}
+    for name, pixels in pictures.items():
+        if pixels is not None:
+            path = f"{beside.removesuffix('.png')}_{name}.png"
+            write_png(path, pixels)
+            print(f"wrote {path}")
+    if example.text:
+        print(f"its prompt is {quote(example.text)}")

@@ -22,7 +22,7 @@ from univg_jax.batch import Batch
 from univg_jax.checkpoint import Checkpointer
 from univg_jax.errors import Preempted, UserError
 from univg_jax.files import write_whole
-from univg_jax.progress import Bar
+from univg_jax.progress import Bar, timed
 from univg_jax.training import optim
 from univg_jax.training.history import History, write_summary
 from univg_jax.training.initialize import initial_state
@@ -106,9 +106,11 @@ class Programs:
         init = jax.jit(init, out_shardings=shardings)
         update = step_fns.compiled_update(shardings)
         validate = jax.jit(step_fns.validate, out_shardings=sharding.replicated(mesh))
-        for spec in specs if now else ():
-            update.lower(abstract, frozen, spec).compile()
-            validate.lower(abstract.ema, frozen, spec).compile()
+        if now:
+            with timed("compiling the training step (minutes for large models)"):
+                for spec in specs:
+                    update.lower(abstract, frozen, spec).compile()
+                    validate.lower(abstract.ema, frozen, spec).compile()
         return cls(init=lambda: init(key), update=update, validate=validate, abstract=abstract)
 
 

@@ -1,0 +1,123 @@
+"""`univg sample`: several pictures a call, held-out examples, and what is refused before loading."""
+
+import shlex
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.tasks import TASKS
+from univg_jax.cli.main import main, parse
+
+pytestmark = pytest.mark.xdist_group("pipeline")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def sample(root):
+    """Runs the command on the last stage; must end well."""
+
+    def run(*arguments):
+        assert main(["sample", f"--checkpoint={root / 'stage3'}", *map(str, arguments)]) == 0
+
+    return run
+
+
+def test_each_of_several_pictures_is_that_of_its_own_call(sample, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a pig on grass\n\n  a cat on sand \n")
+    sample("--task=t2i", f"--prompts={prompts}", "--num=2", "--seed=7", f"--out={tmp_path / 'a'}")
+    files = [f"{line}_seed{seed}.png" for line in ("0001", "0003") for seed in (7, 8)]
+    assert names(tmp_path / "a") == files
+    assert "wrote 4 pictures to" in capsys.readouterr().out
+    for name, prompt, seed in ((files[0], "a pig on grass", 7), (files[3], "a cat on sand", 8)):
+        alone = tmp_path / "alone.png"
+        sample("--task=t2i", f"--prompt={prompt}", f"--seed={seed}", f"--out={alone}")
+        assert (tmp_path / "a" / name).read_bytes() == alone.read_bytes()
+    sample("--task=t2i", f"--prompts={prompts}", f"--out={tmp_path / 'b'}")
+    assert names(tmp_path / "b") == ["0001.png", "0003.png"]
+    sample("--task=t2i", "--prompt=a pig", "--num=2", f"--out={tmp_path / 'c'}")
+    assert names(tmp_path / "c") == ["seed0.png", "seed1.png"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_example_of_the_data_needs_no_files(sample, tmp_path, task):
+    sample(f"--task={task}", "--example=1", f"--out={tmp_path / 'x.png'}")
+    kinds = [{"image": "source"}.get(kind, kind) for kind in TASKS[task].inputs if kind != "mask"]
+    assert names(tmp_path) == sorted(["x.png", *(f"x_{kind}.png" for kind in [*kinds, "target"])])
+
+
+def test_an_example_is_the_same_as_its_files(sample, tmp_path, capsys):
+    sample("--task=seg", "--example=2", f"--out={tmp_path / 'a.png'}")
+    (prompt,) = (line for line in capsys.readouterr().out.splitlines() if "prompt" in line)
+    prompt = prompt.removeprefix("its prompt is ").strip("'")
+    source = tmp_path / "a_source.png"
+    sample("--task=seg", f"--image={source}", f"--prompt={prompt}", f"--out={tmp_path / 'b.png'}")
+    np.testing.assert_array_equal(*(Image.open(tmp_path / f"{name}.png") for name in "ab"))
+
+
+def test_an_example_beyond_the_split_is_refused(root, tmp_path, capsys):
+    command = ["sample", f"--checkpoint={root / 'stage3'}", "--task=t2i"]
+    assert main([*command, "--example=99999", f"--out={tmp_path / 'x.png'}"]) == 1
+    assert "--example=99999: the test split has" in capsys.readouterr().err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task=edti", "--prompt=x"], "unknown task 'edti'; did you mean 'ie'?"),
+        (["--prompts=none.txt"], "--prompts=none.txt does not exist"),
+        (["--prompts=."], "--prompts=. is a folder"),
+        (["--prompts=empty.txt"], "--prompts=empty.txt has no prompt"),
+        (["--prompts=latin.txt"], "--prompts=latin.txt is not text in UTF-8: see line 2"),
+        (["--task=id", "--prompts=good.txt", "--face=face.png"], "line 2 of --prompts: prompt"),
+        (["--prompts=good.txt", "--prompt=x"], "--prompts and --prompt"),
+        (["--prompts=good.txt", "--out=x.png"], "need a folder"),
+        (["--prompt=x", "--num=2", "--out=x.png"], "need a folder"),
+        (["--prompt=x", "--out=x"], "should end in .png"),
+        (["--prompt=x", "--num=0"], "--num=0: expected at least 1"),
+        (["--prompt=x", "--seed=-1"], "--seed=-1: expected at least 0"),
+        (["--prompt=x", "--num=2", f"--seed={2**32 - 1}"], "expected seeds up to 4294967295"),
+        (["--prompt=x", "--batch_size=0"], "--batch_size=0: expected at least 1"),
+        (["--example=-1"], "--example=-1: expected at least 0"),
+        (["--example=1", "--prompt=x"], "leave out --prompt"),
+        (["--example=1", "--image=face.png"], "leave out --image"),
+        (["--example=1", "--prompts=good.txt"], "leave out --prompts"),
+        (["--prompt=x", "--data=d"], "--data says where the data of --example lies"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_model_is_loaded(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"a pig\na caf\xe9")
+    (tmp_path / "good.txt").write_text("a portrait of <p>\na pig\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "face.png")
+    before = names(tmp_path)
+    given = {argument.partition("=")[0] for argument in arguments}
+    several = {"--prompts", "--num"} & given
+    defaults = {"--task": "t2i", "--out": "out" if several else "out.png", "--checkpoint": "none"}
+    command = [f"{flag}={value}" for flag, value in defaults.items() if flag not in given]
+    assert main(["sample", *command, *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert names(tmp_path) == before
+
+
+def test_help_has_an_example_of_each_task_that_parses(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    printed = capsys.readouterr().out.split("tasks:\n")[1].splitlines()
+    heads, examples = printed[::2], printed[1::2]
+    assert [head.split()[0] for head in heads] == list(TASKS)
+    for (name, task), head, example in zip(TASKS.items(), heads, examples, strict=True):
+        assert task.title in head
+        args = parse(["sample", "--checkpoint=x", "--out=x", *shlex.split(example)])
+        assert args.task == name
+        given = dict.fromkeys(task.inputs, np.full((8, 8, 3), 255, np.uint8))
+        task.from_inputs(prompt=args.prompt, **given, resolution=8)  # or it raises
