@@ -6,7 +6,9 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from experiments import pods
 from univg_jax.cli.main import main
+from univg_jax.cli.plan import topology_name
 
 pytestmark = pytest.mark.xdist_group("libtpu")  # the compiler takes both cores: one after another
 
@@ -38,10 +40,18 @@ def test_it_prints_a_column_for_each_topology_and_writes_their_plans(tmp_path, c
     assert first["collectives"][0].keys() >= fields
 
 
+def test_a_pod_is_understood_by_the_name_that_configs_take():
+    for pod, shape in pods.TOPOLOGIES.items():
+        assert topology_name(pod) == topology_name(shape) == shape
+        assert topology_name(f"{pod}*2") == topology_name(f"{shape}*2") == f"{shape}*2"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=v5p"], "topology 'v5p' should read GENERATION:AxB"),
+        (["--topology=v5p:"], "topology 'v5p:' should read GENERATION:AxB"),
+        (["--topology=v5p-9"], "'v5p-9'; did you mean 'v5p-8'?"),
+        (["--topology=v5p"], "(else GENERATION:AxB, as v5e:16x16) 'v5p'; did you mean 'v5p-8'?"),
         (["--topology=v5f:4x4"], "unknown TPU generation 'v5f'; did you mean 'v5p'?"),
         (
             ["--topology=v5p:4x4"],

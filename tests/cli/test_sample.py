@@ -1,4 +1,4 @@
-"""`univg sample`: several pictures a call, held-out examples, and what is refused before loading."""
+"""`univg sample`: several pictures, examples of the data, and what is refused before loading."""
 
 import shlex
 

@@ -5,6 +5,7 @@ import functools
 import json
 from typing import Any
 
+from experiments import pods
 from univg_jax.cli import flags
 from univg_jax.errors import UserError, check_name
 from univg_jax.files import write_whole
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         type=lambda names: names.split(","),
         metavar="T[,T...]",
-        help="v5p:4x4x4, v5e:16x16, v6e:16x16*2 (two slices), ...: one column each; "
-        "may be repeated",
+        help="v5p:4x4x4, v5e:16x16, v6e:16x16*2 (two slices), ..., or a pod by its name, such as "
+        "v5e-256: one column each; may be repeated",
     )
     parser.add_argument(
         "--slices",
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
     ]
     if args.slices < 1:
         raise UserError(f"--slices={args.slices}: expected at least 1")
-    names = [name if args.slices == 1 else f"{name}*{args.slices}" for name in args.topology]
+    names = [topology_name(name) for name in args.topology]
+    names = [name if args.slices == 1 else f"{name}*{args.slices}" for name in names]
     config = configs.load(args.config, args.overrides)
     runtime.configure_jax()
     topologies = [open_topology(name) for name in names]
@@ -106,3 +108,15 @@ def run(args: argparse.Namespace) -> None:
             print(f"{topology.name}: the largest batch that fits is {largest}")
     if args.json:
         write_whole(args.json, json.dumps(report, indent=1))
+
+
+def topology_name(name: str) -> str:
+    """`GENERATION:AxB` of a topology, which may be given as a pod's name: `v5e-256`, `v5e-256*2`.
+
+    Raises UserError for a pod that is not in `pods.TOPOLOGIES`.
+    """
+    shape, *slices = name.split("*", maxsplit=1)
+    if ":" not in shape:
+        pod = check_name(shape, pods.TOPOLOGIES, what="pod (else GENERATION:AxB, as v5e:16x16)")
+        shape = pods.TOPOLOGIES[pod]
+    return "*".join([shape, *slices])
