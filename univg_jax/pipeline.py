@@ -21,7 +21,7 @@ from jaxtyping import PyTree, UInt8
 from PIL import Image
 
 from data_pipelines import records
-from data_pipelines.collate import Collator, Row
+from data_pipelines.collate import Collator
 from data_pipelines.tasks import INPUTS, TASKS, Example, find_task
 from data_pipelines.tokenizer import Tokenizer
 from univg_jax import assembly, checkpoint, encoders, sharding, tpu
@@ -213,7 +213,7 @@ class Pipeline:
     ) -> Iterator[Image.Image]:
         """An image for each example and its seed, in order, as soon as its batch is made.
 
-        Examples come from a user's inputs (`Task.from_inputs`) or from data (`HeldOut.example`).
+        Examples come from a user's inputs (`Task.from_inputs`) or from data (`HeldOut.row`).
         `batch_size` images are made at a time, or as many more as divide over the devices; by
         default up to `MAX_BATCH`. Batches of another size may round a pixel otherwise, by 1 of 255.
         """

@@ -227,10 +227,10 @@ def _held_out(pipeline: "Pipeline", task: str, index: int, *, data_dir: str | No
     if data_dir is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
     assembly.prepare_data(config)
-    held_out = HeldOut(config, task, split="test", num=index + 1)
+    held_out = HeldOut(config, task, split="test", num=index + 1, collator=pipeline.collator)
     if len(held_out) <= index:
         raise UserError(f"--example={index}: the test split has {len(held_out)} of task {task!r}")
-    return held_out.example(index)
+    return held_out.row(index).example
 
 
 def _write_example(example: Example, *, beside: str) -> None:
