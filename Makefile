@@ -25,6 +25,7 @@ quickstart: install
 	$(UNIVG) train --config=$(CONFIG):stage=3,preset=$(PRESET),init_from=$(RUN)/stage2 --workdir=$(RUN)/stage3
 	$(UNIVG) evaluate --checkpoint=$(RUN)/stage3 --benchmark=emoji_scenes --out=$(RUN)/evaluation
 	$(UNIVG) report --stages=$(RUN)/stage1,$(RUN)/stage2,$(RUN)/stage3 --evaluation=$(RUN)/evaluation --out=$(RUN)
+	@echo "To have the command in this shell: source .venv/bin/activate; univg --help"
 
 test: install
 	.venv/bin/python -m pytest -n auto

@@ -75,6 +75,9 @@ class _Writer(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
         info.redistribution_info.license = self._license
         return info
 
+    def _create_builder_config(self, builder_config: Any, version: Any) -> Any:
+        return builder_config  # without TFDS's warning that it is not a registered one
+
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         return dict(self._split_datasets)
 

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     its step then.
     """
     args = parse(list(sys.argv[1:] if argv is None else argv))
+    stdlib_logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.set_verbosity(logging.INFO)
     absl_logger = logging.get_absl_logger()
     (absl_logger.removeFilter if args.verbose else absl_logger.addFilter)(_is_ours_or_warning)
