@@ -1,6 +1,9 @@
 """How a command ends: exit codes, one line for the user's errors, a traceback for ours."""
 
+import argparse
+import importlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,10 +11,13 @@ import sys
 import pytest
 
 import univg_jax
-from univg_jax import checkpoint, errors, version
-from univg_jax.cli.main import main
+from univg_jax import checkpoint, configs, errors, version
+from univg_jax.cli.main import COMMANDS, main, parse
+from univg_jax.cli.parser import Parser
 
-KINDS = [errors.UserError, *errors.UserError.__subclasses__()]
+KINDS = [
+    v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, errors.UserError)
+]
 COMMAND = ["checkpoint", "verify", "DIR"]
 
 
@@ -148,3 +154,28 @@ def test_wrong_usage_is_one_line(capsys, arguments, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert "--help" in line
+
+
+def leaves(parser):
+    """The parsers below one that take flags."""
+    nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    below = [leaf for a in nested for child in a.choices.values() for leaf in leaves(child)]
+    return below or [parser]
+
+
+def command_parsers():
+    for name in COMMANDS:
+        parser = Parser(prog=f"univg {name}", description=name)
+        importlib.import_module(f"univg_jax.cli.{name}").add_arguments(parser)
+        yield from leaves(parser)
+
+
+@pytest.mark.parametrize("parser", command_parsers(), ids=lambda parser: parser.prog)
+def test_help_explains_every_flag_and_its_example_parses(parser):
+    assert not [action.dest for action in parser._actions if not action.help]
+    _, example = parser.epilog.split("example:\n")
+    program, *arguments = shlex.split(example)
+    args = parse(arguments)
+    assert program == "univg"
+    if hasattr(args, "config"):
+        configs.load(args.config, args.overrides)

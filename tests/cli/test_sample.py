@@ -112,7 +112,7 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(
 def test_help_has_an_example_of_each_task_that_parses(capsys):
     with pytest.raises(SystemExit):
         main(["sample", "--help"])
-    printed = capsys.readouterr().out.split("tasks:\n")[1].splitlines()
+    printed = capsys.readouterr().out.split("tasks:\n")[1].split("\n\n")[0].splitlines()
     heads, examples = printed[::2], printed[1::2]
     assert [head.split()[0] for head in heads] == list(TASKS)
     for (name, task), head, example in zip(TASKS.items(), heads, examples, strict=True):

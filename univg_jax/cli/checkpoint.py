@@ -32,6 +32,8 @@ def add_arguments(parser: Parser) -> None:
         if name == "copy":
             action.add_argument("--step", type=int, metavar="N", help="default: the newest")
             action.add_argument("--out", required=True, metavar="DIR", help="the other workdir")
+        more = " --out=copies/stage3" if name == "copy" else ""
+        action.add_example(f"runs/quickstart{'' if name == 'list' else '/stage3'}{more}")
         action.set_defaults(run=run)
 
 

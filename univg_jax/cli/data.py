@@ -7,46 +7,58 @@ from data_pipelines.datasets import DATASETS
 from univg_jax import fields
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
+from univg_jax.cli.parser import Parser
 from univg_jax.errors import check_name
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The command's actions and their flags. A dataset's flags are the fields of its options."""
     actions = parser.add_commands(dest="action")
     build_ = actions.add_parser(
-        "build", help="native files to records", description="Native files to records."
+        "build",
+        help="write the records of a dataset",
+        description="Writes the records of a dataset. What is complete already stays as it is.",
     )
-    build_.add_argument("--dataset", required=True, metavar="|".join(DATASETS))
-    build_.add_argument("--out", required=True, metavar="DIR")
+    build_.add_argument(
+        "--dataset", required=True, metavar="|".join(DATASETS), help="one of those listed below"
+    )
+    build_.add_argument("--out", required=True, metavar="DIR", help="a config's data.dir")
     added: set[str] = set()
     for dataset in DATASETS.values():
         group = build_.add_argument_group(dataset.name, dataset.summary)
         for field in dataclasses.fields(dataset.options):
             if field.name not in added:
                 summary = f"{fields.rule_of(field).help} (default: {field.default})"
-                group.add_argument(f"--{field.name}", type=field.type, help=summary)
+                group.add_argument(f"--{field.name}", type=field.type, metavar="N", help=summary)
                 added.add(field.name)
+    build_.add_example("--dataset=emoji_scenes --resolution=64 --out=data/emoji_64px")
     build_.set_defaults(run=build)
 
     look = actions.add_parser(
-        "inspect", help="a page of examples of every task", description="A page of examples."
+        "inspect",
+        help="show what a config trains on",
+        description="Writes a page of examples of every task, as the model gets them.",
     )
     flags.add_config(look)
-    look.add_argument("--out", required=True, metavar="FILE.html")
-    look.add_argument("--examples", type=int, default=8, help="examples of each task; default: 8")
+    look.add_argument("--out", required=True, metavar="FILE.html", help="the page")
+    look.add_argument(
+        "--examples", type=int, default=8, metavar="N", help="examples of each task; default: 8"
+    )
+    look.add_example("--config=experiments/emoji.py:stage=3 --out=inspect.html")
     look.set_defaults(run=inspect_config)
 
     cache = actions.add_parser(
         "cache",
-        help="the embeddings of a run's prompts, for data.text_cache",
+        help="embed a run's prompts beforehand",
         description="Embeds every prompt of a run's first steps, its validation and its samples; "
         "with --config.data.text_cache=DIR the run then needs no text encoder.",
     )
     flags.add_config(cache)
-    cache.add_argument("--out", required=True, metavar="DIR")
+    cache.add_argument("--out", required=True, metavar="DIR", help="the run's data.text_cache")
     cache.add_argument(
         "--steps", type=int, metavar="N", help="steps of the run; default: all of train.steps"
     )
+    cache.add_example("--config=experiments/emoji.py:stage=3 --out=data/prompts --steps=100")
     cache.set_defaults(run=cache_prompts)
 
 

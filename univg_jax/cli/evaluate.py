@@ -5,14 +5,17 @@ import argparse
 from data_pipelines.tasks import find_task
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
+from univg_jax.cli.parser import Parser
 from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmarks import BENCHMARKS
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The command's flags."""
     flags.add_checkpoint(parser)
-    parser.add_argument("--benchmark", required=True, metavar="|".join(BENCHMARKS))
+    parser.add_argument(
+        "--benchmark", required=True, metavar="|".join(BENCHMARKS), help="what it is measured on"
+    )
     parser.add_argument(
         "--data", metavar="DIR", help="the benchmark's data; default: the run's own"
     )
@@ -26,11 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=int, default=64, metavar="N", help="examples of each task; default: 64"
     )
-    parser.add_argument("--split", default="test", help="split of the data; default: test")
+    parser.add_argument(
+        "--split", default="test", metavar="NAME", help="split of the data; default: test"
+    )
     parser.add_argument(
         "--batch_size", type=int, default=32, metavar="N", help="images at a time; default: 32"
     )
     flags.add_processes(parser)
+    parser.add_example(
+        "--checkpoint=runs/quickstart/stage3 --benchmark=emoji_scenes "
+        "--out=runs/quickstart/evaluation"
+    )
     parser.set_defaults(run=run)
 
 

@@ -19,11 +19,11 @@ OWN_PACKAGES = ("univg_jax", "data_pipelines", "experiments")
 COMMANDS = {
     "train": "run a config in a workdir, or continue it",
     "sample": "pictures from a checkpoint, for any task",
-    "evaluate": "a benchmark's metrics for a checkpoint",
-    "report": "one page about the stages of a run and its evaluation",
-    "plan": "compile a config for any TPU topology, without a TPU: memory, FLOPs, roofline",
+    "evaluate": "measure a checkpoint on a benchmark, beside answers that need no model",
+    "report": "write one page about the stages of a run and its evaluation",
+    "plan": "will it fit, and how fast can it be: compile a config for TPUs that are not here",
     "config": "all settings of a config; without one, what every setting is",
-    "data": "build datasets, look at what a config trains on",
+    "data": "build datasets, look at what a config trains on, embed its prompts",
     "checkpoint": "list, verify and copy checkpoints",
 }
 

@@ -1,6 +1,7 @@
 """The command line's parser: wrong usage is one line that names the nearest right name."""
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -8,10 +9,20 @@ from univg_jax.errors import suggestion
 
 
 class Parser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser`, with examples as they are written, and errors of one line."""
+    """`argparse.ArgumentParser`, with examples, and errors of one line."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    def __init__(self, *, description: str, **options: Any) -> None:
+        super().__init__(
+            # It leaves the lines of examples as they are, and those of a description too.
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description=textwrap.fill(description, 79),
+            **options,
+        )
+
+    def add_example(self, arguments: str) -> None:
+        """Shows a command line, by its arguments, at the end of the help."""
+        example = f"example:\n  {self.prog} {arguments}"
+        self.epilog = f"{self.epilog}\n\n{example}" if self.epilog else example
 
     def add_commands(self, *, dest: str) -> argparse._SubParsersAction:
         """What makes a parser for each command or action, whose name becomes `dest`."""

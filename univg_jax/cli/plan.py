@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments import pods
 from univg_jax.cli import flags
+from univg_jax.cli.parser import Parser
 from univg_jax.errors import UserError, check_name
 from univg_jax.files import write_whole
 from univg_jax.progress import timed
@@ -14,7 +15,7 @@ from univg_jax.progress import timed
 INCLUDE = ("encoders", "sampling", "evaluation")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The command's flags."""
     parser.epilog = (
         "Any key of the config can be set: --config.data.batch_size=256 "
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a third of the compile time; memory and its traffic some percent off",
     )
     parser.add_argument("--json", metavar="FILE", help="everything, in bytes, FLOPs and seconds")
+    parser.add_example("--config=experiments/stage1_t2i.py:size=xl,res=512 --topology=v5e-256")
     parser.set_defaults(run=run)
 
 

@@ -2,8 +2,10 @@
 
 import argparse
 
+from univg_jax.cli.parser import Parser
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Parser) -> None:
     """The command's flags."""
     parser.add_argument("--stages", required=True, metavar="DIR,DIR", help="workdirs, in order")
     parser.add_argument(
@@ -11,6 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="for report.html, report.json and samples.png"
+    )
+    run_ = "runs/quickstart"
+    parser.add_example(
+        f"--stages={run_}/stage1,{run_}/stage2,{run_}/stage3 --evaluation={run_}/evaluation "
+        f"--out={run_}"
     )
     parser.set_defaults(run=run)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from data_pipelines.tasks import INPUTS, TASKS, Example, Task, find_task
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
+from univg_jax.cli.parser import Parser
 from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.images import write_png
 from univg_jax.progress import Bar
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 MAX_SEED = 2**32 - 1
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The command's flags."""
     flags.add_checkpoint(parser)
     parser.add_argument(
@@ -71,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     flags.add_processes(parser)
     parser.epilog = "\n".join(["tasks:", *map(_task_help, TASKS.values())])
+    parser.add_example(
+        "--checkpoint=runs/quickstart/stage3 --task=depth --example=0 --out=depth.png"
+    )
     parser.set_defaults(run=run)
 
 

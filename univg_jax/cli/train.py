@@ -4,9 +4,10 @@ import argparse
 
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
+from univg_jax.cli.parser import Parser
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The command's flags."""
     flags.add_config(parser)
     parser.add_argument(
@@ -21,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="trace the updates from step START to step STOP into DIR/profile",
     )
     flags.add_processes(parser)
+    parser.add_example(
+        "--config=experiments/emoji.py:stage=1,preset=smoke --workdir=runs/smoke/stage1"
+    )
     parser.set_defaults(run=run)
 
 
