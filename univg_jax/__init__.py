@@ -2,7 +2,8 @@
 
 from typing import Any
 
-__version__ = "0.1.0"
+from univg_jax.version import __version__
+
 __all__ = ["Pipeline", "__version__"]
 
 

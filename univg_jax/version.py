@@ -6,8 +6,7 @@ import os
 import pathlib
 import subprocess
 
-from univg_jax import __version__
-
+__version__ = "0.1.0"
 ENVIRONMENT = "UNIVG_REVISION"  # says it where nothing else does: in an image
 _ROOT = pathlib.Path(__file__).parents[1]
 
