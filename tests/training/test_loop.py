@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import time
@@ -231,8 +232,9 @@ class TwoShapes(helpers.CountingStream):
         return helpers.batch(self.position, size=8 * (1 + self.position % 2))
 
 
-def test_every_shape_is_compiled_before_the_first_batch_and_never_again(tmp_path):
+def test_every_shape_is_compiled_before_the_first_batch_and_never_again(tmp_path, caplog):
     compiled = []
+    caplog.set_level("INFO", logger="absl")
 
     def note(event, _, *, fun_name="", **__):
         if event == "/jax/core/compile/backend_compile_duration":
@@ -255,6 +257,8 @@ def test_every_shape_is_compiled_before_the_first_batch_and_never_again(tmp_path
         monitoring.unregister_event_duration_listener(note)
     for name, times in {"jit(init)": 1, "jit(update)": 2, "jit(validate)": 2}.items():
         assert stream.before.count(name) == compiled.count(name) == times, name
+    said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("compiling")]
+    assert [re.search(r"\.\.\.$|took [\d.]+ s$", line) is not None for line in said] == [True, True]
 
 
 def test_a_trace_is_written_and_changes_nothing(finished, tmp_path):
