@@ -97,6 +97,21 @@ def test_a_signal_ends_what_does_not_listen(number):
         assert line.startswith(b"univg")
 
 
+USES_JAX = """
+import sys, jax
+from univg_jax import checkpoint
+from univg_jax.cli import main
+checkpoint.verify = lambda path: jax.devices() and ()
+sys.exit(main.main(["checkpoint", "verify", "x"]))
+"""
+
+
+def test_no_alarm_about_a_tpu_where_there_is_none():
+    environment = {k: v for k, v in os.environ.items() if "TPU" not in k and k != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", USES_JAX], capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("arguments", [[], ["checkpoint"], ["data"]])
 def test_a_command_without_what_it_needs_shows_its_help(capsys, arguments):
     assert main(arguments) == 0
