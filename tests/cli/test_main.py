@@ -185,7 +185,7 @@ def command_parsers():
         yield from leaves(parser)
 
 
-@pytest.mark.parametrize("parser", command_parsers(), ids=lambda parser: parser.prog)
+@pytest.mark.parametrize("parser", list(command_parsers()), ids=lambda parser: parser.prog)
 def test_help_explains_every_flag_and_its_example_parses(parser):
     assert not [action.dest for action in parser._actions if not action.help]
     _, example = parser.epilog.split("example:\n")
