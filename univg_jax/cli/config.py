@@ -5,8 +5,9 @@ import dataclasses
 import json
 from collections.abc import Collection, Iterable
 
-from univg_jax import configs, fields
+from univg_jax import fields
 from univg_jax.cli import flags
+from univg_jax.cli.parser import Parser
 from univg_jax.settings import Config
 
 PAGE = """# Settings
@@ -18,14 +19,17 @@ written as `1e4`. Paths may begin with `~`. A star stands for the name of a task
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The command's flags."""
     flags.add_config(parser, required=False)
+    parser.add_example("--config=experiments/emoji.py:stage=1 --config.optim.lr=1e-3")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints a config as JSON; without one, what every setting means and may be."""
+    from univg_jax import configs
+
     if args.config is None:
         print(settings_page(), end="")
     else:

@@ -12,6 +12,7 @@ from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.cli.parser import Parser
 from univg_jax.errors import NotFoundError, UserError, quote
+from univg_jax.files import check_output
 from univg_jax.images import write_png
 from univg_jax.progress import Bar
 
@@ -197,11 +198,11 @@ def _jobs(args: argparse.Namespace, lines: Sequence[int]) -> list[_Job]:
     """A picture for each prompt and seed. Raises UserError where it cannot be written."""
     seeds = range(args.seed, args.seed + (args.num or 1))
     if args.num is None and args.prompts is None:
-        if not args.out.lower().endswith(".png"):
-            raise UserError(f"--out={args.out} should end in .png")
+        check_output(args.out, flag="--out", suffixes=[".png"])
         return [_Job(args.out, lines[0], args.seed)]
     if args.out.lower().endswith(".png"):
         raise UserError(f"--out={args.out}: --num and --prompts need a folder, not a file")
+    check_output(args.out, flag="--out", folder=True)
     jobs = []
     for line, seed in itertools.product(lines, seeds):
         names = [*([f"{line:04d}"] if line else []), *([f"seed{seed}"] if args.num else [])]
