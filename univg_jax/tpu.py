@@ -10,9 +10,10 @@ for hosts of v5e (2 x 100 Gbit/s) and v6e (4 x 200); the figures of the others a
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
+if TYPE_CHECKING:  # every command calls `silence_if_absent`, and some need no JAX
+    import jax
 
 GIB = 2**30
 SOURCE = "cloud.google.com/tpu/docs, of bf16 without sparsity"
@@ -90,7 +91,7 @@ def silence_if_absent() -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
-def compiler_options(device: jax.Device) -> dict[str, Any]:
+def compiler_options(device: "jax.Device") -> dict[str, Any]:
     """What a training step on such devices is compiled with."""
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
     return COMPILER_OPTIONS.get(platform, {})
