@@ -7,7 +7,7 @@ mixture, model, losses and hand-off.
 
 from ml_collections import ConfigDict
 
-from experiments import base, stage2_multitask
+from experiments import base
 from experiments.base import task
 from univg_jax.errors import UserError
 
@@ -70,10 +70,11 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     for scales in c.sampling.guidance.values():
         scales.text = 2.5
 
-    if stage >= 2:
-        c.tasks = tasks()
+    stages = (c.tasks, tasks(), dict(**tasks(0.5), id=task(0.5, "persons")))
+    c.tasks = stages[stage - 1]
+    # The first stage fits the codec, and all of them use it.
+    c.conditioning.fit_on = base.by_rows(stages, steps=p["steps"])
     if stage == 3:
-        c.tasks = dict(**tasks(0.5), id=task(0.5, "persons"))
         c.conditioning.identity = dict(kind="lda", dim=64)
         c.init_from.new = ("identity_projector/.*",)
     c.init_from.path = init_from
@@ -85,7 +86,7 @@ def tasks(scale: float = 1.0) -> dict[str, ConfigDict]:
     evened out.
     """
     shares = dict(t2i=0.10, ie=0.22, ip=0.10, lg=0.10, depth=0.14, pose=0.18, seg=0.16)
-    paper = stage2_multitask.multitask()
+    paper = base.multitask()
     for name, share in shares.items():
         paper[name].weight = share * scale
     return paper

@@ -30,10 +30,13 @@ def get_config(
     c.data.dir = f"runs/data/emoji_{res}px"
     c.data.build = dict(resolution=res, num_scenes=10_000, seed=0, nouns=0)
     c.conditioning.codec.patch = 8
+    # The codec is fitted once, for all three stages.
+    stages = (c.tasks, base.multitask(), base.with_identity())
+    c.conditioning.fit_on = base.by_rows(stages, steps=(1.0, 1.0, 0.1))
     if encoders == "sd3":
         text = dict(kind="sd3", dtype="float32" if size == "tiny" else "bfloat16")
         c.conditioning = dict(
-            folder="pretrained/sd3", text=text, codec=dict(kind="vae"), identity=None
+            folder="pretrained/sd3", text=text, codec=dict(kind="vae"), identity=None, fit_on={}
         )
         c.data.num_tokens = 77 + 77  # CLIP's positions, then T5's
     if size != "tiny":

@@ -2,8 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from experiments import stage2_multitask
-from experiments.base import task
+from experiments import base, stage2_multitask
 
 
 def get_config(
@@ -20,7 +19,7 @@ def get_config(
     )
     c.name = "stage3_identity"
     c.train.steps = c.train.steps // 10
-    c.tasks = dict(**stage2_multitask.multitask(0.5), id=task(0.5, "persons"))
+    c.tasks = base.with_identity()
     c.conditioning.identity = dict(kind="clip") if encoders == "sd3" else dict(kind="lda", dim=64)
     c.init_from.new = ("identity_projector/.*",)
     return c

@@ -111,6 +111,10 @@ class CountingStream:
     def specs(self) -> list[Batch]:
         return [SHAPE.spec(self.size)]
 
+    def counters(self) -> dict[str, int]:
+        """As if every third batch had met a damaged record."""
+        return {"quarantined": len(self.seen) // self.size // 3}
+
     def get_state(self) -> dict:
         return {"position": self.position}
 
@@ -179,9 +183,9 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
 
 
-def portraits() -> tuple[np.ndarray, np.ndarray]:
+def portraits() -> list[tuple[np.ndarray, int]]:
     """What an identity encoder is fitted on: ten persons with four pictures each."""
-    return images(), np.arange(40) // 4
+    return [(image, i // 4) for i, image in enumerate(images())]
 
 
 def unused():

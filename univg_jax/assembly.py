@@ -3,17 +3,16 @@
 import dataclasses
 
 import jax
-import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from jaxtyping import Int, PyTree, UInt8
+from jaxtyping import PyTree
 
+from data_pipelines import fit_data
 from data_pipelines.cache import CachedTokenizer
 from data_pipelines.collate import Collator
 from data_pipelines.datasets import DATASETS
 from data_pipelines.held_out import HeldOut, HeldOutBatches
 from data_pipelines.mixture import Stream
-from data_pipelines.sources import open_source
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer, load_tokenizer
 from univg_jax import encoders, sharding, tpu
@@ -29,8 +28,6 @@ from univg_jax.training import loop
 from univg_jax.training.initialize import find_parent
 from univg_jax.training.step import TrainState, TrainStep
 from univg_jax.workdir import claim_workdir, list_steps
-
-FIT_IMAGES = 1024  # how many pictures a linear codec is fitted on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,9 +159,10 @@ def check_config(config: Config) -> None:
         )
     if dataset is not None:
         dataset.make_options(config.data.build)
-    for name, task in config.tasks.items():
+    used = {name: task.source_names for name, task in config.tasks.items()}
+    for name, sources in [*used.items(), *config.conditioning.fit_on.items()]:
         check_name(name, TASKS, what="task")
-        for source in task.source_names:
+        for source in sources:
             if dataset is not None and not epath.Path(source).exists():
                 check_name(source, dataset.families, what=f"source of task {name}:")
     for name in config.flow.weight_changes:
@@ -215,26 +213,15 @@ def make_collator(config: Config) -> Collator:
 def prepare_encoders(config: Config, workdir: epath.PathLike, mesh: jax.sharding.Mesh) -> Encoders:
     """The frozen encoders of a run: its own, its parent's, or fitted on its training data."""
 
-    def images() -> UInt8[np.ndarray, "n h w 3"]:
-        name = next(iter(next(iter(config.tasks.values())).sources))
-        source = open_source(name, "train", data_dir=config.data.dir)
-        count = min(FIT_IMAGES, len(source))
-        indices = np.linspace(0, len(source) - 1, count).astype(int)
-        return np.stack([source.read(int(i), ("image",))["image"] for i in indices])
-
-    def portraits() -> tuple[UInt8[np.ndarray, "n f f 3"], Int[np.ndarray, " n"]]:
-        name = next(iter(config.tasks["id"].sources))
-        source = open_source(name, "train", data_dir=config.data.dir)
-        read = [source.read(i, ("image", "person")) for i in range(len(source))]
-        return np.stack([r["image"] for r in read]), np.array([r["person"] for r in read])
-
+    # Without a cache, which need not have the prompts of the rows that encoders are fitted on.
+    plain = dataclasses.replace(config, data=dataclasses.replace(config.data, text_cache=""))
     parent = find_parent(config.init_from)
     return encoders.prepare(
         config.conditioning,
         workdir=workdir,
         init_from=parent and parent.encoders_from,
-        images=images,
-        portraits=portraits,
+        images=lambda: fit_data.targets(config, collator=make_collator(plain)),
+        portraits=lambda: fit_data.portraits(config, collator=make_collator(plain)),
         mesh=mesh,
         skip=("text",) if config.data.text_cache else (),
     )

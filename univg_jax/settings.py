@@ -131,6 +131,13 @@ class Conditioning:
         factory=lambda: dict(kind="linear", **dataclasses.asdict(LinearCodec())),
     )
     identity: str | Options | None = setting(None, "lda, clip; or {kind: ..., options}; None: none")
+    fit_on: Mapping[str, Mapping[str, float]] = setting(
+        help="{task: {source: weight}} of the targets that a linear codec is fitted on, where "
+        "later stages train more tasks than this one; empty: the run's own",
+        factory=dict,
+        least=0,
+        is_path=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

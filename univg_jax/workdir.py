@@ -26,6 +26,7 @@ MAY_CHANGE = (
     r"mesh\..*",
     r"model\.overrides\.(remat|scan|attention)",
     r"conditioning\.folder",
+    r"conditioning\.fit_on.*",  # once the codec is fitted, it is recorded
 )
 
 

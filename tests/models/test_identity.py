@@ -21,7 +21,7 @@ def portraits(persons: range) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def params():
-    return fit_identity_encoder(*portraits(range(40)), dim=DIM)
+    return fit_identity_encoder(zip(*portraits(range(40)), strict=True), dim=DIM)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +76,16 @@ def test_any_resolution_serves(params, held_out):
 
 def test_few_persons_leave_the_rest_of_the_embedding_zero():
     images, persons = portraits(range(3))
-    e = embed(fit_identity_encoder(images, persons, dim=DIM), images)
+    e = embed(fit_identity_encoder(zip(images, persons, strict=True), dim=DIM), images)
     assert np.abs(e[:, 2:]).max() == 0
     np.testing.assert_allclose(np.linalg.norm(e, axis=-1), 1, rtol=1e-5)
 
 
 def test_the_fit_is_deterministic():
     images, persons = portraits(range(4))
-    first, again = (fit_identity_encoder(images, persons, dim=DIM) for _ in range(2))
+    first, again = (
+        fit_identity_encoder(zip(images, persons, strict=True), dim=DIM) for _ in range(2)
+    )
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
 
@@ -93,4 +95,4 @@ def test_too_little_to_learn_from(persons):
     with pytest.raises(
         UserError, match=r"at least 2 persons with several portraits each; got 3 portraits"
     ):
-        fit_identity_encoder(np.zeros((3, 16, 16, 3), np.uint8), np.array(persons), dim=4)
+        fit_identity_encoder([(np.zeros((16, 16, 3), np.uint8), p) for p in persons], dim=4)

@@ -14,7 +14,7 @@ def test_goodput_counts_a_step_that_was_lost_and_made_again_once(tmp_path, monke
     now = 0.0
     monkeypatch.setattr(history, "time", types.SimpleNamespace(monotonic=lambda: now))
     metrics = {name: jnp.ones(()) for name in ("loss", "grad_norm", "param_norm")}
-    metrics |= {name: jnp.ones(2) for name in ("loss_sum", "count")}
+    metrics |= {name: jnp.ones(2) for name in ("loss_sum", "latent_square_sum", "count")}
 
     def attempt(*, start, stop):
         """3 s to start, then for every step 1 s of data, 4 s of step, its row, 2 s of saving."""
@@ -30,7 +30,8 @@ def test_goodput_counts_a_step_that_was_lost_and_made_again_once(tmp_path, monke
                 now += 1
             now += 4
             attempt.add(step, metrics)
-            writer.write_scalars(step, attempt.take_row(step))
+            records = {"quarantined": 2 * (step - start)}
+            writer.write_scalars(step, attempt.take_row(step, records=records))
             writer.flush()
             with clock("save"):
                 now += 2
@@ -44,6 +45,8 @@ def test_goodput_counts_a_step_that_was_lost_and_made_again_once(tmp_path, monke
     assert rows[-1]["time"] == (3 + 3 * 7) + (3 + 1 * 7)
     assert rows[-1]["goodput"] == 3 * 4 / rows[-1]["time"]
     assert rows[1]["steps_per_second"] == 1 / 5  # of the loop, without saving
+    # those of step 3 count once, though two attempts came across them
+    assert [row["records/quarantined"] for row in rows] == [2, 4, 6]
 
 
 def test_every_second_belongs_to_one_activity(monkeypatch):

@@ -11,14 +11,14 @@ A new kind is one entry of `KINDS`.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, PyTree, UInt8
+from jaxtyping import PyTree, UInt8
 
 from univg_jax import settings
 from univg_jax.errors import NotFoundError, UserError, check_name
@@ -43,13 +43,17 @@ CLIP_BIG_G = dict(
 SD3_TEXT_DIM = 4096  # the width that SD3's transformer reads, T5 XXL's, even if T5 is left out
 
 
+# All of one size, and they may come one by one.
+Images = Iterable[UInt8[np.ndarray, "h w 3"]]
+Portraits = Iterable[tuple[UInt8[np.ndarray, "f f 3"], int]]  # each with the number of its person
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitData:
     """What encoders are fitted on. Each function is called only if an encoder needs its data."""
 
-    images: Callable[[], UInt8[np.ndarray, "n h w 3"]]
-    # portraits, and for each the number of the person that it shows
-    portraits: Callable[[], tuple[UInt8[np.ndarray, "n f f 3"], Int[np.ndarray, " n"]]]
+    images: Callable[[], Images]
+    portraits: Callable[[], Portraits]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,7 +206,7 @@ KINDS: dict[str, dict[str, Fitted | Pretrained]] = {
             module=IdentityEncoder,
             inputs=_image(64),
             options=settings.LdaIdentity,
-            fit=lambda data, **options: fit_identity_encoder(*data.portraits(), **options),
+            fit=lambda data, **options: fit_identity_encoder(data.portraits(), **options),
         ),
         "clip": Pretrained(
             module=ClipIdentity,

@@ -15,17 +15,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import safetensors.numpy
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Int, PyTree, UInt8
+from jaxtyping import PyTree
 
 from univg_jax import fields, sharding
 from univg_jax.conditioning import Conditioner, Frozen, TextEncoder
-from univg_jax.encoders.kinds import KINDS, FitData, Fitted, Networks, Pretrained, find_kind
+from univg_jax.encoders.kinds import (
+    KINDS,
+    FitData,
+    Fitted,
+    Images,
+    Networks,
+    Portraits,
+    Pretrained,
+    find_kind,
+)
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.files import write_whole
 from univg_jax.pretrained import local_path
@@ -80,8 +88,8 @@ def prepare(
     *,
     workdir: epath.PathLike,
     init_from: epath.PathLike | None = None,
-    images: Callable[[], UInt8[np.ndarray, "n h w 3"]],
-    portraits: Callable[[], tuple[UInt8[np.ndarray, "n f f 3"], Int[np.ndarray, " n"]]],
+    images: Callable[[], Images],
+    portraits: Callable[[], Portraits],
     mesh: Mesh | None = None,
     skip: Sequence[str] = (),
 ) -> Encoders:
@@ -89,7 +97,7 @@ def prepare(
 
     A fitted encoder is taken from `workdir/encoders`, else from the run that `init_from` lies in
     (so that later stages keep the first one's latent space), else fitted on `images()` or
-    `portraits()` -> (portraits, persons) and saved. On several processes the first one does this,
+    `portraits()` and saved. On several processes the first one does this,
     the others wait and read. `mesh` and `skip` are those of `load`.
 
     Raises UserError for an unknown kind or option, if a folder is missing or what is on disk was

@@ -10,6 +10,7 @@ principal components of small image patches:
 natural proportions (shape before texture), 1 gives every component the same variance.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -110,9 +111,9 @@ def to_patches(images: Float[Array, "b h w 3"], patch: int) -> Float[Array, "b h
 
 
 def fit_patch_codec(
-    images: UInt8[np.ndarray, "n h w 3"], *, patch: int, channels: int, whiten: float
+    images: Iterable[UInt8[np.ndarray, "h w 3"]], *, patch: int, channels: int, whiten: float
 ) -> dict[str, Float[np.ndarray, "..."]]:
-    """Parameters of `PatchCodec` by PCA in float64.
+    """Parameters of `PatchCodec` by PCA in float64, from images that may come one by one.
 
     The result is deterministic: each component's largest entry is positive. Components without
     variance (flat artwork) get 1e-3 of the strongest one's std, so that whitening does not amplify
@@ -125,14 +126,13 @@ def fit_patch_codec(
         )
     if not 0 <= whiten <= 1:
         raise UserError(f"codec.whiten={whiten}: expected 0 to 1")
-    if not len(images):
-        raise UserError("the latent codec needs images to be fitted on; got none")
     count, total, outer = 0, np.zeros(size), np.zeros((size, size))
-    for start in range(0, len(images), 256):  # in chunks, to bound memory
+    for image in images:
         # not to_float: it is float32, and PCA is done in float64
-        chunk = images[start : start + 256].astype(np.float64) / 127.5 - 1
-        x = to_patches(chunk, patch).reshape(-1, size)
+        x = to_patches(image[None].astype(np.float64) / 127.5 - 1, patch).reshape(-1, size)
         count, total, outer = count + len(x), total + x.sum(0), outer + x.T @ x
+    if not count:
+        raise UserError("the latent codec needs images to be fitted on; got none")
     mean = total / count
     variances, basis = np.linalg.eigh(outer / count - np.outer(mean, mean))
     variances, basis = variances[::-1][:channels], basis[:, ::-1][:, :channels]

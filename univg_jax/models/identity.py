@@ -11,11 +11,15 @@ the directions that tell persons apart (Fisher's LDA; Belhumeur et al. 1997, "Fi
 unseen in the fit are compared by the cosine of their embeddings.
 """
 
+import collections
+import itertools
+from collections.abc import Iterable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 
 from univg_jax.batch import Array
 from univg_jax.errors import UserError
@@ -80,42 +84,50 @@ class IdentityEncoder(nn.Module):
 
 
 def fit_identity_encoder(
-    portraits: UInt8[np.ndarray, "n f f 3"],
-    persons: Int[np.ndarray, " n"],
+    portraits: Iterable[tuple[UInt8[np.ndarray, "f f 3"], int]],
     *,
     dim: int,
     shrinkage: float = 0.05,
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """Parameters of `IdentityEncoder` in closed form, float64 and deterministic.
 
+    `portraits` are of one size, each with the number of the person that it shows; they may come one
+    by one.
+
     With scatter matrices S_w (within persons, shrunk towards a multiple of the identity matrix) and
     S_b (between their means), P holds the `dim` leading eigenvectors of S_w^-1 S_b, scaled so that
     P^T S_w P = 1. With k persons only k - 1 directions exist; the rest of the embedding is then
     zero. Raises UserError unless there are two persons and several portraits of one.
     """
-    names, index, counts = np.unique(persons, return_inverse=True, return_counts=True)
-    if len(names) < 2 or counts.max() < 2:
-        raise UserError(
-            f"the identity encoder needs at least 2 persons with several portraits each; "
-            f"got {len(portraits)} portraits of {len(names)} persons"
-        )
-    moment, centers = np.zeros((NUM_FEATURES, NUM_FEATURES)), np.zeros((len(names), NUM_FEATURES))
-    for start in range(0, len(portraits), 256):  # in chunks, to bound memory
-        chunk = slice(start, start + 256)
-        x = np.asarray(_features_of_views(portraits[chunk]), np.float64)
-        np.add.at(centers, index[chunk], x.mean(0))
+    moment = np.zeros((NUM_FEATURES, NUM_FEATURES))
+    sums: dict[int, np.ndarray] = {}
+    number: collections.Counter[int] = collections.Counter()  # of each person's portraits
+    remaining = iter(portraits)
+    while chunk := list(itertools.islice(remaining, 256)):
+        pictures, persons = zip(*chunk, strict=True)
+        x = np.asarray(_features_of_views(np.stack(pictures)), np.float64)
+        for person, mean in zip(persons, x.mean(0), strict=True):
+            sums[person] = sums.get(person, 0) + mean
+        number.update(persons)
         flat = x.reshape(-1, NUM_FEATURES)
         moment += flat.T @ flat / len(x)  # the mean over the views, of which there are len(x)
-    centers /= counts[:, None]
-    within = (moment - (centers.T * counts) @ centers) / len(portraits)
+    total = number.total()
+    if len(number) < 2 or max(number.values()) < 2:
+        raise UserError(
+            f"the identity encoder needs at least 2 persons with several portraits each; "
+            f"got {total} portraits of {len(number)} persons"
+        )
+    counts = np.array([number[person] for person in sorted(sums)])
+    centers = np.stack([sums[person] for person in sorted(sums)]) / counts[:, None]
+    within = (moment - (centers.T * counts) @ centers) / total
     # Shrinkage keeps S_w invertible where there are fewer portraits than features.
     multiple = shrinkage * np.trace(within) / NUM_FEATURES
     within = (1 - shrinkage) * within + multiple * np.eye(NUM_FEATURES)
     values, vectors = np.linalg.eigh(within)
     whitening = vectors / np.sqrt(values)
-    mean = counts @ centers / len(portraits)
+    mean = counts @ centers / total
     _, _, directions = np.linalg.svd((centers - mean) @ whitening, full_matrices=False)
-    rank = min(dim, len(names) - 1)
+    rank = min(dim, len(counts) - 1)
     projection = np.zeros((NUM_FEATURES, dim))
     projection[:, :rank] = whitening @ directions[:rank].T
     return {"mean": mean.astype(np.float32), "projection": projection.astype(np.float32)}

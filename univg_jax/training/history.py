@@ -71,6 +71,9 @@ class History:
     all attempts together. `goodput` is the share of it that went to steps that count: the sum of
     `seconds/step` over the rows that the run has kept. A step that was lost with a crash and made
     again counts once, though `time` has both.
+
+    `latent_square/TASK` is the mean square of the latents of a task's targets: 1 over all that the
+    codec was fitted on. `records/*` are the stream's counters since the run began.
     """
 
     def __init__(self, workdir: epath.Path, task_names: Sequence[str]) -> None:
@@ -80,6 +83,7 @@ class History:
         self._rows = writers.read_metrics(self._file)
         self._seconds_before = max((row.get("time", 0.0) for row in self._rows), default=0.0)
         self._step_seconds = 0.0
+        self._records_before: dict[str, float] = {}
         self._steps: list[dict[str, np.ndarray]] = []
         self._last_row_seconds: dict[str, float] = {}
 
@@ -96,6 +100,9 @@ class History:
                 "%s: the rows of steps %d to %d are missing", self._file, newest + 1, step
             )
         self._step_seconds = sum(row.get("seconds/step", 0.0) for row in kept)
+        # They only grow, so the last row decides.
+        counts = (item for row in kept for item in row.items() if item[0].startswith("records/"))
+        self._records_before = dict(counts)
         return kept
 
     def add(self, step: int, metrics: Mapping[str, Array]) -> None:
@@ -111,21 +118,30 @@ class History:
                 )
         self._steps.append(values)
 
-    def take_row(self, step: int) -> dict[str, float]:
-        """The row of the steps added since the row before, which the next row starts after."""
+    def take_row(self, step: int, *, records: Mapping[str, int]) -> dict[str, float]:
+        """The row of the steps added since the row before, which the next row starts after.
+
+        `records` are the stream's counters on all hosts in this attempt. The row has their sums
+        over all attempts.
+        """
         if not self._steps:
             raise RuntimeError(f"no metrics since the last row, at step {step}")
         steps, self._steps = self._steps, []
         total = {k: np.sum([m[k] for m in steps], axis=0, dtype=np.float64) for k in steps[0]}
         row = {k: float(total[k] / len(steps)) for k in ("loss", "grad_norm", "param_norm")}
         rows = total["count"].sum()
-        for name, loss, count in zip(
-            self._task_names, total["loss_sum"], total["count"], strict=True
+        for name, loss, square, count in zip(
+            self._task_names,
+            *(total[key] for key in ("loss_sum", "latent_square_sum", "count")),
+            strict=True,
         ):
             if count:
+                row[f"latent_square/{name}"] = float(square / count)
                 row[f"loss/{name}"] = float(loss / count)
                 row[f"count/{name}"] = float(count)
                 row[f"share/{name}"] = float(count / rows)
+        for name, count in records.items():
+            row[f"records/{name}"] = self._records_before.get(f"records/{name}", 0.0) + count
         seconds = self.clock.take()
         training = sum(s for name, s in seconds.items() if name not in NOT_TRAINING)
         row |= {"steps_per_second": len(steps) / training, "images_per_second": rows / training}

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
@@ -41,6 +42,10 @@ class DataStream(Protocol):
     def __next__(self) -> Batch: ...
     def specs(self) -> Sequence[Batch]:
         """Shapes and dtypes of every kind of global batch that will come."""
+        ...
+
+    def counters(self) -> Mapping[str, int]:
+        """What this host's batches came across since the stream was made; they only grow."""
         ...
 
     def get_state(self) -> Json: ...
@@ -204,7 +209,8 @@ def train(
             if saving or is_due(step, c.log_every):
                 pending.fetch()
                 with clock("log"):
-                    row = history.take_row(step) | {"lr": float(schedule(step - 1))}
+                    row = history.take_row(step, records=on_all_hosts(stream.counters()))
+                    row["lr"] = float(schedule(step - 1))
                     writer.write_scalars(step, row)
                     writer.flush()
                     bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
@@ -234,6 +240,13 @@ def train(
         count = num_parameters(programs.abstract.params)
         write_summary(workdir, config, step_fns.task_names, num_parameters=count)
     return state
+
+
+def on_all_hosts(counters: Mapping[str, int]) -> dict[str, int]:
+    """The sums of all hosts' counters. All of them call it."""
+    numbers = multihost_utils.process_allgather(np.array(list(counters.values()), np.int32))
+    sums = numbers.reshape(-1, len(counters)).sum(axis=0)
+    return dict(zip(counters, sums.tolist(), strict=True))
 
 
 def validation_losses(

@@ -117,6 +117,11 @@ class TrainStep:
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
             **self.per_task(losses, batch.valid, batch.task),
+            "latent_square_sum": jax.ops.segment_sum(
+                jnp.mean(jnp.square(x0), axis=(1, 2, 3)) * batch.valid,
+                batch.task,
+                len(self.task_names),
+            ),
         }
         state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         return state, metrics
