@@ -33,7 +33,7 @@ def make_config() -> Config:
         for name, weight in weights.items()
     }
     tasks["lg"]["drop_text"] = 0.5
-    data = dict(dir="", resolution=16, num_tokens=8, face_resolution=4, batch_size=4)
+    data = dict(dir="memory", resolution=16, num_tokens=8, face_resolution=4, batch_size=4)
     return Config.of(dict(seed=0, name="toy & co", tasks=tasks, data=data))
 
 

@@ -269,8 +269,8 @@ def test_a_storage_that_does_not_answer_is_no_damaged_record():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (dict(t2i=-1.0), "weight of task 't2i' is -1.0, expected a finite number >= 0"),
-        (dict(t2i=float("nan")), "weight of task 't2i' is nan"),
+        (dict(t2i=-1.0), "tasks.t2i.weight=-1.0: expected a finite number >= 0"),
+        (dict(t2i=float("nan")), "tasks.t2i.weight=nan"),
         (dict(t2i=0.0, ie=0.0), "no task has a weight above zero"),
         (dict(t2ii=1.0), "unknown task 't2ii'; did you mean 't2i'"),
     ],

@@ -99,7 +99,7 @@ def make_config(batch_size: int = 8, seed: int = 0, **weights: float) -> ConfigD
         for name, weight in weights.items()
     }
     c.data = dict(
-        dir="",
+        dir="memory",
         resolution=SIZE,
         num_tokens=NUM_TOKENS,
         face_resolution=4,
