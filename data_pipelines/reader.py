@@ -17,6 +17,10 @@ from data_pipelines.transforms import Record
 from univg_jax.errors import NotFoundError, UnreachableError, UserError
 
 
+class MissingFieldError(UserError):
+    """A source whose records have not all fields that are asked of them."""
+
+
 class DamagedRecord(UserError):
     """A record that cannot be read, breaks the schema, or has a prompt that cannot be tokenized."""
 
@@ -32,8 +36,8 @@ SKIPPED = (DamagedRecord, UnsuitableRecord)
 class Reader:
     """Reads a source's records for one task, in the shape of the rows that `collator` makes.
 
-    `fields` are those needed beside the task's. Raises UserError if the source lacks one. Every
-    method may raise
+    `fields` are those needed beside the task's. Raises MissingFieldError if the source lacks
+    one. Every method may raise
 
       DamagedRecord: nobody can use the record, whatever is wrong with it.
       UnsuitableRecord: it is sound, but holds nothing for this task.
@@ -48,7 +52,7 @@ class Reader:
         self.task, self.source, self._collator = task, source, collator
         self._fields = tuple(dict.fromkeys((*TASKS[task].needs, *fields)))
         if missing := [field for field in self._fields if field not in source.fields]:
-            raise UserError(
+            raise MissingFieldError(
                 f"task {task!r} cannot read {source.name}: no field {missing[0]!r} "
                 f"(has {', '.join(source.fields)})"
             )

@@ -6,6 +6,7 @@ replace. Where the vocabulary spells that word in several pieces, the encoder re
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -78,6 +79,12 @@ class EncoderTokenizer:
         self._tokenizer = tokenizer
 
     @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the vocabulary or the way that texts are cut."""
+        content = json.dumps([self._tokenizer.to_str(), self._pad, self._stand_in])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
     def vocabulary(self) -> dict[str, int]:
         """Token -> id."""
         return self._tokenizer.get_vocab()
@@ -132,6 +139,11 @@ class SD3Tokenizer:
     clip: EncoderTokenizer  # of CLIP-L
     t5: EncoderTokenizer | None = None  # not asked where num_tokens is 77
 
+    @property
+    def fingerprint(self) -> str:
+        """That of both tokenizers."""
+        return "".join(part.fingerprint for part in (self.clip, self.t5) if part is not None)
+
     def __call__(self, text: str, num_tokens: int) -> TokenizedText:
         t5_positions = num_tokens - CLIP_POSITIONS
         if self.t5 is None and t5_positions != 0:
@@ -149,7 +161,7 @@ class SD3Tokenizer:
         )
 
 
-def load_tokenizer(name_or_folder: str = "minilm") -> Tokenizer:
+def load_tokenizer(name_or_folder: str = "minilm") -> EncoderTokenizer | SD3Tokenizer:
     """The tokenizer of a pretrained model, by its name or local folder.
 
     A folder has tokenizer.json, or CLIP's vocab.json and merges.txt. That of an SD3 pipeline has

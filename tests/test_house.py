@@ -73,7 +73,10 @@ ALLOWED: dict[str, set[str]] = {
     # What is done with them.
     "precompute": {"assembly", "data_pipelines", "encoders"},
     "previews": {"assembly", "pipeline", "training"},
-    "evaluation": {"assembly", "batch", "conditioning", "data_pipelines", "pipeline", "sharding"},
+    "evaluation": {
+        *("assembly", "batch", "checkpoint", "conditioning", "data_pipelines", "pipeline"),
+        *("progress", "sharding", "writers"),
+    },
     "planning": {
         *("assembly", "batch", "data_pipelines", "encoders", "models", "sampling", "sharding"),
         *("tpu", "training"),

@@ -9,6 +9,7 @@ In a run of several processes every process calls every function here. Paths may
 """
 
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -179,6 +180,23 @@ def workdir_of(path: epath.PathLike) -> epath.Path:
 def step_of(path: epath.PathLike) -> int:
     """The step that `load_params` reads at `path`; raises what it raises."""
     return _locate(path)[1]
+
+
+def digests(path: epath.PathLike) -> dict[int, str]:
+    """16 hex digits that name the content of each step of a workdir, or of one step.
+
+    They are of its checksums, so they change with its parameters and its config, and a copy in
+    another folder has the same. Nothing is verified. Raises NotFoundError if there is none.
+    """
+    root, step = _parse(path)
+    files = {
+        s: root / str(s) / checksums.FILE for s in (steps_in(root) if step is None else [step])
+    }
+    return {
+        s: hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        for s, file in files.items()
+        if file.exists()
+    }
 
 
 def verify(path: epath.PathLike) -> tuple[StepReport, ...]:

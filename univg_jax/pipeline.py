@@ -11,7 +11,7 @@ measured is what users get.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TypedDict, Unpack
 
 import jax
@@ -23,9 +23,9 @@ from PIL import Image
 from data_pipelines import records
 from data_pipelines.collate import Collator
 from data_pipelines.tasks import INPUTS, TASKS, Example, find_task
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.tokenizer import Tokenizer, load_tokenizer
 from univg_jax import assembly, checkpoint, encoders, sharding, tpu
-from univg_jax.batch import Batch
+from univg_jax.batch import Batch, BatchShape
 from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.images import to_uint8
 from univg_jax.progress import timed
@@ -52,8 +52,10 @@ MAX_BATCH = 8  # images that a list is cut into, where the devices do not ask fo
 class Pipeline:
     """A trained model with all that it needs to make images.
 
-    `step` is the checkpoint's. In a run of several processes every process makes the same calls,
-    and `generate_batch` takes and gives each process its own rows.
+    `step` is the checkpoint's. `digests` name the content of all that was read with it: the
+    weights, each encoder, the tokenizer. They tell models apart that lay at one path. In a run of
+    several processes every process makes the same calls, and `generate_batch` takes and gives each
+    process its own rows.
     """
 
     config: Config
@@ -64,6 +66,7 @@ class Pipeline:
     collator: Collator
     path: str = ""
     step: int = 0
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # What was compiled, so as to say it only once; copies with other parameters share it.
     compiled: set[Hashable] = dataclasses.field(default_factory=set, repr=False, compare=False)
 
@@ -104,15 +107,22 @@ class Pipeline:
             checkpoint.workdir_of(path), folder=config.conditioning.folder, mesh=mesh
         )
         model = assembly.make_model(config, found.conditioner)
+        tokenizer = load_tokenizer(encoders.tokenizer_folder(config.conditioning))
+        step = checkpoint.step_of(path)
         pipeline = cls(
             config=config,
             params=None,
             frozen=found.frozen,
             mesh=mesh,
             generator=assembly.make_generator(config, model, found.conditioner),
-            collator=assembly.make_collator(config),
+            collator=Collator(tokenizer=tokenizer, shape=BatchShape.of(config.data)),
             path=os.fspath(path),
-            step=checkpoint.step_of(path),
+            step=step,
+            digests={
+                "weights": checkpoint.digests(path)[step],
+                **encoders.digests(checkpoint.workdir_of(path)),
+                "tokenizer": tokenizer.fingerprint,
+            },
         )
         abstract = jax.eval_shape(pipeline._init_params, jax.random.key(0))
         params = checkpoint.load_params(

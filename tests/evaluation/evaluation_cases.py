@@ -70,10 +70,3 @@ def noise(batch) -> np.ndarray:
 def blurred(batch) -> np.ndarray:
     """The target, a quarter of it noise."""
     return np.rint(0.75 * batch.target + 0.25 * noise(batch)).astype(np.uint8)
-
-
-def without_samples(results: dict) -> dict:
-    return {
-        name: {k: v for k, v in task.items() if k != "samples"}
-        for name, task in results["tasks"].items()
-    }

@@ -59,6 +59,24 @@ def test_iou_is_symmetric_and_bounded(pair):
         assert iou(a, a).value == 1
 
 
+def test_choice_by_hand():
+    objects = np.zeros((3, 4, 4), bool)
+    objects[0, 0], objects[1, 1], objects[2, 2:] = True, True, True
+    assert metrics.choice(objects[1], objects, right=1).value == 1
+    assert metrics.choice(objects[1], objects, right=0).value == 0
+    two = objects[0] | objects[1]  # as much of either
+    assert metrics.choice(two, objects, right=1).value == 1 / 2
+    assert metrics.choice(np.zeros((4, 4), bool), objects, right=1).value == 0
+    assert metrics.choice(objects[0], objects[:1], right=0).count.sum() == 0, "there was no choice"
+
+
+@given(masks, st.integers(2, 5), seeds)
+def test_an_answer_that_does_not_know_the_object_is_right_in_one_of_k_cases_at_most(pair, k, seed):
+    objects = np.random.default_rng(seed).random((k, 9, 7)) < 0.3
+    scores = [metrics.choice(pair[0], objects, right=right).value for right in range(k)]
+    assert sum(scores) <= 1 + EXACT
+
+
 def test_box_iou_by_hand():
     a, b = np.array([0.0, 0, 2, 2]), np.array([1.0, 1, 3, 3])
     assert metrics.box_iou(a, b) == pytest.approx(1 / 7, abs=EXACT)
@@ -72,7 +90,7 @@ def test_depth_by_hand():
     target = np.array([[1.0, 2.0], [4.0, 0.0]])  # the last pixel is invalid
     # constant on the valid ones: aligns to the mean, 7/3
     prediction = np.array([[1.5, 1.5], [1.5, 9.0]])
-    errors = metrics.depth_errors(prediction, target, target > 0)
+    errors = metrics.depth_errors(prediction, target, limits=(0.0, 10.0))
     mean = 7 / 3
     assert errors["abs_rel"].value == pytest.approx(
         ((mean - 1) + (mean - 2) / 2 + (4 - mean) / 4) / 3, abs=EXACT
@@ -87,13 +105,35 @@ def test_aligned_depth_ignores_scale_and_shift(seed, scale, shift):
     rng = np.random.default_rng(seed)
     target = rng.uniform(1, 10, (6, 5))
     prediction = target + rng.normal(0, 1, (6, 5))
-    reference = metrics.depth_errors(prediction, target, target > 0)
-    moved = metrics.depth_errors(scale * prediction + shift, target, target > 0)
+    limits = (0.5, 10.5)
+    reference = metrics.depth_errors(prediction, target, limits=limits)
+    moved = metrics.depth_errors(scale * prediction + shift, target, limits=limits)
     # Cancellation of the mean costs up to |shift| / scale / std digits: 200 x 1e-16 and a margin.
     assert moved["abs_rel"].value == pytest.approx(reference["abs_rel"].value, abs=1e-9)
-    exact = metrics.depth_errors(scale * target + shift, target, target > 0)
+    exact = metrics.depth_errors(scale * target + shift, target, limits=limits)
     assert exact["abs_rel"].value == pytest.approx(0, abs=1e-9)
     assert exact["delta1"].value == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_aligned_depth_is_clipped_to_the_range_of_the_data_and_not_of_the_picture(seed):
+    rng = np.random.default_rng(seed)
+    target = np.append(rng.uniform(4, 6, 49), 6.0)
+    prediction = np.append(target[:-1], 8.0)  # one pixel is too far, and costs what it is off
+    free = metrics.align_depth(prediction, target, limits=(-np.inf, np.inf))
+    assert free.max() > target.max()
+    clipped = metrics.align_depth(prediction, target, limits=(1.0, 10.0))
+    np.testing.assert_array_equal(clipped, np.clip(free, 1, 10))
+    errors = metrics.depth_errors(prediction[None], target[None], limits=(1.0, 10.0))
+    expected = np.mean(np.abs(clipped - target) / target)
+    assert errors["abs_rel"].value == pytest.approx(expected, abs=EXACT)
+
+
+def test_pixels_out_of_the_range_do_not_count():
+    target = np.array([[1.0, 2.0], [4.0, 20.0]])
+    errors = metrics.depth_errors(np.array([[1.0, 2.0], [4.0, 0.0]]), target, limits=(0.0, 10.0))
+    assert errors["abs_rel"].value == pytest.approx(0, abs=EXACT)
 
 
 def test_pck_averages_over_joints_that_were_seen():

@@ -23,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
         "--out",
         required=True,
         metavar="DIR",
-        help="folder of results.json and the images; finished tasks are kept",
+        help="a folder for this and other evaluations; finished tasks are kept",
     )
     parser.add_argument("--tasks", metavar="A,B", help="default: all that the run was trained on")
     parser.add_argument(

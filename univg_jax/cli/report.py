@@ -9,7 +9,11 @@ def add_arguments(parser: Parser) -> None:
     """The command's flags."""
     parser.add_argument("--stages", required=True, metavar="DIR,DIR", help="workdirs, in order")
     parser.add_argument(
-        "--evaluation", required=True, metavar="DIR", help="what `univg evaluate` wrote"
+        "--evaluation",
+        required=True,
+        metavar="DIR",
+        help="the --out of `univg evaluate`, of which the newest of the last stage is shown, or "
+        "one of the folders in it",
     )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="for report.html, report.json and samples.png"
@@ -26,10 +30,13 @@ def run(args: argparse.Namespace) -> None:
     """Writes the page, the same numbers as JSON, and a picture of examples."""
     from etils import epath
 
-    from univg_jax.evaluation.report import write_report, write_sheet
+    from univg_jax.evaluation.report import Evaluation, write_report, write_sheet
 
-    out, evaluation = epath.Path(args.out), epath.Path(args.evaluation)
+    out, stages = epath.Path(args.out), args.stages.split(",")
+    evaluation = Evaluation.of(args.evaluation, last_stage=stages[-1])
     page, numbers, sheet = (out / f for f in ("report.html", "report.json", "samples.png"))
-    write_report(out, page, numbers, stages=args.stages.split(","), evaluation=evaluation)
+    write_report(out, page, numbers, stages=stages, evaluation=evaluation)
     write_sheet(evaluation, sheet)
-    print(f"wrote {page}, {numbers} and {sheet}")
+    print(f"wrote {page}, {numbers} and {sheet}, which show {evaluation.title}")
+    if evaluation.others:
+        print(f"not shown: {', '.join(evaluation.others)} (name one with --evaluation)")

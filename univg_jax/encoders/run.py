@@ -160,6 +160,19 @@ def load_text(
     return _module(_kind("text", record), networks), _read(networks, record, mesh)
 
 
+def digests(workdir: epath.PathLike) -> dict[str, str]:
+    """16 hex digits for each encoder that a run has recorded: of its kind, options and weights.
+
+    `load` checks that the weights are those that are recorded.
+    """
+    records = _read_records(epath.Path(workdir) / "encoders") or {}
+    return {
+        role: hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+        for role, record in records.items()
+        if record is not None
+    }
+
+
 def text_identity(conditioning: Conditioning, *, num_tokens: int) -> dict[str, Any]:
     """All that a prompt's embedding depends on but the prompt: encoder, weights, row length."""
     record, networks = _open_text(conditioning)

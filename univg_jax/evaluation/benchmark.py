@@ -4,15 +4,17 @@ A benchmark is one module of `evaluation/benchmarks/` with a `BENCHMARK`. The ru
 object and knows nothing else about it. For every task the benchmark has *answers that need no
 model*, which are pictures like a model's and are scored by the same code:
 
-* trivial answers, made from training examples at most. The best of them is what a model must beat;
-* references, which may use the truth, and show what a metric does not measure.
+* trivial answers, which do not look for what the task asks: the same picture for every case, a copy
+  of the input, a classic filter, any object. The best of them is what a model must beat;
+* references, which may use the truth or look for a similar training example. They show what a
+  metric does not measure, and what can be had without learning.
 """
 
 import dataclasses
 import functools
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -109,16 +111,22 @@ class BenchmarkTask:
     """How one task of a benchmark is scored.
 
     `make_score(scorers, cases)` is called once and returns `score(case, image)`, which has the sums
-    and counts of each metric. `make_trivial(train)` makes the trivial answers from training cases.
-    `chance(cases)` has the expected values of guessing, where they are numbers and not pictures.
+    and counts of each metric. `make_trivial(train)` and `make_references(train)` make the answers
+    that need no model from training cases. `chance(cases)` has the expected values of guessing,
+    where they are numbers and not pictures. `group(case)` names what several cases may share, such
+    as a person: standard errors are over groups (None: over cases).
+
+    The verdict is about the first metric, the primary one. It must be one that no trivial answer
+    can win by construction: likeness alone, say, is won by a copy of the face.
     """
 
     title: str
-    metrics: Mapping[str, Metric]  # the first is the primary one
+    metrics: Mapping[str, Metric]
     make_score: Callable[[Scorers, Cases], ScoreFn]
     make_trivial: Callable[[Cases], dict[str, AnswerFn]]
+    make_references: Callable[[Cases], dict[str, AnswerFn]] = lambda train: {}
     chance: Callable[[Cases], dict[str, float]] = lambda cases: {}
-    references: Mapping[str, AnswerFn] = dataclasses.field(default_factory=dict)
+    group: Callable[[Case], Hashable] | None = None
     needs_fields: tuple[str, ...] = ()  # of the records, beside those of the task
     needs_scorers: tuple[str, ...] = ()  # names of protocols
     difficulty: str = ""  # what makes the task hard: a likely reason if a model fails

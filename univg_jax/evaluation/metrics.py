@@ -84,6 +84,19 @@ def overall_iou(prediction: Mask, target: Mask) -> Ratio:
     return Ratio.of(np.sum(prediction & target), np.sum(prediction | target))
 
 
+def choice(prediction: Mask, masks: Bool[np.ndarray, "k h w"], *, right: int) -> Ratio:
+    """Whether a prediction overlaps mask `right` more, by IoU, than any other of the masks.
+
+    1 if it does, 1 / m if m masks share the largest overlap, 0 if it overlaps none. One mask alone
+    is no choice and counts nowhere. Summed over which mask is the right one this is at most 1: an
+    answer that does not know it is right in one of k cases.
+    """
+    if len(masks) < 2:
+        return Ratio.of(0.0, 0.0)
+    overlaps = np.array([mean_iou(prediction, mask).value for mask in masks])
+    return recall_at_1(np.roll(overlaps, -right)) if overlaps.any() else Ratio.of(0.0)
+
+
 def box_iou(box: Float[np.ndarray, "4"], other: Float[np.ndarray, "4"]) -> float:
     """Intersection over union of two boxes x0 y0 x1 y1; 0 if both are empty."""
     sides = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
@@ -102,30 +115,34 @@ def best_box_iou(
     )
 
 
-def align_depth(p: Float[np.ndarray, " n"], g: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The prediction p, scaled and shifted to fit the target g, and clipped to the target's range.
+def align_depth(
+    p: Float[np.ndarray, " n"], g: Float[np.ndarray, " n"], *, limits: tuple[float, float]
+) -> Float[np.ndarray, " n"]:
+    """The prediction p, scaled and shifted to fit the target g, and clipped to `limits`.
 
         s p + o,   (s, o) = argmin sum (s p + o - g)²
 
-    A constant prediction aligns to the mean of the target.
+    A constant prediction aligns to the mean of the target. `limits` are the nearest and farthest
+    depth that count in the data set, not those of this picture, which a prediction cannot know.
     """
     deviation = p - p.mean()
     variance = np.mean(deviation**2)
     # Relative to the magnitude, so that rounding of a constant is not taken for structure.
     is_constant = variance <= 1e-12 * max(np.mean(p**2), 1e-300)
     scale = 0.0 if is_constant else np.mean(deviation * (g - g.mean())) / variance
-    return np.clip(scale * deviation + g.mean(), g.min(), g.max())
+    return np.clip(scale * deviation + g.mean(), *limits)
 
 
-def depth_errors(prediction: Map, target: Map, valid: Mask) -> dict[str, Ratio]:
-    """Errors of depth p against g over valid pixels, after `align_depth`.
+def depth_errors(prediction: Map, target: Map, *, limits: tuple[float, float]) -> dict[str, Ratio]:
+    """Errors of depth p against g where g lies between `limits`, after `align_depth`.
 
     abs_rel = mean |p - g| / g        delta1 = share of max(p/g, g/p) < 1.25
     """
+    valid = (target > limits[0]) & (target < limits[1])
     if not valid.any():
         return dict.fromkeys(("abs_rel", "delta1"), Ratio.of(0.0, 0.0))
     g = target[valid].astype(float)
-    p = align_depth(prediction[valid].astype(float), g)
+    p = align_depth(prediction[valid].astype(float), g, limits=limits)
     return {
         "abs_rel": Ratio.of(np.mean(np.abs(p - g) / g)),
         "delta1": Ratio.of(np.mean(np.maximum(p / g, g / p) < 1.25)),

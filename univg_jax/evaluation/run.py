@@ -8,29 +8,30 @@ killed evaluation goes on with the next task.
 import collections
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
 from data_pipelines.collate import Collator
+from data_pipelines.reader import MissingFieldError
 from data_pipelines.tasks import TASKS
 from univg_jax import assembly
 from univg_jax.errors import UserError, check_name
 from univg_jax.evaluation import generate, score
-from univg_jax.evaluation.benchmark import AnswerFn, Benchmark, BenchmarkTask, Cases, ScoreFn
+from univg_jax.evaluation.benchmark import AnswerFn, Benchmark, Cases, ScoreFn
 from univg_jax.evaluation.generate import System
-from univg_jax.evaluation.scorers import Scorers, digest, local_mesh
-from univg_jax.files import write_whole
+from univg_jax.evaluation.provenance import provenance
+from univg_jax.evaluation.results import FILE, Results, digest
+from univg_jax.evaluation.scorers import Scorers, local_mesh, scorer_digests
 from univg_jax.pipeline import Pipeline
 from univg_jax.progress import Bar
+from univg_jax.settings import Config
 
-VERSION = 3  # of the arithmetic and of the results' keys: results of another one are not reused
 NUM_TRAIN = 256  # training cases that trivial answers are made from
 NUM_SAMPLES = 6  # cases of a task that the report shows, so that input and target are written, too
 
@@ -47,34 +48,33 @@ def evaluate(
     seed: int = 0,
     data_dir: epath.PathLike | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Scores a pipeline on a benchmark, with its untrained self, its codec and the true answers.
 
-    All processes call it. `tasks` are by default those that the model was trained on and the
-    benchmark has; `num_examples` is for each. `batch_size` is global. `data_dir` replaces the
-    folder of the run's own data. `settings` are stored with the results, beside those that the
-    pipeline knows. See `Evaluator.run` for what is written to `out`, and returned.
+    All processes call it. `tasks` and `split` are those of `open_cases`, `num_examples` is for each
+    task. `batch_size` is global. `data_dir` replaces the folder of the run's own data. `settings`
+    are stored with the results, beside those that the pipeline knows. See `Evaluator.run` for what
+    is written to `out`, and returned.
 
-    Raises UserError for an unknown task, a split that is missing, a batch size that does not divide
-    over the devices, or a scorer that cannot be had.
+    Raises UserError for what `open_cases` refuses, a pipeline that was not loaded from a
+    checkpoint, a batch size that does not divide over the devices, or a scorer that cannot be had.
     """
-    config = pipeline.config
-    if data_dir is not None:
-        data = dataclasses.replace(config.data, dir=str(data_dir))
-        config = dataclasses.replace(config, data=data)
-        pipeline = dataclasses.replace(pipeline, config=config)
+    if not pipeline.digests:
+        raise UserError("a pipeline is evaluated as `Pipeline.load` gives it: this one has no path")
+    config = with_data(pipeline.config, data_dir)
+    pipeline = dataclasses.replace(pipeline, config=config)
     devices = pipeline.rows * jax.process_count()
     if batch_size < 1 or batch_size % devices:
         raise UserError(f"batch size {batch_size}: expected a multiple of {devices} devices")
-    for name in tasks or ():
-        check_name(name, config.tasks, what="task of this run:")
-        check_name(name, benchmark.tasks, what=f"task of {benchmark.name}:")
-    chosen = [name for name in benchmark.tasks if name in (tasks or pipeline.tasks)]
-    assembly.prepare_data(config)
-    make_cases = functools.partial(benchmark.cases, config, collator=pipeline.collator)
-    cases = {name: make_cases(name, split=split, num=num_examples) for name in chosen}
-    train = {name: make_cases(name, split="train", num=NUM_TRAIN) for name in chosen}
-    needs = {need: None for name in chosen for need in benchmark.tasks[name].needs_scorers}
+    cases, train = open_cases(
+        config,
+        benchmark,
+        tasks=tasks,
+        split=split,
+        num=num_examples,
+        collator=pipeline.collator,
+    )
+    needs = {need: None for name in cases for need in benchmark.tasks[name].needs_scorers}
     sampling = config.to_dict()["sampling"]
     kept = ("solver", "steps", "shift", "rescale", "interval", "guidance")
     evaluator = Evaluator(
@@ -83,18 +83,69 @@ def evaluate(
         collator=pipeline.collator,
         scorers=benchmark.open_scorers(pipeline, needs=tuple(needs)),
         settings={  # in the order in which the report shows them
-            "checkpoint": pipeline.path,
             "step": pipeline.step,
             **(settings or {}),
             **{key: sampling[key] for key in kept},
             "seed": seed,
             "split": split,
-            "dataset": hashlib.sha256(benchmark.fingerprint(config).encode()).hexdigest()[:12],
+            "examples": num_examples,
+            "dataset": digest(benchmark.fingerprint(config)),
+            **pipeline.digests,
         },
+        provenance={"checkpoint": pipeline.path, **provenance()},
         out=out,
         batch_size=batch_size,
     )
     return evaluator.run(cases, train=train)
+
+
+def with_data(config: Config, data_dir: epath.PathLike | None) -> Config:
+    """The config with its data in another folder, if one is given."""
+    if data_dir is None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(data_dir)))
+
+
+def open_cases(
+    config: Config,
+    benchmark: Benchmark,
+    *,
+    tasks: Sequence[str] | None,
+    split: str,
+    num: int,
+    collator: Collator,
+) -> tuple[dict[str, Cases], dict[str, Cases]]:
+    """The first `num` cases of each task in a split, and training cases.
+
+    `tasks` are by default those that the run was trained on, that the benchmark has, and for which
+    the data has the fields; a task that is left out is logged. Raises UserError for a task that is
+    unknown, a split that is missing, or a field that is missing: of a task that is named, or of
+    all.
+    """
+    for name in tasks or ():
+        check_name(name, config.tasks, what="task of this run:")
+        check_name(name, benchmark.tasks, what=f"task of {benchmark.name}:")
+    trained = [name for name, task in config.tasks.items() if task.weight > 0]
+    assembly.prepare_data(config)
+    cases, train, refused = {}, {}, None
+    for name in benchmark.tasks:
+        if name not in (tasks or trained):
+            continue
+        try:
+            cases[name], train[name] = (
+                benchmark.cases(config, name, split=part, num=count, collator=collator)
+                for part, count in ((split, num), ("train", NUM_TRAIN))
+            )
+        except MissingFieldError as error:
+            if tasks:
+                raise
+            refused = error
+            logging.warning("%s: left out, since %s", benchmark.name, error)
+    if refused and not cases:
+        raise refused
+    if not cases:
+        raise UserError(f"{benchmark.name} has none of the tasks that this run was trained on")
+    return cases, train
 
 
 def pipeline_systems(pipeline: Pipeline, *, seed: int) -> dict[str, System]:
@@ -125,7 +176,8 @@ class Evaluator:
     """Scores systems on cases of a benchmark. All processes make the same one and call `run`.
 
     `systems` must have "model"; a system is any function that makes an image of each row of a
-    batch. `settings` say how the images were made, and are stored with the results.
+    batch. `settings` say how the images were made: results of other settings have another folder.
+    `provenance` is stored with them, and may differ.
     """
 
     benchmark: Benchmark
@@ -135,55 +187,73 @@ class Evaluator:
     settings: Mapping[str, Any]
     out: epath.PathLike
     batch_size: int  # global
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def run(self, cases: Mapping[str, Cases], *, train: Mapping[str, Cases]) -> dict[str, Any]:
-        """Scores the cases of each task; returns what process 0 writes to `out/results.json`.
+    def run(self, cases: Mapping[str, Cases], *, train: Mapping[str, Cases]) -> Results:
+        """Scores the cases of each task; returns what process 0 writes below `out`.
 
-        Trivial answers are made from the cases `train`. A task whose results for the same settings
-        are in `out` already is not run again. The model's images are written to
-        `out/<task>/NNN.png`.
+        Trivial answers are made from the cases `train`. A task that `out` has for the same
+        settings, checkpoint and scorers is not run again, and no other one is changed. The model's
+        images are written beside the results (`evaluation.results`).
 
         Raises UserError for a task without cases, a scorer that is absent, a batch size that does
-        not divide over the processes, or an unreadable results.json.
+        not divide over the processes, or results that are damaged.
         """
         if "model" not in self.systems:
             raise ValueError(f"systems must have 'model', got {', '.join(self.systems) or 'none'}")
         for name in cases:
             if not len(cases[name]):
                 raise UserError(f"no example of task {name!r} to evaluate")
-        path = epath.Path(self.out) / "results.json"
-        settings = {**self.settings, "scorers": digest(self.scorers)}
-        results = _read_results(path, settings)
-        version = [VERSION, self.benchmark.name, self.benchmark.version, sorted(self.systems)]
-        keys = {name: _hash([*version, settings, name, len(cases[name])]) for name in cases}
-        todo = [n for n in cases if results["tasks"].get(n, {}).get("key") != keys[n]]
+        compared = {"benchmark": self.benchmark.version, "systems": sorted(self.systems)}
+        results = Results(benchmark=self.benchmark.name, settings={**self.settings, **compared})
+        folder = results.folder(self.out)
+        if (folder / FILE).exists():
+            results = Results.read(folder)
+        made_of = {name: self._made_of(name, cases[name]) for name in cases}
+        done = {name: task.get("made_of") for name, task in results.tasks.items()}
+        todo = [name for name in cases if done.get(name) != made_of[name]]
         total = sum(len(cases[name]) * len(self.systems) for name in todo)
         quiet = not total or jax.process_index() > 0
         with Bar(total=total, unit="image", disable=quiet) as bar:
             for name in todo:
                 bar.set_description(f"evaluate {name}")
-                task = self.benchmark.tasks[name]
-                result = self._evaluate(task, cases[name], train=train[name], bar=bar)
-                results["tasks"][name] = {"key": keys[name], **result}
-                # In the order of `cases`, whichever were finished before.
-                results["tasks"] = {n: results["tasks"][n] for n in cases if n in results["tasks"]}
+                task = self._evaluate(cases[name], train=train[name], folder=folder, bar=bar)
+                found = {**results.tasks, name: {"made_of": made_of[name], **task}}
+                # In the benchmark's order, whichever were finished before.
+                ordered = {n: found[n] for n in self.benchmark.tasks if n in found}
+                results = dataclasses.replace(results, provenance=self.provenance, tasks=ordered)
                 if jax.process_index() == 0:
-                    write_whole(path, json.dumps(results, indent=1) + "\n")
+                    results.write(folder)
+        logging.info("results are in %s", folder)
         return results
 
+    def _made_of(self, name: str, cases: Cases) -> dict[str, Any]:
+        """What a task's results depend on beside the settings."""
+        needed = {
+            need: self.scorers[need]
+            for need in self.benchmark.tasks[name].needs_scorers
+            if need in self.scorers
+        }
+        return {"examples": len(cases), "scorers": scorer_digests(needed)}
+
     def _evaluate(
-        self, task: BenchmarkTask, cases: Cases, *, train: Cases, bar: Bar
+        self, cases: Cases, *, train: Cases, folder: epath.Path, bar: Bar
     ) -> dict[str, Any]:
         """The entry of one task in results.json."""
+        task = self.benchmark.tasks[cases.task]
+        groups = None if task.group is None else [task.group(case) for case in cases]
         with local_mesh():
             score_fn = task.score_fn(self.scorers, cases)
             template = score_fn(cases[0], cases[0].example.target)
-            answers = {"trivial": task.make_trivial(train), "references": task.references}
-        rows = self._score(cases, score_fn=score_fn, answers=answers, bar=bar)
+            answers = {
+                "trivial": task.make_trivial(train),
+                "references": task.make_references(train),
+            }
+        rows = self._score(cases, score_fn=score_fn, answers=answers, folder=folder, bar=bar)
         gather = functools.partial(score.gather, count=len(cases), template=template)
         # Not in the order of `rows`: a process may have none, and all must gather the same thing.
         summaries = {
-            kind: {name: score.summarize(gather(rows[kind, name])) for name in names}
+            kind: {name: score.summarize(gather(rows[kind, name]), groups) for name in names}
             for kind, names in {"systems": self.systems, **answers}.items()
         }
         if chance := task.chance(cases):
@@ -196,6 +266,7 @@ class Evaluator:
             "metric": task.primary,
             "metrics": {name: dataclasses.asdict(metric) for name, metric in task.metrics.items()},
             "examples": len(cases),
+            "groups": len(cases if groups is None else set(groups)),
             **score.verdict(task, **summaries),
             "difficulty": task.difficulty,
             "note": task.note,
@@ -206,7 +277,13 @@ class Evaluator:
         }
 
     def _score(
-        self, cases: Cases, *, score_fn: ScoreFn, answers: Answers, bar: Bar
+        self,
+        cases: Cases,
+        *,
+        score_fn: ScoreFn,
+        answers: Answers,
+        folder: epath.Path,
+        bar: Bar,
     ) -> Mapping[Key, dict[int, score.Scores]]:
         """The scores of this process's cases, by who answered and case index.
 
@@ -229,23 +306,5 @@ class Evaluator:
                         rows[key][case.index] = score_fn(case, image)
             for case, image in zip(mine, images["systems", "model"]):
                 with_case = case.index < NUM_SAMPLES
-                generate.write_pictures(epath.Path(self.out), case, image, with_case=with_case)
+                generate.write_pictures(folder, case, image, with_case=with_case)
         return rows
-
-
-def _read_results(path: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The results that `path` holds already, without those of other settings."""
-    blank = {"settings": settings, "tasks": {}}
-    if not path.exists():
-        return blank
-    try:
-        found = json.loads(path.read_text())
-        same = found["settings"] == json.loads(json.dumps(settings))
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not the results of an evaluation: move it away") from None
-    return found if same else blank
-
-
-def _hash(content: Any) -> str:
-    """16 digits that name what a task's result depends on."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,5 +1,7 @@
 """The report: self-contained, honest about what failed, and the same numbers in JSON."""
 
+import contextlib
+import dataclasses
 import json
 import re
 
@@ -8,8 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.evaluation.test_run import run
+from univg_jax import checkpoint
 from univg_jax.errors import NotFoundError, UserError
-from univg_jax.evaluation.report import TaskResult, write_report, write_sheet
+from univg_jax.evaluation.report import Evaluation, TaskResult, write_report, write_sheet
 from univg_jax.evaluation.report.wording import explain
 
 
@@ -47,13 +50,26 @@ def finished(tmp_path):
     return tmp_path
 
 
+def shown(folder):
+    return Evaluation.of(folder / "evaluation", last_stage=folder / "stage2")
+
+
+@contextlib.contextmanager
+def changed(folder):
+    """The tasks of the results, to be changed as if they had been found so."""
+    evaluation = shown(folder)
+    tasks = json.loads(json.dumps(evaluation.results.tasks))
+    yield tasks
+    dataclasses.replace(evaluation.results, tasks=tasks).write(evaluation.folder)
+
+
 def write(folder):
     write_report(
         folder,
         folder / "report.html",
         folder / "report.json",
         stages=[folder / "stage1", folder / "stage2"],
-        evaluation=folder / "evaluation",
+        evaluation=shown(folder),
     )
     return (folder / "report.html").read_text(), json.loads((folder / "report.json").read_text())
 
@@ -78,14 +94,72 @@ def test_json_has_what_was_promised(finished):
     assert {"steps", "seconds", "first_loss", "last_loss"} <= set(report["stages"]["stage1"])
     for task in report["tasks"].values():
         assert {"metric", "value", "untrained", "trivial", "ceiling", "beats_both"} <= set(task)
+        answers = {name: values[task["metric"]] for name, values in task["trivial_answers"].items()}
+        best = max if task["better"] == "higher" else min
+        assert task["trivial"] == best(answers.values()) == answers[task["trivial_name"]]
+        for name, values in task["secondary"].items():
+            best = max if values["better"] == "higher" else min
+            each = [found[name] for found in task["trivial_answers"].values()]
+            assert values["trivial"] == (best(each) if None not in each else None)
+
+
+def test_the_page_says_which_run_it_is(finished):
+    evaluation = shown(finished)
+    made = {"checkpoint": "a/b", "date": "2026-01-02", "version": "9.8.7", "revision": "abc123"}
+    made["machine"] = "host, 8 x TPU"
+    dataclasses.replace(evaluation.results, provenance=made).write(evaluation.folder)
+    page, report = write(finished)
+    assert all(value in page for value in made.values())
+    assert report["provenance"] == made
+    assert report["settings"]["checkpoint_step"] == 3
+
+
+def test_table_heads_have_a_scope(finished):
+    page, _ = write(finished)
+    heads = re.findall(r"<th[ >][^>]*>?", page)
+    assert len(heads) > 10
+    assert all(re.search(r'scope="(col|row)"', head) for head in heads)
+
+
+def test_the_report_shows_the_evaluation_of_the_last_stage(finished):
+    """Of several, the newest of a checkpoint that the last stage has."""
+    evaluation = shown(finished)
+    step = finished / "stage2" / "checkpoints" / "8"
+    step.mkdir(parents=True)
+    (step / "_CHECKPOINT_METADATA").write_text("{}")
+    (step / "checksums.json").write_text("{}")
+    (weights,) = checkpoint.digests(finished / "stage2").values()
+
+    def add(date, **settings):
+        results = dataclasses.replace(
+            evaluation.results,
+            settings=evaluation.results.settings | settings,
+            provenance={"date": date},
+        )
+        results.write(results.folder(finished / "evaluation"))
+        return results.folder(finished / "evaluation").name
+
+    with pytest.raises(
+        UserError, match=f"no evaluation of a checkpoint .*{evaluation.folder.name}"
+    ):
+        shown(finished)
+    old = add("2026-01-01", weights=weights)
+    assert shown(finished).folder.name == old
+    new = add("2026-01-02", weights=weights, seed=1)
+    former = add("2026-01-03", weights="of the model that was here before")
+    found = shown(finished)
+    assert found.folder.name == new
+    assert set(found.others) == {old, former, evaluation.folder.name}
+    named = Evaluation.of(finished / "evaluation" / old, last_stage=finished / "stage2")
+    assert named.folder.name == old
+    (finished / "evaluation" / new / "results.json").write_text("{")
+    assert shown(finished).folder.name == old
 
 
 def test_a_failed_task_is_named_with_its_numbers(finished):
-    path = finished / "evaluation" / "results.json"
-    results = json.loads(path.read_text())
-    results["tasks"]["seg"]["systems"]["model"]["miou"]["value"] = 0.01
-    results["tasks"]["seg"]["beats"]["trivial"] = False
-    path.write_text(json.dumps(results))
+    with changed(finished) as tasks:
+        tasks["seg"]["systems"]["model"]["miou"]["value"] = 0.01
+        tasks["seg"]["beats"]["trivial"] = False
     page, report = write(finished)
     # the stand-in model loses in depth, too: noise costs more than the mean
     assert "1 of 3 tasks beat" in page
@@ -94,10 +168,8 @@ def test_a_failed_task_is_named_with_its_numbers(finished):
 
 
 def test_an_opponent_that_was_not_measured_is_not_beaten(finished):
-    path = finished / "evaluation" / "results.json"
-    results = json.loads(path.read_text())
-    del results["tasks"]["ie"]["systems"]["untrained"], results["tasks"]["ie"]["beats"]["untrained"]
-    path.write_text(json.dumps(results))
+    with changed(finished) as tasks:
+        del tasks["ie"]["systems"]["untrained"], tasks["ie"]["beats"]["untrained"]
     page, report = write(finished)
     assert not report["tasks"]["ie"]["beats_both"]
     assert report["tasks"]["ie"]["untrained"] is None
@@ -110,9 +182,8 @@ def test_the_codec_is_blamed_only_when_it_fails_too():
         "metrics": {"m": {"label": "M", "better": "higher", "percent": False}},
         "systems": {
             "model": {"m": {"value": 0.1, "stderr": 0.001}},
-            "trivial": {"m": {"value": 0.5}},
+            "trivial": {"m": {"value": 0.5, "answer": "guess"}},
         },
-        "trivial": {"chosen": "guess"},
         "beats": {"untrained": True, "trivial": False},
         "examples": 8,
     }
@@ -131,38 +202,41 @@ def test_unfinished_stage_is_named(finished):
 
 
 def test_a_broken_file_is_named(finished):
-    for name in ("stage1/metrics.jsonl", "evaluation/results.json"):
-        path = finished / name
+    for path in (finished / "stage1" / "summary.json", shown(finished).folder / "results.json"):
         content = path.read_text()
         path.write_text(content[:-9])
-        with pytest.raises(UserError, match=f"{name} is not JSON"):
+        with pytest.raises(UserError, match=f"{path} is not JSON"):
             write(finished)
         path.write_text(content)
 
 
+def test_a_torn_picture_is_named(finished):
+    picture = shown(finished).folder / "ie" / "001.png"
+    picture.write_bytes(picture.read_bytes()[:-30])
+    for make in (write, lambda folder: write_sheet(shown(folder), folder / "samples.png")):
+        with pytest.raises(UserError, match=r"ie/001\.png is no picture"):
+            make(finished)
+
+
 def test_a_task_without_trivial_answers_is_reported_too(finished):
-    path = finished / "evaluation" / "results.json"
-    results = json.loads(path.read_text())
-    task = results["tasks"]["ie"]
-    del task["systems"]["trivial"], task["beats"]["trivial"]
-    task["trivial"] = {"chosen": None, "all": {}}
-    path.write_text(json.dumps(results))
+    with changed(finished) as tasks:
+        del tasks["ie"]["systems"]["trivial"], tasks["ie"]["beats"]["trivial"]
+        tasks["ie"]["trivial"] = {}
     page, report = write(finished)
     assert "was not compared with any trivial answer" in page
     assert report["tasks"]["ie"]["trivial"] is None
 
 
 def test_contact_sheet_shows_the_pictures_themselves(finished):
-    evaluation = finished / "evaluation"
-    results = json.loads((evaluation / "results.json").read_text())
+    evaluation = shown(finished)
     write_sheet(evaluation, finished / "samples.png")
     with Image.open(finished / "samples.png") as sheet:
         before = np.asarray(sheet.convert("RGB"))
     assert before.shape[1] == 1200
-    sample = results["tasks"]["ie"]["samples"][0]
-    with Image.open(evaluation / sample["output"]) as picture:
+    output = evaluation.folder / evaluation.results.tasks["ie"]["samples"][0]["output"]
+    with Image.open(output) as picture:
         size = picture.size
-    Image.new("RGB", size, (255, 0, 255)).save(evaluation / sample["output"])
+    Image.new("RGB", size, (255, 0, 255)).save(output)
     write_sheet(evaluation, finished / "samples.png")
     with Image.open(finished / "samples.png") as sheet:
         after = np.asarray(sheet.convert("RGB"))

@@ -5,7 +5,9 @@ import pytest
 
 from data_pipelines.sources import MemorySource
 from tests.evaluation import evaluation_cases as data
-from univg_jax.evaluation.metrics import box_iou
+from univg_jax.errors import UserError
+from univg_jax.evaluation.metrics import box_iou, unit_vectors
+from univg_jax.evaluation.scorers import segmenter
 from univg_jax.evaluation.scorers.scene import (
     FittedSceneScorer,
     fit_scene_scorer,
@@ -59,16 +61,67 @@ def test_other_sizes_are_scored_the_same(scorer):
     )
 
 
-def test_cache_is_the_same_scorer_and_keyed_by_the_data(tmp_path, scorer):
-    def opened(key: str) -> FittedSceneScorer:
-        return open_scene_scorer(SOURCE, cache_dir=tmp_path, key=key, **OPTIONS)
+@pytest.fixture
+def quick(scorer, monkeypatch):
+    """The part of a fit that does not depend on the text is not done again."""
+    monkeypatch.setattr(segmenter, "fit", lambda *args, **options: scorer.segmenter)
 
-    assert opened("a").digest == scorer.digest  # deterministic
+
+def opened(folder, *, data="a", text_encoder="bag of words", **options) -> FittedSceneScorer:
+    return open_scene_scorer(
+        SOURCE, cache_dir=folder, data=data, text_encoder=text_encoder, **{**OPTIONS, **options}
+    )
+
+
+def test_a_fit_is_deterministic(scorer):
+    assert fit_scene_scorer(SOURCE, **OPTIONS).digest == scorer.digest
+
+
+@pytest.mark.usefixtures("quick")
+def test_cache_is_the_same_scorer_and_keyed_by_the_data(tmp_path, scorer):
+    assert opened(tmp_path).digest == scorer.digest
     (file,) = tmp_path.iterdir()
-    loaded = opened("a")
+    loaded = opened(tmp_path)
     assert loaded.digest == scorer.digest
     assert loaded.nouns == tuple(sorted(data.COLORS))
     loaded.save(file)
     assert FittedSceneScorer.load(file).digest == scorer.digest
-    opened("b")
+    opened(tmp_path, data="b")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def recall(scorer, embed) -> float:
+    records = [data.scene(seed) for seed in range(1000, 1016)]
+    captions = sorted({r["caption"] for r in records})
+    texts = unit_vectors(scorer.center(embed(captions)))
+    seen = scorer.embed(np.stack([r["image"] for r in records]))
+    return float(
+        np.mean([captions[i] == r["caption"] for i, r in zip((seen @ texts.T).argmax(-1), records)])
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_another_text_encoder_of_the_same_width_never_meets_the_scorer_of_this_one(tmp_path):
+    def other(texts):
+        return embed_text(texts)[:, ::-1]
+
+    assert recall(opened(tmp_path), embed_text) > 0.9
+    assert recall(opened(tmp_path, embed_text=other, text_encoder="other"), other) > 0.9
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("fault", ["torn", "empty", "flipped", "foreign"])
+def test_a_damaged_cache_is_found_and_made_anew(tmp_path, scorer, fault, caplog):
+    opened(tmp_path)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    flipped = bytearray(content)
+    flipped[-1000] ^= 1
+    faults = {"torn": content[:-50], "empty": b"", "flipped": bytes(flipped), "foreign": b"x" * 99}
+    file.write_bytes(faults[fault])
+    with pytest.raises(UserError, match=file.name):
+        FittedSceneScorer.load(file)
+    assert opened(tmp_path).digest == scorer.digest
+    assert f"{file}" in caplog.text
+    assert FittedSceneScorer.load(file).digest == scorer.digest

@@ -3,54 +3,80 @@
 import collections
 import dataclasses
 import functools
-import json
+import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
+from univg_jax import checkpoint
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation.benchmark import Metric
+from univg_jax.evaluation.results import Json, Results, find
+from univg_jax.files import read_json
+from univg_jax.writers import read_metrics
 
-Json = Mapping[str, Any]  # an object of a JSON file
 SYSTEMS = ("model", "untrained", "trivial", "codec", "real")
 KINDS = ("input", "target", "output")  # of a sample's pictures, in the order in which they stand
 EVALUATE, TRAIN = "`univg evaluate` writes it", "the training of this stage writes it"
 
 
-def read_file(path: epath.Path, *, origin: str) -> bytes:
-    """The content of a file. Raises NotFoundError, which says where such a file comes from."""
+def require(path: epath.Path, *, origin: str) -> epath.Path:
+    """The path of a file. Raises NotFoundError where there is none, saying what writes it."""
     if not path.exists():
         raise NotFoundError(f"{path} is missing: {origin}")
-    return path.read_bytes()
+    return path
 
 
-def parse_json(text: str | bytes, path: epath.Path) -> Json:
-    """The JSON object in the text of a file. Raises UserError naming the file if it is not one."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} has {type(value).__name__}, expected an object")
-    return value
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation below the folder that `univg evaluate` wrote to."""
 
+    folder: epath.Path
+    results: Results
+    others: Sequence[str]  # names of those beside it, which are not shown
 
-def read_results(evaluation: epath.PathLike) -> Json:
-    """The results.json in the folder of an evaluation. Raises UserError if it cannot be read."""
-    path = epath.Path(evaluation) / "results.json"
-    results = parse_json(read_file(path, origin=EVALUATE), path)
-    if not {"settings", "tasks"} <= set(results):
-        raise UserError(f"{path} is not the results of an evaluation: it has no settings and tasks")
-    return results
+    @classmethod
+    def of(cls, out: epath.PathLike, *, last_stage: epath.PathLike) -> "Evaluation":
+        """The newest one of a checkpoint of the last stage, or the one that `out` is.
 
+        Where that stage has no checkpoints any more, the newest of all. Raises what `results.find`
+        and `Results.read` raise.
+        """
+        try:
+            weights = checkpoint.digests(last_stage).values()
+        except NotFoundError:
+            weights = ()
+        folder, results, others = find(out, weights=tuple(weights))
+        return cls(folder=folder, results=results, others=others)
 
-def read_sample(evaluation: epath.PathLike, sample: Mapping[str, str]) -> dict[str, bytes]:
-    """The PNGs of a sample by kind. Raises NotFoundError if one is gone."""
-    folder, kinds = epath.Path(evaluation), [kind for kind in KINDS if sample.get(kind)]
-    return {kind: read_file(folder / sample[kind], origin=EVALUATE) for kind in kinds}
+    @property
+    def title(self) -> str:
+        """Which one it is, in a line."""
+        known = {**self.results.provenance, **self.results.settings}
+        keys = ("checkpoint", "step", "date", "version", "revision", "machine")
+        parts = [f"{key} {known[key]}" for key in keys if key in known]
+        return " · ".join([*parts, self.folder.name])
+
+    def samples(self, task: str, count: int | None = None) -> list[tuple[str, dict[str, bytes]]]:
+        """The first samples of a task: prompt, and PNGs by kind.
+
+        Raises NotFoundError if a picture is gone, UserError naming it if it cannot be read.
+        """
+        return [
+            (sample["prompt"], {k: self._png(sample[k]) for k in KINDS if sample.get(k)})
+            for sample in self.results.tasks[task]["samples"][:count]
+        ]
+
+    def _png(self, name: str) -> bytes:
+        png = require(self.folder / name, origin=EVALUATE).read_bytes()
+        try:
+            Image.open(io.BytesIO(png)).load()
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            raise UserError(f"{self.folder / name} is no picture: {error}") from None
+        return png
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +107,14 @@ class TaskResult:
 
     @property
     def systems(self) -> Sequence[str]:
-        """What was measured, in the order of the page's columns."""
+        """What was measured, in the order in which the page shows it."""
         return [name for name in SYSTEMS if name in self.entry["systems"]]
+
+    @property
+    def answers(self) -> dict[str, Json]:
+        """The summaries of all that answered, by name; of the trivial answers each."""
+        measured = {name: self.entry["systems"][name] for name in self.systems if name != "trivial"}
+        return {**measured, **self.entry["trivial"], **self.references}
 
     @property
     def references(self) -> Json:
@@ -92,10 +124,17 @@ class TaskResult:
     def get(self, name: str, metric: str | None = None, field: str = "value") -> float | None:
         """A number of a system or a reference; None if it was not measured.
 
-        `field` may be `stderr` instead. `metric` is the primary one by default.
+        `field` may be `stderr` instead. `metric` is the primary one by default. `trivial` is the
+        strongest trivial answer in that metric.
         """
         summary = {**self.references, **self.entry["systems"]}.get(name, {})
         return summary.get(metric or self.primary, {}).get(field)
+
+    def strongest(self, metric: str | None = None) -> str | None:
+        """The name of the strongest trivial answer in a metric; None if there is none."""
+        return (
+            self.entry["systems"].get("trivial", {}).get(metric or self.primary, {}).get("answer")
+        )
 
     def value(self, name: str, metric: str | None = None) -> float:
         """As `get`, but NaN if it was not measured."""
@@ -104,7 +143,10 @@ class TaskResult:
 
     def text(self, name: str, metric: str | None = None, field: str = "value") -> str:
         """The number of `get`, in percent where the metric says so; n/a where it is None."""
-        value = self.get(name, metric, field)
+        return self.format(self.get(name, metric, field), metric)
+
+    def format(self, value: float | None, metric: str | None = None) -> str:
+        """A number of a metric as people read it."""
         if value is None:
             return "n/a"
         if self.metrics[metric or self.primary].percent:
@@ -133,11 +175,9 @@ class Stage:
         """Raises UserError naming the file if the stage has not finished or a file is broken."""
         folder = epath.Path(workdir)
         summary, metrics = folder / "summary.json", folder / "metrics.jsonl"
-        finished = read_file(summary, origin=f"{TRAIN} at its end")
-        lines = read_file(metrics, origin=TRAIN).splitlines()
         return cls(
-            summary=parse_json(finished, summary),
-            rows=[parse_json(line, metrics) for line in lines if line.strip()],
+            summary=read_json(require(summary, origin=f"{TRAIN} at its end")),
+            rows=read_metrics(require(metrics, origin=TRAIN)),
         )
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -8,33 +8,32 @@ from etils import epath
 from matplotlib.figure import Figure
 from PIL import Image
 
-from univg_jax.evaluation.report.read import KINDS, read_results, read_sample
+from univg_jax.evaluation.report.read import Evaluation
 from univg_jax.files import write_whole
 
 COLUMNS = 4
 
 
-def write_sheet(evaluation: epath.PathLike, path: epath.PathLike) -> None:
+def write_sheet(evaluation: Evaluation, path: epath.PathLike) -> None:
     """Writes the PNG `path` with a row for each task, of input, target and output side by side.
 
-    Raises NotFoundError if the results or a picture of the folder `evaluation` is missing.
+    Raises NotFoundError if a picture of the evaluation is missing, UserError if one is broken.
     """
-    tasks = read_results(evaluation)["tasks"]
+    tasks = evaluation.results.tasks
     figure = Figure(figsize=(12, 1.4 * len(tasks)), dpi=100, layout="constrained")
     axes = figure.subplots(len(tasks), COLUMNS, squeeze=False)
-    for row, (name, task) in zip(axes, tasks.items(), strict=True):
+    for row, name in zip(axes, tasks, strict=True):
         for axis in row:
             axis.set_axis_off()
-        samples = task["samples"][:COLUMNS]
-        for axis, sample in zip(row, samples, strict=False):
-            pngs = read_sample(evaluation, sample).values()
-            pictures = [np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in pngs]
+        samples = evaluation.samples(name, COLUMNS)
+        for axis, (prompt, pngs) in zip(row, samples, strict=False):
+            opened = [Image.open(io.BytesIO(png)) for png in pngs.values()]
+            pictures = [np.asarray(picture.convert("RGB")) for picture in opened]
             # A white column between two pictures: one before each, less the first.
             spaced = [np.pad(p, ((0, 0), (1, 0), (0, 0)), constant_values=255) for p in pictures]
             axis.imshow(np.concatenate(spaced, axis=1)[:, 1:], interpolation="nearest")
-            axis.set_title(textwrap.fill(sample["prompt"], 44), fontsize=7, loc="left")
-        kinds = ", ".join(kind for kind in KINDS if samples and samples[0].get(kind))
-        label = f"{name}\n{kinds}"
+            axis.set_title(textwrap.fill(prompt, 44), fontsize=7, loc="left")
+        label = f"{name}\n{', '.join(samples[0][1])}"
         row[0].text(-0.04, 0.5, label, transform=row[0].transAxes, fontsize=7, ha="right")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

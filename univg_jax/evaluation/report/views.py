@@ -5,11 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from etils import epath
-
 from univg_jax import trees
 from univg_jax.evaluation.report.plot import loss_plot
-from univg_jax.evaluation.report.read import Stage, TaskResult, read_sample
+from univg_jax.evaluation.report.read import Evaluation, Stage, TaskResult
 from univg_jax.evaluation.report.wording import caveats, explain
 from univg_jax.images import data_uri
 
@@ -18,7 +16,7 @@ SHORTEST = 0.05  # seconds: what took less is left out of a stage's times
 
 
 def task_view(
-    name: str, task: TaskResult, *, stages: Sequence[Stage], evaluation: epath.PathLike
+    name: str, task: TaskResult, *, stages: Sequence[Stage], evaluation: Evaluation
 ) -> View:
     """A task's row of the table, its reasons and its samples."""
     total = sum(sum(stage.images.values()) for stage in stages)
@@ -27,14 +25,20 @@ def task_view(
         "name": name,
         "result": task,
         "scale": _scale(task),
+        "examples": _examples(task),
         "reasons": explain(task, images_seen=seen, share_seen=seen / total if total else 0.0),
         "samples": [
-            (sample["prompt"], {k: data_uri(p) for k, p in read_sample(evaluation, sample).items()})
-            for sample in task.entry["samples"]
+            (prompt, {kind: data_uri(png) for kind, png in pngs.items()})
+            for prompt, pngs in evaluation.samples(name)
         ],
         # Beside the verdict and not in a footnote, since they qualify it.
         "caveats": caveats(task),
     }
+
+
+def _examples(task: TaskResult) -> str:
+    count, groups = task.entry["examples"], task.entry["groups"]
+    return f"{count} examples" + (f" in {groups} groups" if groups != count else "")
 
 
 def _scale(task: TaskResult) -> dict[str, float]:

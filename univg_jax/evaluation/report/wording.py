@@ -14,7 +14,7 @@ def headline(tasks: Mapping[str, TaskResult]) -> dict[str, str | list[str]]:
         return {"text": "No task was evaluated", "failed": []}
     count = len(tasks) - len(failed)
     subject = f"{count} of {len(tasks)} tasks beat" if failed else "Every task beats"
-    text = f"{subject} both the untrained model and the trivial baseline"
+    text = f"{subject} both the untrained model and the strongest trivial answer"
     return {"text": text, "failed": failed}
 
 
@@ -27,7 +27,7 @@ def explain(task: TaskResult, *, images_seen: int | float, share_seen: int | flo
     if task.beats_both:
         return []
     model, trivial, codec = (task.value(s) for s in ("model", "trivial", "codec"))
-    chosen, error = task.entry["trivial"]["chosen"], task.get("model", field="stderr")
+    chosen, error = task.strongest(), task.get("model", field="stderr")
     opponents = {
         "untrained": "the untrained model",
         "trivial": f"“{chosen}”" if chosen else "any trivial answer",
@@ -46,7 +46,7 @@ def explain(task: TaskResult, *, images_seen: int | float, share_seen: int | flo
         )
     elif error and abs(model - trivial) < 2 * error:
         sentences.append(
-            "The difference to the trivial baseline is below two standard errors of the model's "
+            "The difference to the trivial answer is below two standard errors of the model's "
             f"value ({task.text('model', field='stderr')}, {task.entry['examples']} examples)."
         )
     sentences.append(
@@ -69,7 +69,10 @@ def caveats(task: TaskResult) -> list[str]:
     for name in task.secondary:
         metric, model = task.metrics[name], task.value("model", name)
         if _is_no_better(metric, model, task.value("trivial", name)):
-            lines.append(f"not better in {metric.label}: {task.text('model', name)}")
+            lines.append(
+                f"not better in {metric.label}: {task.text('model', name)}; "
+                f"{task.strongest(name)} has {task.text('trivial', name)}"
+            )
     return lines
 
 

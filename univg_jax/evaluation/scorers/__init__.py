@@ -50,10 +50,9 @@ PROTOCOLS = {  # what to do about one that is missing
 }
 
 
-def digest(scorers: Scorers) -> str:
-    """Names in a result the scorers that have weights of their own: their `digest`, or `none`."""
-    digests = [scorer.digest for scorer in scorers.values() if hasattr(scorer, "digest")]
-    return ", ".join(digests) or "none"
+def scorer_digests(scorers: Scorers) -> dict[str, str]:
+    """Names in a result the scorers that have weights of their own, by their `digest`."""
+    return {name: scorer.digest for name, scorer in scorers.items() if hasattr(scorer, "digest")}
 
 
 def local_mesh() -> contextlib.AbstractContextManager[Any]:

@@ -13,6 +13,7 @@ mistakes, so their score on the real held-out pictures stands beside every numbe
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 
@@ -20,18 +21,19 @@ import cv2
 import jax
 import numpy as np
 import safetensors.numpy
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, Int, UInt8
 
 from data_pipelines.sources import Source
 from univg_jax import trees
+from univg_jax.errors import UserError
 from univg_jax.evaluation.scorers import TextEmbedder, local_mesh, segmenter
 from univg_jax.evaluation.scorers.segmenter import RESOLUTION, Params
 from univg_jax.files import write_whole
 from univg_jax.progress import Bar
 
-VERSION = 1  # of the fit: part of the cache's key
 STEPS = 300
 MAX_RECORDS = 3000  # scenes that it is fitted on
 MIN_AREA = 0.004  # of a picture: what is smaller is not detected
@@ -77,25 +79,32 @@ class FittedSceneScorer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 (12 digits) of the nouns and every weight."""
-        return hashlib.sha256(self._to_bytes()).hexdigest()[:12]
+        """16 digits of the SHA-256 of the nouns and every weight."""
+        return hashlib.sha256(self._to_bytes({})).hexdigest()[:16]
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes the nouns and the weights as safetensors."""
-        write_whole(path, self._to_bytes())
+        """Writes the nouns and the weights as safetensors, with their digest."""
+        write_whole(path, self._to_bytes({"digest": self.digest}))
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "FittedSceneScorer":
-        """The scorer that `save` wrote."""
-        # safetensors: eight bytes with the header's length, the header as JSON, the tensors.
+        """The scorer that `save` wrote. Raises UserError naming the file if it has changed."""
         raw = epath.Path(path).read_bytes()
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        nouns = tuple(json.loads(header["__metadata__"]["nouns"]))
-        return cls(nouns=nouns, **trees.nest(safetensors.numpy.load(raw)))
+        try:
+            # safetensors: eight bytes with the header's length, the header as JSON, the tensors.
+            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+            nouns = tuple(json.loads(header["nouns"]))
+            scorer = cls(nouns=nouns, **trees.nest(safetensors.numpy.load(raw)))
+            is_whole = scorer.digest == header["digest"]
+        except Exception as error:  # whatever the parsers raise for a damaged file
+            raise UserError(f"{path} is no scene scorer: {error}") from None
+        if not is_whole:
+            raise UserError(f"{path} is not the scene scorer that was written")
+        return scorer
 
-    def _to_bytes(self) -> bytes:
+    def _to_bytes(self, metadata: dict[str, str]) -> bytes:
         tensors = trees.named_leaves({"segmenter": self.segmenter, "ridge": self.ridge})
-        return safetensors.numpy.save(tensors, {"nouns": json.dumps(self.nouns)})
+        return safetensors.numpy.save(tensors, {"nouns": json.dumps(self.nouns), **metadata})
 
 
 def open_scene_scorer(
@@ -104,22 +113,28 @@ def open_scene_scorer(
     noun_of: Callable[[str], str],
     embed_text: TextEmbedder,
     cache_dir: epath.PathLike,
-    key: str,
+    data: str,
+    text_encoder: str,
     steps: int = STEPS,
 ) -> FittedSceneScorer:
     """The scorer fitted on `source`, or read from `cache_dir` if it was fitted before.
 
-    The name of the cached file is a hash of `key`, which says what the data is, and of how the
-    scorer is fitted: what changed never meets an old scorer. All processes call it; process 0 fits.
+    `data` names the content of `source`, and `text_encoder` all that `embed_text` depends on. The
+    name of the cached file is a hash of both, and of the code and the settings of the fit: what
+    changed never meets an old scorer. A damaged file is made anew. All processes call it; process 0
+    fits.
     """
-    settings = [VERSION, RESOLUTION, segmenter.WIDTHS, steps, segmenter.BATCH_SIZE]
-    settings += [MAX_RECORDS, segmenter.SEED, key]
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    code = [inspect.getsource(inspect.getmodule(part)) for part in (FittedSceneScorer, segmenter)]
+    key = json.dumps([code, steps, data, text_encoder])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     cache = epath.Path(cache_dir) / f"scene_scorer-{digest}.safetensors"
 
     def fitted() -> FittedSceneScorer:
         if cache.exists():
-            return FittedSceneScorer.load(cache)
+            try:
+                return FittedSceneScorer.load(cache)
+            except UserError as error:
+                logging.warning("%s: it is fitted again", error)
         with local_mesh():
             scorer = fit_scene_scorer(source, noun_of=noun_of, embed_text=embed_text, steps=steps)
         scorer.save(cache)
