@@ -75,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
     "previews": {"assembly", "pipeline", "training"},
     "evaluation": {
         *("assembly", "batch", "checkpoint", "conditioning", "data_pipelines", "pipeline"),
-        *("progress", "sharding", "writers"),
+        *("progress", "sharding", "version", "writers"),
     },
     "planning": {
         *("assembly", "batch", "data_pipelines", "encoders", "models", "sampling", "sharding"),

@@ -192,8 +192,10 @@ def test_evaluation_and_report(root, capsys):
     # Those that need no scene scorer, whose fit has tests of its own.
     names = ["ie", "ip", "depth", "pose", "seg", "id"]
     assert main([*arguments, "--examples=4", "--batch_size=8", f"--tasks={','.join(names)}"]) == 0
-    results = json.loads((root / "evaluation" / "results.json").read_text())
+    (file,) = (root / "evaluation").glob("*/results.json")
+    results = json.loads(file.read_text())
     assert list(results["tasks"]) == names
+    assert results["provenance"]["checkpoint"] == str(root / "stage3")
     assert all(name in capsys.readouterr().out for name in names[:1])
     for task in results["tasks"].values():
         assert {"model", "untrained", "trivial", "codec"} <= set(task["systems"])
@@ -204,6 +206,7 @@ def test_evaluation_and_report(root, capsys):
         )
         == 0
     )
+    assert f"step 2 · date {results['provenance']['date']}" in capsys.readouterr().out
     assert (root / "samples.png").stat().st_size > 0
     report = json.loads((root / "report.json").read_text())
     assert [stage["steps"] for stage in report["stages"].values()] == [2, 2, 2]

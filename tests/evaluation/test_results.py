@@ -54,7 +54,7 @@ def read(folder):
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("[]", "has list, expected an object"),
+        ("[]", "is not a JSON object, but a list"),
         ("{}", "is not the results of an evaluation"),
         ('{"settings": {}, "tasks": {}}', "is of another version of univg_jax: evaluate again"),
     ],

@@ -7,8 +7,10 @@ killed evaluation goes on with the next task.
 
 import collections
 import dataclasses
+import datetime
 import functools
 import itertools
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +22,11 @@ from etils import epath
 from data_pipelines.collate import Collator
 from data_pipelines.reader import MissingFieldError
 from data_pipelines.tasks import TASKS
-from univg_jax import assembly
+from univg_jax import assembly, version
 from univg_jax.errors import UserError, check_name
 from univg_jax.evaluation import generate, score
 from univg_jax.evaluation.benchmark import AnswerFn, Benchmark, Cases, ScoreFn
 from univg_jax.evaluation.generate import System
-from univg_jax.evaluation.provenance import provenance
 from univg_jax.evaluation.results import FILE, Results, digest
 from univg_jax.evaluation.scorers import Scorers, local_mesh, scorer_digests
 from univg_jax.pipeline import Pipeline
@@ -92,11 +93,23 @@ def evaluate(
             "dataset": digest(benchmark.fingerprint(config)),
             **pipeline.digests,
         },
-        provenance={"checkpoint": pipeline.path, **provenance()},
+        provenance=provenance(pipeline),
         out=out,
         batch_size=batch_size,
     )
     return evaluator.run(cases, train=train)
+
+
+def provenance(pipeline: Pipeline) -> dict[str, str]:
+    """Which model this is, and when, by which code and on which machine it is evaluated."""
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {
+        "checkpoint": pipeline.path,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "version": version.__version__,
+        "revision": version.revision() or "unknown",
+        "machine": f"{platform.node()}, {platform.machine()}, {devices}",
+    }
 
 
 def with_data(config: Config, data_dir: epath.PathLike | None) -> Config:

@@ -8,18 +8,19 @@ from tests.evaluation import evaluation_cases as data
 from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import BENCHMARKS, emoji_scenes
-from univg_jax.evaluation.benchmarks.emoji_scenes import BENCHMARK, CANDIDATES, Candidates
-from univg_jax.evaluation.metrics import merge
+from univg_jax.evaluation.benchmarks.emoji_scenes import BENCHMARK, portraits
+from univg_jax.evaluation.benchmarks.emoji_scenes.retrieval import CANDIDATES, Candidates
+from univg_jax.evaluation.metrics import merge, unit_vectors
 from univg_jax.settings import Config, Data
 
 PIXEL_TASKS = ("ie", "ip", "depth", "seg")  # those whose score needs no scorer
 RECORDS = [data.scene(i) for i in range(12)]
 
 
-def score(task, answer, cases):
+def score(task, answer, cases, metric=None):
     spec = BENCHMARK.tasks[task]
     score_fn = spec.score_fn({}, cases)
-    return merge(score_fn(case, answer(case))[spec.primary] for case in cases).value
+    return merge(score_fn(case, answer(case))[metric or spec.primary] for case in cases).value
 
 
 def test_benchmarks_are_opened_by_name():
@@ -35,7 +36,9 @@ def test_every_task_is_in_the_benchmark():
 
 @pytest.mark.parametrize("task", PIXEL_TASKS)
 def test_the_true_answer_is_near_perfect_and_beats_every_trivial_one(task):
-    cases, train = data.make_cases(task, RECORDS[:6]), data.make_cases(task, RECORDS[6:])
+    # Of one object, the mask of all objects is the true answer.
+    records = [objects(seed) for seed in range(12)] if task == "seg" else RECORDS
+    cases, train = data.make_cases(task, records[:6]), data.make_cases(task, records[6:])
     spec = BENCHMARK.tasks[task]
     metric = spec.metrics[spec.primary]
     truth = score(task, lambda case: case.example.target, cases)
@@ -52,15 +55,133 @@ def test_trivial_answers_by_hand():
     edits, holes = data.make_cases("ie", RECORDS[:1]), data.make_cases("ip", RECORDS[:1])
     copy = tasks["ie"].make_trivial(edits)["a copy of the source"](edits[0])
     np.testing.assert_array_equal(copy, RECORDS[0]["source"])
-    filled = tasks["ip"].make_trivial(holes)["the mean visible color"](holes[0])
+    background = tasks["ie"].make_trivial(edits)["the source's background"](edits[0])
+    np.testing.assert_array_equal(background, RECORDS[0]["source"])  # which has no object
+    fillings = tasks["ip"].make_trivial(holes)
     inside = holes[0].example.mask[..., 0] > 0
-    np.testing.assert_array_equal(filled[~inside], RECORDS[0]["image"][~inside])
+    for filling in fillings.values():
+        np.testing.assert_array_equal(filling(holes[0])[~inside], RECORDS[0]["image"][~inside])
+    filled = fillings["the mean visible color"](holes[0])
     assert len(np.unique(filled[inside], axis=0)) == 1
     train = data.make_cases("seg", RECORDS)
     mean = tasks["seg"].make_trivial(train)["the mean training mask"](train[0])
     masks = np.stack([case.example.target[..., 0] > 0 for case in train])
     # As many pixels as a mask has on average; ties in how often a pixel is covered add a few.
     assert masks.mean() <= np.mean(mean > 0) < 2 * masks.mean()
+
+
+def rows_of_one_color(seed):
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, 256, (48, 1, 3), dtype=np.uint8)
+    return data.scene(seed) | {"image": np.repeat(rows, 48, axis=1)}
+
+
+def test_the_row_mean_restores_rows_of_one_color_wherever_any_of_them_is_seen():
+    cases = data.make_cases("ip", [rows_of_one_color(seed) for seed in range(12)])
+    fill = BENCHMARK.tasks["ip"].make_trivial(cases)["the mean visible color of each row"]
+    for case in cases:
+        seen = (case.example.mask[..., 0] == 0).any(axis=1)
+        np.testing.assert_array_equal(fill(case)[seen], case.example.target[seen])
+
+
+def objects(seed, k=3, right=0):
+    """A scene of k squares of different sizes side by side, of which one can be referred to."""
+    masks = np.zeros((k, 48, 48), np.uint8)
+    for i, side in enumerate(np.random.default_rng(seed).permutation(k)):
+        masks[i, 2 : 8 + 4 * side, 16 * i : 16 * i + 8 + 2 * side] = 1
+    image = (80 * masks[0] + 60 * masks[1 % k])[..., None].repeat(3, axis=-1)
+    named = ["it" if i == right else "" for i in range(k)]
+    return {"image": image, "masks": masks, "expressions": named}
+
+
+def test_masks_that_are_chosen_without_the_expression_are_at_chance():
+    cases = data.make_cases("seg", [objects(seed, right=k) for seed in range(20) for k in range(3)])
+    spec = BENCHMARK.tasks["seg"]
+    assert score("seg", lambda case: case.example.target, cases, "choice") == 1
+    for name, answer in spec.make_trivial(cases).items():
+        # Exactly for an answer that is the same for all three; for a random one of 60 within three
+        # standard errors of 0.061.
+        assert score("seg", answer, cases, "choice") == pytest.approx(1 / 3, abs=0.19), name
+    alone = data.make_cases("seg", [objects(0, k=1)])
+    assert np.isnan(score("seg", lambda case: case.example.target, alone, "choice"))
+
+
+def portrait(person, wall, *, asked=None, face_wall="blue"):
+    """A person of one color before a wall, and the given face before another."""
+
+    def picture(wall):
+        image = np.full((48, 48, 3), portraits.walls()[wall], np.uint8)
+        image[16:, 12:36] = np.random.default_rng(person).integers(0, 256, 3)
+        return image
+
+    caption = f"a portrait of <p> smiling in a red shirt in front of a {asked or wall} wall"
+    return {
+        "image": picture(wall),
+        "face": picture(face_wall),
+        "caption": caption,
+        "person": person,
+    }
+
+
+def face_embed(images):
+    """The color of the person, whatever the wall."""
+    return unit_vectors(images[:, 30, 20].astype(float) - 128)
+
+
+def of_portraits(records, make_answer):
+    cases = data.make_cases("id", records)
+    score_fn = BENCHMARK.tasks["id"].score_fn({"face_embed": face_embed}, cases)
+    answer = make_answer(cases)
+    rows = [score_fn(case, answer(case)) for case in cases]
+    return {name: merge(row[name] for row in rows).value for name in rows[0]}
+
+
+def trivial(name):
+    return lambda cases: BENCHMARK.tasks["id"].make_trivial(cases)[name]
+
+
+@pytest.mark.parametrize("wall", ["green", "yellow", "pink", "gray"])
+def test_a_copy_of_the_face_has_all_of_the_likeness_and_nothing_of_what_was_asked(wall):
+    records = [portrait(person, wall) for person in range(3)]
+    copied = of_portraits(records, trivial("the given face itself"))
+    assert copied == pytest.approx({"identity_following": 0, "identity_cosine": 1, "wall": 0})
+    true = of_portraits(records, lambda cases: lambda case: case.example.target)
+    assert true == pytest.approx({"identity_following": 1, "identity_cosine": 1, "wall": 1})
+
+
+def test_the_face_before_any_other_wall_has_a_quarter():
+    walls = [wall for wall in portraits.walls() if wall != "blue"]
+    records = [portrait(person, walls[person % 4]) for person in range(200)]
+    found = of_portraits(records, trivial("the given face before any other wall"))
+    assert found["identity_cosine"] == pytest.approx(1)  # the person is left as is
+    # Three standard errors of 200 draws at 1/4.
+    assert found["wall"] == found["identity_following"] == pytest.approx(0.25, abs=0.092)
+
+
+def test_a_picture_follows_one_prompt():
+    records = [portrait(1, "pink", asked=wall) for wall in portraits.walls()]
+    found = of_portraits(records, lambda cases: lambda case: case.example.target)
+    assert found["wall"] == pytest.approx(1 / len(records))
+
+
+def test_a_portrait_whose_caption_names_no_wall_is_named():
+    records = [portrait(1, "pink", asked="striped")]
+    with pytest.raises(UserError, match=r"names no wall.*blue, green"):
+        of_portraits(records, lambda cases: lambda case: case.example.target)
+
+
+def test_references_are_the_answers_of_the_nearest_training_example():
+    train = data.make_cases("depth", RECORDS)
+    nearest = BENCHMARK.tasks["depth"].make_references(train)
+    for case in train:
+        for answer in nearest.values():
+            np.testing.assert_array_equal(answer(case), case.example.target)
+    texts = data.make_cases("t2i", RECORDS)
+    caption = BENCHMARK.tasks["t2i"].make_references(texts)
+    answer = caption["the picture of the nearest training caption"]
+    for case in texts:
+        first = texts.texts.index(case.example.text)
+        np.testing.assert_array_equal(answer(case), texts[first].example.target)
 
 
 def test_candidates_hold_the_truth_once_and_share_its_setting():
