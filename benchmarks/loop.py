@@ -22,7 +22,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,11 +91,17 @@ class Alternating:
     def specs(self) -> Sequence[Batch]:
         return self._stream.specs()
 
+    def counters(self) -> Mapping[str, int]:
+        return self._stream.counters()
+
     def get_state(self) -> dict[str, Any]:
         return self._stream.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._stream.set_state(state)
+
+    def continue_from(self, state: dict[str, Any]) -> None:
+        self._stream.continue_from(state)
 
     def close(self) -> None:
         self._stream.close()

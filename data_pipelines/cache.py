@@ -107,8 +107,17 @@ class CachedTokenizer:
         return os.fspath(copy)
 
 
-def prompts(config: Config, collator: Collator, *, steps: int) -> list[TokenizedText]:
-    """Every distinct prompt of the first `steps` training steps, validation and previews."""
+def prompts(
+    config: Config,
+    collator: Collator,
+    *,
+    steps: int,
+    begin: Callable[[Stream], None] = lambda stream: None,
+) -> list[TokenizedText]:
+    """Every distinct prompt of the first `steps` training steps, validation and previews.
+
+    `begin` puts the stream where the run begins, if it follows another one.
+    """
     seen: dict[bytes, TokenizedText] = {}
 
     def remember(text: str, num_tokens: int) -> TokenizedText:
@@ -118,6 +127,7 @@ def prompts(config: Config, collator: Collator, *, steps: int) -> list[Tokenized
 
     remembering = dataclasses.replace(collator, tokenizer=remember)
     stream = Stream(config, collator=remembering)
+    begin(stream)
     for _ in Bar(range(steps), desc="read prompts", unit="step"):
         next(stream)
     stream.close()

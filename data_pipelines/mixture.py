@@ -1,15 +1,14 @@
 """Stage weights -> one elastic stream of batches.
 
-Every row of the stream is a pure function of (seed, global position). `data_pipelines.order` says
-which component (a task and a source) a position belongs to. A component walks its source in an
-order that each epoch shuffles anew. Because nothing else is remembered, the state of the stream is
-one number, and any number of hosts may continue it.
+Every row of the stream is a pure function of (seed, global position), and of where the stages
+before stopped. `data_pipelines.order` says which record of which component (a task and a source) a
+position has. Because nothing else is remembered, the state of the stream is one number beside that,
+and any number of hosts may continue it.
 """
 
 import collections
 import dataclasses
 import logging
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ import cv2
 import grain
 import numpy as np
 
+from data_pipelines import order
 from data_pipelines.collate import Collator, Drop, Row
-from data_pipelines.order import Rotation, host_rows
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.reader import SKIPPED, DamagedRecord, Reader
 from data_pipelines.sources import Source, open_source
@@ -118,18 +117,19 @@ class Stream:
         cv2.setNumThreads(1)
         self._config, self._collator = config, collator
         self._components = components(config.tasks, data_dir=config.data.dir, sources=sources)
-        self._rotation = Rotation([c.weight for c in self._components], seed=config.seed)
-        self._orders = [
-            grain.MapDataset.range(len(c.source))
-            .seed(zlib.crc32(f"{config.seed} {c.task} {c.source.name}".encode()))
-            .shuffle()
-            .repeat()
-            for c in self._components
-        ]
+        self._order = order.Order(
+            [
+                order.Component(
+                    *(c.task, c.source.name, len(c.source), c.weight, c.source.fingerprint())
+                )
+                for c in self._components
+            ],
+            seed=config.seed,
+        )
         self._readers = [Reader(c.task, c.source, collator=collator) for c in self._components]
         self._quarantine = Quarantine()
         self._counts = dict.fromkeys(EVENTS, 0)
-        self._host_rows = host_rows(
+        self._host_rows = order.host_rows(
             config.data.batch_size, process_index=process_index, process_count=process_count
         )
         self._next = 0  # the first position of the next global batch
@@ -195,19 +195,18 @@ class Stream:
 
         Raises UserError if too many records cannot be used.
         """
-        visit = self._rotation[position]
-        reader = self._readers[visit.component]
+        turn = self._order[position]
+        reader = self._readers[turn.component]
         count = len(reader.source)
-        first = int(self._orders[visit.component][visit.number])
         events: list[str] = []
         for attempt in range(min(count, MAX_ATTEMPTS)):
             # A record's turn comes once an epoch; beside that it may replace others.
-            is_new = attempt == 0 and visit.number < count
+            is_new = attempt == 0 and turn.is_first
             # Each attempt starts the random numbers anew: a row then depends on the record that
             # serves it, and not on how many were skipped before.
             rng = np.random.default_rng((self._config.seed, position))
             drop = _sample_drop(self._config.tasks[reader.task], rng)
-            index = (first + attempt) % count
+            index = (turn.index + attempt) % count
             try:
                 row = reader.row(index, rng, sample_id=position, drop=drop)
             except SKIPPED as error:
@@ -248,33 +247,26 @@ class Stream:
                     f"{reader.task!r}; the first: {damaged[0]}"
                 )
 
-    @property
-    def _identity(self) -> dict[str, Any]:
-        """JSON-able: all that decides which record a position has."""
-        components = [[c.task, c.source.name, len(c.source), c.weight] for c in self._components]
-        return {"seed": self._config.seed, "components": components}
-
     def get_state(self) -> dict[str, Any]:
-        """JSON-able and the same on every host: the next global position, and the mixture."""
-        return {"next": self._next, "mixture": self._identity}
+        """JSON-able and the same on every host: the next global position, and the order."""
+        return {"next": self._next, **self._order.state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues at a saved state, on any number of hosts.
 
-        Raises:
-          UserError: the state is of another mixture, in which the position would silently skip and
-            repeat records.
+        Raises UserError if it is of another mixture or of other records.
         """
-        saved, own = state.get("mixture", {}), self._identity
-        if saved != own:
-            field = next((k for k in own if saved.get(k) != own[k]), "mixture")
-            raise UserError(
-                "the saved data position belongs to another mixture: "
-                f"{field} was {saved.get(field)}, is {own.get(field)}; to change weights, sources "
-                "or seed start a new stream (a new workdir, init_from)"
-            )
+        self._order.restore(state)
         self.close()
         self._next = int(state["next"])
+
+    def continue_from(self, state: dict[str, Any]) -> None:
+        """Begins a stage that follows another one, whose stream was saved at `state`.
+
+        So what the stages before did not read comes first: see `order.Order.continue_from`.
+        """
+        self.close()
+        self._order.continue_from(state)
 
     def close(self) -> None:
         """Ends the reading threads; the next `__next__` starts them again."""

@@ -100,7 +100,7 @@ class CountingStream:
     """An endless stream of `batch(0), batch(1), ...` that remembers what it gave."""
 
     def __init__(self, size: int = 8) -> None:
-        self.position, self.seen, self.size = 0, [], size
+        self.position, self.seen, self.size, self.after = 0, [], size, 0
 
     def __next__(self) -> Batch:
         made = batch(self.position, self.size)
@@ -120,6 +120,9 @@ class CountingStream:
 
     def set_state(self, state: dict) -> None:
         self.position = state["position"]
+
+    def continue_from(self, state: dict) -> None:
+        self.after = state["position"]
 
 
 def tiny_step(config: ConfigDict, **model_overrides) -> tuple[TrainStep, dict]:

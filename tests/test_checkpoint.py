@@ -303,14 +303,14 @@ def stage(tmp_path):
 def test_hand_off_reads_all_but_the_declared(stage):
     params = checkpoint.init_from(
         model(trunk=(2, 3), projector=(7,)), stage, new=("^projector",), dropped=("^head",)
-    )
+    ).state
     assert_equal(params, {"trunk": jnp.full((2, 3), 2.0), "projector": jnp.full(7, 5.0)})
-    params = checkpoint.init_from(model(trunk=(2, 3), head=(4,)), stage, which="params")
+    params = checkpoint.init_from(model(trunk=(2, 3), head=(4,)), stage, which="params").state
     assert_equal(params, {"trunk": jnp.ones((2, 3)), "head": jnp.ones(4)})
 
 
 def test_declared_as_new_but_saved_is_read(stage):
-    params = checkpoint.init_from(model(trunk=(2, 3), head=(4,)), stage, new=("head",))
+    params = checkpoint.init_from(model(trunk=(2, 3), head=(4,)), stage, new=("head",)).state
     assert_equal(params["head"], jnp.full(4, 2.0))
 
 
@@ -318,9 +318,8 @@ def test_a_leaf_of_another_shape_is_replaced_only_if_dropped_and_new(stage):
     wider = model(trunk=(2, 3), head=(9,))
     with pytest.raises(ValueError, match=r"head is float32\[4\], the model's float32\[9\]"):
         checkpoint.init_from(wider, stage, new=("head",))
-    assert_equal(
-        checkpoint.init_from(wider, stage, new=("head",), dropped=("head",))["head"], wider["head"]
-    )
+    loaded = checkpoint.init_from(wider, stage, new=("head",), dropped=("head",))
+    assert_equal(loaded.state["head"], wider["head"])
 
 
 def test_hand_off_refuses_the_undeclared(stage):
@@ -332,8 +331,16 @@ def test_hand_off_refuses_the_undeclared(stage):
 
 def test_hand_off_onto_a_mesh(stage):
     whole = sharding.replicated(sharding.make_mesh())
-    params = checkpoint.init_from(jax.device_put(model(trunk=(2, 3), head=(4,)), whole), stage)
-    assert params["trunk"].sharding == whole
+    loaded = checkpoint.init_from(jax.device_put(model(trunk=(2, 3), head=(4,)), whole), stage)
+    assert loaded.state["trunk"].sharding == whole
+
+
+def test_hand_off_gives_the_position_of_the_step_whose_parameters_it_gives(tmp_path):
+    params = model(trunk=(2, 3))
+    save(tmp_path, 1, 2, state={"params": params, "ema": params})
+    assert checkpoint.load_data_state(tmp_path) == {"global_next_index": 20}
+    flip_a_bit(payload(tmp_path, 2))
+    assert checkpoint.init_from(params, tmp_path).data_state == {"global_next_index": 10}
 
 
 def test_copy(tmp_path):

@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "__init__": {"pipeline"},
     # What is done with them.
-    "precompute": {"assembly", "data_pipelines", "encoders"},
+    "precompute": {"assembly", "data_pipelines", "encoders", "training"},
     "previews": {"assembly", "pipeline", "training"},
     "evaluation": {
         *("assembly", "batch", "checkpoint", "conditioning", "data_pipelines", "pipeline"),

@@ -40,10 +40,10 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct | jax.Array]  # of leaves, by name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What a run continues from."""
+    """What a run continues from, or a stage starts from: state or parameters, and the stream's."""
 
     state: PyTree
-    data_state: Json
+    data_state: Json | None  # None: there is none, in public weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,6 +267,12 @@ def load_config(path: epath.PathLike) -> Json:
     return _read_json(root / str(step), "config")
 
 
+def load_data_state(path: epath.PathLike) -> Json:
+    """The state of the stream in the checkpoint at `path` (a workdir or a step)."""
+    root, step = _locate(path, under="data/")
+    return _read_json(root / str(step), "data")
+
+
 def init_from(
     params: PyTree,
     path: epath.PathLike,
@@ -274,8 +280,9 @@ def init_from(
     which: str = "ema",
     new: Sequence[str] = (),
     dropped: Sequence[str] = (),
-) -> PyTree:
-    """The parameters a stage starts from: the checkpoint's, but for the declared leaves.
+) -> Restored:
+    """What a stage starts from: the checkpoint's parameters, but for the declared leaves, and the
+    state of its stream.
 
     `params`: this stage's own initial parameters, which give every leaf its shape and sharding.
     `new`, `dropped`: regexes searched in parameter paths. Leaves that match `dropped` are not read;
@@ -296,7 +303,8 @@ def init_from(
         "parameters from %s, step %d: %d leaves read, new: %s",
         *(path, step, len(read), kept or "none"),
     )
-    return jax.tree.unflatten(jax.tree.structure(params), values.values())
+    params = jax.tree.unflatten(jax.tree.structure(params), values.values())
+    return Restored(state=params, data_state=_read_json(root / str(step), "data"))
 
 
 # --- which step ---

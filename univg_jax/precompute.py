@@ -8,6 +8,7 @@ from data_pipelines import cache
 from univg_jax import assembly, encoders
 from univg_jax.errors import AlreadyExistsError
 from univg_jax.settings import Config
+from univg_jax.training.initialize import begin_stream
 
 
 def cache_prompts(config: Config, out: epath.PathLike, *, steps: int) -> int:
@@ -21,7 +22,12 @@ def cache_prompts(config: Config, out: epath.PathLike, *, steps: int) -> int:
         raise AlreadyExistsError(f"{out} has a cache; choose another folder or delete it")
     assembly.prepare_data(config)
     mesh = assembly.make_mesh(config)
-    prompts = cache.prompts(config, assembly.make_collator(config), steps=steps)
+    prompts = cache.prompts(
+        config,
+        assembly.make_collator(config),
+        steps=steps,
+        begin=lambda stream: begin_stream(config.init_from, stream),
+    )
     module, params = encoders.load_text(config.conditioning, mesh=mesh)
     embed = jax.jit(lambda params, tokens, mask: module.apply({"params": params}, tokens, mask))
     with jax.set_mesh(mesh):

@@ -129,7 +129,12 @@ def test_a_cache_in_a_bucket_is_written_and_read_there(bucket):
         CachedTokenizer(TOKENIZER, "gs://bucket/other", identity=IDENTITY)
 
 
-def test_the_prompts_of_a_run_are_all_that_it_asks_for(tmp_path):
+def follow_a_stage(stream):
+    stream.continue_from(stream.get_state() | dict(next=5))
+
+
+@pytest.mark.parametrize("begin", [lambda stream: None, follow_a_stage], ids=["first", "second"])
+def test_the_prompts_of_a_run_are_all_that_it_asks_for(tmp_path, begin):
     options = emoji_scenes.Options(resolution=16, num_scenes=16, nouns=4)
     emoji_scenes.build(tmp_path / "data", options)
     tasks = dict(
@@ -139,11 +144,12 @@ def test_the_prompts_of_a_run_are_all_that_it_asks_for(tmp_path):
     data = dict(dir=str(tmp_path / "data"), resolution=16, num_tokens=32, batch_size=8)
     config = Config.of(dict(tasks=tasks, data=data, train=dict(eval_examples=5)))
     plain = Collator(tokenizer=TOKENIZER, shape=BatchShape.of(config.data))
-    rows = prompts(config, plain, steps=2)
+    rows = prompts(config, plain, steps=2, begin=begin)
     write_cache(tmp_path / "cache", rows, embed=embed, identity={})
     cached = CachedTokenizer(TOKENIZER, tmp_path / "cache", identity={})
     collator = dataclasses.replace(plain, tokenizer=cached)
     stream = Stream(config, collator=collator)
+    begin(stream)
     for _ in range(2):
         next(stream)
     stream.close()

@@ -18,6 +18,7 @@ from tests.data_pipelines.toy import (
     NUM_RECORDS,
     PERSONS,
     SCENES,
+    SIZE,
     BrokenSource,
     assert_same,
     join,
@@ -329,4 +330,73 @@ def test_a_saved_position_is_a_number_and_the_mixture():
     made = stream(make_config(t2i=1, ie=3))
     next(made)
     components = [["t2i", "scenes", 23, 1.0], ["ie", "scenes", 23, 3.0]]
-    assert made.get_state() == dict(next=8, mixture=dict(seed=0, components=components))
+    fingerprint = MemorySource("scenes", SCENES).fingerprint()
+    places = [["t2i", "scenes", 23, fingerprint, 0], ["ie", "scenes", 23, fingerprint, 0]]
+    assert json.loads(json.dumps(made.get_state())) == dict(
+        next=8,
+        mixture=dict(seed=0, components=components),
+        fingerprints=dict(scenes=fingerprint),
+        lineage=dict(seed=0, places=places),
+    )
+
+
+def test_a_position_saved_before_there_were_fingerprints_goes_on(caplog):
+    made = stream()
+    expected = [next(made) for _ in range(3)][2]
+    old = dict(next=16, mixture=made.get_state()["mixture"])
+    resumed = stream()
+    resumed.set_state(old)
+    assert_same(next(resumed), expected)
+    assert caplog.text.count("an old checkpoint") == 1
+
+
+def test_a_position_among_other_records_is_refused():
+    """As many records under the same name, of which one pixel differs."""
+    others = [dict(record) for record in SCENES]
+    others[7]["image"] = others[7]["image"] ^ (np.arange(SIZE * SIZE * 3) == 5).reshape(
+        SIZE, SIZE, 3
+    )
+    state = stream().get_state()
+    with pytest.raises(
+        UserError, match=r"scenes has other records .* was \w{32}, is \w{32}; bring"
+    ):
+        stream(sources=sources(scenes=MemorySource("scenes", others))).set_state(state)
+
+
+# --- stages ---
+
+
+def follow(state: dict, config, **changes):
+    """The stream of a stage after the one whose saved stream `state` is."""
+    made = stream(config, **changes)
+    made.continue_from(json.loads(json.dumps(state)))
+    return made
+
+
+def test_a_stage_reads_on_and_resumes_without_the_stage_before():
+    first = stream(make_config(t2i=1), sources=sources())
+    seen = [k for _ in range(2) for k in next(first).target[:, 0, 0, 0].tolist()]
+    config = make_config(t2i=1, ie=1)
+    second = follow(first.get_state(), config)
+    batches = [next(second) for _ in range(3)]
+    seen += [k for b in batches for k in b.target[b.task == list(TASKS).index("t2i"), 0, 0, 0]]
+    assert len(set(seen[:NUM_RECORDS])) == NUM_RECORDS  # what the first did not read comes first
+    second = follow(first.get_state(), config)
+    next(second)
+    resumed = stream(config)
+    resumed.set_state(json.loads(json.dumps(second.get_state())))
+    for batch in batches[1:]:
+        assert_same(next(resumed), batch)
+
+
+def test_a_damaged_record_counts_once_in_a_stage_that_begins_within_an_epoch():
+    scenes = [make_scene(k % 250) for k in range(300)]
+    config = make_config(batch_size=100, t2i=1.0)
+    changes = dict(sources=dict(scenes=BrokenSource("scenes", scenes, {77, 177, 277})))
+    first = stream(config, **changes)
+    counted = [(next(first), first.counters()["quarantined"])[1] for _ in range(3)]
+    assert counted[-1] == 3
+    second = follow(first.get_state() | dict(next=100), config, **changes)
+    for _ in range(6):
+        next(second)
+    assert second.counters()["quarantined"] == 3 - counted[0]

@@ -364,9 +364,20 @@ def test_hand_off_takes_the_average_and_starts_a_new_optimizer(finished, tmp_pat
     config.init_from.path = str(workdir)
     config.optim.lr = 0.0
     config.train.steps = 1
-    state = jax.device_get(run(tmp_path, config=config))
+    stream = helpers.CountingStream()
+    state = jax.device_get(run(tmp_path, config=config, stream=stream))
     assert_equal_bits(state.params, previous.ema)
     assert int(state.step) == 1
+    assert stream.after == 6  # it begins after the batches of the run that it follows
+
+
+def test_a_resumed_stage_takes_its_place_in_the_data_from_itself(finished, tmp_path):
+    config = _with(helpers.tiny_config(), steps=1)
+    config.init_from.path = str(finished[0])
+    run(tmp_path, config=config)
+    stream = helpers.CountingStream()
+    run(tmp_path, config=_with(config, steps=2), stream=stream)
+    assert (stream.after, stream.position) == (0, 2)
 
 
 def test_hand_off_rejects_undeclared_parameters(finished, tmp_path):

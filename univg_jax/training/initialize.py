@@ -1,7 +1,8 @@
-"""Where a run's parameters come from."""
+"""Where a run's parameters come from, and where in its data it begins."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,35 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from univg_jax import checkpoint
-from univg_jax.checkpoint import Checkpointer
+from univg_jax.batch import Batch
+from univg_jax.checkpoint import Checkpointer, Restored
 from univg_jax.interop import diffusers
 from univg_jax.settings import InitFrom
 from univg_jax.training.step import TrainState, TrainStep
+from univg_jax.trees import Json
+
+
+@runtime_checkable
+class DataStream(Protocol):
+    """An endless iterator of host-local batches whose position can be saved."""
+
+    def __next__(self) -> Batch: ...
+    def specs(self) -> Sequence[Batch]:
+        """Shapes and dtypes of every kind of global batch that will come."""
+        ...
+
+    def counters(self) -> Mapping[str, int]:
+        """What this host's batches came across since the stream was made; they only grow."""
+        ...
+
+    def get_state(self) -> Json: ...
+    def set_state(self, state: Json) -> None:
+        """Goes on at a position of this stream."""
+        ...
+
+    def continue_from(self, state: Json) -> None:
+        """Begins where the stream of another run, the stage before, was at `state`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +57,7 @@ class ParentRun:
         """Raises UserError if there is no sound checkpoint."""
         checkpoint.load_config(self.settings.path)
 
-    def load(self, params: PyTree, step: TrainStep, mesh: Mesh) -> PyTree:
+    def load(self, params: PyTree, step: TrainStep, mesh: Mesh) -> Restored:
         """The parent's parameters in place of `params`, but for the leaves declared new."""
         s = self.settings
         return checkpoint.init_from(params, s.path, which=s.which, new=s.new, dropped=s.dropped)
@@ -49,12 +75,12 @@ class PublicWeights:
         """Raises UserError if the folder has no transformer that the library knows."""
         diffusers.open_transformer(self.folder)
 
-    def load(self, params: PyTree, step: TrainStep, mesh: Mesh) -> PyTree:
+    def load(self, params: PyTree, step: TrainStep, mesh: Mesh) -> Restored:
         """The public weights as the backbone; what they lack (image and mask channels) is zero."""
         backbone = diffusers.init_transformer(
             params["backbone"], step.model.backbone, self.folder, mesh=mesh
         )
-        return {**params, "backbone": backbone}
+        return Restored(state={**params, "backbone": backbone}, data_state=None)
 
 
 def find_parent(settings: InitFrom) -> ParentRun | PublicWeights | None:
@@ -64,21 +90,29 @@ def find_parent(settings: InitFrom) -> ParentRun | PublicWeights | None:
     return ParentRun(settings=settings) if settings.path else None
 
 
+def begin_stream(settings: InitFrom, stream: DataStream) -> None:
+    """Puts a fresh stream where a run with these settings begins: see `initial_state`."""
+    if isinstance(find_parent(settings), ParentRun):
+        state = checkpoint.load_data_state(settings.path)
+        (stream.set_state if settings.which == "state" else stream.continue_from)(state)
+
+
 def initial_state(
     step: TrainStep,
     init: Callable[[], TrainState],
     *,
     abstract: TrainState,
     checkpointer: Checkpointer,
-    set_data_state: Callable[[dict], None],
+    stream: DataStream,
     mesh: Mesh,
 ) -> TrainState:
-    """The state that training goes on from. `init()` makes a fresh one.
+    """The state that training goes on from; puts `stream` there. `init()` makes a fresh one.
 
     The order of precedence:
         1. the newest sound checkpoint of this workdir: all of the state, and the place in the data
         2. with `init_from.which="state"`, the same of another run
-        3. with `init_from.path`, the parameters of another run or public weights
+        3. with `init_from.path`, the parameters of another run, whose place in the data this one's
+           begins after (`stream.continue_from`), or public weights
         4. a fresh start
     """
     settings = step.config.init_from
@@ -92,7 +126,10 @@ def initial_state(
         state = init()
         if (parent := find_parent(settings)) is None:
             return state
-        params = parent.load(state.params, step, mesh)
+        loaded = parent.load(state.params, step, mesh)
+        if loaded.data_state is not None:
+            stream.continue_from(loaded.data_state)
+        params = loaded.state
         return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
-    set_data_state(restored.data_state)
+    stream.set_state(restored.data_state)
     return restored.state

@@ -8,7 +8,6 @@ devices, goes on as if nothing had happened.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -26,30 +25,12 @@ from univg_jax.files import write_whole
 from univg_jax.progress import Bar, timed
 from univg_jax.training import optim
 from univg_jax.training.history import History, write_summary
-from univg_jax.training.initialize import initial_state
+from univg_jax.training.initialize import DataStream, initial_state
 from univg_jax.training.preemption import PreemptionNotice
 from univg_jax.training.profiling import Trace
 from univg_jax.training.step import TrainState, TrainStep, num_parameters
-from univg_jax.trees import Json
 
 Preview = Callable[[PyTree, epath.Path], dict[str, np.ndarray]]
-
-
-@runtime_checkable
-class DataStream(Protocol):
-    """An endless iterator of host-local batches whose position can be saved."""
-
-    def __next__(self) -> Batch: ...
-    def specs(self) -> Sequence[Batch]:
-        """Shapes and dtypes of every kind of global batch that will come."""
-        ...
-
-    def counters(self) -> Mapping[str, int]:
-        """What this host's batches came across since the stream was made; they only grow."""
-        ...
-
-    def get_state(self) -> Json: ...
-    def set_state(self, state: Json) -> None: ...
 
 
 class PendingMetrics:
@@ -160,7 +141,7 @@ def train(
         programs.init,
         abstract=programs.abstract,
         checkpointer=checkpointer,
-        set_data_state=stream.set_state,
+        stream=stream,
         mesh=mesh,
     )
     start = int(state.step)
