@@ -43,6 +43,7 @@ class TokenizedText:
     identity_slot: Bool[np.ndarray, " m"]  # True where `<p>` stands
     num_truncated: int  # tokens that did not fit and were cut off
     embedding: Text | None = None  # as a batch of one row, if it comes from a cache
+    text: str = ""  # the prompt itself, where a message may have to name it
 
 
 @runtime_checkable

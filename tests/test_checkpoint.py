@@ -13,6 +13,7 @@ from etils import epath
 from tests import processes
 from univg_jax import checkpoint, checksums, sharding
 from univg_jax.batch import pytree_dataclass
+from univg_jax.errors import UserError
 from univg_jax.settings import Optim
 from univg_jax.training import optim
 from univg_jax.workdir import CHECKPOINTS, claim_workdir, list_steps
@@ -352,6 +353,14 @@ def test_copy(tmp_path):
     claim_workdir(tmp_path / "b", {"seed": 1})
     with pytest.raises(ValueError, match="exists, nothing copied"):
         checkpoint.copy(tmp_path / "a", 4, tmp_path / "b")
+    (tmp_path / "a" / "encoders").mkdir()
+    (tmp_path / "a" / "encoders" / "encoders.json").write_text("{}")
+    checkpoint.copy(tmp_path / "a", 2, tmp_path / "d")
+    assert (tmp_path / "d" / "encoders" / "encoders.json").read_text() == "{}"
+    (tmp_path / "d" / "encoders" / "encoders.json").write_text("{} ")
+    with pytest.raises(UserError, match=r"d/encoders/encoders\.json is another one than .*a/"):
+        checkpoint.copy(tmp_path / "a", 4, tmp_path / "d")
+    assert list_steps(tmp_path / "d") == (2,)
     flip_a_bit(payload(tmp_path / "a", 4))
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.copy(tmp_path / "a", 4, tmp_path / "c")
@@ -419,3 +428,20 @@ def test_every_file_has_its_sum_and_a_missing_one_is_named(tmp_path):
     payload(tmp_path, 1).unlink()
     (report,) = checkpoint.verify(tmp_path)
     assert [problem.endswith("is missing") for problem in report.problems] == [True]
+
+
+def test_additional_files_are_reported_and_not_copied(tmp_path, caplog):
+    """What a file manager leaves in a step is no damage: nothing reads it."""
+    save(tmp_path / "a", 1)
+    step = tmp_path / "a" / CHECKPOINTS / "1"
+    for name in (".DS_Store", "state/d/0123", "config/copy"):
+        (step / name).parent.mkdir(exist_ok=True)
+        (step / name).write_text("x")
+    (report,) = checkpoint.verify(tmp_path / "a")
+    assert report.problems == ()
+    assert set(report.additional) == {".DS_Store", "state/d/0123", "config/copy"}
+    assert_equal(restore(tmp_path / "a").state, make_state(1))
+    assert ["additional files: " in r.message for r in caplog.records].count(True) == 1
+    checkpoint.copy(tmp_path / "a", 1, tmp_path / "b")
+    (report,) = checkpoint.verify(tmp_path / "b")
+    assert (report.problems, report.additional) == ((), ())

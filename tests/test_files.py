@@ -88,6 +88,26 @@ def test_json_that_is_none_is_named(tmp_path, content, message):
         files.read_json(tmp_path / "a.json")
 
 
+def test_no_flipped_bit_of_a_sealed_file_is_read_back(tmp_path):
+    value = {"b": [1, {"c": "text"}], "a": None}
+    path = tmp_path / "a.json"
+    files.write_sealed(path, value)
+    assert files.read_sealed(path) == value
+    content = path.read_bytes()
+    for place in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            found = files.read_sealed(path)
+        except UserError as error:
+            found = str(error)
+        # White space carries nothing. A changed name of the checksum itself leaves one more name.
+        assert found == value or "a.json is " in found or set(found) - set(value), flipped
+    path.write_text('{"a": 1}')  # of an earlier version
+    assert files.read_sealed(path) == {"a": 1}
+
+
 def test_what_is_no_file_is_said_so(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, message in {"a": "does not exist", ".": "not a file", "pipe": "not a file"}.items():

@@ -39,18 +39,19 @@ ALLOWED: dict[str, set[str]] = {
     "configs": set(),
     "flow": set(),
     "pretrained": set(),
+    "stored": set(),
     "tpu": set(),
     "workdir": set(),
     "writers": set(),
     "runtime": {"tpu"},
     "sharding": {"batch"},
     "distributed": {"sharding"},
-    "checkpoint": {"checksums", "sharding", "workdir"},
+    "checkpoint": {"checksums", "sharding", "stored", "workdir"},
     # Networks: ours, weights of others, and what encodes a batch.
     "models": {"batch", "sharding"},
     "interop": {"models", "pretrained", "sharding"},
     "conditioning": {"batch", "models"},
-    "encoders": {"conditioning", "interop", "models", "pretrained", "sharding"},
+    "encoders": {"conditioning", "interop", "models", "pretrained", "sharding", "workdir"},
     "sampling": {"batch", "conditioning", "flow", "models", "sharding"},
     # Training never sees a dataset. Only training.initialize knows the weights of others.
     "training": {

@@ -12,30 +12,36 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 from orbax.checkpoint.future import ChainedFuture, Future
 from orbax.checkpoint.handlers import DefaultCheckpointHandlerRegistry
 
 from univg_jax import checksums
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError, shorten
+from univg_jax.files import write_whole
 from univg_jax.sharding import with_shardings
+from univg_jax.stored import differences, read_arrays, read_item, read_state, saved_shapes
 from univg_jax.trees import Json, named_leaves, nest
-from univg_jax.workdir import CHECKPOINTS, as_json, barrier, claim_workdir, nearest_run, steps_in
+from univg_jax.workdir import (
+    CHECKPOINTS,
+    ENCODERS,
+    as_json,
+    barrier,
+    claim_workdir,
+    nearest_run,
+    steps_in,
+)
 
 # Orbax writes these while or after the sums are made; they hold no data.
 NOT_SUMMED = ("_CHECKPOINT_METADATA", "commit_success.txt", checksums.FILE)
-
-Shapes = Mapping[str, jax.ShapeDtypeStruct | jax.Array]  # of leaves, by name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +54,14 @@ class Restored:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What `verify` found: a sound step has no problems."""
+    """What `verify` found: a sound step has no problems.
+
+    Additional files, which no save wrote, are none: nothing reads them.
+    """
 
     step: int
     problems: tuple[str, ...]
+    additional: tuple[str, ...] = ()
 
 
 class _StateHandler(ocp.PyTreeCheckpointHandler):
@@ -128,6 +138,8 @@ class Checkpointer:
         self.wait()
         root, sound = _locate(self.directory)
         restored = _restore(root / str(sound), abstract_state)
+        if additional := _additional(root, sound):
+            logging.warning("%s has additional files: %s", root / str(sound), shorten(additional))
         self._set_aside([s for s in self._manager.all_steps() if s > sound])
         return restored
 
@@ -205,32 +217,50 @@ def verify(path: epath.PathLike) -> tuple[StepReport, ...]:
     Raises NotFoundError if there is none.
     """
     root, step = _parse(path)
-    steps = steps_in(root) if step is None else (step,)
-    return tuple(StepReport(step=s, problems=checksums.find_problems(root / str(s))) for s in steps)
+
+    def report(step: int) -> StepReport:
+        problems = checksums.find_problems(root / str(step))
+        return StepReport(
+            step=step, problems=problems, additional=() if problems else _additional(root, step)
+        )
+
+    return tuple(report(s) for s in (steps_in(root) if step is None else (step,)))
 
 
 def copy(workdir: epath.PathLike, step: int | None, out: epath.PathLike) -> int:
-    """Copies a sound step (None: the newest) and its config into another workdir; returns the step.
+    """Copies a sound step (None: the newest) into another workdir; returns the step.
 
-    Raises UserError if the step is damaged or `out` has it already.
+    What a run is besides goes with it: its config and its encoders. Raises UserError if the step is
+    damaged, or `out` has it already, or other encoders.
     """
     root, step = _locate(workdir if step is None else epath.Path(workdir) / CHECKPOINTS / str(step))
     target = epath.Path(out) / CHECKPOINTS / str(step)
     if target.exists():
         raise AlreadyExistsError(f"{target} exists, nothing copied")
-    claim_workdir(out, _read_json(root / str(step), "config"))
+    claim_workdir(out, read_item(root / str(step), "config"))
     if jax.process_index() == 0:
         unfinished = target.parent / f"{step}.orbax-checkpoint-tmp"
         if unfinished.exists():
             unfinished.rmtree()
+        _copy_encoders(root.parent / ENCODERS, epath.Path(out) / ENCODERS)
+        additional = _additional(root, step)
         for name in checksums.list_files(root / str(step)):
-            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / str(step) / name).copy(unfinished / name)
+            if name not in additional:
+                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / str(step) / name).copy(unfinished / name)
         unfinished.rename(target)
     barrier("copied")
     if problems := checksums.find_problems(target):
         raise UserError(f"the copy {target} is damaged: {shorten(problems)}")
     return step
+
+
+def _copy_encoders(source: epath.Path, target: epath.Path) -> None:
+    for name in checksums.list_files(source) if source.exists() else ():
+        content, file = (source / name).read_bytes(), target / name
+        if file.exists() and file.read_bytes() != content:
+            raise UserError(f"{file} is another one than {source / name}: copy to another folder")
+        write_whole(file, content)
 
 
 def restore(path: epath.PathLike, abstract_state: PyTree) -> Restored:
@@ -255,16 +285,16 @@ def load_params(
     """
     root, step = _locate(path)
     if abstract is None:
-        abstract = nest(_saved(root / str(step), which))
+        abstract = nest(saved_shapes(root / str(step), which))
     if shardings is not None:
         abstract = with_shardings(abstract, shardings)
-    return _read_state(root / str(step), {which: abstract}, prefix=which)[which]
+    return read_state(root / str(step), {which: abstract}, prefix=which)[which]
 
 
 def load_config(path: epath.PathLike) -> Json:
     """The config that wrote the checkpoint at `path` (a workdir or a step), as nested dicts."""
     root, step = _locate(path, under="config/")
-    return _read_json(root / str(step), "config")
+    return read_item(root / str(step), "config")
 
 
 def load_data_state(path: epath.PathLike) -> Json:
@@ -290,15 +320,17 @@ def init_from(
     difference in leaves, shapes or types raises UserError with all of them.
     """
     root, step = _locate(path)
-    saved = {k: v for k, v in _saved(root / str(step), which).items() if not _matches(dropped, k)}
+    saved = {
+        k: v for k, v in saved_shapes(root / str(step), which).items() if not _matches(dropped, k)
+    }
     values = named_leaves(params)
     kept = sorted(name for name in values if name not in saved and _matches(new, name))
     read = {name: x for name, x in values.items() if name not in kept}
-    if problems := _differences(read, saved):
+    if problems := differences(read, saved):
         raise UserError(
             f"{path} does not fit the model (declare leaves as new or dropped): {shorten(problems)}"
         )
-    values |= named_leaves(_read_arrays(root / str(step), {which: nest(read)})[which])
+    values |= named_leaves(read_arrays(root / str(step), {which: nest(read)})[which])
     logging.info(
         "parameters from %s, step %d: %d leaves read, new: %s",
         *(path, step, len(read), kept or "none"),
@@ -346,69 +378,17 @@ def _locate(path: epath.PathLike, *, under: str = "") -> tuple[epath.Path, int]:
     )
 
 
-# --- trees: stored as nested dicts by path name, so that orbax never sees optax's structures ---
+def _additional(root: epath.Path, step: int) -> tuple[str, ...]:
+    """The files of a sound step that its save did not write."""
+    return checksums.find_additional(root / str(step), ignore=NOT_SUMMED)
 
 
-def _saved(step_dir: epath.Path, prefix: str = "") -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the saved leaves; with a prefix, of that part and under names within it."""
-    tree = ocp.PyTreeCheckpointHandler().metadata(step_dir / "state").tree
-    if prefix:
-        if not tree.get(prefix):
-            raise UserError(f"{step_dir} has no {prefix!r}; it has {', '.join(sorted(tree))}")
-        tree = tree[prefix]
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named_leaves(tree).items()}
-
-
-def _differences(wanted: Shapes, saved: Shapes) -> list[str]:
-    def show(x: jax.ShapeDtypeStruct | jax.Array) -> str:
-        return f"{np.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
-
-    return [
-        *(f"{name} {show(x)} is missing" for name, x in wanted.items() if name not in saved),
-        *(f"{name} {show(x)} is extra" for name, x in saved.items() if name not in wanted),
-        *(
-            f"{name} is {show(saved[name])}, the model's {show(x)}"
-            for name, x in wanted.items()
-            if name in saved and show(x) != show(saved[name])
-        ),
-    ]
+# --- states ---
 
 
 def _restore(step_dir: epath.Path, abstract_state: PyTree) -> Restored:
-    state = _read_state(step_dir, abstract_state)
-    return Restored(state=state, data_state=_read_json(step_dir, "data"))
-
-
-def _read_state(step_dir: epath.Path, abstract: PyTree, *, prefix: str = "") -> PyTree:
-    """The tree of `abstract`, whose leaves must be all that is saved (under `prefix`)."""
-    wanted = named_leaves(abstract)
-    saved = {f"{prefix}/{k}" if prefix else k: v for k, v in _saved(step_dir, prefix).items()}
-    if problems := _differences(wanted, saved):
-        raise UserError(f"{step_dir} does not fit the model: {shorten(problems)}")
-    values = named_leaves(_read_arrays(step_dir, nest(wanted)))
-    return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in wanted])
-
-
-def _read_arrays(step_dir: epath.Path, nested: PyTree) -> PyTree:
-    default = SingleDeviceSharding(jax.local_devices()[0])
-    nested = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or default
-        ),
-        nested,
-    )
-    args = ocp.args.PyTreeRestore(
-        item=nested,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
-        partial_restore=True,
-    )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(step_dir / "state", args=args)
-
-
-def _read_json(step_dir: epath.Path, item: str) -> Json:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(step_dir / item)
+    state = read_state(step_dir, abstract_state)
+    return Restored(state=state, data_state=read_item(step_dir, "data"))
 
 
 @jax.jit

@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from univg_jax.files import write_whole
+from univg_jax.errors import UserError
+from univg_jax.files import read_json, write_whole
 
 FILE = "checksums.json"
 THREADS = 8
@@ -62,7 +63,7 @@ def combine(
     sums: dict[str, str] = {}
     for index in range(jax.process_count()):
         file = of_processes / _own_file(index)
-        sums |= {prefix + name: value for name, value in json.loads(file.read_text()).items()}
+        sums |= {prefix + name: value for name, value in read_json(file).items()}
         file.unlink()
     rest = (name for name in list_files(folder) if name not in sums and name not in ignore)
     sums |= checksums(folder, rest)
@@ -79,10 +80,10 @@ def find_problems(folder: epath.Path, *, under: str = "") -> tuple[str, ...]:
     Processes share the reading and agree on whether there are problems.
     """
     try:
-        sums = json.loads((folder / FILE).read_text())
-        names = sorted(name for name in sums if name.startswith(under))
-    except (OSError, ValueError, AttributeError) as error:
-        return (f"{FILE} is unreadable ({type(error).__name__})",)
+        sums = read_json(folder / FILE)
+    except UserError as error:
+        return (str(error),)
+    names = sorted(name for name in sums if name.startswith(under))
 
     def problem(name: str) -> str | None:
         if not (folder / name).exists():
@@ -97,3 +98,9 @@ def find_problems(folder: epath.Path, *, under: str = "") -> tuple[str, ...]:
         if np.any(anywhere):
             return found or ("another process found damage",)
     return found
+
+
+def find_additional(folder: epath.Path, *, ignore: Iterable[str]) -> tuple[str, ...]:
+    """The files of a folder that have no sum: somebody put them there later."""
+    sums = read_json(folder / FILE)
+    return tuple(n for n in list_files(folder) if n not in sums and n not in ignore)

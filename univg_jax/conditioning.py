@@ -74,9 +74,10 @@ class Conditioner:
         return jax.lax.stop_gradient(latents)
 
     def decode(self, frozen: Frozen, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
-        """Latents -> images, clipped to [-1, 1]."""
+        """Latents -> images, clipped to [-1, 1]; what is not finite stays so, as NaN."""
         images = self.codec.apply({"params": frozen["codec"]}, latents, method="decode")
-        return jnp.clip(images, -1, 1)
+        # `clip` alone would make white of an infinity.
+        return jnp.where(jnp.isfinite(images), jnp.clip(images, -1, 1), jnp.nan)
 
     def identify(self, frozen: Frozen, faces: Images) -> Float[Array, "b e"]:
         """Portraits of any size -> unit vectors; their dot product measures the likeness.

@@ -5,6 +5,7 @@
 
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -16,6 +17,7 @@ from etils import epath
 
 from univg_jax.errors import NotFoundError, UserError, quote
 
+CHECKSUM = "checksum"  # the name in an object of ours of the sum of all its other names
 MAX_JSON_BYTES = 2**24  # an index of 100,000 tensors has half of this
 
 
@@ -123,3 +125,24 @@ def parse_json(content: bytes, *, where: str) -> dict[str, Any]:
 def format_bytes(count: float | int) -> str:
     """In GiB, and what is less than a hundredth of that in MiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 100 else f"{count / 2**20:.2f} MiB"
+
+
+def write_sealed(path: epath.PathLike, value: dict[str, Any]) -> None:
+    """Writes a JSON object whole, with a checksum of itself, for `read_sealed`."""
+    write_whole(path, json.dumps({**value, CHECKSUM: _checksum(value)}, indent=1))
+
+
+def read_sealed(path: epath.PathLike) -> dict[str, Any]:
+    """The object that `write_sealed` wrote, or an earlier version without a checksum.
+
+    Raises what `read_json` raises, and UserError if the file is not what was written.
+    """
+    value = read_json(path)
+    if value.pop(CHECKSUM, expected := _checksum(value)) != expected:
+        raise UserError(f"{path} is damaged: its checksum is another one")
+    return value
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    content = json.dumps({k: v for k, v in value.items() if k != CHECKSUM}, sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from univg_jax.errors import UserError
 from univg_jax.files import write_whole
 
 
@@ -17,9 +19,27 @@ def to_float(images: Any) -> Any:
     return images.astype(np.float32) / 127.5 - 1 if images.dtype == np.uint8 else images
 
 
-def to_uint8(images: Float[Any, "..."]) -> UInt8[np.ndarray, "..."]:
-    """Floats in [-1, 1] -> the nearest of 0..255."""
-    return np.rint((np.asarray(images) + 1) * 127.5).astype(np.uint8)
+def to_uint8(images: Float[Any, "..."], *, names: Sequence[str] = ()) -> UInt8[np.ndarray, "..."]:
+    """Floats in [-1, 1] -> the nearest of 0..255.
+
+    Raises UserError for a picture with a value that is not finite: it would be written as black.
+    `names` says which picture each row is.
+    """
+    images = np.asarray(images)
+    check_finite(images, names, what="picture")
+    return np.rint((images + 1) * 127.5).astype(np.uint8)
+
+
+def check_finite(rows: Float[np.ndarray, "..."], names: Sequence[str], *, what: str) -> None:
+    """Raises UserError, naming the first, if a row of an array has a NaN or an infinity."""
+    finite = np.isfinite(rows)
+    if not finite.all():
+        bad = np.flatnonzero(~finite.reshape(len(rows), -1).all(axis=1))
+        name = names[bad[0]] if len(names) else f"{what} {bad[0]}"
+        raise UserError(
+            f"{name} is not finite, as {len(bad)} of {len(rows)} {what}s: a product is beyond the "
+            "range of its dtype (the encoders' in conditioning), or weights are damaged"
+        )
 
 
 def png_bytes(pixels: np.ndarray, *, optimize: bool = False) -> bytes:

@@ -260,6 +260,10 @@ class Pipeline:
         seeds = np.broadcast_to(np.asarray(seed), (batch.size,))
         if not (np.issubdtype(seeds.dtype, np.integer) and np.all((seeds >= 0) & (seeds < 2**32))):
             raise UserError(f"seed={seed}: expected whole numbers from 0 to {2**32 - 1}")
+        names = [
+            f"{task}: the picture of seed {s}, sample {i}"
+            for s, i in zip(seeds, batch.sample_id, strict=True)
+        ]
         weights = guidance_weights(self.config.sampling.guidance.get(task))
         drops = NULL_CONDITIONS[: len(weights)]
         passes = [self.collator.drop_conditions(batch, drop) for drop in drops]
@@ -274,7 +278,7 @@ class Pipeline:
                     )
                 self.compiled.add(program)
             images = self.generator(*arguments, weights=weights, seeds=seeds, on_step=callback)
-            return to_uint8(sharding.local_rows(images, self.mesh))
+            return to_uint8(sharding.local_rows(images, self.mesh), names=names)
 
     def reconstruct(self, batch: Batch) -> Pixels:
         """What the codec makes of the targets, for this process's rows."""

@@ -1,6 +1,7 @@
 """A workdir: the folder of one run, which belongs to one config, and its steps.
 
-`config.json` says whose it is, `checkpoints/STEP` are its checkpoints. Paths may be `gs://`.
+`config.json` says whose it is, `encoders` has what it encodes with, `checkpoints/STEP` are its
+checkpoints. Paths may be `gs://`.
 """
 
 import json
@@ -15,7 +16,7 @@ from univg_jax.errors import NotFoundError, UserError, shorten, suggestion
 from univg_jax.files import write_whole
 from univg_jax.trees import Json, flatten
 
-CHECKPOINTS, CONFIG = "checkpoints", "config.json"
+CHECKPOINTS, CONFIG, ENCODERS = "checkpoints", "config.json", "encoders"
 
 # Regexes of the dotted config keys that a resumed run may change: how long, how often, where; never
 # what is learned.

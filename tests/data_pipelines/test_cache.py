@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -36,7 +37,7 @@ def embed(tokens, text_mask) -> Text:
 def write(folder) -> None:
     """Six prompts in files of four, in batches of two."""
     rows = [TOKENIZER(text, NUM_TOKENS) for text in TEXTS]
-    row_bytes = NUM_TOKENS * (2 * 4 + 1) + 2 * 4 + 16
+    row_bytes = NUM_TOKENS * (2 * 4 + 1) + 2 * 4 + 16 + 4
     options = dict(embed=embed, identity=IDENTITY, batch_size=2, file_bytes=4 * row_bytes)
     assert write_cache(folder, rows, **options) == 6
     assert len(list(folder.glob("*.safetensors"))) == 2
@@ -100,10 +101,62 @@ def test_what_is_missing_stale_or_unfinished_is_an_error(folder, tmp_path):
     part.write_bytes(part.read_bytes()[:-8])
     with pytest.raises(UserError, match=r"00001\.safetensors is not a readable part"):
         CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
-    for damaged in ("{", "[]", "{}"):
+    record = (folder / RECORD).read_text()
+    for damaged, message in {
+        record[:40]: "is not JSON",
+        "[]": "is not a JSON object",
+        "{}": "is damaged",
+        record.replace("abc", "abd"): "is damaged",
+        json.dumps(
+            dict(identity=IDENTITY, files=["00000.safetensors"])
+        ): "no checksums: an earlier",
+    }.items():
         (folder / RECORD).write_text(damaged)
-        with pytest.raises(UserError, match=r"cache\.json is damaged"):
+        with pytest.raises(UserError, match=message):
             CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
+
+
+def test_no_flipped_bit_is_read_back(folder):
+    """In any file, at any place: all prompts are as they were, or one line names the file."""
+    tokens = [TOKENIZER(text, NUM_TOKENS) for text in TEXTS]
+    want = [embed(row.tokens[None], row.text_mask[None]) for row in tokens]
+    rng = np.random.default_rng(0)
+    for file in sorted(folder.iterdir()):
+        content = file.read_bytes()
+        header = 8 + int.from_bytes(content[:8], "little")
+        for _ in range(60):
+            flipped = bytearray(content)
+            # Half of them in the header of a part, which is small beside its rows.
+            end = header if file.name != RECORD and rng.random() < 0.5 else len(content)
+            flipped[rng.integers(end)] ^= 1 << rng.integers(8)
+            file.write_bytes(flipped)
+            try:
+                cached = CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
+                found = [cached(text, NUM_TOKENS).embedding for text in TEXTS]
+            except UserError as error:
+                found = str(error)
+            if isinstance(found, str):
+                assert file.name in found
+                assert "\n" not in found
+            else:
+                jax.tree.map(np.testing.assert_array_equal, found, want)
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("field", ["emb", "pooled"])
+def test_an_embedding_that_is_not_finite_is_never_written(tmp_path, field, value):
+    rows = [dataclasses.replace(TOKENIZER(text, NUM_TOKENS), text=text) for text in TEXTS]
+
+    def overflowing(tokens, text_mask):
+        text = embed(tokens, text_mask)
+        getattr(text, field)[1] = value
+        return text
+
+    message = r"^the embedding of the prompt '<t2i> one pigs' is not finite"
+    with pytest.raises(UserError, match=message):
+        write_cache(tmp_path, rows, embed=overflowing, identity=IDENTITY, batch_size=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_build_leaves_no_cache(tmp_path):

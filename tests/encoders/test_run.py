@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from data_pipelines.tokenizer import load_tokenizer
 from tests.helpers import ENCODERS, ENCODERS_WITH_FACES, prepare_encoders, unused
 from tests.sd3_folder import write_sd3
 from univg_jax import encoders, sharding
 from univg_jax.errors import NotFoundError, UserError
-from univg_jax.interop.diffusers import load_transformer
+from univg_jax.files import read_sealed, write_sealed
+from univg_jax.interop.diffusers import load_transformer, open_vae
 from univg_jax.interop.inception import load_inception
 from univg_jax.settings import Conditioning
 
@@ -48,7 +49,7 @@ def test_files_of_a_fitted_encoder_keep_their_names_and_layout(tmp_path):
     prepare_encoders(ENCODERS, tmp_path)
     folder = tmp_path / "encoders"
     assert {f.name for f in folder.iterdir()} == {"codec.safetensors", "encoders.json"}
-    records = json.loads((folder / "encoders.json").read_text())
+    records = read_sealed(folder / "encoders.json")
     digest = records["codec"].pop("sha256")
     assert digest == hashlib.sha256((folder / "codec.safetensors").read_bytes()).hexdigest()
     assert records["codec"] == dict(kind="linear", patch=4, channels=8, whiten=0.5)
@@ -81,10 +82,7 @@ def test_a_killed_fit_is_done_again(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         prepare_encoders(ENCODERS_WITH_FACES, tmp_path, portraits=killed)
-    assert set(json.loads((tmp_path / "encoders" / "encoders.json").read_text())) == {
-        "text",
-        "codec",
-    }
+    assert set(read_sealed(tmp_path / "encoders" / "encoders.json")) == {"text", "codec"}
     again = prepare_encoders(ENCODERS_WITH_FACES, tmp_path, images=unused)
     assert "identity" in again.frozen
 
@@ -163,13 +161,13 @@ def test_changed_weights_and_options_are_noticed(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(
-        UserError, match="not the weights of the codec encoder that the run was trained with"
+        UserError, match=r"not the weights of the codec encoder that the run .* was trained with"
     ):
         encoders.load(tmp_path)
     record = tmp_path / "encoders" / "encoders.json"
-    records = json.loads(record.read_text())
+    records = read_sealed(record)
     records["text"]["sha256"] = "0" * 64
-    record.write_text(json.dumps(records))
+    write_sealed(record, records)
     with pytest.raises(UserError, match="not the weights of the text encoder"):
         encoders.load(tmp_path)
     file.unlink()
@@ -231,3 +229,87 @@ def test_without_its_folder_a_pipeline_is_planned_as_published():
         abstract, sharding.tree_shardings(abstract, mesh), larger_than=2**22
     ):
         assert any(leaf.spec), f"{leaf.path} {leaf.shape} is whole on every device"
+
+
+def test_a_flipped_bit_in_the_record_is_noticed(tmp_path):
+    prepare_encoders(ENCODERS, tmp_path)
+    record = tmp_path / "encoders" / "encoders.json"
+    record.write_text(record.read_text().replace("0.5", "0.4"))
+    with pytest.raises(UserError, match=r"encoders\.json is damaged"):
+        encoders.load(tmp_path)
+    record.write_text(record.read_text()[:50])
+    with pytest.raises(UserError, match=r"encoders\.json is not JSON"):
+        encoders.load(tmp_path)
+
+
+@pytest.mark.parametrize("role", ["text", "codec", "identity"])
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_float16_is_refused_where_its_range_is_too_small(role, kind):
+    """T5's and VAEs' products are beyond it; CLIP's towers and MiniLM were published in it."""
+    kind = dict(text=kind, codec="vae", identity="clip")[role]
+    chosen = dict(text="minilm", codec="vae") | {role: dict(kind=kind, dtype="float16")}
+    config = Conditioning(**chosen)
+    if kind == "clip":
+        encoders.abstract(config)
+    else:
+        message = rf"^conditioning\.{role}\.dtype='float16': the {kind} encoder's products"
+        for use in (encoders.check, encoders.abstract):
+            with pytest.raises(UserError, match=message):
+                use(config)
+
+
+def other_weights(folder, part):
+    """One number of a network's weights becomes another, in a place that no sample had to see."""
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    name = max(tensors, key=lambda name: tensors[name].size)
+    tensors[name].flat[7] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_stage_keeps_its_parents_pretrained_encoders(tmp_path):
+    """Another VAE of as many channels is another space of latents."""
+    folder = write_sd3(tmp_path / "sd3")
+    config = dict(folder=str(folder), text=dict(kind="clip"), codec=dict(kind="vae"))
+    prepare_encoders(config, tmp_path / "one")
+    # Their dtype is a stage's own, and so is where they lie.
+    moved = folder.rename(tmp_path / "moved")
+    half = config | dict(folder=str(moved), text=dict(kind="clip", dtype="bfloat16"))
+    prepare_encoders(half, tmp_path / "two", init_from=tmp_path / "one")
+    other_weights(moved, "vae")
+    message = r"moved/vae: not the weights of the codec encoder that the parent run .*two was"
+    with pytest.raises(UserError, match=message):
+        encoders.check(Conditioning(**half), init_from=tmp_path / "two")
+    with pytest.raises(UserError, match=message):
+        prepare_encoders(half, tmp_path / "three", init_from=tmp_path / "two")
+    with pytest.raises(UserError, match=r"moved/vae: .* that the run .*two was trained with"):
+        prepare_encoders(half, tmp_path / "two")
+    other = half | dict(text=dict(kind="t5"))
+    with pytest.raises(UserError, match=r"another text encoder .*: kind is 'clip', asked for 't5'"):
+        encoders.check(Conditioning(**other), init_from=tmp_path / "two")
+
+
+def test_a_record_of_an_earlier_version_is_compared_as_it_was_made(tmp_path, caplog):
+    """It has samples of the files, and no checksum of itself."""
+    folder = write_sd3(tmp_path / "sd3")
+    config = dict(folder=str(folder), text=dict(kind="clip"), codec=dict(kind="vae"))
+    prepare_encoders(config, tmp_path / "run")
+    vae = open_vae(folder / "vae").tensors.sampled_fingerprint()
+    record = tmp_path / "run" / "encoders" / "encoders.json"
+    records = read_sealed(record)
+    records["codec"]["sha256"] = hashlib.sha256(vae.encode()).hexdigest()
+    record.write_text(json.dumps(records))
+    encoders.load(tmp_path / "run", folder=str(folder))
+    warned = [r.message for r in caplog.records if "earlier version" in r.message]
+    assert len(warned) == 1
+    assert "codec encoder" in warned[0]
+    other_weights(folder, "vae")
+    with pytest.raises(UserError, match=r"sd3/vae: not the weights of the codec encoder"):
+        encoders.load(tmp_path / "run", folder=str(folder))
+
+
+def test_a_run_with_encoders_of_its_own_does_not_ask_for_its_parent(tmp_path):
+    prepare_encoders(ENCODERS, tmp_path / "one")
+    prepare_encoders(ENCODERS, tmp_path / "two", init_from=tmp_path / "one", images=unused)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    prepare_encoders(ENCODERS, tmp_path / "two", init_from=tmp_path / "one", images=unused)

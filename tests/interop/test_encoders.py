@@ -275,7 +275,7 @@ def test_onto_a_mesh_as_bfloat16(folder, kind):
         (
             "text",
             dict(hidden_act="relu"),
-            "hidden_act is 'relu'; only 'gelu' or 'quick_gelu' is supported",
+            "hidden_act is 'relu'; only 'gelu' or 'quick_gelu'",
         ),
         (
             "text",

@@ -160,7 +160,7 @@ def test_parts_load_onto_a_mesh(folder, tmp_path):
         (dict(model_type="umt5"), "expected model_type 't5', got 'umt5'"),
         (
             dict(feed_forward_proj="relu"),
-            "feed_forward_proj is 'relu'; only 'gated-gelu' is supported",
+            "feed_forward_proj is 'relu'; only 'gated-gelu'",
         ),
         (dict(feed_forward_proj="gated-silu"), "feed_forward_proj is 'gated-silu'"),
         (dict(num_layers=3), "missing: encoder.block.2.layer.0.SelfAttention.k.weight"),

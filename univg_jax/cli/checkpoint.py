@@ -16,8 +16,12 @@ def add_arguments(parser: Parser) -> None:
     actions = parser.add_commands(dest="action")
     for name, summary, run in (
         ("list", "the steps of a run: when saved, how large, whether sound", list_),
-        ("verify", "recompute the checksums of every step; exit code 1 if one is damaged", verify),
-        ("copy", "copy a sound step and its config into another workdir", copy),
+        (
+            "verify",
+            "recompute the checksums of every step and of the encoders; exit code 1 for damage",
+            verify,
+        ),
+        ("copy", "copy a sound step, its config and its encoders into another workdir", copy),
     ):
         description = summary[0].upper() + summary[1:] + "."
         action = actions.add_parser(name, help=summary, description=description)
@@ -74,20 +78,28 @@ def _print_steps(run: "epath.Path", *, quick: bool) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Prints what is wrong with each step; raises UserError if anything is."""
-    from univg_jax import checkpoint
+    """Prints what is wrong with each step and the encoders; raises UserError if anything is."""
+    from univg_jax import checkpoint, encoders
 
     reports = checkpoint.verify(args.dir)
     for report in reports:
         found = "; ".join(report.problems) if report.problems else "sound"
+        if report.additional:
+            found += f"; additional files, which nothing reads: {shorten(report.additional)}"
         print(f"step {report.step}: {found}")
+    damaged = encoders.find_problems(checkpoint.workdir_of(args.dir))
+    print(f"encoders: {'; '.join(damaged) if damaged else 'sound'}")
     if any(report.problems for report in reports):
         raise UserError(f"{args.dir} has damaged checkpoints")
+    if damaged:
+        raise UserError(f"{args.dir} has damaged encoders")
 
 
 def copy(args: argparse.Namespace) -> None:
     """Copies one step."""
-    from univg_jax import checkpoint
+    from univg_jax import checkpoint, encoders
 
+    if damaged := encoders.find_problems(args.dir):
+        raise UserError(f"nothing copied: {shorten(damaged)}")
     step = checkpoint.copy(args.dir, args.step, args.out)
-    print(f"copied step {step} to {args.out}")
+    print(f"copied step {step} to {args.out}, with its config and its encoders")

@@ -10,7 +10,6 @@ A new kind is one entry of `KINDS`.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ from jaxtyping import PyTree, UInt8
 
 from univg_jax import settings
 from univg_jax.errors import NotFoundError, UserError, check_name
+from univg_jax.files import read_json
 from univg_jax.interop.diffusers import open_vae
 from univg_jax.interop.folder import StoredModel
 from univg_jax.interop.transformers import open_clip_text, open_clip_vision, open_minilm, open_t5
@@ -87,6 +87,8 @@ class Pretrained(Kind):
     published: Callable[[Any], dict[str, Any]]
     tokenizer: Callable[[Path], Path | str] | None = None  # conditioning.folder -> the tokenizer's
     needs_folder: bool = True  # False: the weights come with a package
+    # Products in T5 and in VAEs are beyond float16's range (65504): the result is not a number.
+    fits_float16: bool = True
 
     options: ClassVar[type] = settings.PretrainedEncoder
 
@@ -132,11 +134,8 @@ def _t5_suffix(folder: Path) -> str:
     """Which of a pipeline's text encoders is T5: SD3's third, Flux's second, PixArt's only one."""
     for suffix in ("_3", "_2", ""):
         file = folder / f"text_encoder{suffix}" / "config.json"
-        try:
-            if file.is_file() and json.loads(file.read_text()).get("model_type") == "t5":
-                return suffix
-        except (json.JSONDecodeError, AttributeError):
-            raise UserError(f"{file} is not a model's configuration: no JSON object") from None
+        if file.is_file() and read_json(file).get("model_type") == "t5":
+            return suffix
     raise NotFoundError(
         f"{folder} has no text_encoder, text_encoder_2 or text_encoder_3 that is a T5"
     )
@@ -166,6 +165,7 @@ KINDS: dict[str, dict[str, Fitted | Pretrained]] = {
                 "t5": T5Encoder(dtype=dtype),
             },
             tokenizer=lambda folder: folder,
+            fits_float16=False,
         ),
         "clip": Pretrained(
             module=ClipText,
@@ -184,6 +184,7 @@ KINDS: dict[str, dict[str, Fitted | Pretrained]] = {
             },
             published=lambda dtype: {"encoder": T5Encoder(dtype=dtype)},
             tokenizer=lambda folder: folder / f"tokenizer{_t5_suffix(folder)}",
+            fits_float16=False,
         ),
     },
     "codec": {
@@ -199,6 +200,7 @@ KINDS: dict[str, dict[str, Fitted | Pretrained]] = {
             inputs=_image(64),
             open=lambda folder, dtype: {"vae": open_vae(folder / "vae", dtype=dtype)},
             published=lambda dtype: {"vae": AutoencoderKL(dtype=dtype)},
+            fits_float16=False,
         ),
     },
     "identity": {

@@ -3,13 +3,13 @@
 `check` looks at what a config asks for, `prepare` obtains it before training, `load` reads it
 afterwards, `abstract` has the shapes alone. The folder of a run has
 
-    encoders/encoders.json       role -> {"kind": ..., options, "sha256": of the weights}, or null
+    encoders/encoders.json       role -> {"kind": ..., options, "sha256": of the weights}, or null;
+                                 and a checksum of itself
     encoders/ROLE.safetensors    the parameters of a fitted encoder
 """
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,9 +35,10 @@ from univg_jax.encoders.kinds import (
     find_kind,
 )
 from univg_jax.errors import NotFoundError, UserError
-from univg_jax.files import write_whole
+from univg_jax.files import read_sealed, write_sealed, write_whole
 from univg_jax.pretrained import local_path
 from univg_jax.settings import Conditioning
+from univg_jax.workdir import ENCODERS
 
 RECORD = "encoders.json"
 
@@ -52,11 +53,19 @@ class Encoders:
     frozen: Frozen
 
 
-def check(conditioning: Conditioning) -> None:
-    """Raises what `prepare` would about a config or its pretrained folders, but writes nothing."""
-    for role, record in _chosen(conditioning).items():
-        if record is not None and isinstance(_kind(role, record), Pretrained):
-            _open(role, record, conditioning.folder)
+def check(conditioning: Conditioning, *, init_from: epath.PathLike | None = None) -> None:
+    """Raises what `prepare` would about a config, its pretrained folders and its parent's encoders.
+
+    Nothing is written.
+    """
+    parent = None if init_from is None else _encoders_of(epath.Path(init_from))
+    for role, wanted in _chosen(conditioning).items():
+        if wanted is not None:
+            inherited = _inherited(parent, role, wanted)
+            if isinstance(_kind(role, wanted), Pretrained):
+                networks = _open(role, wanted, conditioning.folder)
+                if inherited is not None:
+                    _check_weights(networks, role, inherited, of=f"the parent run {parent.parent}")
 
 
 def abstract(conditioning: Conditioning) -> Encoders:
@@ -97,8 +106,10 @@ def prepare(
 
     A fitted encoder is taken from `workdir/encoders`, else from the run that `init_from` lies in
     (so that later stages keep the first one's latent space), else fitted on `images()` or
-    `portraits()` and saved. On several processes the first one does this,
-    the others wait and read. `mesh` and `skip` are those of `load`.
+    `portraits()` and saved. A pretrained one must be the workdir's own,
+    else that run's, if they have one. `init_from` is not opened where the workdir has all. On
+    several processes the first one does this, the others wait and read. `mesh` and `skip` are
+    those of `load`.
 
     Raises UserError for an unknown kind or option, if a folder is missing or what is on disk was
     made otherwise, and if `init_from` has no encoders.
@@ -108,8 +119,8 @@ def prepare(
         _obtain_missing(
             chosen,
             folder=conditioning.folder,
-            encoders=epath.Path(workdir) / "encoders",
-            parent=None if init_from is None else _encoders_of(epath.Path(init_from)),
+            encoders=epath.Path(workdir) / ENCODERS,
+            init_from=init_from,
             data=FitData(images=images, portraits=portraits),
         )
     if jax.process_count() > 1:
@@ -126,7 +137,7 @@ def load(
     pretrained encoders whose role is in `skip` are not read. Raises UserError if the run has no
     encoders, or if weights are not those that it was trained with.
     """
-    encoders = epath.Path(workdir) / "encoders"
+    encoders = epath.Path(workdir) / ENCODERS
     records = _read_records(encoders)
     if records is None:
         raise NotFoundError(
@@ -139,8 +150,7 @@ def load(
         kind = _kind(role, record)
         if isinstance(kind, Pretrained):
             networks = _open(role, record, folder)
-            where = ", ".join(str(stored.tensors.folder) for stored in networks.values())
-            _check_hash(_fingerprint(networks), where, role, record)
+            _check_weights(networks, role, record, of=f"the run {workdir}")
             modules[role] = _module(kind, networks)
             if role not in skip:
                 frozen[role] = _read(networks, record, mesh)
@@ -150,6 +160,25 @@ def load(
             shardings = None if mesh is None else sharding.tree_shardings(params, mesh)
             frozen[role] = jax.device_put(params, shardings)
     return Encoders(conditioner=Conditioner(**modules), frozen=frozen)
+
+
+def find_problems(workdir: epath.PathLike) -> tuple[str, ...]:
+    """What is wrong with the files in a run's `encoders`; empty if nothing is.
+
+    The weights of pretrained encoders lie elsewhere and are checked by `load`.
+    """
+    encoders, found = epath.Path(workdir) / ENCODERS, []
+    try:
+        records = _read_records(encoders) or {}
+    except UserError as error:
+        return (str(error),)
+    for role, record in records.items():
+        try:
+            if record is not None and isinstance(_kind(role, record), Fitted):
+                _read_fitted(encoders, role, record)
+        except UserError as error:
+            found.append(str(error))
+    return tuple(found)
 
 
 def load_text(
@@ -202,6 +231,11 @@ def _chosen(conditioning: Conditioning) -> dict[str, Record | None]:
         kind = given.pop("kind", None)
         made = fields.make(options, given, f"conditioning.{role}")
         chosen[role] = {**dataclasses.asdict(made), "kind": kind}
+        if chosen[role].get("dtype") == "float16" and not _kind(role, chosen[role]).fits_float16:
+            raise UserError(
+                f"conditioning.{role}.dtype='float16': the {kind} encoder's products are beyond "
+                "float16's range; expected 'bfloat16' or 'float32'"
+            )
     return chosen
 
 
@@ -210,11 +244,13 @@ def _obtain_missing(
     *,
     folder: str,
     encoders: epath.Path,
-    parent: epath.Path | None,
+    init_from: epath.PathLike | None,
     data: FitData,
 ) -> None:
     """Brings the folder `encoders` to what a config chose."""
     records = _read_records(encoders) or {}
+    is_complete = init_from is None or chosen.keys() <= records.keys()
+    parent = None if is_complete else _encoders_of(epath.Path(init_from))
     for role, wanted in chosen.items():
         if role in records:
             _check_same(encoders, role, records[role], wanted)
@@ -222,7 +258,10 @@ def _obtain_missing(
         record = wanted
         if wanted is not None:
             if isinstance(_kind(role, wanted), Pretrained):
-                digest = _fingerprint(_open(role, wanted, folder))
+                networks = _open(role, wanted, folder)
+                if (inherited := _inherited(parent, role, wanted)) is not None:
+                    _check_weights(networks, role, inherited, of=f"the parent run {parent.parent}")
+                digest = _fingerprint(networks)
             else:
                 content = _inherit_or_fit(role, wanted, parent=parent, data=data)
                 write_whole(encoders / _file(role), content)
@@ -230,20 +269,28 @@ def _obtain_missing(
             record = wanted | {"sha256": digest}
         # Only now, so that a run that was killed while it fitted does so again.
         records[role] = record
-        write_whole(encoders / RECORD, json.dumps(records, indent=2))
+        write_sealed(encoders / RECORD, records)
 
 
 def _inherit_or_fit(
     role: str, wanted: Record, *, parent: epath.Path | None, data: FitData
 ) -> bytes:
     """The content of a fitted encoder's file: the parent's if it has one, else newly fitted."""
-    inherited = (_read_records(parent) or {}).get(role) if parent else None
-    if inherited is not None:
-        _check_same(parent, role, inherited, wanted)
+    if (inherited := _inherited(parent, role, wanted)) is not None:
         logging.info("The %s encoder is the one in %s", role, parent)
         return _read_fitted(parent, role, inherited)
     logging.info("Fitting the %s encoder %s", role, wanted)
     return safetensors.numpy.save(_kind(role, wanted).fit(data, **_options(wanted)))
+
+
+def _inherited(parent: epath.Path | None, role: str, wanted: Record) -> Record | None:
+    """The parent's record of an encoder, of the same kind and options; None if it has none."""
+    record = (_read_records(parent) or {}).get(role) if parent else None
+    if record is not None:
+        # The dtype in which pretrained networks compute is a run's own: a matter of rounding.
+        dtype = {"dtype": wanted["dtype"]} if "dtype" in wanted and "dtype" in record else {}
+        _check_same(parent, role, record | dtype, wanted)
+    return record
 
 
 def _kind(role: str, record: Record) -> Fitted | Pretrained:
@@ -282,9 +329,24 @@ def _read(networks: Networks, record: Record, mesh: Mesh | None) -> PyTree:
     return {name: stored.read(mesh=mesh, dtype=dtype) for name, stored in networks.items()}
 
 
-def _fingerprint(networks: Networks) -> str:
-    fingerprints = (networks[name].tensors.fingerprint() for name in sorted(networks))
-    return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
+def _fingerprint(networks: Networks, *, sampled: bool = False) -> str:
+    """The hash of all networks; `sampled`: the one that earlier versions recorded."""
+    tensors = [networks[name].tensors for name in sorted(networks)]
+    each = (t.sampled_fingerprint() if sampled else t.fingerprint() for t in tensors)
+    return hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def _check_weights(networks: Networks, role: str, record: Record, *, of: str) -> None:
+    """Raises UserError if pretrained weights are not those that `of`, a run, has recorded."""
+    found, recorded = _fingerprint(networks), record["sha256"]
+    where = ", ".join(str(stored.tensors.folder) for stored in networks.values())
+    if found != recorded and _fingerprint(networks, sampled=True) == recorded:
+        logging.warning(
+            "%s: %s was recorded by an earlier version, so its %s encoder is compared by samples "
+            "of its files only", where, of, role,
+        )  # fmt: skip
+    else:
+        _check_hash(found, where, role, record, of=of)
 
 
 def _check_same(
@@ -307,10 +369,10 @@ def _check_same(
         )
 
 
-def _check_hash(found: str, where: str, role: str, record: Record) -> None:
+def _check_hash(found: str, where: str, role: str, record: Record, *, of: str) -> None:
     if found != record["sha256"]:
         raise UserError(
-            f"{where}: not the weights of the {role} encoder that the run was trained with "
+            f"{where}: not the weights of the {role} encoder that {of} was trained with "
             f"(sha256 {found[:12]}, recorded {record['sha256'][:12]})"
         )
 
@@ -320,17 +382,18 @@ def _read_fitted(encoders: epath.Path, role: str, record: Record) -> bytes:
     if not file.exists():
         raise NotFoundError(f"{file}: the weights of the {role} encoder are missing")
     content = file.read_bytes()
-    _check_hash(hashlib.sha256(content).hexdigest(), str(file), role, record)
+    digest = hashlib.sha256(content).hexdigest()
+    _check_hash(digest, str(file), role, record, of=f"the run {encoders.parent}")
     return content
 
 
 def _encoders_of(init_from: epath.Path) -> epath.Path:
     """The encoders of the run that a path (its folder, or a checkpoint inside it) belongs to."""
     for folder in (init_from, *list(init_from.parents)[:2]):
-        if (folder / "encoders" / RECORD).exists():
-            return folder / "encoders"
+        if (folder / ENCODERS / RECORD).exists():
+            return folder / ENCODERS
     raise NotFoundError(
-        f"init_from={init_from}: no encoders/{RECORD} there; expected the folder of a run"
+        f"init_from={init_from}: no {ENCODERS}/{RECORD} there; expected the folder of a run"
     )
 
 
@@ -338,7 +401,11 @@ def _read_records(encoders: epath.Path) -> dict[str, Record | None] | None:
     file = encoders / RECORD
     if not file.exists():
         return None
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
+    records = read_sealed(file)
+    if any(role not in KINDS or not _is_record(record) for role, record in records.items()):
+        raise UserError(f"{file} is no record of encoders")
+    return records
+
+
+def _is_record(value: object) -> bool:
+    return value is None or (isinstance(value, dict) and isinstance(value.get("sha256"), str))

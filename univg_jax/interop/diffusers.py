@@ -7,7 +7,7 @@ last block (nothing reads them).
 """
 
 import dataclasses
-import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,15 @@ from etils import epath
 from jax.sharding import Mesh
 
 from univg_jax.errors import UserError
+from univg_jax.files import read_json
+from univg_jax.interop.config import (
+    MAX_SIZE,
+    complete_config,
+    config_file,
+    read_config,
+    require,
+    shown,
+)
 from univg_jax.interop.folder import (
     CONV,
     MAX_FILE_BYTES,
@@ -30,9 +39,9 @@ from univg_jax.interop.folder import (
     loader,
     map_weights,
     open_model,
-    read_config,
     write_params,
 )
+from univg_jax.interop.sd3_config import config_of, model_of
 from univg_jax.interop.tensors import PathLike, TensorFolder, check_shapes
 from univg_jax.models.layers import sincos_table
 from univg_jax.models.mmdit import MMDiT
@@ -40,7 +49,6 @@ from univg_jax.models.vae import AutoencoderKL
 from univg_jax.trees import map_named, named_leaves
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CLASS_NAME = "SD3Transformer2DModel"
 TABLE = "pos_embed.pos_embed"
 
 # Our module path -> diffusers' module name; of a block, after `transformer_blocks.<i>.`.
@@ -82,7 +90,7 @@ def open_transformer(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredMod
     Raises what `read_config` and `open_model` raise, and UserError for a variant that `MMDiT`
     lacks.
     """
-    model = dataclasses.replace(_model_of(folder), dtype=dtype)
+    model = dataclasses.replace(model_of(folder), dtype=dtype)
     stored = open_model(
         folder,
         WEIGHTS,
@@ -100,13 +108,14 @@ load_transformer = loader(open_transformer)
 
 
 def transformer_folder(path: epath.PathLike) -> epath.Path | None:
-    """The diffusers folder of a transformer at `path`, or in the pipeline at `path`; else None."""
-    for folder in (epath.Path(path), epath.Path(path) / "transformer"):
-        try:
-            if path and "_class_name" in json.loads((folder / "config.json").read_text()):
-                return folder
-        except (OSError, json.JSONDecodeError):
-            pass  # it may be a run of ours
+    """The diffusers folder of a transformer at `path`, or in the pipeline at `path`; else None.
+
+    Raises UserError for a config.json that is not JSON, be it theirs or that of a run.
+    """
+    for folder in (epath.Path(path), epath.Path(path) / "transformer") if path else ():
+        file = folder / "config.json"
+        if file.exists() and "_class_name" in read_json(file):
+            return folder
     return None
 
 
@@ -162,7 +171,7 @@ def save_transformer(
     Several files are written if one would exceed `max_file_bytes`. Raises UserError if the model
     uses an option that diffusers lacks, or `params` are not its own.
     """
-    config = _config_of(model)
+    config = config_of(model)
     check_params(params, _abstract(model))
     write_params(
         folder,
@@ -232,77 +241,6 @@ def _check_table(model: MMDiT, table: np.ndarray, folder: Path) -> None:
         )
 
 
-def _model_of(folder: PathLike) -> MMDiT:
-    stored = read_config(folder, key="_class_name", expected=(CLASS_NAME,))
-    file = Path(folder) / "config.json"
-    defaults = dict(
-        sample_size=128,
-        patch_size=2,
-        in_channels=16,
-        num_layers=18,
-        attention_head_dim=64,
-        num_attention_heads=18,
-        joint_attention_dim=4096,
-        caption_projection_dim=1152,
-        pooled_projection_dim=2048,
-        out_channels=16,
-        pos_embed_max_size=96,
-        dual_attention_layers=(),
-        qk_norm=None,
-    )
-    c = {**defaults, **{k: v for k, v in stored.items() if not k.startswith("_")}}
-    hidden_dim = c["attention_head_dim"] * c["num_attention_heads"]
-    for key, is_unsupported in {
-        "dual_attention_layers": list(c["dual_attention_layers"]) != [],
-        "caption_projection_dim": c["caption_projection_dim"] != hidden_dim,
-        "qk_norm": c["qk_norm"] not in (None, "rms_norm"),
-        "pos_embed_max_size": not c["pos_embed_max_size"],
-    }.items():
-        if is_unsupported:
-            raise UserError(f"{file}: {key}={c[key]!r} is not supported")
-    return MMDiT(
-        hidden_dim=hidden_dim,
-        depth=c["num_layers"],
-        num_heads=c["num_attention_heads"],
-        patch_size=c["patch_size"],
-        in_channels=c["in_channels"],
-        out_channels=c["out_channels"] or c["in_channels"],
-        text_dim=c["joint_attention_dim"],
-        pooled_dim=c["pooled_projection_dim"],
-        qk_norm=c["qk_norm"],
-        pos_embed_max_size=c["pos_embed_max_size"],
-        pos_embed_base_size=c["sample_size"] // c["patch_size"],
-    )
-
-
-def _config_of(model: MMDiT) -> dict[str, Any]:
-    for field, value in dict(
-        position="sincos", mlp_ratio=4, sandwich_norm=False, shared_adaln=False
-    ).items():
-        if getattr(model, field) != value:
-            raise UserError(
-                f"diffusers has no {CLASS_NAME} with {field}={getattr(model, field)!r}, "
-                f"only {value!r}"
-            )
-    return {
-        "_class_name": CLASS_NAME,
-        "_diffusers_version": "0.30.0",
-        "sample_size": model.pos_embed_base_size * model.patch_size,
-        "patch_size": model.patch_size,
-        "in_channels": model.in_channels,
-        "num_layers": model.depth,
-        "attention_head_dim": model.hidden_dim // model.num_heads,
-        "num_attention_heads": model.num_heads,
-        "joint_attention_dim": model.text_dim,
-        "caption_projection_dim": model.hidden_dim,
-        "pooled_projection_dim": model.pooled_dim,
-        "out_channels": model.out_channels,
-        "pos_embed_max_size": model.pos_embed_max_size,
-        "dual_attention_layers": [],
-        "qk_norm": model.qk_norm,
-    }
-
-
 # Regexes in our module paths -> theirs, applied in this order.
 VAE = (
     (r"^quant$", "quant_conv"),
@@ -355,7 +293,6 @@ def vae_weights(abstract: Params, *, names: tuple[tuple[str, str], ...]) -> dict
 
 def _vae_of(folder: PathLike, *, dtype: Any) -> AutoencoderKL:
     stored = read_config(folder, key="_class_name", expected=("AutoencoderKL",))
-    file = Path(folder) / "config.json"
     defaults = dict(
         in_channels=3,
         out_channels=3,
@@ -374,28 +311,37 @@ def _vae_of(folder: PathLike, *, dtype: Any) -> AutoencoderKL:
         use_post_quant_conv=True,
         mid_block_add_attention=True,
     )
-    c = {**defaults, **{k: v for k, v in stored.items() if not k.startswith("_")}}
-    levels = len(c["block_out_channels"])
-    for key, supported in {
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "act_fn": "silu",
-        "latents_mean": None,
-        "latents_std": None,
-    }.items():
-        if (list(c[key]) if isinstance(c[key], tuple) else c[key]) != supported:
-            raise UserError(f"{file}: {key}={c[key]!r} is not supported, only {supported!r}")
+    ranges = dict(layers_per_block=(1, 16), latent_channels=(1, 2**10))
+    c = complete_config(folder, stored, defaults, ranges=ranges)
+    widths, shift = c["block_out_channels"], c["shift_factor"]
+    if not (
+        isinstance(widths, list | tuple)
+        and 0 < len(widths) <= 8
+        and all(type(width) is int and 0 < width <= MAX_SIZE for width in widths)
+    ):
+        raise UserError(f"{config_file(folder)}: block_out_channels is {shown(widths)}")
+    if shift is not None and not (type(shift) in (int, float) and math.isfinite(shift)):
+        raise UserError(f"{config_file(folder)}: shift_factor is {shown(shift)}, no number")
+    require(
+        folder,
+        c,
+        in_channels=(3,),
+        out_channels=(3,),
+        down_block_types=(["DownEncoderBlock2D"] * len(widths),),
+        up_block_types=(["UpDecoderBlock2D"] * len(widths),),
+        act_fn=("silu",),
+        latents_mean=(None,),
+        latents_std=(None,),
+    )
     return AutoencoderKL(
         latent_channels=c["latent_channels"],
-        widths=tuple(c["block_out_channels"]),
+        widths=tuple(widths),
         depth=c["layers_per_block"],
         groups=c["norm_num_groups"],
         quant_conv=c["use_quant_conv"],
         post_quant_conv=c["use_post_quant_conv"],
         mid_attention=c["mid_block_add_attention"],
         scaling_factor=c["scaling_factor"],
-        shift_factor=c["shift_factor"] or 0.0,
+        shift_factor=shift or 0.0,
         dtype=dtype,
     )

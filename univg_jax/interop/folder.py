@@ -23,8 +23,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Shaped
 from safetensors.numpy import save_file
 
-from univg_jax.errors import NotFoundError, UserError
-from univg_jax.files import write_whole
+from univg_jax.files import read_json, write_whole
+from univg_jax.interop.config import config_file
 from univg_jax.interop.tensors import PathLike, TensorFolder, check_shapes
 from univg_jax.pretrained import local_path
 from univg_jax.sharding import tree_shardings
@@ -94,27 +94,6 @@ def map_weights(
     return weights
 
 
-def read_config(folder: PathLike, *, key: str, expected: Sequence[str]) -> dict[str, Any]:
-    """`config.json`, whose `key` must be one of `expected`.
-
-    Raises NotFoundError if there is none, and UserError for another content or a bucket.
-    """
-    folder = local_path(folder)
-    file = folder / "config.json"
-    if not file.is_file():
-        inner = sorted(f.parent.name for f in folder.glob("*/config.json"))
-        hint = f" (subfolder {', '.join(inner)} has one)" if inner else ""
-        raise NotFoundError(f"{folder} has no config.json: not the folder of a model{hint}")
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get(key) not in expected:
-        found = config.get(key) if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{file}: expected {key} {' or '.join(map(repr, expected))}, got {found!r}")
-    return config
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredModel:
     """A network and where its parameters are stored; made by `open_model`, which checked them."""
@@ -169,13 +148,13 @@ class StoredModel:
         UserError for parameters of other names or shapes.
         """
         check_params(params, self.abstract)
-        file = self.tensors.folder / "config.json"
+        file = config_file(self.tensors.folder)
         write_params(
             folder,
             self.tensors.file,
             params=params,
             weights=self.weights,
-            config=json.loads(file.read_text()) if file.is_file() else None,
+            config=read_json(file) if file.is_file() else None,
             max_file_bytes=max_file_bytes,
         )
 

@@ -13,13 +13,17 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from univg_jax.errors import NotFoundError, UserError
+from univg_jax.files import MAX_JSON_BYTES, parse_json, read_json
+from univg_jax.interop.fingerprint import file_sha256
 from univg_jax.pretrained import local_path
 
 PathLike = str | os.PathLike
 
+MAX_SHOWN = 160  # letters of a name in a message
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = ("F32", "F16", "BF16")
-# A fingerprint reads so many samples of so many bytes from each file.
+# Earlier versions read so many samples of so many bytes from each file.
 NUM_SAMPLES, SAMPLE_BYTES = 64, 2**16
 
 
@@ -35,15 +39,16 @@ class TensorFolder:
         self.file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        for path in self._files():
-            with _opened(path) as handle:
-                for name in handle.keys():  # noqa: SIM118 - no mapping
-                    if re.fullmatch(ignored, name):
-                        continue
-                    header = handle.get_slice(name)
-                    self.file_of[name] = path
-                    self.shapes[name] = tuple(header.get_shape())
-                    self.dtypes[name] = header.get_dtype()
+        self.files = self._files()
+        for path in self.files:
+            for name, entry in _header(path).items():
+                if re.fullmatch(ignored, name):
+                    continue
+                if name in self.file_of:
+                    raise UserError(f"{path}: {_shown(name)} is in {self.file_of[name].name} too")
+                self.file_of[name] = path
+                self.shapes[name] = tuple(entry["shape"])
+                self.dtypes[name] = entry["dtype"]
 
     def _files(self) -> list[Path]:
         """The whole file, or those that its index lists."""
@@ -57,10 +62,12 @@ class TensorFolder:
                     + (hint.format(pickles[0]) if pickles else "")
                 )
             return [self.folder / self.file]
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is no index of safetensors files: {error!r}") from None
+        named = read_json(index).get("weight_map")
+        names = list(named.values()) if isinstance(named, dict) else []
+        # A file's plain name: an index of anybody's must not lead out of its folder.
+        if not names or any(not re.fullmatch(r"[\w.-]{1,240}\.safetensors", str(n)) for n in names):
+            raise UserError(f"{index} is no index of safetensors files in its folder")
+        names = sorted(set(names))
         if missing := [name for name in names if not (self.folder / name).is_file()]:
             raise NotFoundError(f"{self.folder} lacks {_listed(missing)}, which {index.name} names")
         return [self.folder / name for name in names]
@@ -74,11 +81,16 @@ class TensorFolder:
             return handle.get_tensor(name) if box is None else handle.get_slice(name)[tuple(box)]
 
     def fingerprint(self) -> str:
-        """A hash that distinguishes these weights from others without reading gigabytes.
+        """A hash of all that the network is made of: of every file, and of its configuration."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.name} {file_sha256(file)};".encode())
+        if (config := self.folder / "config.json").is_file():
+            digest.update(json.dumps(read_json(config), sort_keys=True).encode())
+        return digest.hexdigest()
 
-        Of every file it covers the size and evenly spaced samples, of which the first one has the
-        header's names and shapes.
-        """
+    def sampled_fingerprint(self) -> str:
+        """What earlier versions recorded as `fingerprint`: of every file its size and samples."""
         digest = hashlib.sha256()
         for file in sorted(set(self.file_of.values())):
             size = file.stat().st_size
@@ -106,8 +118,25 @@ def _opened(file: Path) -> Any:
     """An open safetensors file, a context manager."""
     try:
         return safe_open(file, framework="np")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from None
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {"dtype", "shape"} of a file's tensors. Raises UserError for a broken file."""
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            content = opened.read(size) if size <= MAX_JSON_BYTES else None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    if content is None:
+        raise UserError(f"{file} is not a readable safetensors file: its header of {size} bytes")
+    with _opened(file):  # checks that the tensors' bytes are all of the file, each used once
+        pass
+    # The library reads this too, but takes the last of two entries of one name.
+    header = parse_json(content, where=f"{file}: its header")
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def check_shapes(
@@ -118,7 +147,7 @@ def check_shapes(
         "missing": sorted(expected.keys() - found.keys()),
         "extra": sorted(found.keys() - expected.keys()),
         "misshaped": [
-            f"{name} (expected {list(expected[name])}, got {list(found[name])})"
+            f"{_shown(name)} (expected {list(expected[name])}, got {list(found[name])})"
             for name in sorted(expected.keys() & found.keys())
             if tuple(expected[name]) != tuple(found[name])
         ],
@@ -130,4 +159,10 @@ def check_shapes(
 
 def _listed(names: Sequence[str], most: int = 12) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(_shown, names[:most])) + more
+
+
+def _shown(name: str) -> str:
+    """A name of a file of anybody's, fit for a message: printable, and of bounded length."""
+    shown = name if name.isprintable() else repr(name)
+    return shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "..."

@@ -8,13 +8,21 @@ for a variant that our module lacks. `load_*(folder, *, dtype, param_dtype, mesh
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from univg_jax.errors import UserError
+from univg_jax.interop.config import (
+    MAX_DEPTH,
+    MAX_SIZE,
+    complete_config,
+    config_file,
+    read_config,
+    require,
+    shown,
+)
 from univg_jax.interop.folder import (
     CONV,
     Params,
@@ -22,7 +30,6 @@ from univg_jax.interop.folder import (
     loader,
     map_weights,
     open_model,
-    read_config,
 )
 from univg_jax.interop.tensors import PathLike, TensorFolder
 from univg_jax.models.clip import CLIPText, CLIPVision
@@ -147,6 +154,7 @@ T5_LAYER = {
     "mlp/in": "layer.1.DenseReluDense.wi_1",
     "mlp/out": "layer.1.DenseReluDense.wo",
 }
+BUCKETS = ("num_buckets", "max_distance")
 T5_DEFAULTS = dict(
     vocab_size=32128,
     d_model=512,
@@ -167,8 +175,8 @@ def open_minilm(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     The pooler's and position-id tensors are not part of the encoder and are ignored.
     """
     config = read_config(folder, key="model_type", expected=("bert",))
-    config = _with_defaults(folder, config, BERT_DEFAULTS)
-    _require(folder, config, hidden_act=("gelu",), position_embedding_type=("absolute",))
+    config = _complete(folder, config, BERT_DEFAULTS)
+    require(folder, config, hidden_act=("gelu",), position_embedding_type=("absolute",))
     module = MiniLM(
         vocab_size=config["vocab_size"],
         max_tokens=config["max_position_embeddings"],
@@ -193,8 +201,13 @@ def open_t5(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     A decoder and its head are ignored. The original T5, whose MLP has no gate, is refused.
     """
     config = read_config(folder, key="model_type", expected=("t5",))
-    config = _with_defaults(folder, config, T5_DEFAULTS)
-    _require(folder, config, feed_forward_proj=("gated-gelu",))
+    config = _complete(folder, config, T5_DEFAULTS)
+    require(folder, config, feed_forward_proj=("gated-gelu",))
+    buckets, distance = (config[f"relative_attention_{key}"] for key in BUCKETS)
+    if not 4 <= buckets < 4 * distance:  # or no row of the table is left for near or for far ones
+        raise UserError(
+            f"{config_file(folder)}: {buckets} buckets of positions for distances to {distance}"
+        )
     module = T5Encoder(
         vocab_size=config["vocab_size"],
         hidden_dim=config["d_model"],
@@ -248,8 +261,8 @@ def open_dino(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     Pooler, classifier and mask token are ignored.
     """
     config = read_config(folder, key="model_type", expected=("vit",))
-    config = _with_defaults(folder, config, VIT_DEFAULTS)
-    _require(folder, config, num_channels=(3,), hidden_act=tuple(ACTIVATIONS))
+    config = _complete(folder, config, VIT_DEFAULTS)
+    require(folder, config, num_channels=(3,), hidden_act=tuple(ACTIVATIONS))
     module = DINO(
         image_size=config["image_size"],
         patch_size=config["patch_size"],
@@ -295,14 +308,20 @@ def _open_clip(
         # If there are two configs of a tower, transformers takes the one under the older key,
         # `text_config_dict`, and the defaults for what that leaves out.
         config = stored.get(f"{tower}_config_dict") or stored.get(f"{tower}_config") or {}
-    config = _with_defaults(folder, config, defaults)
+        if not isinstance(config, dict):
+            raise UserError(f"{config_file(folder)}: {tower}_config is {shown(config)}, no object")
+    config = _complete(folder, config, defaults)
     # Only a tower that stands alone may lack a projection.
     has_head = is_whole or f"{heads[tower]}.weight" in TensorFolder(folder, WEIGHTS)
-    _require(folder, config, num_channels=(3,), hidden_act=tuple(ACTIVATIONS))
+    require(folder, config, num_channels=(3,), hidden_act=tuple(ACTIVATIONS))
+    projection_dim = None
+    if has_head:
+        head = complete_config(folder, stored, dict(projection_dim=512))
+        projection_dim = head["projection_dim"]
     module = cls(
         **{field: config[key] for field, key in fields.items()},
         **_block_fields(config),
-        projection_dim=stored.get("projection_dim", 512) if has_head else None,
+        projection_dim=projection_dim,
         activation=config["hidden_act"],
         dtype=dtype,
     )
@@ -319,27 +338,10 @@ def _open_clip(
     )
 
 
-def _with_defaults(folder: PathLike, config: Config, defaults: Config) -> Config:
-    """`config`, completed. Raises UserError for values of another type than the defaults."""
-    config = {**defaults, **config}
-    for key, value in defaults.items():
-        if not isinstance(config[key], type(value)):
-            raise UserError(
-                f"{Path(folder) / 'config.json'}: {key} is {config[key]!r}; "
-                f"only a single {type(value).__name__} is supported"
-            )
-    return config
-
-
-def _require(folder: PathLike, config: Config, **supported: tuple) -> None:
-    """Raises UserError if a key is there and its value is none of the supported ones."""
-    for key, values in supported.items():
-        if key in config and config[key] not in values:
-            names = " or ".join(map(repr, values))
-            raise UserError(
-                f"{Path(folder) / 'config.json'}: {key} is {config[key]!r}; "
-                f"only {names} is supported"
-            )
+def _complete(folder: PathLike, config: Config, defaults: Config) -> Config:
+    depth = (1, MAX_DEPTH)
+    ranges = dict(num_layers=depth, num_hidden_layers=depth, eos_token_id=(0, MAX_SIZE))
+    return complete_config(folder, config, defaults, ranges=ranges)
 
 
 def _block_fields(config: Config) -> dict[str, Any]:

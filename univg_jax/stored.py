@@ -1,0 +1,79 @@
+"""What one step of a checkpoint holds: the shapes of its arrays, and these read onto any mesh.
+
+Trees are stored as nested dicts by path name, so that orbax never sees optax's structures.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import PyTree
+
+from univg_jax.errors import UserError, shorten
+from univg_jax.trees import Json, named_leaves, nest
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct | jax.Array]  # of leaves, by name
+
+
+def saved_shapes(step_dir: epath.Path, prefix: str = "") -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the saved leaves; with a prefix, of that part and under names within it."""
+    tree = ocp.PyTreeCheckpointHandler().metadata(step_dir / "state").tree
+    if prefix:
+        if not tree.get(prefix):
+            raise UserError(f"{step_dir} has no {prefix!r}; it has {', '.join(sorted(tree))}")
+        tree = tree[prefix]
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named_leaves(tree).items()}
+
+
+def differences(wanted: Shapes, saved: Shapes) -> list[str]:
+    """In which names, shapes and dtypes leaves differ, a line each."""
+
+    def show(x: jax.ShapeDtypeStruct | jax.Array) -> str:
+        return f"{np.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
+
+    return [
+        *(f"{name} {show(x)} is missing" for name, x in wanted.items() if name not in saved),
+        *(f"{name} {show(x)} is extra" for name, x in saved.items() if name not in wanted),
+        *(
+            f"{name} is {show(saved[name])}, the model's {show(x)}"
+            for name, x in wanted.items()
+            if name in saved and show(x) != show(saved[name])
+        ),
+    ]
+
+
+def read_state(step_dir: epath.Path, abstract: PyTree, *, prefix: str = "") -> PyTree:
+    """The tree of `abstract`, whose leaves must be all that is saved (under `prefix`)."""
+    wanted = named_leaves(abstract)
+    saved = {f"{prefix}/{k}" if prefix else k: v for k, v in saved_shapes(step_dir, prefix).items()}
+    if problems := differences(wanted, saved):
+        raise UserError(f"{step_dir} does not fit the model: {shorten(problems)}")
+    values = named_leaves(read_arrays(step_dir, nest(wanted)))
+    return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in wanted])
+
+
+def read_arrays(step_dir: epath.Path, nested: PyTree) -> PyTree:
+    """The arrays of a part of what is saved, with the shardings of `nested`, else on one device."""
+    default = SingleDeviceSharding(jax.local_devices()[0])
+    nested = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or default
+        ),
+        nested,
+    )
+    args = ocp.args.PyTreeRestore(
+        item=nested,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(step_dir / "state", args=args)
+
+
+def read_item(step_dir: epath.Path, item: str) -> Json:
+    """An object that was saved beside the state."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(step_dir / item)
