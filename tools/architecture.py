@@ -60,6 +60,7 @@ BOXES = {
     "flow": Box(380, 475, 85, "the loss", SCIENCE),
     "conditioning": Box(480, 475, 150, "Batch -> Conditions", SCIENCE),
     "interop": Box(650, 475, 115, "public weights", SCIENCE),
+    "stored": Box(0, 570, 110, "one step", TRAIN),
     "checksums": Box(130, 570, 105, "of files", TRAIN),
     "workdir": Box(275, 570, 95, "of a run", TRAIN),
     "models": Box(400, 570, 365, "MM-DiT, UniVG, encoders: all of the Flax", SCIENCE),
