@@ -17,9 +17,11 @@ from absl import logging
 from jaxtyping import Bool, Int32
 from tokenizers import normalizers, pre_tokenizers, processors
 
+from data_pipelines.spiece import read_spiece
 from data_pipelines.tasks import PLACEHOLDER
 from univg_jax.batch import Text
 from univg_jax.errors import NotFoundError, UserError
+from univg_jax.files import read_json
 from univg_jax.pretrained import pretrained_folder
 
 STAND_IN = "person"
@@ -165,8 +167,8 @@ class SD3Tokenizer:
 def load_tokenizer(name_or_folder: str = "minilm") -> EncoderTokenizer | SD3Tokenizer:
     """The tokenizer of a pretrained model, by its name or local folder.
 
-    A folder has tokenizer.json, or CLIP's vocab.json and merges.txt. That of an SD3 pipeline has
-    folders tokenizer, tokenizer_2 and, with T5, tokenizer_3.
+    A folder has tokenizer.json, or CLIP's vocab.json and merges.txt, or T5's spiece.model. That of
+    an SD3 pipeline has folders tokenizer, tokenizer_2 and, with T5, tokenizer_3.
 
     Raises NotFoundError for a missing file, UserError for one that is not a tokenizer.
     """
@@ -185,14 +187,22 @@ def load_tokenizer(name_or_folder: str = "minilm") -> EncoderTokenizer | SD3Toke
 
 def _read(folder: Path) -> tokenizers.Tokenizer:
     """A folder's tokenizer, with the special tokens that it names and its padding enabled."""
-    files = [folder / name for name in ("tokenizer.json", "vocab.json")]
+    files = [folder / name for name in ("tokenizer.json", "vocab.json", "spiece.model")]
     if (file := next(filter(Path.is_file, files), None)) is None:
-        raise NotFoundError(f"{folder} has no tokenizer.json, nor CLIP's vocab.json and merges.txt")
+        raise NotFoundError(
+            f"{folder} has no tokenizer.json, nor CLIP's vocab.json and merges.txt, "
+            "nor T5's spiece.model"
+        )
     is_clip = file.name == "vocab.json"
     if is_clip and not (folder / "merges.txt").is_file():
         raise NotFoundError(f"{folder} has no merges.txt beside its vocab.json")
     try:
-        tokenizer = _clip(folder) if is_clip else tokenizers.Tokenizer.from_file(str(file))
+        if is_clip:
+            tokenizer = _clip(folder)
+        elif file.name == "spiece.model":
+            tokenizer = read_spiece(file)
+        else:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
         defaults = CLIP_SPECIALS if is_clip else {}
         config = defaults | _json(folder / "tokenizer_config.json")
         # The older of two ways in which a folder says which tokens are special.
@@ -255,7 +265,4 @@ def _content(token: Any) -> str:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file.name} is not JSON: {error}") from None
+    return read_json(file) if file.is_file() else {}
