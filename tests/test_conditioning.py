@@ -133,3 +133,15 @@ def test_faces_through_clip(tmp_path, batch):
     assert np.abs(found[0] - found[1]).max() > 1e-3
     emb = jax.jit(conditioner.conditions)(frozen, batch).face_emb
     np.testing.assert_array_equal(np.abs(emb).sum(-1) > 0, batch.has_face)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+def test_what_is_not_finite_is_not_clipped_to_white(run, value):
+    conditioner, frozen = run
+    latents = jnp.zeros((1, 4, 4, conditioner.latent_channels)).at[0, 1, 1, 0].set(value)
+    decoded = jax.jit(conditioner.decode)(frozen, latents)
+    bad = np.isnan(decoded).any((0, 3))
+    f = conditioner.downsampling
+    assert bad[f : 2 * f, f : 2 * f].any()
+    assert np.isfinite(decoded[:, :f]).all()
+    assert np.abs(decoded[:, :f]).max() <= 1

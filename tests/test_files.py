@@ -176,3 +176,13 @@ def test_an_output_that_can_be_is_not_made_yet(places, path, folder):
 def test_what_the_system_refuses_is_one_line(places):
     with pytest.raises(UserError, match=r"file/a cannot be written: "):
         files.write_whole(places / "file" / "a", "text")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_picture_that_is_not_finite_is_named(value):
+    """It would be written as black, or as what the processor makes of it."""
+    pictures = np.zeros((3, 4, 4, 3), np.float32)
+    pictures[1, 2, 0, 1] = value
+    with pytest.raises(UserError, match=r"^b is not finite, as 1 of 3 pictures"):
+        images.check_finite(pictures, ["a", "b", "c"], what="picture")
+    images.check_finite(pictures[[0, 2]], ["a", "c"], what="picture")

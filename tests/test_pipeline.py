@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import monitoring
@@ -174,3 +175,12 @@ def test_bad_arguments_of_load(root, tmp_path):
         Pipeline.load(root / "stage1", sampling={"step": 4})
     with pytest.raises(UserError, match="unknown task of"):
         Pipeline.load(root / "stage1").depth(np.zeros((4, 4, 3), np.uint8))
+
+
+def test_a_picture_that_is_not_finite_is_named_by_its_seed(pipeline):
+    """As an encoder's or a VAE's products in float16 would make it."""
+    scale = pipeline.frozen["codec"]["scale"]
+    frozen = {**pipeline.frozen, "codec": {**pipeline.frozen["codec"], "scale": scale * jnp.inf}}
+    broken = dataclasses.replace(pipeline, frozen=frozen)
+    with pytest.raises(UserError, match=r"^t2i: the picture of seed 5, sample 0 is not finite"):
+        broken.generate("a pig on grass", seed=5)

@@ -108,6 +108,7 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
         )
     if parent := find_parent(config.init_from):
         parent.check()
+        encoders.check(config.conditioning, init_from=parent.encoders_from)
     claim_workdir(workdir, config.to_dict())
     prepare_data(config)
     found = prepare_encoders(config, workdir, mesh)

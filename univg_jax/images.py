@@ -19,25 +19,21 @@ def to_float(images: Any) -> Any:
     return images.astype(np.float32) / 127.5 - 1 if images.dtype == np.uint8 else images
 
 
-def to_uint8(images: Float[Any, "..."], *, names: Sequence[str] = ()) -> UInt8[np.ndarray, "..."]:
-    """Floats in [-1, 1] -> the nearest of 0..255.
+def to_uint8(images: Float[Any, "..."]) -> UInt8[np.ndarray, "..."]:
+    """Floats in [-1, 1] -> the nearest of 0..255; `check_finite` first what may be no number."""
+    return np.rint((np.asarray(images) + 1) * 127.5).astype(np.uint8)
 
-    Raises UserError for a picture with a value that is not finite: it would be written as black.
-    `names` says which picture each row is.
+
+def check_finite(rows: Float[np.ndarray, "b ..."], names: Sequence[str], *, what: str) -> None:
+    """Raises UserError with the first one's name if a row has a NaN or an infinity.
+
+    Nothing that is no number leaves the program as data: a NaN would be written as black.
     """
-    images = np.asarray(images)
-    check_finite(images, names, what="picture")
-    return np.rint((images + 1) * 127.5).astype(np.uint8)
-
-
-def check_finite(rows: Float[np.ndarray, "..."], names: Sequence[str], *, what: str) -> None:
-    """Raises UserError, naming the first, if a row of an array has a NaN or an infinity."""
     finite = np.isfinite(rows)
     if not finite.all():
         bad = np.flatnonzero(~finite.reshape(len(rows), -1).all(axis=1))
-        name = names[bad[0]] if len(names) else f"{what} {bad[0]}"
         raise UserError(
-            f"{name} is not finite, as {len(bad)} of {len(rows)} {what}s: a product is beyond the "
+            f"{names[bad[0]]} is not finite, as {len(bad)} of {len(rows)} {what}s: a product is beyond the "
             "range of its dtype (the encoders' in conditioning), or weights are damaged"
         )
 

@@ -17,7 +17,7 @@ from typing import TypedDict, Unpack
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import PyTree, UInt8
+from jaxtyping import Float, PyTree, UInt8
 from PIL import Image
 
 from data_pipelines import records
@@ -27,7 +27,7 @@ from data_pipelines.tokenizer import Tokenizer, load_tokenizer
 from univg_jax import assembly, checkpoint, encoders, sharding, tpu
 from univg_jax.batch import Batch, BatchShape
 from univg_jax.errors import NotFoundError, UserError, check_name
-from univg_jax.images import to_uint8
+from univg_jax.images import check_finite, to_uint8
 from univg_jax.progress import timed
 from univg_jax.sampling import NULL_CONDITIONS, Generator, guidance_weights
 from univg_jax.settings import Config, Options
@@ -278,13 +278,15 @@ class Pipeline:
                     )
                 self.compiled.add(program)
             images = self.generator(*arguments, weights=weights, seeds=seeds, on_step=callback)
-            return to_uint8(sharding.local_rows(images, self.mesh), names=names)
+            return _to_pixels(sharding.local_rows(images, self.mesh), names)
 
     def reconstruct(self, batch: Batch) -> Pixels:
         """What the codec makes of the targets, for this process's rows."""
         with jax.set_mesh(self.mesh):
             target = sharding.shard_batch(batch.target, self.mesh)
-            return to_uint8(sharding.local_rows(self._reconstruct(self.frozen, target), self.mesh))
+            images = sharding.local_rows(self._reconstruct(self.frozen, target), self.mesh)
+            names = [f"the codec's picture of sample {i}" for i in batch.sample_id]
+            return _to_pixels(images, names)
 
     @functools.cached_property
     def _reconstruct(self) -> Callable[[PyTree, jax.Array], jax.Array]:
@@ -334,6 +336,11 @@ class Pipeline:
         """The tasks that the model was trained on, in the order of TASKS."""
         trained = self.config.tasks
         return tuple(name for name in TASKS if name in trained and trained[name].weight > 0)
+
+
+def _to_pixels(images: Float[np.ndarray, "b h w 3"], names: Sequence[str]) -> Pixels:
+    check_finite(images, names, what="picture")
+    return to_uint8(images)
 
 
 def read_picture(picture: Picture | None, name: str) -> UInt8[np.ndarray, "h w 3"] | None:

@@ -90,6 +90,46 @@ def test_round_trip_is_exact(tmp_path, qk_norm):
     assert_same_tree(loaded_params, params)
 
 
+def as_theirs(latents, channels):
+    """(noise, image, mask) as diffusers' inpainting pipeline has them: (noise, mask, image)."""
+    noise, image, mask = np.split(latents, [channels, 2 * channels], axis=-1)
+    return np.concatenate([noise, mask, image], axis=-1)
+
+
+def test_inputs_of_inpainting_are_stored_in_diffusers_order(tmp_path):
+    """TINY has two channels of noise, two of the image, one of the mask."""
+    params = random_params(TINY)
+    save_transformer(TINY, params, tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)["pos_embed.proj.weight"]  # [out in h w]
+    x = inputs(TINY, height=2, width=2)["latents"]
+    # A patch as their convolution sees it, and as our matrix does.
+    theirs = np.einsum("bhwc,dchw->bd", as_theirs(x, 2), stored)
+    ours = x.reshape(len(x), -1) @ params["patch_embed"]["kernel"]
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
+def test_who_wrote_an_inpainting_folder_decides_its_order(tmp_path):
+    params = random_params(TINY)
+    save_transformer(TINY, params, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def loaded(version, mark):
+        changed = config | {"_diffusers_version": version, "_univg_channels": mark}
+        changed = {name: value for name, value in changed.items() if value is not None}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        return load_transformer(tmp_path)[1]["patch_embed"]["kernel"]
+
+    ours = params["patch_embed"]["kernel"]
+    for version in ("0.30.0", "0.35.1"):
+        np.testing.assert_array_equal(loaded(version, "noise, mask, image"), ours)
+        other = loaded(version, "noise, image, mask").reshape(2, 2, 5, -1)
+        np.testing.assert_array_equal(other[:, :, [0, 1, 3, 4, 2]], ours.reshape(2, 2, 5, -1))
+    np.testing.assert_array_equal(loaded("0.35.1", None), ours)  # a public one
+    for version, mark in (("0.30.0", None), ("0.35.1", "mask, noise, image")):
+        with pytest.raises(UserError, match=r"earlier versions of univg_jax wrote 5 channels as"):
+            loaded(version, mark)
+
+
 def test_sharded_files_hold_the_same(tmp_path):
     params = random_params(TINY)
     save_transformer(TINY, params, tmp_path / "one")
@@ -193,8 +233,11 @@ def theirs(model, folder):
 def their_output(reference, x):
     import torch
 
+    latents, channels = x["latents"], reference.config.out_channels
+    if latents.shape[-1] == 2 * channels + 1:
+        latents = as_theirs(latents, channels)
     out = reference(
-        hidden_states=torch.tensor(x["latents"].transpose(0, 3, 1, 2)),
+        hidden_states=torch.tensor(latents.transpose(0, 3, 1, 2)),
         encoder_hidden_states=torch.tensor(x["text_emb"]),
         pooled_projections=torch.tensor(x["pooled_emb"]),
         timestep=1000 * torch.tensor(x["t"]),

@@ -1,9 +1,9 @@
 """Weights of diffusers folders: the MM-DiT (read and written), and `AutoencoderKL` (read).
 
-Ours and their MM-DiT differ in four things: kernels are [in, out] here and [out, in] there; the
-patch embedding is a matmul here and a convolution there; equal blocks are stacked here; and two
-kinds of tensors exist only there, the position table (computed here) and the text queries of the
-last block (nothing reads them).
+Ours and their MM-DiT differ in five things: kernels are [in, out] here and [out, in] there; the
+patch embedding is a matmul here and a convolution there; its input channels have another order
+(`sd3_config`); equal blocks are stacked here; and two kinds of tensors exist only there, the
+position table (computed here) and the text queries of the last block (nothing reads them).
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from univg_jax.interop.folder import (
     open_model,
     write_params,
 )
-from univg_jax.interop.sd3_config import config_of, model_of
+from univg_jax.interop.sd3_config import config_of, model_of, stored_channels
 from univg_jax.interop.tensors import PathLike, TensorFolder, check_shapes
 from univg_jax.models.layers import sincos_table
 from univg_jax.models.mmdit import MMDiT
@@ -96,7 +96,7 @@ def open_transformer(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredMod
         WEIGHTS,
         module=model,
         abstract=_abstract(model),
-        weights=_weights(model),
+        weights=_weights(model, stored_channels(model, folder)),
         unread={name: shape for name, (shape, _) in _unread(model).items()},
     )
     if TABLE in stored.tensors:
@@ -177,7 +177,7 @@ def save_transformer(
         folder,
         WEIGHTS,
         params=params,
-        weights=_weights(model),
+        weights=_weights(model, stored_channels(model)),
         config=config,
         unread={
             name: np.asarray(make(), np.float32).reshape(shape)
@@ -194,7 +194,7 @@ def _abstract(model: MMDiT) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0), *shapes)["params"]
 
 
-def _weights(model: MMDiT) -> dict[str, Weight]:
+def _weights(model: MMDiT, channels: tuple[int, ...]) -> dict[str, Weight]:
     weights = map_weights(
         _abstract(model), outer=OUTER, block=BLOCK, block_name="transformer_blocks.{}."
     )
@@ -202,7 +202,7 @@ def _weights(model: MMDiT) -> dict[str, Weight]:
     shape = (model.hidden_dim, model.in_channels, p, p)
     return weights | {
         "patch_embed/kernel": dataclasses.replace(
-            weights["patch_embed/kernel"], shape=shape, axes=CONV
+            weights["patch_embed/kernel"], shape=shape, axes=CONV, channels=channels
         )
     }
 

@@ -43,13 +43,15 @@ class Weight:
     """Where one of our parameters is stored: in the tensors `names`, each of `shape`.
 
     `axes` transposes a stored tensor to our order. `stacked`: our leading axis counts layers, and
-    `names` has one for each; otherwise there is one name.
+    `names` has one for each; otherwise there is one name. `channels`, of a convolution whose kernel
+    is no convolution's here: which of the stored input channels (axis 1) is each of ours.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     stacked: bool = False
+    channels: tuple[int, ...] = ()
 
     @property
     def transposed(self) -> tuple[int, ...]:
@@ -221,7 +223,9 @@ def _read_box(
             theirs = [inner[weight.axes.index(axis)] for axis in range(len(weight.shape))]
             target[...] = tensors.read(name, theirs).transpose(weight.axes)
         else:  # After a reshape, a box of our parameter is no box of the stored tensor.
-            whole = tensors.read(name).transpose(weight.axes).reshape(inner_shape)
+            stored = tensors.read(name)
+            stored = stored[:, list(weight.channels)] if weight.channels else stored
+            whole = stored.transpose(weight.axes).reshape(inner_shape)
             target[...] = whole[tuple(inner)]
     return out
 
@@ -254,6 +258,7 @@ def write_params(
         weight = weights[path]
         value = np.asarray(leaves[path][layer] if weight.stacked else leaves[path], np.float32)
         value = value.reshape(weight.transposed).transpose(np.argsort(weight.axes))
+        value = value[:, np.argsort(weight.channels)] if weight.channels else value
         return np.ascontiguousarray(value)
 
     sizes = {name: 4 * math.prod(w.shape) for w in weights.values() for name in w.names}

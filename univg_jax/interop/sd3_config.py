@@ -1,4 +1,10 @@
-"""`config.json` of diffusers' `SD3Transformer2DModel` <-> our MM-DiT."""
+"""`config.json` of diffusers' `SD3Transformer2DModel` <-> our MM-DiT, and the order of its inputs.
+
+A model with an image and a mask among its inputs has 2 c + 1 channels (33 of SD3's latents). Ours
+are (noise, image, mask); those of diffusers' `StableDiffusion3InpaintPipeline` are (noise, mask,
+image). Folders have theirs, whoever wrote them. Only earlier versions of ours wrote our own order,
+and nothing in their folders says so: such a folder is refused until somebody says which it is.
+"""
 
 from typing import Any
 
@@ -8,6 +14,9 @@ from univg_jax.interop.tensors import PathLike
 from univg_jax.models.mmdit import MMDiT
 
 CLASS_NAME = "SD3Transformer2DModel"
+CHANNELS = "_univg_channels"  # diffusers leaves names that begin with _ alone
+THEIRS, OURS = "noise, mask, image", "noise, image, mask"
+UNMARKED = "0.30.0"  # the version that our folders without a mark say
 MAX_TABLE = 2**30  # entries of the position table; SD3.5-large has 0.36e9
 
 
@@ -62,6 +71,28 @@ def model_of(folder: PathLike) -> MMDiT:
     )
 
 
+def stored_channels(model: MMDiT, folder: PathLike | None = None) -> tuple[int, ...]:
+    """Which of the stored input channels is each of the model's; () where they are the same.
+
+    `folder`: the one that is read; None for one to be written. Raises UserError if it may have
+    either order.
+    """
+    c = model.out_channels
+    if model.in_channels != 2 * c + 1:
+        return ()
+    order = THEIRS
+    if folder is not None:
+        config = read_config(folder, key="_class_name", expected=(CLASS_NAME,))
+        is_ours = config.get("_diffusers_version") == UNMARKED
+        order = config.get(CHANNELS, "unknown" if is_ours else THEIRS)
+    if order not in (THEIRS, OURS):
+        raise UserError(
+            f"{config_file(folder)}: earlier versions of univg_jax wrote {model.in_channels} "
+            f"channels as {OURS!r}, diffusers has {THEIRS!r}; add the right one as {CHANNELS!r}"
+        )
+    return (*range(c), *range(c + 1, 2 * c + 1), c) if order == THEIRS else ()
+
+
 def config_of(model: MMDiT) -> dict[str, Any]:
     """The inverse. Raises UserError for an option that diffusers lacks."""
     for field, value in dict(
@@ -74,7 +105,8 @@ def config_of(model: MMDiT) -> dict[str, Any]:
             )
     return {
         "_class_name": CLASS_NAME,
-        "_diffusers_version": "0.30.0",
+        "_diffusers_version": UNMARKED,
+        CHANNELS: THEIRS,
         "sample_size": model.pos_embed_base_size * model.patch_size,
         "patch_size": model.patch_size,
         "in_channels": model.in_channels,
