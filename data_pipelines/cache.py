@@ -34,7 +34,7 @@ from data_pipelines.held_out import HeldOut
 from data_pipelines.mixture import Stream
 from data_pipelines.tokenizer import TokenizedText, Tokenizer
 from univg_jax.batch import Text
-from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError
+from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError, quote
 from univg_jax.files import read_sealed, write_sealed, write_whole
 from univg_jax.images import check_finite
 from univg_jax.progress import Bar
@@ -215,7 +215,7 @@ def _embedded(
             tokens = np.stack([row.tokens for row in padded])
             text = embed(tokens, np.stack([row.text_mask for row in padded]))
             arrays = {name: np.asarray(getattr(text, name))[: len(batch)] for name in FIELDS}
-            names = [f"the embedding of the prompt {row.text[:80]!r}" for row in batch]
+            names = [f"the embedding of the prompt {quote(row.text)}" for row in batch]
             for name in ("emb", "pooled"):
                 check_finite(arrays[name].astype(np.float32), names, what="embedding")
             keys = np.stack([np.frombuffer(_key(row), np.uint8) for row in batch])

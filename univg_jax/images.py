@@ -33,8 +33,8 @@ def check_finite(rows: Float[np.ndarray, "b ..."], names: Sequence[str], *, what
     if not finite.all():
         bad = np.flatnonzero(~finite.reshape(len(rows), -1).all(axis=1))
         raise UserError(
-            f"{names[bad[0]]} is not finite, as {len(bad)} of {len(rows)} {what}s: a product is beyond the "
-            "range of its dtype (the encoders' in conditioning), or weights are damaged"
+            f"{names[bad[0]]} is not finite, as {len(bad)} of {len(rows)} {what}s: a product is "
+            "beyond the range of its dtype (conditioning.*.dtype), or weights are damaged"
         )
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from univg_jax.errors import NotFoundError, UserError
+from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.files import read_json
-from univg_jax.interop.tensors import MAX_SHOWN, PathLike
+from univg_jax.interop.tensors import PathLike
 from univg_jax.pretrained import local_path
 
 # Sizes and depths far beyond those of any published network are those of a broken file.
@@ -28,7 +28,7 @@ def read_config(folder: PathLike, *, key: str, expected: Sequence[str]) -> dict[
     config = read_json(file)
     if config.get(key) not in expected:
         listed = " or ".join(map(repr, expected))
-        raise UserError(f"{file}: expected {key} {listed}, got {shown(config.get(key))}")
+        raise UserError(f"{file}: expected {key} {listed}, got {quote(config.get(key))}")
     return config
 
 
@@ -61,7 +61,7 @@ def complete_config(
         else:
             continue
         if not is_valid:
-            raise UserError(f"{config_file(folder)}: {key} is {shown(value)}; {expected}")
+            raise UserError(f"{config_file(folder)}: {key} is {quote(value)}; {expected}")
     return config
 
 
@@ -74,15 +74,9 @@ def require(folder: PathLike, config: Mapping[str, Any], **supported: tuple) -> 
         value = config.get(key, values[0])
         if (list(value) if isinstance(value, tuple) else value) not in values:
             names = " or ".join(map(repr, values))
-            raise UserError(f"{config_file(folder)}: {key} is {shown(value)}; only {names}")
+            raise UserError(f"{config_file(folder)}: {key} is {quote(value)}; only {names}")
 
 
 def config_file(folder: PathLike) -> Path:
     """The configuration of a model's folder."""
     return Path(folder) / "config.json"
-
-
-def shown(value: object) -> str:
-    """A value of anybody's config.json, fit for a message."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."

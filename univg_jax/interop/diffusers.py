@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, quote
 from univg_jax.files import read_json
 from univg_jax.interop.config import (
     MAX_SIZE,
@@ -27,7 +27,6 @@ from univg_jax.interop.config import (
     config_file,
     read_config,
     require,
-    shown,
 )
 from univg_jax.interop.folder import (
     CONV,
@@ -319,9 +318,9 @@ def _vae_of(folder: PathLike, *, dtype: Any) -> AutoencoderKL:
         and 0 < len(widths) <= 8
         and all(type(width) is int and 0 < width <= MAX_SIZE for width in widths)
     ):
-        raise UserError(f"{config_file(folder)}: block_out_channels is {shown(widths)}")
+        raise UserError(f"{config_file(folder)}: block_out_channels is {quote(widths)}")
     if shift is not None and not (type(shift) in (int, float) and math.isfinite(shift)):
-        raise UserError(f"{config_file(folder)}: shift_factor is {shown(shift)}, no number")
+        raise UserError(f"{config_file(folder)}: shift_factor is {quote(shift)}, no number")
     require(
         folder,
         c,

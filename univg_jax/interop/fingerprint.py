@@ -12,6 +12,7 @@ import os
 import time
 from pathlib import Path
 
+from univg_jax.errors import UserError
 from univg_jax.files import write_whole
 
 FOLDER = "~/.cache/univg_jax/sha256"
@@ -35,7 +36,7 @@ def file_sha256(path: Path) -> str:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     is_settled = time.time() - path.stat().st_ctime > SETTLED_SECONDS
     if remembered is not None and is_settled and key == _key(path):
-        with contextlib.suppress(OSError):  # it is only slower without
+        with contextlib.suppress(UserError):  # it is only slower without
             write_whole(remembered, f"{digest} {_check(key, digest)}")
     return digest
 

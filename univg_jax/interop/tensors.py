@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
-from univg_jax.errors import NotFoundError, UserError
+from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.files import MAX_JSON_BYTES, parse_json, read_json
 from univg_jax.interop.fingerprint import file_sha256
 from univg_jax.pretrained import local_path
@@ -164,5 +164,4 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
 
 def _shown(name: str) -> str:
     """A name of a file of anybody's, fit for a message: printable, and of bounded length."""
-    shown = name if name.isprintable() else repr(name)
-    return shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "..."
+    return name if name.isprintable() and len(name) <= MAX_SHOWN else quote(name, MAX_SHOWN)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, quote
 from univg_jax.interop.config import (
     MAX_DEPTH,
     MAX_SIZE,
@@ -21,7 +21,6 @@ from univg_jax.interop.config import (
     config_file,
     read_config,
     require,
-    shown,
 )
 from univg_jax.interop.folder import (
     CONV,
@@ -309,7 +308,7 @@ def _open_clip(
         # `text_config_dict`, and the defaults for what that leaves out.
         config = stored.get(f"{tower}_config_dict") or stored.get(f"{tower}_config") or {}
         if not isinstance(config, dict):
-            raise UserError(f"{config_file(folder)}: {tower}_config is {shown(config)}, no object")
+            raise UserError(f"{config_file(folder)}: {tower}_config is {quote(config)}, no object")
     config = _complete(folder, config, defaults)
     # Only a tower that stands alone may lack a projection.
     has_head = is_whole or f"{heads[tower]}.weight" in TensorFolder(folder, WEIGHTS)
