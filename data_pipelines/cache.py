@@ -101,7 +101,7 @@ class CachedTokenizer:
         place = self._places.get(_key(tokenized))
         if place is None:
             raise NotFoundError(
-                f"{self._folder} has no embedding of the prompt {text!r}; "
+                f"{self._folder} has no embedding of the prompt {quote(text)}; "
                 "make it anew (univg data cache)"
             )
         name, file, row = place

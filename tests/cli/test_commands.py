@@ -11,7 +11,7 @@ from PIL import Image
 from data_pipelines.tasks import TASKS, Example, Task
 from tests import processes, smoke_run
 from tests.smoke_run import CONFIG
-from univg_jax import checkpoint
+from univg_jax import Pipeline, checkpoint, encoders
 from univg_jax.cli.main import main
 from univg_jax.workdir import list_steps
 from univg_jax.writers import read_metrics
@@ -360,6 +360,29 @@ def test_checkpoint_copy_and_verify(root, tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
     assert main(["checkpoint", "list", str(tmp_path / "copy")]) == 0
     assert "damaged: state/" in capsys.readouterr().out
+
+
+def test_a_copy_is_a_whole_run_and_damaged_encoders_are_named(root, tmp_path, capsys):
+    copy, again = tmp_path / "copy", tmp_path / "again"
+    assert main(["checkpoint", "copy", str(root / "stage3"), f"--out={copy}"]) == 0
+    (copy / "checkpoints" / "2" / "note.txt").write_text("x")
+    assert main(["checkpoint", "verify", str(copy)]) == 0
+    printed = capsys.readouterr().out
+    assert "step 2: sound; additional files, which nothing reads: note.txt\n" in printed
+    assert "encoders: sound\n" in printed
+    pipeline, original = Pipeline.load(copy), Pipeline.load(root / "stage3")
+    jax.tree.map(np.testing.assert_array_equal, pipeline.frozen, original.frozen)
+    # It can be a parent, too: its fitted encoders are taken, not fitted anew.
+    encoders.check(pipeline.config.conditioning, init_from=copy)
+    codec = copy / "encoders" / "codec.safetensors"
+    codec.write_bytes(codec.read_bytes()[:-1] + b"!")
+    assert main(["checkpoint", "verify", str(copy)]) == 1
+    assert main(["checkpoint", "copy", str(copy), f"--out={again}"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-2].endswith("has damaged encoders")
+    assert "nothing copied: " in errors[-1]
+    assert "codec.safetensors: not the weights of the codec encoder" in errors[-1]
+    assert not again.exists()
 
 
 def test_data_inspect_writes_a_page(root, tmp_path):

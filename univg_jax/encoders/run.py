@@ -169,9 +169,11 @@ def find_problems(workdir: epath.PathLike) -> tuple[str, ...]:
     """
     encoders, found = epath.Path(workdir) / ENCODERS, []
     try:
-        records = _read_records(encoders) or {}
+        records = _read_records(encoders)
     except UserError as error:
         return (str(error),)
+    if records is None:
+        return (f"{encoders / RECORD} does not exist",)
     for role, record in records.items():
         try:
             if record is not None and isinstance(_kind(role, record), Fitted):

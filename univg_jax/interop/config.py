@@ -1,7 +1,8 @@
 """`config.json` of a model's folder, which may be anybody's: read, completed and checked."""
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,12 @@ def require(folder: PathLike, config: Mapping[str, Any], **supported: tuple) -> 
 def config_file(folder: PathLike) -> Path:
     """The configuration of a model's folder."""
     return Path(folder) / "config.json"
+
+
+@contextlib.contextmanager
+def naming(folder: PathLike) -> Iterator[None]:
+    """Errors about a network that a configuration asks for say which file that is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{config_file(folder)}: {error}") from None

@@ -25,6 +25,7 @@ from univg_jax.interop.config import (
     MAX_SIZE,
     complete_config,
     config_file,
+    naming,
     read_config,
     require,
 )
@@ -90,11 +91,13 @@ def open_transformer(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredMod
     lacks.
     """
     model = dataclasses.replace(model_of(folder), dtype=dtype)
+    with naming(folder):
+        abstract = _abstract(model)
     stored = open_model(
         folder,
         WEIGHTS,
         module=model,
-        abstract=_abstract(model),
+        abstract=abstract,
         weights=_weights(model, stored_channels(model, folder)),
         unread={name: shape for name, (shape, _) in _unread(model).items()},
     )
@@ -270,7 +273,8 @@ def open_vae(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     """
     model = _vae_of(folder, dtype=dtype)
     image = jax.ShapeDtypeStruct((1, model.downsampling, model.downsampling, 3), jnp.float32)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    with naming(folder):
+        abstract = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     is_old = "encoder.mid_block.attentions.0.query.weight" in TensorFolder(folder, WEIGHTS)
     weights = vae_weights(abstract, names=VAE + OLD_ATTENTION if is_old else VAE)
     return open_model(folder, WEIGHTS, module=model, abstract=abstract, weights=weights)
@@ -332,15 +336,16 @@ def _vae_of(folder: PathLike, *, dtype: Any) -> AutoencoderKL:
         latents_mean=(None,),
         latents_std=(None,),
     )
-    return AutoencoderKL(
-        latent_channels=c["latent_channels"],
-        widths=tuple(widths),
-        depth=c["layers_per_block"],
-        groups=c["norm_num_groups"],
-        quant_conv=c["use_quant_conv"],
-        post_quant_conv=c["use_post_quant_conv"],
-        mid_attention=c["mid_block_add_attention"],
-        scaling_factor=c["scaling_factor"],
-        shift_factor=shift or 0.0,
-        dtype=dtype,
-    )
+    with naming(folder):
+        return AutoencoderKL(
+            latent_channels=c["latent_channels"],
+            widths=tuple(widths),
+            depth=c["layers_per_block"],
+            groups=c["norm_num_groups"],
+            quant_conv=c["use_quant_conv"],
+            post_quant_conv=c["use_post_quant_conv"],
+            mid_attention=c["mid_block_add_attention"],
+            scaling_factor=c["scaling_factor"],
+            shift_factor=shift or 0.0,
+            dtype=dtype,
+        )

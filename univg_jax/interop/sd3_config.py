@@ -9,7 +9,14 @@ and nothing in their folders says so: such a folder is refused until somebody sa
 from typing import Any
 
 from univg_jax.errors import UserError
-from univg_jax.interop.config import MAX_DEPTH, complete_config, config_file, read_config, require
+from univg_jax.interop.config import (
+    MAX_DEPTH,
+    complete_config,
+    config_file,
+    naming,
+    read_config,
+    require,
+)
 from univg_jax.interop.tensors import PathLike
 from univg_jax.models.mmdit import MMDiT
 
@@ -56,19 +63,20 @@ def model_of(folder: PathLike) -> MMDiT:
             f"{config_file(folder)}: no position table of {size} x {size} tokens of {hidden_dim} "
             f"over an extent of {base_size}"
         )
-    return MMDiT(
-        hidden_dim=hidden_dim,
-        depth=c["num_layers"],
-        num_heads=c["num_attention_heads"],
-        patch_size=c["patch_size"],
-        in_channels=c["in_channels"],
-        out_channels=c["out_channels"],
-        text_dim=c["joint_attention_dim"],
-        pooled_dim=c["pooled_projection_dim"],
-        qk_norm=c["qk_norm"],
-        pos_embed_max_size=size,
-        pos_embed_base_size=base_size,
-    )
+    with naming(folder):
+        return MMDiT(
+            hidden_dim=hidden_dim,
+            depth=c["num_layers"],
+            num_heads=c["num_attention_heads"],
+            patch_size=c["patch_size"],
+            in_channels=c["in_channels"],
+            out_channels=c["out_channels"],
+            text_dim=c["joint_attention_dim"],
+            pooled_dim=c["pooled_projection_dim"],
+            qk_norm=c["qk_norm"],
+            pos_embed_max_size=size,
+            pos_embed_base_size=base_size,
+        )
 
 
 def stored_channels(model: MMDiT, folder: PathLike | None = None) -> tuple[int, ...]:

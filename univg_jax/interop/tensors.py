@@ -55,11 +55,8 @@ class TensorFolder:
         index = self.folder / f"{self.file}.index.json"
         if not index.exists():
             if not (self.folder / self.file).is_file():
-                pickles = sorted(f.name for f in self.folder.glob("*") if f.suffix in PICKLES)
-                hint = "; {} is a pickle, which can run code and is never read"
                 raise NotFoundError(
-                    f"{self.folder} has neither {self.file} nor {index.name}"
-                    + (hint.format(pickles[0]) if pickles else "")
+                    f"{self.folder} has neither {self.file} nor {index.name}{self._instead()}"
                 )
             return [self.folder / self.file]
         named = read_json(index).get("weight_map")
@@ -71,6 +68,15 @@ class TensorFolder:
         if missing := [name for name in names if not (self.folder / name).is_file()]:
             raise NotFoundError(f"{self.folder} lacks {_listed(missing)}, which {index.name} names")
         return [self.folder / name for name in names]
+
+    def _instead(self) -> str:
+        """What a folder has that lacks the file: the end of a message."""
+        stem, suffix = self.file.rsplit(".", 1)
+        for variant in sorted(self.folder.glob(f"{stem}.*.{suffix}")):
+            return f"; {_shown(variant.name)} is a variant: rename it to {self.file} to read it"
+        for pickled in sorted(f for f in self.folder.glob("*") if f.suffix in PICKLES):
+            return f"; {_shown(pickled.name)} is a pickle, which can run code and is never read"
+        return ""
 
     def __contains__(self, name: str) -> bool:
         return name in self.file_of
@@ -107,10 +113,11 @@ class TensorFolder:
     ) -> None:
         """Raises UserError unless the headers are as `expected`, and as `unread` where present."""
         present = {name: shape for name, shape in unread.items() if name in self.shapes}
-        check_shapes({**expected, **present}, self.shapes, where=str(self.folder))
+        where = str(self.folder / self.file)
+        check_shapes({**expected, **present}, self.shapes, where=where)
         if wrong := [f"{n} ({dtype})" for n, dtype in self.dtypes.items() if dtype not in FLOATS]:
             raise UserError(
-                f"{self.folder}: expected tensors of {', '.join(FLOATS)}, got {_listed(wrong)}"
+                f"{where}: expected tensors of {', '.join(FLOATS)}, got {_listed(wrong)}"
             )
 
 

@@ -19,6 +19,7 @@ from univg_jax.interop.config import (
     MAX_SIZE,
     complete_config,
     config_file,
+    naming,
     read_config,
     require,
 )
@@ -313,14 +314,11 @@ def _open_clip(
     # Only a tower that stands alone may lack a projection.
     has_head = is_whole or f"{heads[tower]}.weight" in TensorFolder(folder, WEIGHTS)
     require(folder, config, num_channels=(3,), hidden_act=tuple(ACTIVATIONS))
-    projection_dim = None
-    if has_head:
-        head = complete_config(folder, stored, dict(projection_dim=512))
-        projection_dim = head["projection_dim"]
+    head = complete_config(folder, stored, dict(projection_dim=512)) if has_head else {}
     module = cls(
         **{field: config[key] for field, key in fields.items()},
         **_block_fields(config),
-        projection_dim=projection_dim,
+        projection_dim=head.get("projection_dim"),
         activation=config["hidden_act"],
         dtype=dtype,
     )
@@ -372,7 +370,8 @@ def _open_encoder(
     """
     tensors, first = TensorFolder(folder, WEIGHTS), next(iter(outer.values()))
     prefix = next((prefix for prefix in prefixes if prefix + first in tensors), prefixes[0])
-    abstract = _abstract(module)
+    with naming(folder):
+        abstract = _abstract(module)
     weights = map_weights(
         abstract,
         outer={ours: prefix + theirs for ours, theirs in outer.items()} | dict(head or {}),
