@@ -99,7 +99,7 @@ def copy(args: argparse.Namespace) -> None:
     """Copies one step."""
     from univg_jax import checkpoint, encoders
 
-    if damaged := encoders.find_problems(args.dir):
+    if damaged := encoders.find_problems(checkpoint.workdir_of(args.dir)):
         raise UserError(f"nothing copied: {shorten(damaged)}")
     step = checkpoint.copy(args.dir, args.step, args.out)
     print(f"copied step {step} to {args.out}, with its config and its encoders")
