@@ -445,3 +445,11 @@ def test_validation_repeats_itself(finished):
     )
     logged = writers.read_metrics(workdir / "metrics.jsonl")[-1]["val/loss/ie"]
     assert again["val/loss/ie"] == pytest.approx(logged, rel=1e-6)
+
+
+def test_a_validation_loss_that_is_not_finite_is_named():
+    """The training's may be finite where an encoder's products overflow for a held-out picture."""
+    sums = {"loss_sum": np.array([1.0, np.inf]), "count": np.array([1.0, 1.0])}
+    rows = {"t2i": [helpers.batch(0)]}
+    with pytest.raises(NonFiniteLossError, match=r"validation loss of task t2i is inf"):
+        loop.validation_losses(lambda *_: sums, {}, {}, rows, sharding.make_mesh(data=8, fsdp=1))

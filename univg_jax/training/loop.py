@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 from univg_jax import sharding, writers
 from univg_jax.batch import Batch
 from univg_jax.checkpoint import Checkpointer
-from univg_jax.errors import Preempted, UserError
+from univg_jax.errors import NonFiniteLossError, Preempted, UserError
 from univg_jax.files import write_whole
 from univg_jax.progress import Bar, timed
 from univg_jax.training import optim
@@ -237,7 +237,10 @@ def validation_losses(
     validation: Mapping[str, Iterable[Batch]],
     mesh: Mesh,
 ) -> dict[str, float]:
-    """Validation loss of each task: the same rows, times and noise every time."""
+    """Validation loss of each task: the same rows, times and noise every time.
+
+    Raises NonFiniteLossError for one that is not finite.
+    """
     losses = {}
     for name, batches in validation.items():
         sums = [
@@ -245,5 +248,8 @@ def validation_losses(
             for batch in batches
         ]
         total = sum(s["loss_sum"].sum() for s in sums)
-        losses[f"val/loss/{name}"] = float(total / sum(s["count"].sum() for s in sums))
+        loss = float(total / sum(s["count"].sum() for s in sums))
+        if not np.isfinite(loss):
+            raise NonFiniteLossError(f"the validation loss of task {name} is {loss}")
+        losses[f"val/loss/{name}"] = loss
     return losses
