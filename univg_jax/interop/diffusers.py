@@ -237,7 +237,7 @@ def _check_table(model: MMDiT, table: np.ndarray, folder: Path) -> None:
     error = np.abs(table[0].astype(np.float32) - _table(model)).max()
     if not error <= 4e-3:
         raise UserError(
-            f"{folder}: {TABLE} is not the sin-cos table of "
+            f"{config_file(folder)}: {TABLE} is not the sin-cos table of "
             f"pos_embed_max_size={model.pos_embed_max_size}, base size "
             f"{model.pos_embed_base_size} (differs by {error:.3g}); no other is supported"
         )
