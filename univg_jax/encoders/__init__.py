@@ -1,11 +1,10 @@
 """The frozen encoders of a run: which kinds there are (`kinds`), and those of one run (`run`)."""
 
+from univg_jax.encoders.record import digests, find_problems
 from univg_jax.encoders.run import (
     Encoders,
     abstract,
     check,
-    digests,
-    find_problems,
     load,
     load_text,
     prepare,

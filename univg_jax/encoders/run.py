@@ -1,11 +1,7 @@
 """The frozen encoders of one run: what its config asks for, where they come from, what is recorded.
 
 `check` looks at what a config asks for, `prepare` obtains it before training, `load` reads it
-afterwards, `abstract` has the shapes alone. The folder of a run has
-
-    encoders/encoders.json       role -> {"kind": ..., options, "sha256": of the weights}, or null;
-                                 and a checksum of itself
-    encoders/ROLE.safetensors    the parameters of a fitted encoder
+afterwards, `abstract` has the shapes alone. `record` says what the folder of a run has.
 """
 
 import dataclasses
@@ -32,17 +28,25 @@ from univg_jax.encoders.kinds import (
     Networks,
     Portraits,
     Pretrained,
-    find_kind,
+)
+from univg_jax.encoders.record import (
+    RECORD,
+    Record,
+    check_hash,
+    check_same,
+    encoders_of,
+    file_of,
+    inherited_record,
+    kind_of,
+    options_of,
+    read_fitted,
+    read_records,
 )
 from univg_jax.errors import NotFoundError, UserError
-from univg_jax.files import read_sealed, write_sealed, write_whole
+from univg_jax.files import write_sealed, write_whole
 from univg_jax.pretrained import local_path
 from univg_jax.settings import Conditioning
 from univg_jax.workdir import ENCODERS
-
-RECORD = "encoders.json"
-
-Record = dict[str, Any]  # the kind, its options, and once it is obtained the sha256 of its weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,11 +62,11 @@ def check(conditioning: Conditioning, *, init_from: epath.PathLike | None = None
 
     Nothing is written.
     """
-    parent = None if init_from is None else _encoders_of(epath.Path(init_from))
+    parent = None if init_from is None else encoders_of(epath.Path(init_from))
     for role, wanted in _chosen(conditioning).items():
         if wanted is not None:
-            inherited = _inherited(parent, role, wanted)
-            if isinstance(_kind(role, wanted), Pretrained):
+            inherited = inherited_record(parent, role, wanted)
+            if isinstance(kind_of(role, wanted), Pretrained):
                 networks = _open(role, wanted, conditioning.folder)
                 if inherited is not None:
                     _check_weights(networks, role, inherited, of=f"the parent run {parent.parent}")
@@ -77,9 +81,9 @@ def abstract(conditioning: Conditioning) -> Encoders:
     for role, record in _chosen(conditioning).items():
         if record is None:
             continue
-        kind, folder = _kind(role, record), conditioning.folder
+        kind, folder = kind_of(role, record), conditioning.folder
         if isinstance(kind, Fitted):
-            modules[role] = kind.module(**_options(record))
+            modules[role] = kind.module(**options_of(record))
         elif kind.needs_folder and folder and local_path(folder).is_dir():
             modules[role] = _module(kind, _open(role, record, folder))
         else:
@@ -138,7 +142,7 @@ def load(
     encoders, or if weights are not those that it was trained with.
     """
     encoders = epath.Path(workdir) / ENCODERS
-    records = _read_records(encoders)
+    records = read_records(encoders)
     if records is None:
         raise NotFoundError(
             f"{encoders / RECORD} does not exist: {workdir} is not the folder of a run"
@@ -147,7 +151,7 @@ def load(
     for role, record in records.items():
         if record is None:
             continue
-        kind = _kind(role, record)
+        kind = kind_of(role, record)
         if isinstance(kind, Pretrained):
             networks = _open(role, record, folder)
             _check_weights(networks, role, record, of=f"the run {workdir}")
@@ -155,32 +159,11 @@ def load(
             if role not in skip:
                 frozen[role] = _read(networks, record, mesh)
         else:
-            modules[role] = kind.module(**_options(record))
-            params = safetensors.numpy.load(_read_fitted(encoders, role, record))
+            modules[role] = kind.module(**options_of(record))
+            params = safetensors.numpy.load(read_fitted(encoders, role, record))
             shardings = None if mesh is None else sharding.tree_shardings(params, mesh)
             frozen[role] = jax.device_put(params, shardings)
     return Encoders(conditioner=Conditioner(**modules), frozen=frozen)
-
-
-def find_problems(workdir: epath.PathLike) -> tuple[str, ...]:
-    """What is wrong with the files in a run's `encoders`; empty if nothing is.
-
-    The weights of pretrained encoders lie elsewhere and are checked by `load`.
-    """
-    encoders, found = epath.Path(workdir) / ENCODERS, []
-    try:
-        records = _read_records(encoders)
-    except UserError as error:
-        return (str(error),)
-    if records is None:
-        return (f"{encoders / RECORD} does not exist",)
-    for role, record in records.items():
-        try:
-            if record is not None and isinstance(_kind(role, record), Fitted):
-                _read_fitted(encoders, role, record)
-        except UserError as error:
-            found.append(str(error))
-    return tuple(found)
 
 
 def load_text(
@@ -188,20 +171,7 @@ def load_text(
 ) -> tuple[TextEncoder, PyTree]:
     """The text encoder alone: (module, parameters)."""
     record, networks = _open_text(conditioning)
-    return _module(_kind("text", record), networks), _read(networks, record, mesh)
-
-
-def digests(workdir: epath.PathLike) -> dict[str, str]:
-    """16 hex digits for each encoder that a run has recorded: of its kind, options and weights.
-
-    `load` checks that the weights are those that are recorded.
-    """
-    records = _read_records(epath.Path(workdir) / "encoders") or {}
-    return {
-        role: hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
-        for role, record in records.items()
-        if record is not None
-    }
+    return _module(kind_of("text", record), networks), _read(networks, record, mesh)
 
 
 def text_identity(conditioning: Conditioning, *, num_tokens: int) -> dict[str, Any]:
@@ -212,7 +182,7 @@ def text_identity(conditioning: Conditioning, *, num_tokens: int) -> dict[str, A
 
 def tokenizer_folder(conditioning: Conditioning) -> str:
     """The folder of the text encoder's tokenizer, or a name of `univg_jax.pretrained`."""
-    kind = _kind("text", _chosen(conditioning)["text"])
+    kind = kind_of("text", _chosen(conditioning)["text"])
     return str(kind.tokenizer(local_path(conditioning.folder)))
 
 
@@ -229,11 +199,11 @@ def _chosen(conditioning: Conditioning) -> dict[str, Record | None]:
             chosen[role] = None
             continue
         given = {"kind": given} if isinstance(given, str) else dict(given)
-        options = _kind(role, given).options
+        options = kind_of(role, given).options
         kind = given.pop("kind", None)
         made = fields.make(options, given, f"conditioning.{role}")
         chosen[role] = {**dataclasses.asdict(made), "kind": kind}
-        if chosen[role].get("dtype") == "float16" and not _kind(role, chosen[role]).fits_float16:
+        if chosen[role].get("dtype") == "float16" and not kind_of(role, chosen[role]).fits_float16:
             raise UserError(
                 f"conditioning.{role}.dtype='float16': the {kind} encoder's products are beyond "
                 "float16's range; expected 'bfloat16' or 'float32'"
@@ -250,23 +220,23 @@ def _obtain_missing(
     data: FitData,
 ) -> None:
     """Brings the folder `encoders` to what a config chose."""
-    records = _read_records(encoders) or {}
+    records = read_records(encoders) or {}
     is_complete = init_from is None or chosen.keys() <= records.keys()
-    parent = None if is_complete else _encoders_of(epath.Path(init_from))
+    parent = None if is_complete else encoders_of(epath.Path(init_from))
     for role, wanted in chosen.items():
         if role in records:
-            _check_same(encoders, role, records[role], wanted)
+            check_same(encoders, role, records[role], wanted)
             continue
         record = wanted
         if wanted is not None:
-            if isinstance(_kind(role, wanted), Pretrained):
+            if isinstance(kind_of(role, wanted), Pretrained):
                 networks = _open(role, wanted, folder)
-                if (inherited := _inherited(parent, role, wanted)) is not None:
+                if (inherited := inherited_record(parent, role, wanted)) is not None:
                     _check_weights(networks, role, inherited, of=f"the parent run {parent.parent}")
                 digest = _fingerprint(networks)
             else:
                 content = _inherit_or_fit(role, wanted, parent=parent, data=data)
-                write_whole(encoders / _file(role), content)
+                write_whole(encoders / file_of(role), content)
                 digest = hashlib.sha256(content).hexdigest()
             record = wanted | {"sha256": digest}
         # Only now, so that a run that was killed while it fitted does so again.
@@ -278,37 +248,15 @@ def _inherit_or_fit(
     role: str, wanted: Record, *, parent: epath.Path | None, data: FitData
 ) -> bytes:
     """The content of a fitted encoder's file: the parent's if it has one, else newly fitted."""
-    if (inherited := _inherited(parent, role, wanted)) is not None:
+    if (inherited := inherited_record(parent, role, wanted)) is not None:
         logging.info("The %s encoder is the one in %s", role, parent)
-        return _read_fitted(parent, role, inherited)
+        return read_fitted(parent, role, inherited)
     logging.info("Fitting the %s encoder %s", role, wanted)
-    return safetensors.numpy.save(_kind(role, wanted).fit(data, **_options(wanted)))
-
-
-def _inherited(parent: epath.Path | None, role: str, wanted: Record) -> Record | None:
-    """The parent's record of an encoder, of the same kind and options; None if it has none."""
-    record = (_read_records(parent) or {}).get(role) if parent else None
-    if record is not None:
-        # The dtype in which pretrained networks compute is a run's own: a matter of rounding.
-        dtype = {"dtype": wanted["dtype"]} if "dtype" in wanted and "dtype" in record else {}
-        _check_same(parent, role, record | dtype, wanted)
-    return record
-
-
-def _kind(role: str, record: Record) -> Fitted | Pretrained:
-    return find_kind(role, record.get("kind"))
-
-
-def _options(record: Record) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in ("kind", "sha256")}
-
-
-def _file(role: str) -> str:
-    return f"{role}.safetensors"
+    return safetensors.numpy.save(kind_of(role, wanted).fit(data, **options_of(wanted)))
 
 
 def _open(role: str, record: Record, folder: str) -> Networks:
-    kind = _kind(role, record)
+    kind = kind_of(role, record)
     if kind.needs_folder and not (folder and local_path(folder).is_dir()):
         raise NotFoundError(
             f"conditioning.folder={folder!r} is not a folder; the {record['kind']} {role} encoder "
@@ -348,66 +296,4 @@ def _check_weights(networks: Networks, role: str, record: Record, *, of: str) ->
             "of its files only", where, of, role,
         )  # fmt: skip
     else:
-        _check_hash(found, where, role, record, of=of)
-
-
-def _check_same(
-    encoders: epath.Path, role: str, recorded: Record | None, wanted: Record | None
-) -> None:
-    """Raises UserError if a recorded encoder has another kind or other options than wanted."""
-    old, new = (
-        {name: value for name, value in (record or {"kind": None}).items() if name != "sha256"}
-        for record in (recorded, wanted)
-    )
-    different = [
-        f"{name} is {old.get(name)!r}, asked for {new.get(name)!r}"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-    ]
-    if different:
-        raise UserError(
-            f"{encoders} has another {role} encoder than conditioning.{role}: "
-            + "; ".join(different)
-        )
-
-
-def _check_hash(found: str, where: str, role: str, record: Record, *, of: str) -> None:
-    if found != record["sha256"]:
-        raise UserError(
-            f"{where}: not the weights of the {role} encoder that {of} was trained with "
-            f"(sha256 {found[:12]}, recorded {record['sha256'][:12]})"
-        )
-
-
-def _read_fitted(encoders: epath.Path, role: str, record: Record) -> bytes:
-    file = encoders / _file(role)
-    if not file.exists():
-        raise NotFoundError(f"{file}: the weights of the {role} encoder are missing")
-    content = file.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    _check_hash(digest, str(file), role, record, of=f"the run {encoders.parent}")
-    return content
-
-
-def _encoders_of(init_from: epath.Path) -> epath.Path:
-    """The encoders of the run that a path (its folder, or a checkpoint inside it) belongs to."""
-    for folder in (init_from, *list(init_from.parents)[:2]):
-        if (folder / ENCODERS / RECORD).exists():
-            return folder / ENCODERS
-    raise NotFoundError(
-        f"init_from={init_from}: no {ENCODERS}/{RECORD} there; expected the folder of a run"
-    )
-
-
-def _read_records(encoders: epath.Path) -> dict[str, Record | None] | None:
-    file = encoders / RECORD
-    if not file.exists():
-        return None
-    records = read_sealed(file)
-    if any(role not in KINDS or not _is_record(record) for role, record in records.items()):
-        raise UserError(f"{file} is no record of encoders")
-    return records
-
-
-def _is_record(value: object) -> bool:
-    return value is None or (isinstance(value, dict) and isinstance(value.get("sha256"), str))
+        check_hash(found, where, role, record, of=of)
