@@ -217,14 +217,12 @@ def verify(path: epath.PathLike) -> tuple[StepReport, ...]:
     Raises NotFoundError if there is none.
     """
     root, step = _parse(path)
-
-    def report(step: int) -> StepReport:
-        problems = checksums.find_problems(root / str(step))
-        return StepReport(
-            step=step, problems=problems, additional=() if problems else _additional(root, step)
-        )
-
-    return tuple(report(s) for s in (steps_in(root) if step is None else (step,)))
+    steps = steps_in(root) if step is None else (step,)
+    found = {s: checksums.find_problems(root / str(s)) for s in steps}
+    return tuple(
+        StepReport(step=s, problems=problems, additional=() if problems else _additional(root, s))
+        for s, problems in found.items()
+    )
 
 
 def copy(workdir: epath.PathLike, step: int | None, out: epath.PathLike) -> int:
@@ -300,7 +298,7 @@ def load_config(path: epath.PathLike) -> Json:
 def load_data_state(path: epath.PathLike) -> Json:
     """The state of the stream in the checkpoint at `path` (a workdir or a step)."""
     root, step = _locate(path, under="data/")
-    return _read_json(root / str(step), "data")
+    return read_item(root / str(step), "data")
 
 
 def init_from(
@@ -336,7 +334,7 @@ def init_from(
         *(path, step, len(read), kept or "none"),
     )
     params = jax.tree.unflatten(jax.tree.structure(params), values.values())
-    return Restored(state=params, data_state=_read_json(root / str(step), "data"))
+    return Restored(state=params, data_state=read_item(root / str(step), "data"))
 
 
 # --- which step ---
@@ -381,9 +379,6 @@ def _locate(path: epath.PathLike, *, under: str = "") -> tuple[epath.Path, int]:
 def _additional(root: epath.Path, step: int) -> tuple[str, ...]:
     """The files of a sound step that its save did not write."""
     return checksums.find_additional(root / str(step), ignore=NOT_SUMMED)
-
-
-# --- states ---
 
 
 def _restore(step_dir: epath.Path, abstract_state: PyTree) -> Restored:
