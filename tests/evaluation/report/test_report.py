@@ -31,6 +31,8 @@ def finished(tmp_path):
                 "time": s / 2,
             }
             | {f"loss/{t}": 2 / s for t in tasks}
+            | {f"latent_square/{t}": len(t) for t in tasks}
+            | {"records/quarantined": s}
             for s in range(1, 9)
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -84,6 +86,16 @@ def test_page_is_self_contained_and_escaped(finished):
     ids = re.findall(r' id="([^"]+)"', page)
     svg_defs = [i for i in ids if i.startswith("p")]  # clip paths of both plots
     assert len(svg_defs) == len(set(svg_defs))
+
+
+def test_each_stage_says_what_the_codec_and_the_records_were_like(finished):
+    page, report = write(finished)
+    stage = report["stages"]["stage2"]
+    assert stage["latent_square"] == {"t2i": 3, "ie": 2, "seg": 3}
+    assert stage["records"] == {"quarantined": 8}
+    for task, value in stage["latent_square"].items():
+        assert f"<dt>{task}</dt><dd>{value:.2f}</dd>" in page
+    assert page.count("<dt>records quarantined</dt><dd>8</dd>") == 2
 
 
 def test_json_has_what_was_promised(finished):

@@ -51,7 +51,7 @@ def write_report(
         evaluation=evaluation,
     )
     numbers = {
-        "stages": {run.summary["stage"]: _stage_json(run.summary) for run in runs},
+        "stages": {run.summary["stage"]: _stage_json(run) for run in runs},
         "tasks": {name: _task_json(task) for name, task in tasks.items()},
         "evaluation": evaluation.folder.name,
         "settings": results.settings,
@@ -61,9 +61,14 @@ def write_report(
     write_whole(out_json, json.dumps(numbers, indent=1) + "\n")
 
 
-def _stage_json(summary: Json) -> Json:
+def _stage_json(run: Stage) -> Json:
     kept = ("steps", "seconds", "first_loss", "last_loss")
-    return {**{key: summary[key] for key in kept}, "mixture": summary["shares"]}
+    return {
+        **{key: run.summary[key] for key in kept},
+        "mixture": run.summary["shares"],
+        "latent_square": run.latent_square,
+        "records": run.records,
+    }
 
 
 def _task_json(task: TaskResult) -> Json:

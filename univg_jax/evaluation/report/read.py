@@ -201,6 +201,19 @@ class Stage:
         return sums
 
     @property
+    def latent_square(self) -> dict[str, float]:
+        """The mean square of the latents of each task's targets; 1 is what the model expects."""
+        prefix = "latent_square/"
+        names = dict.fromkeys(name for row in self.rows for name in row if name.startswith(prefix))
+        return {name.removeprefix(prefix): self.median(name) for name in names}
+
+    @property
+    def records(self) -> dict[str, int]:
+        """How many records were quarantined, unsuitable or cut, if the run counted them."""
+        counted = [name for row in self.rows[-1:] for name in row if name.startswith("records/")]
+        return {name.removeprefix("records/"): int(self.rows[-1][name]) for name in counted}
+
+    @property
     def images(self) -> dict[str, int | float]:
         """Training images of every task, as counted, or else as the realized share of all rows."""
         if counted := self.total("count"):
