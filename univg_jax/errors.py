@@ -4,9 +4,10 @@ A function that checks input raises `UserError`, or the kind of it that says mor
 raised is a bug of ours and keeps its traceback. Standard library only: any module may import it.
 """
 
+import contextlib
 import difflib
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 MAX_LISTED = 24  # longer lists of names, such as all keys of a config, are left out of a message
 
@@ -39,6 +40,20 @@ class Preempted(UserError):
 
     exit_code = 128 + signal.SIGTERM
     is_expected = True
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Around imports of packages that come with an extra of ours only.
+
+    Raises NotFoundError with the pip command where one of them is not installed; `what` needs it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise NotFoundError(
+            f"{what} needs the package {error.name}: pip install 'univg_jax[{extra}]'"
+        ) from None
 
 
 def check_name(name: object, names: Collection[str], *, what: str) -> str:

