@@ -67,8 +67,8 @@ ALLOWED: dict[str, set[str]] = {
         *("tpu", "training", "workdir"),
     },
     "pipeline": {
-        *("assembly", "batch", "checkpoint", "data_pipelines", "encoders", "sampling", "sharding"),
-        *("tpu", "workdir"),
+        *("assembly", "batch", "checkpoint", "data_pipelines", "encoders", "pretrained"),
+        *("sampling", "sharding", "tpu", "workdir"),
     },
     "__init__": {"pipeline"},
     # What is done with them.

@@ -1,6 +1,5 @@
 """`FILE.py:name=value,...` and `key=value` overrides, to one checked `settings.Config`."""
 
-import ast
 import fnmatch
 import importlib
 import importlib.util
@@ -18,7 +17,6 @@ from univg_jax import fields
 from univg_jax.errors import NotFoundError, UserError, check_name, quote, suggestion
 from univg_jax.files import read_json
 from univg_jax.settings import Config, Options
-from univg_jax.trees import flatten
 
 PACKAGE = "experiments"  # whose modules may be named without it
 
@@ -137,7 +135,7 @@ def _parse_arguments(text: str, get_config: Callable[..., Any], path: str) -> di
 
 def _convert(text: str, default: Any, where: str) -> Any:
     """`text` as a value of the default's type: the type is part of the contract."""
-    value = text if isinstance(default, str) else _literal(text)
+    value = text if isinstance(default, str) else fields.parse_literal(text)
     if default is None or default is inspect.Parameter.empty:
         return value
     return fields.read(type(default), value, where)
@@ -156,6 +154,8 @@ def _apply(values: dict[str, Any], key: str, text: str) -> None:
         for name, f in known.items()
     )  # checked by whoever the options are of
     if not isinstance(node, dict) or not (leaf in node or field or is_option):
+        from univg_jax.trees import flatten  # loads JAX, which a config does not need
+
         names = [*flatten(values), *(name for name in known if "*" not in name)]
         check_name(key, list(dict.fromkeys(names)), what="config key")
         raise UserError(f"config key {key!r}: {'.'.join(parents)} is not in this config")
@@ -163,16 +163,6 @@ def _apply(values: dict[str, Any], key: str, text: str) -> None:
         inside = ", ".join(f"{key}.{k}" for k in node[leaf])
         raise UserError(f"--config.{key} is a group; set one of {inside}")
     is_text = isinstance(node.get(leaf), str) if field is None else field.type is str
-    value = text if is_text else _literal(text)
+    value = text if is_text else fields.parse_literal(text)
     is_list = field is not None and "tuple" in str(field.type)
     node[leaf] = (value,) if is_list and not isinstance(value, tuple | list | dict) else value
-
-
-def _literal(text: str) -> Any:
-    """A Python literal, or the text itself."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text

@@ -5,6 +5,7 @@ config, a file or a flag gives into their values, or says in one line what was e
 without JAX.
 """
 
+import ast
 import dataclasses
 import math
 import numbers
@@ -152,6 +153,16 @@ def read(kind: Any, value: Any, where: str, rule: Rule = Rule()) -> Any:
                 check_name(value, rule.names, what=where)
             return os.path.expanduser(value) if rule.is_path else value
     raise UserError(f"{where}={quote(value)}: expected {describe(kind, rule)}")
+
+
+def parse_literal(text: str) -> Any:
+    """A Python literal (`true` and `false` too), or the text itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 def _has_length(inside: tuple, value: Sequence) -> bool:

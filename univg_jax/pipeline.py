@@ -28,6 +28,7 @@ from univg_jax import assembly, checkpoint, encoders, sharding, tpu
 from univg_jax.batch import Batch, BatchShape
 from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.images import check_finite, to_uint8
+from univg_jax.pretrained import local_path
 from univg_jax.progress import timed
 from univg_jax.sampling import NULL_CONDITIONS, Generator, guidance_weights
 from univg_jax.settings import Config, Options
@@ -91,6 +92,8 @@ class Pipeline:
         of them. Raises UserError if there is no checkpoint, or what is there does not fit together.
         """
         tpu.silence_if_absent()
+        if pretrained is not None and not local_path(pretrained).is_dir():
+            raise NotFoundError(f"pretrained={pretrained} is not a folder")
         if step is not None:
             path = checkpoint.workdir_of(path) / CHECKPOINTS / str(step)
         stored = checkpoint.load_config(path)

@@ -63,7 +63,7 @@ def test_a_pod_is_understood_by_the_name_that_configs_take():
         ),
         (["--topology=v5e:3x5"], "libtpu knows no topology v5e:3x5"),
         (["--topology=v5e:2x2", "--include=encoder"], "did you mean 'encoders'?"),
-        (["--topology=v5e:2x2", "--slices=0"], "--slices=0: expected at least 1"),
+        (["--topology=v5e:2x2", "--slices=0"], "--slices=0: expected a whole number >= 1"),
         (
             ["--topology=v5e:2x2", "--config.data.batch_size=6"],
             "data.batch_size=6 does not divide over data x fsdp",

@@ -4,6 +4,7 @@ import argparse
 import datetime
 from typing import TYPE_CHECKING
 
+from univg_jax.cli import flags
 from univg_jax.cli.parser import Parser
 from univg_jax.errors import UserError, shorten
 
@@ -26,7 +27,7 @@ def add_arguments(parser: Parser) -> None:
         description = summary[0].upper() + summary[1:] + "."
         action = actions.add_parser(name, help=summary, description=description)
         place = {"list": ", or a folder of workdirs", "verify": " or a step of it", "copy": ""}
-        action.add_argument("dir", metavar="DIR", help=f"a workdir{place[name]}")
+        action.add_argument("dir", type=flags.path, metavar="DIR", help=f"a workdir{place[name]}")
         if name == "list":
             action.add_argument(
                 "--quick",
@@ -34,8 +35,17 @@ def add_arguments(parser: Parser) -> None:
                 help="do not read the files, so do not say if they are sound",
             )
         if name == "copy":
-            action.add_argument("--step", type=int, metavar="N", help="default: the newest")
-            action.add_argument("--out", required=True, metavar="DIR", help="the other workdir")
+            action.add_argument(
+                "--step", action=flags.Number, least=0, metavar="N", help="default: the newest"
+            )
+            action.add_argument(
+                "--out",
+                required=True,
+                action=flags.Output,
+                folder=True,
+                metavar="DIR",
+                help="the other workdir",
+            )
         more = " --out=copies/stage3" if name == "copy" else ""
         action.add_example(f"runs/quickstart{'' if name == 'list' else '/stage3'}{more}")
         action.set_defaults(run=run)

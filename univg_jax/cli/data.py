@@ -22,14 +22,27 @@ def add_arguments(parser: Parser) -> None:
     build_.add_argument(
         "--dataset", required=True, metavar="|".join(DATASETS), help="one of those listed below"
     )
-    build_.add_argument("--out", required=True, metavar="DIR", help="a config's data.dir")
+    build_.add_argument(
+        "--out",
+        required=True,
+        action=flags.Output,
+        folder=True,
+        metavar="DIR",
+        help="a config's data.dir",
+    )
     added: set[str] = set()
     for dataset in DATASETS.values():
         group = build_.add_argument_group(dataset.name, dataset.summary)
         for field in dataclasses.fields(dataset.options):
             if field.name not in added:
                 summary = f"{fields.rule_of(field).help} (default: {field.default})"
-                group.add_argument(f"--{field.name}", type=field.type, metavar="N", help=summary)
+                group.add_argument(
+                    f"--{field.name}",
+                    action=flags.Number,
+                    rule=fields.rule_of(field),
+                    metavar="N",
+                    help=summary,
+                )
                 added.add(field.name)
     build_.add_example("--dataset=emoji_scenes --resolution=64 --out=data/emoji_64px")
     build_.set_defaults(run=build)
@@ -40,9 +53,16 @@ def add_arguments(parser: Parser) -> None:
         description="Writes a page of examples of every task, as the model gets them.",
     )
     flags.add_config(look)
-    look.add_argument("--out", required=True, metavar="FILE.html", help="the page")
     look.add_argument(
-        "--examples", type=int, default=8, metavar="N", help="examples of each task; default: 8"
+        "--out", required=True, action=flags.Output, metavar="FILE.html", help="the page"
+    )
+    look.add_argument(
+        "--examples",
+        action=flags.Number,
+        least=1,
+        default=8,
+        metavar="N",
+        help="examples of each task; default: 8",
     )
     look.add_example("--config=experiments/emoji.py:stage=3 --out=inspect.html")
     look.set_defaults(run=inspect_config)
@@ -54,9 +74,20 @@ def add_arguments(parser: Parser) -> None:
         "with --config.data.text_cache=DIR the run then needs no text encoder.",
     )
     flags.add_config(cache)
-    cache.add_argument("--out", required=True, metavar="DIR", help="the run's data.text_cache")
     cache.add_argument(
-        "--steps", type=int, metavar="N", help="steps of the run; default: all of train.steps"
+        "--out",
+        required=True,
+        action=flags.Output,
+        folder=True,
+        metavar="DIR",
+        help="the run's data.text_cache",
+    )
+    cache.add_argument(
+        "--steps",
+        action=flags.Number,
+        least=1,
+        metavar="N",
+        help="steps of the run; default: all of train.steps",
     )
     cache.add_example("--config=experiments/emoji.py:stage=3 --out=data/prompts --steps=100")
     cache.set_defaults(run=cache_prompts)

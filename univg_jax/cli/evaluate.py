@@ -6,7 +6,6 @@ from data_pipelines.tasks import find_task
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.cli.parser import Parser
-from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmarks import BENCHMARKS
 
 
@@ -17,23 +16,38 @@ def add_arguments(parser: Parser) -> None:
         "--benchmark", required=True, metavar="|".join(BENCHMARKS), help="what it is measured on"
     )
     parser.add_argument(
-        "--data", metavar="DIR", help="the benchmark's data; default: the run's own"
+        "--data",
+        type=flags.path,
+        metavar="DIR",
+        help="the benchmark's data; default: the run's own",
     )
     parser.add_argument(
         "--out",
+        action=flags.Output,
+        folder=True,
         required=True,
         metavar="DIR",
         help="a folder for this and other evaluations; finished tasks are kept",
     )
     parser.add_argument("--tasks", metavar="A,B", help="default: all that the run was trained on")
     parser.add_argument(
-        "--examples", type=int, default=64, metavar="N", help="examples of each task; default: 64"
+        "--examples",
+        action=flags.Number,
+        least=1,
+        default=64,
+        metavar="N",
+        help="examples of each task; default: 64",
     )
     parser.add_argument(
         "--split", default="test", metavar="NAME", help="split of the data; default: test"
     )
     parser.add_argument(
-        "--batch_size", type=int, default=32, metavar="N", help="images at a time; default: 32"
+        "--batch_size",
+        action=flags.Number,
+        least=1,
+        default=32,
+        metavar="N",
+        help="images at a time; default: 32",
     )
     flags.add_processes(parser)
     parser.add_example(
@@ -53,9 +67,6 @@ def run(args: argparse.Namespace) -> None:
     from univg_jax.pipeline import Pipeline
 
     benchmark = open_benchmark(args.benchmark)
-    for name in ("examples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
     tasks = [find_task(name).name for name in args.tasks.split(",")] if args.tasks else None
     configure(args)
     pipeline = Pipeline.load(

@@ -1,8 +1,44 @@
-"""Flags that several commands share."""
+"""Flags that several commands share, and kinds of flags: numbers and paths, checked when read."""
 
 import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from univg_jax import fields, files
+from univg_jax.settings import MAX_SEED
 
 CONFIG_HELP = "Any key of the config can be set: --config.optim.lr=1e-4"
+
+
+class Number(argparse.Action):
+    """`action=Number, least=1`: a whole number in a range (`fields.Rule`), or a UserError."""
+
+    def __init__(self, *args: Any, rule: fields.Rule | None = None, **options: Any) -> None:
+        bounds = {name: options.pop(name) for name in ("least", "most") if name in options}
+        super().__init__(*args, **options)
+        self.rule = rule or fields.Rule(**bounds)
+
+    def __call__(self, _: object, args: argparse.Namespace, text: str, flag: str) -> None:
+        setattr(args, self.dest, fields.read(int, fields.parse_literal(text), flag, self.rule))
+
+
+class Output(argparse.Action):
+    """`action=Output, folder=True`: where a command writes, or a UserError if it cannot."""
+
+    def __init__(
+        self, *args: Any, folder: bool = False, suffixes: Sequence[str] = (), **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self.folder, self.suffixes = folder, suffixes
+
+    def __call__(self, _: object, args: argparse.Namespace, text: str, flag: str) -> None:
+        path = os.path.expanduser(text)
+        files.check_output(path, flag=flag, folder=self.folder, suffixes=self.suffixes)
+        setattr(args, self.dest, path)
+
+
+path = os.path.expanduser  # `type=path`: the shell leaves ~ alone after an equals sign
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -19,13 +55,27 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """What `Pipeline.load` takes."""
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a workdir, or DIR/checkpoints/STEP"
+        "--checkpoint",
+        required=True,
+        type=path,
+        metavar="DIR",
+        help="a workdir, or DIR/checkpoints/STEP",
     )
     parser.add_argument(
-        "--steps", type=int, metavar="N", help="steps of the solver; default: the run's config"
+        "--steps",
+        action=Number,
+        least=1,
+        metavar="N",
+        help="steps of the solver; default: the run's config",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the noise; default: 0"
+        "--seed",
+        action=Number,
+        least=0,
+        most=MAX_SEED,
+        default=0,
+        metavar="N",
+        help="seed of the noise; default: 0",
     )
     parser.add_argument(
         "--raw_params",
@@ -34,6 +84,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pretrained",
+        type=path,
         metavar="DIR",
         help="the folder of pretrained encoders; default: the run's config",
     )
@@ -54,9 +105,15 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="otherwise: the host of process 0, and a free port there,",
     )
-    group.add_argument("--num_processes", type=int, metavar="N", help="the number of processes,")
     group.add_argument(
-        "--process_id", type=int, metavar="I", help="and the number of this one, from 0"
+        "--num_processes", action=Number, least=1, metavar="N", help="the number of processes,"
+    )
+    group.add_argument(
+        "--process_id",
+        action=Number,
+        least=0,
+        metavar="I",
+        help="and the number of this one, from 0",
     )
 
 

@@ -13,7 +13,7 @@ from absl import logging
 from univg_jax import progress, version
 from univg_jax.cli import signals
 from univg_jax.cli.parser import Parser
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, quote
 
 OWN_PACKAGES = ("univg_jax", "data_pipelines", "experiments")
 COMMANDS = {
@@ -40,7 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM; a training run has saved
     its step then.
     """
-    args = parse(list(sys.argv[1:] if argv is None else argv))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = parse(argv)
+    except UserError as error:  # a flag's value
+        print(f"univg {_command(argv)}: error: {error}", file=sys.stderr)
+        return error.exit_code
     stdlib_logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.set_verbosity(logging.INFO)
     absl_logger = logging.get_absl_logger()
@@ -93,20 +98,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.epilog = "univg COMMAND --help says more of one."
     commands = parser.add_commands(dest="command")
+    given = argv
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     verbose = [a for a in argv if a == "--verbose"]
     argv = [a for a in argv if not a.startswith("--config.") and a not in verbose]
-    asked = next((a for a in argv if not a.startswith("-")), None)
+    asked = _command(argv)
     for name, summary in COMMANDS.items():
         description = summary[0].upper() + summary[1:] + "."
         sub = commands.add_parser(name, help=summary, description=description)
         if name == asked:  # the others' modules need not load
             importlib.import_module(f"univg_jax.cli.{name}").add_arguments(sub)
-    args = parser.parse_args([*verbose, *argv])
+    args, rest = parser.parse_known_args([*verbose, *argv])
+    if rest:
+        parser.error(_meant(rest[0], given))
     if overrides and not hasattr(args, "config"):
         parser.error(f"--config.{overrides[0]}: {args.command} takes no config")
     args.overrides = overrides
     return args
+
+
+def _command(argv: Sequence[str]) -> str | None:
+    return next((arg for arg in argv if not arg.startswith("-")), None)
+
+
+def _meant(rest: str, argv: Sequence[str]) -> str:
+    """What is said about an argument that no flag takes: probably a space is too many."""
+    before = argv[argv.index(rest) - 1]
+    if before.startswith("--config.") and "=" not in before:
+        return f"{before} {rest}: write {before}={rest}"
+    if "=" in rest and not rest.startswith("-"):
+        return f"{rest} stands alone: arguments of a config follow it, --config=CONFIG:{rest}"
+    return f"unexpected argument {quote(rest)}"
 
 
 def _is_ours_or_warning(record: stdlib_logging.LogRecord) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from experiments import pods
 from univg_jax.cli import flags
 from univg_jax.cli.parser import Parser
-from univg_jax.errors import UserError, check_name
+from univg_jax.errors import check_name
 from univg_jax.files import write_whole
 from univg_jax.progress import timed
 
@@ -33,7 +33,8 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--slices",
-        type=int,
+        action=flags.Number,
+        least=1,
         default=1,
         metavar="N",
         help="slices of each topology; the same as *N behind it",
@@ -56,7 +57,12 @@ def add_arguments(parser: Parser) -> None:
         action="store_true",
         help="a third of the compile time; memory and its traffic some percent off",
     )
-    parser.add_argument("--json", metavar="FILE", help="everything, in bytes, FLOPs and seconds")
+    parser.add_argument(
+        "--json",
+        action=flags.Output,
+        metavar="FILE",
+        help="everything, in bytes, FLOPs and seconds",
+    )
     parser.add_example("--config=experiments/stage1_t2i.py:size=xl,res=512 --topology=v5e-256")
     parser.set_defaults(run=run)
 
@@ -78,8 +84,6 @@ def run(args: argparse.Namespace) -> None:
         check_name(name, INCLUDE, what="name in --include:")
         for name in filter(None, args.include.split(","))
     ]
-    if args.slices < 1:
-        raise UserError(f"--slices={args.slices}: expected at least 1")
     names = [topology_name(name) for name in args.topology]
     names = [name if args.slices == 1 else f"{name}*{args.slices}" for name in names]
     config = configs.load(args.config, args.overrides)

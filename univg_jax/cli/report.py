@@ -2,6 +2,7 @@
 
 import argparse
 
+from univg_jax.cli import flags
 from univg_jax.cli.parser import Parser
 
 
@@ -11,12 +12,18 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--evaluation",
         required=True,
+        type=flags.path,
         metavar="DIR",
         help="the --out of `univg evaluate`, of which the newest of the last stage is shown, or "
         "one of the folders in it",
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="for report.html, report.json and samples.png"
+        "--out",
+        required=True,
+        action=flags.Output,
+        folder=True,
+        metavar="DIR",
+        help="for report.html, report.json and samples.png",
     )
     run_ = "runs/quickstart"
     parser.add_example(
@@ -32,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
 
     from univg_jax.evaluation.report import Evaluation, write_report, write_sheet
 
-    out, stages = epath.Path(args.out), args.stages.split(",")
+    out = epath.Path(args.out)
+    stages = [flags.path(stage) for stage in args.stages.split(",")]
     evaluation = Evaluation.of(args.evaluation, last_stage=stages[-1])
     page, numbers, sheet = (out / f for f in ("report.html", "report.json", "samples.png"))
     write_report(out, page, numbers, stages=stages, evaluation=evaluation)

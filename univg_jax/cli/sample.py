@@ -15,11 +15,10 @@ from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.files import check_output
 from univg_jax.images import write_png
 from univg_jax.progress import Bar
+from univg_jax.settings import MAX_SEED
 
 if TYPE_CHECKING:
     from univg_jax.pipeline import Pipeline
-
-MAX_SEED = 2**32 - 1
 
 
 def add_arguments(parser: Parser) -> None:
@@ -35,37 +34,49 @@ def add_arguments(parser: Parser) -> None:
     inputs.add_argument("--prompt", default="", metavar="TEXT", help=_prompt_help())
     for name, shows in INPUTS.items():
         takers = [task.name for task in TASKS.values() if name in task.inputs]
-        inputs.add_argument(f"--{name}", metavar="FILE", help=f"{', '.join(takers)}: {shows}")
+        inputs.add_argument(
+            f"--{name}", type=flags.path, metavar="FILE", help=f"{', '.join(takers)}: {shows}"
+        )
     inputs.add_argument(
-        "--prompts", metavar="FILE", help="instead of --prompt: a text file, one prompt a line"
+        "--prompts",
+        type=flags.path,
+        metavar="FILE",
+        help="instead of --prompt: a text file, one prompt a line",
     )
     inputs.add_argument(
         "--example",
-        type=int,
+        action=flags.Number,
+        least=0,
         metavar="N",
         help="instead of all these: the inputs of example N, from 0, of the task in the test split "
         "of the run's data; they and the true answer are written beside the picture",
     )
     inputs.add_argument(
-        "--data", metavar="DIR", help="where the data of --example lies; default: the run's config"
+        "--data",
+        type=flags.path,
+        metavar="DIR",
+        help="where the data of --example lies; default: the run's config",
     )
     outputs = parser.add_argument_group("pictures")
     outputs.add_argument(
         "--out",
         required=True,
+        type=flags.path,
         metavar="FILE.png|DIR",
         help="the picture to write. Several need a folder, and are seed7.png with --num, 0003.png "
         "of line 3 with --prompts, 0003_seed7.png with both",
     )
     outputs.add_argument(
         "--num",
-        type=int,
+        action=flags.Number,
+        least=1,
         metavar="N",
         help="pictures of each prompt, with seeds from --seed on; default: 1",
     )
     outputs.add_argument(
         "--batch_size",
-        type=int,
+        action=flags.Number,
+        least=1,
         default=1,
         metavar="N",
         help="pictures made at a time, at least one a device; default: 1. More may be faster, and "
@@ -157,9 +168,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in (("seed", 0), ("num", 1), ("batch_size", 1), ("example", 0)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UserError(f"--{name}={value}: expected at least {least}")
     if args.seed + (args.num or 1) - 1 > MAX_SEED:
         raise UserError(f"--seed={args.seed}: expected seeds up to {MAX_SEED}")
     given = [name for name in ("prompt", *INPUTS) if getattr(args, name)]

@@ -12,6 +12,8 @@ def add_arguments(parser: Parser) -> None:
     flags.add_config(parser)
     parser.add_argument(
         "--workdir",
+        action=flags.Output,
+        folder=True,
         required=True,
         metavar="DIR",
         help="folder of the run; a run that has begun is continued",

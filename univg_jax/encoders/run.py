@@ -62,6 +62,8 @@ def check(conditioning: Conditioning, *, init_from: epath.PathLike | None = None
 
     Nothing is written.
     """
+    if (folder := conditioning.folder) and not local_path(folder).is_dir():
+        raise NotFoundError(f"conditioning.folder={folder!r} is not a folder")
     parent = None if init_from is None else encoders_of(epath.Path(init_from))
     for role, wanted in _chosen(conditioning).items():
         if wanted is not None:
