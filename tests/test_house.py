@@ -12,6 +12,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+MODES = ("w", "wb", "a", "ab", "x", "xb", "w+", "r+")
 OURS = ("univg_jax", "data_pipelines", "experiments")
 
 # Small rooms that any other may import. They know nothing of models, data or training.
@@ -38,10 +39,11 @@ ALLOWED: dict[str, set[str]] = {
     "checksums": set(),
     "configs": set(),
     "flow": set(),
+    "lock": set(),
     "pretrained": set(),
     "stored": set(),
     "tpu": set(),
-    "workdir": set(),
+    "workdir": {"checksums", "stored"},
     "writers": set(),
     "runtime": {"tpu"},
     "sharding": {"batch"},
@@ -56,15 +58,15 @@ ALLOWED: dict[str, set[str]] = {
     # Training never sees a dataset. Only training.initialize knows the weights of others.
     "training": {
         *("batch", "checkpoint", "conditioning", "flow", "interop", "models", "sharding"),
-        *("tpu", "writers"),
+        *("tpu", "workdir", "writers"),
     },
     # Data never sees a model.
     "data_pipelines": {"batch", "checksums", "pretrained"},
     "experiments": set(),
     # From a config to a run, and from a run to a trained model.
     "assembly": {
-        *("batch", "conditioning", "data_pipelines", "encoders", "models", "sampling", "sharding"),
-        *("tpu", "training", "workdir"),
+        *("batch", "conditioning", "data_pipelines", "encoders", "lock", "models", "sampling"),
+        *("sharding", "tpu", "training", "workdir"),
     },
     "pipeline": {
         *("assembly", "batch", "checkpoint", "data_pipelines", "encoders", "pretrained"),
@@ -178,6 +180,17 @@ def test_other_packages_stay_in_their_rooms(package, rooms):
     for path in files(*OURS):
         if any(name.split(".")[0] == package for name in imports(path)):
             assert room(module_name(path)) in rooms, f"{path} imports {package}"
+
+
+def test_files_are_written_whole():
+    """By `files.write_whole`. Only metrics are appended to."""
+    for path in files(*OURS):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                mode = {a.value for a in node.args if isinstance(a, ast.Constant)} & set(MODES)
+                writes = name in ("write_text", "write_bytes") or (name == "open" and mode)
+                assert not writes or path.name in ("files.py", "writers.py"), path
 
 
 def test_only_writers_imports_metric_writers():

@@ -43,8 +43,8 @@ def test_what_is_left_out_takes_its_default():
         (dict(optim=dict(leaning_rate=1.0)), "unknown key of optim: 'leaning_rate'"),
         (dict(optim=dict(warmpu=3)), "did you mean 'warmup'"),
         (
-            dict(optim=dict(schedule="cosine", warmup=5), train=dict(steps=4)),
-            "cosine ends at step 4",
+            dict(optim=dict(schedule="cosine", warmup=5, decay_steps=4)),
+            "optim.decay_steps=4: expected more than optim.warmup=5",
         ),
         (dict(optimizer={}), "unknown key of config: 'optimizer'; did you mean 'optim'"),
         (dict(sampling=dict(guidance=dict(ie=dict(image=1.5)))), "needs a text scale"),

@@ -61,8 +61,7 @@ BOXES = {
     "conditioning": Box(480, 475, 150, "Batch -> Conditions", SCIENCE),
     "interop": Box(650, 475, 115, "public weights", SCIENCE),
     "stored": Box(0, 570, 110, "one step", TRAIN),
-    "checksums": Box(130, 570, 105, "of files", TRAIN),
-    "workdir": Box(275, 570, 95, "of a run", TRAIN),
+    "workdir": Box(200, 570, 170, "a run's config and steps", TRAIN),
     "models": Box(400, 570, 365, "MM-DiT, UniVG, encoders: all of the Flax", SCIENCE),
     "sharding": Box(0, 665, 510, "the mesh, and where every array lies on it", TRAIN),
 }
@@ -93,6 +92,8 @@ SMALL = {
     "pretrained": "folders of pretrained weights",
     "tpu": "chips, compiler options",
     "writers": "TensorBoard, JSONL",
+    "checksums": "of a folder's files",
+    "lock": "a workdir's one process",
 }
 COLUMNS, TOP, ROW_HEIGHT = 3, 745, 24  # of the box with the small rooms
 SMALL_HEIGHT = 36 + ROW_HEIGHT * -(-len(SMALL) // COLUMNS)

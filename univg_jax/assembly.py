@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
@@ -20,6 +21,8 @@ from univg_jax.batch import BatchShape
 from univg_jax.conditioning import Conditioner
 from univg_jax.encoders import Encoders
 from univg_jax.errors import NotFoundError, UserError, check_name
+from univg_jax.files import read_json
+from univg_jax.lock import WorkdirLock
 from univg_jax.models.mmdit import FROM_ENCODERS, make_mmdit
 from univg_jax.models.univg import UniVG
 from univg_jax.sampling import Generator
@@ -27,7 +30,7 @@ from univg_jax.settings import Config
 from univg_jax.training import loop
 from univg_jax.training.initialize import find_parent
 from univg_jax.training.step import TrainState, TrainStep
-from univg_jax.workdir import claim_workdir, list_steps
+from univg_jax.workdir import claim_workdir, newest_step, resume
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class Run:
     step_fns: TrainStep
     frozen: PyTree
     stream: Stream
+    lock: WorkdirLock
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -73,10 +77,13 @@ class Run:
     def train(
         self, *, preview: loop.Preview | None = None, profile: range | None = None
     ) -> TrainState:
-        """Trains to the config's last step, from wherever the workdir is; see `loop.train`."""
+        """Trains to the config's last step, from wherever the workdir is; see `loop.train`.
+
+        Gives the workdir back to other processes.
+        """
         c = self.config
         validation = self.validation(num=c.train.eval_examples, batch_size=c.data.batch_size)
-        with jax.set_mesh(self.mesh):
+        with self.lock, jax.set_mesh(self.mesh):
             state = loop.train(
                 self.step_fns,
                 workdir=self.workdir,
@@ -93,11 +100,12 @@ class Run:
 def make_run(config: Config, workdir: epath.PathLike) -> Run:
     """All that `config` needs to train in `workdir`: checked, claimed, built, read or fitted.
 
-    All that can be wrong with the config is checked before anything is built or written. Raises
-    UserError.
+    All that can be wrong with the config is checked before anything is built or written. The run
+    holds the workdir (`WorkdirLock`) until it is trained. Raises UserError.
     """
     tpu.silence_if_absent()
     workdir = epath.Path(workdir)
+    config = resume(workdir, config)
     check_config(config)
     mesh = make_mesh(config)
     devices = sharding.num_row_shards(mesh)
@@ -106,11 +114,21 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
             f"data.batch_size={config.data.batch_size}: expected a multiple of the {devices} "
             "devices that share its rows (mesh.data x mesh.fsdp)"
         )
-    if parent := find_parent(config.init_from):
+    if not newest_step(workdir) and (parent := find_parent(config.init_from)):
         parent.check()
         encoders.check(config.conditioning, init_from=parent.encoders_from)
-    claim_workdir(workdir, config.to_dict())
-    prepare_data(config)
+    lock = WorkdirLock(workdir, active=jax.process_index() == 0)
+    try:
+        claim_workdir(workdir, config)
+        prepare_data(config)
+        return _build(config, workdir, mesh, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _build(config: Config, workdir: epath.Path, mesh: jax.sharding.Mesh, lock: WorkdirLock) -> Run:
+    """The run of a config that was checked, in a workdir that is its own."""
     found = prepare_encoders(config, workdir, mesh)
     collator = make_collator(config)
     return Run(
@@ -131,19 +149,25 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ),
+        lock=lock,
     )
 
 
 def is_finished(config: Config, workdir: epath.PathLike) -> bool:
     """Whether `workdir` has the last step of `config` and its summary.
 
-    Raises UserError if a finished run in it is of another config.
+    Raises UserError if what is in it is of another config.
     """
-    workdir = epath.Path(workdir)
-    if not (workdir / "summary.json").exists():
+    file = epath.Path(workdir) / "summary.json"
+    try:
+        summary = read_json(file)
+    except NotFoundError:
         return False
-    claim_workdir(workdir, config.to_dict())
-    return max(list_steps(workdir), default=0) == config.train.steps
+    except UserError as error:
+        logging.warning("%s: it is made again", error)
+        return False
+    resume(workdir, config)
+    return summary.get("steps") == newest_step(workdir) == config.train.steps
 
 
 def check_config(config: Config) -> None:
@@ -212,7 +236,14 @@ def make_collator(config: Config) -> Collator:
 
 
 def prepare_encoders(config: Config, workdir: epath.PathLike, mesh: jax.sharding.Mesh) -> Encoders:
-    """The frozen encoders of a run: its own, its parent's, or fitted on its training data."""
+    """The frozen encoders of a run: its own, its parent's, or fitted on its training data.
+
+    A run that has checkpoints has its encoders, and neither opens its parent nor fits others.
+    """
+    skip = ("text",) if config.data.text_cache else ()
+    if newest_step(workdir):
+        folder = config.conditioning.folder
+        return encoders.load(workdir, folder=folder, mesh=mesh, skip=skip)
 
     # Without a cache, which need not have the prompts of the rows that encoders are fitted on.
     plain = dataclasses.replace(config, data=dataclasses.replace(config.data, text_cache=""))
@@ -224,7 +255,7 @@ def prepare_encoders(config: Config, workdir: epath.PathLike, mesh: jax.sharding
         images=lambda: fit_data.targets(config, collator=make_collator(plain)),
         portraits=lambda: fit_data.portraits(config, collator=make_collator(plain)),
         mesh=mesh,
-        skip=("text",) if config.data.text_cache else (),
+        skip=skip,
     )
 
 

@@ -36,7 +36,9 @@ from univg_jax.workdir import (
     as_json,
     barrier,
     claim_workdir,
+    look_for_foreign_files,
     nearest_run,
+    set_aside,
     steps_in,
 )
 
@@ -95,6 +97,7 @@ class Checkpointer:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._combine_checksums),
         )
         self.directory.mkdir(parents=True, exist_ok=True)
+        look_for_foreign_files(self.directory)
         handlers = DefaultCheckpointHandlerRegistry()
         handlers.add("state", ocp.args.PyTreeSave, _StateHandler())
         self._manager = ocp.CheckpointManager(
@@ -140,7 +143,9 @@ class Checkpointer:
         restored = _restore(root / str(sound), abstract_state)
         if additional := _additional(root, sound):
             logging.warning("%s has additional files: %s", root / str(sound), shorten(additional))
-        self._set_aside([s for s in self._manager.all_steps() if s > sound])
+        if newer := [step for step in self._manager.all_steps() if step > sound]:
+            set_aside(self.directory, newer)
+            self._manager.reload()
         return restored
 
     def check(self) -> None:
@@ -160,8 +165,10 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Who interrupts does not want to wait: what is being written then is never committed.
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            self.close()
 
     def _combine_checksums(self) -> None:
         # Orbax calls this on process 0 when all processes have written and summed their files, just
@@ -171,17 +178,6 @@ class Checkpointer:
         if unfinished.exists():  # not in a bucket, where folders cannot be renamed
             step = unfinished
         checksums.combine(step, of_processes=step / "state", prefix="state/", ignore=NOT_SUMMED)
-
-    def _set_aside(self, steps: Sequence[int]) -> None:
-        if jax.process_index() == 0:
-            for step in steps:
-                target = self.directory / f"{step}.damaged"
-                if target.exists():
-                    target.rmtree()
-                (self.directory / str(step)).rename(target)
-        if steps:
-            barrier("set_aside")
-            self._manager.reload()
 
 
 def workdir_of(path: epath.PathLike) -> epath.Path:
@@ -335,9 +331,6 @@ def init_from(
     )
     params = jax.tree.unflatten(jax.tree.structure(params), values.values())
     return Restored(state=params, data_state=read_item(root / str(step), "data"))
-
-
-# --- which step ---
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:

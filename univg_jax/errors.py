@@ -36,10 +36,14 @@ class NonFiniteLossError(UserError, RuntimeError):
 
 
 class Preempted(UserError):
-    """SIGTERM ended the run; nothing is lost."""
+    """SIGTERM or Ctrl-C ended the run; nothing is lost."""
 
     exit_code = 128 + signal.SIGTERM
     is_expected = True
+
+    def __init__(self, message: str, *, signum: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
 
 
 @contextlib.contextmanager

@@ -181,11 +181,22 @@ class Optim:
     clip: float = setting(1.0, "global norm that gradients are cut to; 0: off", least=0)
     warmup: int = setting(1000, "steps until the rate is `lr`; 0: none", least=0)
     schedule: str = setting("constant", "of the rate after the warm-up", names=SCHEDULES)
+    decay_steps: int | None = setting(
+        None,
+        "where the cosine ends; the rate is zero after it",
+        least=1,
+        none="at train.steps, as the run began",
+    )
     accumulate: int = setting(1, "micro-batches of a step (training.optim.value_and_grad)", least=1)
     mu_dtype: str = setting("float32", "of the first moment", names=DTYPES)
     ema: float = setting(0.9999, "decay of the parameters' average", least=0, below=1)
     ema_warmup: float = setting(
         10.0, "how fast the average starts (training.optim.update_ema); 1: at once", least=1
+    )
+    ema_fresh: tuple[str, ...] | None = setting(
+        None,
+        "regexes of the parameters whose average starts so; the others' decays by `ema` alone",
+        none="all, or what init_from.new names where another run's average is handed over",
     )
     freeze: tuple[str, ...] = setting((), "regexes of the parameters that stay as they are")
 
@@ -322,12 +333,27 @@ class Config:
                 f"optim.accumulate={self.optim.accumulate} does not divide "
                 f"data.batch_size={self.data.batch_size}"
             )
-        if self.optim.schedule == "cosine" and self.train.steps <= self.optim.warmup:
+        end = self.optim.decay_steps
+        if self.optim.schedule == "cosine" and end is not None and end <= self.optim.warmup:
             raise UserError(
-                f"cosine ends at step {self.train.steps} (train.steps): not after "
-                f"optim.warmup={self.optim.warmup}; --config.optim.warmup="
-                f"{self.train.steps // 2} would do"
+                f"optim.decay_steps={end}: expected more than optim.warmup={self.optim.warmup}, "
+                "after which the cosine begins"
             )
+
+    def begun(self) -> "Config":
+        """With the settings that are fixed when a run begins, where they are None.
+
+        What else they depend on may change later and does not move them. A run that ends within its
+        warm-up has no cosine yet: the first start with more steps fixes its end.
+        """
+        optim, parent = self.optim, self.init_from
+        fixed: dict[str, Any] = {}
+        if optim.schedule == "cosine" and optim.decay_steps is None:
+            fixed["decay_steps"] = self.train.steps if self.train.steps > optim.warmup else None
+        if optim.ema_fresh is None:
+            is_handed_over = bool(parent.path) and parent.which == "ema"
+            fixed["ema_fresh"] = parent.new if is_handed_over else (".*",)
+        return dataclasses.replace(self, optim=dataclasses.replace(optim, **fixed))
 
     @classmethod
     def of(cls, config: Any) -> "Config":

@@ -25,9 +25,11 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def map_named(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
-    """The tree of `function(name, leaf)`."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: function(path_name(path), x), tree)
+def map_named(function: Callable[..., Any], tree: PyTree, *others: PyTree) -> PyTree:
+    """The tree of `function(name, leaf, ...)`, with a leaf of each tree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(path_name(path), *leaves), tree, *others
+    )
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:

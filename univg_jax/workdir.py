@@ -4,16 +4,22 @@
 checkpoints. Paths may be `gs://`.
 """
 
+import dataclasses
 import json
 import re
+from collections.abc import Sequence
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from univg_jax import checksums
 from univg_jax.errors import NotFoundError, UserError, shorten, suggestion
-from univg_jax.files import write_whole
+from univg_jax.files import read_json, write_whole
+from univg_jax.settings import Config
+from univg_jax.stored import read_item
 from univg_jax.trees import Json, flatten
 
 CHECKPOINTS, CONFIG, ENCODERS = "checkpoints", "config.json", "encoders"
@@ -31,33 +37,119 @@ MAY_CHANGE = (
 )
 
 
-def claim_workdir(workdir: epath.PathLike, config: Json) -> None:
+def resume(workdir: epath.PathLike, config: Config) -> Config:
+    """The config with which the run in `workdir` goes on, or begins; writes nothing.
+
+    Settings that are None and fixed when a run begins (`Config.begun`) are those of the run's own
+    config, or of another run that it continues. Raises UserError if the workdir is another config's
+    or past `config.train.steps`.
+    """
+    begun, _ = _recorded(workdir)
+    parent = config.init_from
+    if begun is None and parent.path and parent.which == "state":
+        path = epath.Path(parent.path)  # a workdir, or a checkpoint in it
+        runs = (folder for folder in (path, *path.parents[:2]) if (folder / CONFIG).exists())
+        begun, _ = _recorded(next(runs, path))
+    if begun is not None:
+        names = ("decay_steps", "ema_fresh")
+        kept = {k: getattr(begun.optim, k) for k in names if getattr(config.optim, k) is None}
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **kept))
+    config = config.begun()
+    _check_same(workdir, config)
+    check_not_past(workdir, config.train.steps)
+    return config
+
+
+# What a folder of checkpoints has: steps, one that is being written, what was set aside.
+_OWN = re.compile(r"(0|[1-9]\d*)(\.damaged|\.orbax-checkpoint-tmp.*)?")
+
+
+def claim_workdir(workdir: epath.PathLike, config: Config | Json) -> None:
     """Makes `workdir` this config's: creates it, or finds the same config in it.
 
-    Keys that match `MAY_CHANGE` may differ. Raises UserError with the first keys that differ
-    otherwise, and both values, and writes nothing then.
+    Keys that match `MAY_CHANGE` may differ, and `init_from` once the run has checkpoints: its
+    parent is not opened again. Raises UserError with the first keys that differ otherwise, and both
+    values, and writes nothing then. A config.json that is torn or gone is written again from the
+    newest checkpoint's, with a warning.
     """
-    file, config = epath.Path(workdir) / CONFIG, as_json(config)
-    if file.exists():
-        try:
-            theirs = flatten(json.loads(file.read_text()))
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{file} is not JSON ({error}); choose another workdir") from None
-        ours = flatten(config)
-        different = [
-            f"{key} is {ours.get(key, 'absent')!r}, there {theirs.get(key, 'absent')!r}"
-            for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key, "absent") != theirs.get(key, "absent")
-            and not any(re.fullmatch(pattern, key) for pattern in MAY_CHANGE)
-        ]
-        if different:
-            raise UserError(f"{workdir} belongs to another config: {shorten(different, 3)}")
-    elif steps_in(file.parent / CHECKPOINTS):
-        raise UserError(f"{workdir} has checkpoints but no {CONFIG}; choose another workdir")
+    config = _begun(config)
+    lost = _check_same(workdir, config)
     barrier("claim_workdir")  # nobody writes before everybody has read
     if jax.process_index() == 0:
-        write_whole(file, json.dumps(config, indent=1))
+        write_whole(epath.Path(workdir) / CONFIG, json.dumps(config.to_dict(), indent=1))
+        if lost:
+            logging.warning("%s", lost)
+        end, steps = config.optim.decay_steps, config.train.steps
+        if config.optim.schedule == "cosine" and end is not None and end < steps:
+            logging.warning("optim.decay_steps=%d: the rate is zero from there to %d", end, steps)
     barrier("workdir_claimed")
+
+
+def check_not_past(workdir: epath.PathLike, steps: int) -> None:
+    """Raises UserError if a run has more steps than a config asks for."""
+    if (newest := newest_step(workdir)) > steps:
+        raise UserError(f"{workdir} is at step {newest}, past train.steps={steps}")
+
+
+def _begun(config: Config | Json) -> Config:
+    """A config of any age as `Config.begun`; older ones warm every average up."""
+    if not isinstance(config, Config):
+        optim = config.get("optim", {})
+        older = {"ema_fresh": [".*"], **optim} if isinstance(optim, dict) else optim
+        config = Config.of({**config, "optim": older})
+    return config.begun()
+
+
+def _recorded(workdir: epath.PathLike) -> tuple[Config | None, str]:
+    """The config of the run in `workdir`, and what is to be said if config.json does not have it.
+
+    Raises UserError if the workdir has steps or a config.json, but no config that can be read.
+    """
+    file = epath.Path(workdir) / CONFIG
+    try:
+        stored, lost = read_json(file), ""
+    except UserError as error:
+        steps = steps_in(file.parent / CHECKPOINTS)
+        if not steps and isinstance(error, NotFoundError):
+            return None, ""
+        stored, step = _config_of_checkpoint(file.parent / CHECKPOINTS, steps)
+        if stored is None:
+            raise UserError(
+                f"{error}, and no checkpoint has its content: use another workdir"
+            ) from None
+        lost = f"{error}: written again from checkpoint {step}"
+    try:
+        return _begun(stored), lost
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _config_of_checkpoint(root: epath.Path, steps: Sequence[int]) -> tuple[Json | None, int]:
+    """The config in the newest step that has a sound one, and the step; None where none has."""
+    for step in reversed(steps):
+        if not checksums.find_problems(root / str(step), under="config/"):
+            return read_item(root / str(step), "config"), step
+    return None, 0
+
+
+def _check_same(workdir: epath.PathLike, config: Config) -> str:
+    """Raises UserError if `workdir` is another config's; returns what `_recorded` has to say."""
+    recorded, lost = _recorded(workdir)
+    if recorded is None:
+        return lost
+    theirs, ours = (flatten(as_json(c.to_dict())) for c in (recorded, config))
+    may_change = (*MAY_CHANGE, r"init_from\..*") if newest_step(workdir) else MAY_CHANGE
+    if theirs["optim.decay_steps"] is None:
+        may_change = (*may_change, r"optim\.decay_steps")  # no cosine has begun
+    different = [
+        f"{key} is {ours.get(key, 'absent')!r}, there {theirs.get(key, 'absent')!r}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key, "absent") != theirs.get(key, "absent")
+        and not any(re.fullmatch(pattern, key) for pattern in may_change)
+    ]
+    if different:
+        raise UserError(f"{workdir} belongs to another config: {shorten(different, 3)}")
+    return lost
 
 
 def list_steps(workdir: epath.PathLike) -> tuple[int, ...]:
@@ -67,9 +159,46 @@ def list_steps(workdir: epath.PathLike) -> tuple[int, ...]:
     return steps_in(epath.Path(workdir) / CHECKPOINTS)
 
 
+def newest_step(workdir: epath.PathLike) -> int:
+    """The newest step of a workdir whose checkpoint was finished; 0 where there is none."""
+    root = epath.Path(workdir) / CHECKPOINTS
+    return max((s for s in steps_in(root) if (root / str(s) / checksums.FILE).exists()), default=0)
+
+
 def steps_in(root: epath.Path) -> tuple[int, ...]:
     """The committed steps in a folder of checkpoints, ascending."""
-    return tuple(sorted(ocp.utils.checkpoint_steps(root))) if root.exists() else ()
+    steps = ocp.utils.checkpoint_steps(root) if root.exists() else ()
+    return tuple(sorted({step for step in steps if (root / str(step)).is_dir()}))
+
+
+def look_for_foreign_files(root: epath.Path) -> None:
+    """Names what is no checkpoint of ours in a folder of checkpoints, and leaves it alone.
+
+    But a file that stands where a step's folder would go is set aside.
+    """
+    if jax.process_index() == 0:
+        children = sorted(root.iterdir())
+        if foreign := [child.name for child in children if not _OWN.fullmatch(child.name)]:
+            logging.warning("%s has what is no checkpoint, ignored: %s", root, shorten(foreign))
+        for child in children:
+            if child.name.isdigit() and not child.is_dir():
+                _rename(child)
+
+
+def set_aside(root: epath.Path, steps: Sequence[int]) -> None:
+    """Renames steps that are no sound checkpoints to `STEP.damaged`; all processes call it."""
+    if jax.process_index() == 0:
+        for step in steps:
+            _rename(root / str(step))
+    barrier("set_aside")
+
+
+def _rename(step: epath.Path) -> None:
+    target = step.parent / f"{step.name}.damaged"
+    if target.exists():
+        (target.rmtree if target.is_dir() else target.unlink)()
+    step.rename(target)
+    logging.warning("%s is no sound checkpoint: it is %s now", step, target.name)
 
 
 def is_run(folder: epath.PathLike) -> bool:

@@ -18,6 +18,7 @@ import tensorboardX
 from absl import logging
 from etils import epath
 
+from univg_jax.errors import UserError
 from univg_jax.files import write_whole
 
 Row = dict[str, float | int]  # of one step, which its key "step" names
@@ -115,8 +116,11 @@ class JsonlWriter(_ScalarsAndImages):
         rows = [self._rows[step] for step in (sorted(self._new) if can_append else self._rows)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if can_append:
-            with self._path.open("a") as file:
-                file.write(text)
+            try:
+                with self._path.open("a") as file:
+                    file.write(text)
+            except OSError as error:  # such as a full disk
+                raise UserError(f"{self._path} cannot be written: {error.strerror}") from error
         else:
             write_whole(self._path, text)
         self._new.clear()

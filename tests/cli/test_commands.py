@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import signal
 
 import jax
 import numpy as np
@@ -413,3 +415,57 @@ def test_killed_process_resumes_bitwise(root, tmp_path):
             checkpoint.load_params(tmp_path / name, which=which) for name in ("whole", "killed")
         )
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), jax.device_get(resumed))
+
+
+@pytest.mark.slow
+def test_one_run_a_workdir_and_ctrl_c_saves_its_step(root, tmp_path, capsys, caplog):
+    workdir = tmp_path / "run"
+
+    def command(steps):
+        every = [f"--config.train.{name}=100000" for name in ("save_every", "eval_every")]
+        steps = f"--config.train.steps={steps}"
+        return train_command(1, root, *every, steps, workdir=workdir)
+
+    with processes.running([1], *command(100_000)) as (first,):
+        processes.wait_for([first], (workdir / "parameters.txt").exists)
+        assert main(command(100_000)) == 1  # a second run
+        error = f"is in use by process {first.popen.pid} on "
+        assert error in capsys.readouterr().err
+        first.popen.send_signal(signal.SIGINT)
+        assert first.wait() == 130
+        assert f"Ctrl-C: step {max(list_steps(workdir))} is saved" in first.log.read_text()
+    assert not (workdir / "lock.json").exists()
+    with processes.running([1], *command(100_000)) as (killed,):
+        processes.wait_for([killed], (workdir / "lock.json").exists)
+        killed.popen.kill()
+    last = max(list_steps(workdir)) + 1
+    assert main(command(last)) == 0
+    assert f"taken over from process {killed.popen.pid}" in caplog.text
+    assert [row["step"] for row in read_metrics(workdir / "metrics.jsonl")][-1] == last
+    assert not (workdir / "lock.json").exists()
+
+
+def test_a_run_with_checkpoints_does_not_need_its_parent(root, tmp_path, capsys):
+    workdir = shutil.copytree(root / "stage2", tmp_path / "run")
+    gone = f"--config.init_from.path={tmp_path / 'gone'}"
+    assert train(2, root, gone, "--config.train.steps=3", workdir=workdir) == 0
+    assert train(2, root, "--config.train.steps=3", workdir=workdir) == 0
+    assert "all 3 steps are done" in capsys.readouterr().out
+    assert train(2, root, gone, workdir=tmp_path / "new") == 1
+    assert "gone" in error_line(capsys)
+    shutil.rmtree(workdir / "encoders")  # no others are fitted in their place
+    assert train(2, root, "--config.train.steps=4", workdir=workdir) == 1
+    assert "encoders.json does not exist" in error_line(capsys)
+
+
+def test_a_torn_summary_is_made_again(root, tmp_path, caplog):
+    workdir = shutil.copytree(root / "stage1", tmp_path / "run")
+    summary = workdir / "summary.json"
+    before = summary.read_text()
+    summary.write_text(before[: len(before) // 2])
+    shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / "9")
+    (workdir / "checkpoints" / "9" / "checksums.json").unlink()  # never finished
+    assert train(1, root, workdir=workdir) == 0
+    assert "summary.json is not JSON" in caplog.text
+    assert json.loads(summary.read_text()) == json.loads(before)
+    assert list_steps(workdir) == (1, 2)

@@ -111,14 +111,16 @@ def test_sigterm_loses_nothing_and_repeats_nothing(finished, tmp_path):
     assert [row["step"] for row in rows if "val/loss/ie" in row] == [3, 6]
 
 
-def test_sigterm_while_sampling(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_sampling(tmp_path, signum):
     def preview(params, folder):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
         return {"samples/t2i": np.zeros((4, 4, 3), np.uint8)}
 
     config = _with(helpers.tiny_config(), sample_every=2)
-    with pytest.raises(Preempted, match="step 3 is saved"):
+    with pytest.raises(Preempted, match="step 3 is saved") as end:
         run(tmp_path, config=config, preview=preview)
+    assert end.value.exit_code == 128 + signum
     assert list_steps(tmp_path)[-1] == 3
 
 
@@ -378,6 +380,21 @@ def test_a_resumed_stage_takes_its_place_in_the_data_from_itself(finished, tmp_p
     stream = helpers.CountingStream()
     run(tmp_path, config=_with(config, steps=2), stream=stream)
     assert (stream.after, stream.position) == (0, 2)
+
+
+@pytest.mark.parametrize("which", ["ema", "params"])
+def test_only_an_average_that_is_handed_over_needs_no_warm_up(finished, tmp_path, which):
+    config = _with(helpers.tiny_config(), steps=1)
+    config.init_from.update(dict(path=str(finished[0]), which=which))
+    state = jax.device_get(run(tmp_path, config=config))
+    start = getattr(finished[2], which)
+    # One update: the average moves by 1 - 0.9, or by the warm-up's 1 - 1/10.
+    share = 0.1 if which == "ema" else 0.9
+    jax.tree.map(
+        # float32 numbers of size 1, and their differences
+        lambda e, p, e0: np.testing.assert_allclose(e, e0 + share * (p - e0), atol=1e-6),
+        *(state.ema, state.params, start),
+    )
 
 
 def test_hand_off_rejects_undeclared_parameters(finished, tmp_path):

@@ -159,6 +159,21 @@ def test_schedule_at_its_key_steps():
     assert float(optim.make_schedule(Optim(lr=2.0, warmup=0), total_steps=0)(0)) == 2.0
 
 
+def test_the_end_of_the_cosine_is_not_the_last_step_where_it_is_given():
+    config = Optim(lr=2.0, warmup=4, schedule="cosine", decay_steps=104)
+    rates = [
+        [float(optim.make_schedule(config, total_steps=total)(t)) for t in range(0, 300, 7)]
+        for total in (50, 104, 1000)
+    ]
+    assert rates[0] == rates[1] == rates[2]
+
+
+def test_a_run_shorter_than_its_warm_up_only_warms_up():
+    config = Optim(lr=1.0, warmup=5, schedule="cosine")
+    schedule = optim.make_schedule(config, total_steps=2)
+    np.testing.assert_allclose([float(schedule(t)) for t in (0, 1)], [0.2, 0.4], rtol=1e-6)
+
+
 def loss_fn(params, rows):
     """A mean over valid rows of a loss that is not linear in the parameters."""
     per_row = jnp.square(jnp.tanh(rows["x"] @ params["w"]) - rows["y"]) * rows["valid"]
@@ -213,6 +228,14 @@ def test_ema_forgets_its_start_then_averages():
     np.testing.assert_allclose(after["a"], 0.1, rtol=1e-6)
     after = optim.update_ema(ema, params, decay=0.9, step=0, warmup=1.0)
     np.testing.assert_allclose(after["a"], 0.1, rtol=1e-6)
+
+
+def test_an_average_that_is_handed_over_does_not_warm_up_but_new_leaves_do():
+    ema = {"old": jnp.zeros(2), "new": {"face": jnp.zeros(2)}}
+    params = jax.tree.map(jnp.ones_like, ema)
+    after = optim.update_ema(ema, params, decay=0.99, step=0, fresh=("face",))
+    np.testing.assert_allclose(after["old"], 0.01, rtol=1e-6)
+    np.testing.assert_allclose(after["new"]["face"], 0.9, rtol=1e-6)
 
 
 @settings(deadline=None, max_examples=20)  # the first example compiles

@@ -1,6 +1,9 @@
 """`univg train`: runs a config in a workdir, or continues it."""
 
 import argparse
+import os
+import signal
+import sys
 
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
@@ -49,4 +52,9 @@ def run(args: argparse.Namespace) -> None:
         return
     run = assembly.make_run(config, args.workdir)
     preview = make_preview(run) if config.train.sample_examples else None
-    run.train(preview=preview, profile=profile)
+    try:
+        run.train(preview=preview, profile=profile)
+    except KeyboardInterrupt as end:  # the second Ctrl-C
+        print(f"univg train: {str(end) or 'interrupted'}", file=sys.stderr, flush=True)
+        # An ordinary exit would wait for a checkpoint that is being written.
+        os._exit(getattr(end, "exit_code", 128 + signal.SIGINT))

@@ -7,6 +7,7 @@ devices, goes on as if nothing had happened.
 
 import contextlib
 import dataclasses
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
@@ -20,7 +21,7 @@ from jaxtyping import Array, PyTree
 from univg_jax import sharding, writers
 from univg_jax.batch import Batch
 from univg_jax.checkpoint import Checkpointer
-from univg_jax.errors import NonFiniteLossError, Preempted, UserError
+from univg_jax.errors import NonFiniteLossError, Preempted
 from univg_jax.files import write_whole
 from univg_jax.progress import Bar, timed
 from univg_jax.training import optim
@@ -29,6 +30,7 @@ from univg_jax.training.initialize import DataStream, initial_state
 from univg_jax.training.preemption import PreemptionNotice
 from univg_jax.training.profiling import Trace
 from univg_jax.training.step import TrainState, TrainStep, num_parameters
+from univg_jax.workdir import check_not_past, newest_step
 
 Preview = Callable[[PyTree, epath.Path], dict[str, np.ndarray]]
 
@@ -118,15 +120,38 @@ def train(
     are the updates to trace into `workdir/profile`.
 
     Raises `NonFiniteLossError` when the loss or the gradient is not finite, `Preempted` after
-    SIGTERM once its step is saved, UserError if the workdir is past `config.train.steps`.
+    SIGTERM or Ctrl-C once its step is saved, UserError if the workdir is past `config.train.steps`.
     """
-    workdir, c = epath.Path(workdir), step_fns.config.train
+    check_not_past(workdir, step_fns.config.train.steps)
+    keep = step_fns.config.train.keep
+    with PreemptionNotice() as notice, Checkpointer(workdir, keep=keep) as checkpointer:
+        return _train(
+            step_fns,
+            stream,
+            frozen,
+            validation,
+            preview=preview,
+            profile=profile,
+            notice=notice,
+            checkpointer=checkpointer,
+        )
+
+
+def _train(
+    step_fns: TrainStep,
+    stream: DataStream,
+    frozen: PyTree,
+    validation: Mapping[str, Iterable[Batch]],
+    *,
+    preview: Preview | None,
+    profile: range | None,
+    notice: PreemptionNotice,
+    checkpointer: Checkpointer,
+) -> TrainState:
+    workdir, c = checkpointer.workdir, step_fns.config.train
     is_main = jax.process_index() == 0
     history = History(workdir, step_fns.task_names)
-    notice = PreemptionNotice()
-    checkpointer = Checkpointer(workdir, keep=c.keep)
-    if (newest := checkpointer.latest_step() or 0) > c.steps:
-        raise UserError(f"{workdir} is at step {newest}, past train.steps={c.steps}")
+    newest = newest_step(workdir)
 
     # The mesh, the programs, all compiled before the first batch is taken, and the first state.
     if (mesh := jax.sharding.get_mesh()).empty:
@@ -165,8 +190,8 @@ def train(
     # The loop. DO NOT CHANGE THE ORDER: evaluate, write the row, save, next batch, update. With it
     # a checkpoint of step n has the state after n updates and the position after n batches, and a
     # resumed run, which starts at the top, sees exactly what the uninterrupted one saw.
-    # Whatever happens, the contexts finish what was begun.
-    with notice, checkpointer, contextlib.closing(writer), bar, trace:
+    # Whatever happens, the contexts (and `checkpointer`'s) finish what was begun.
+    with contextlib.closing(writer), bar, trace:
         clock.switch("step")
         for step in range(start, c.steps + 1):
             stopping = notice.stop_requested()
@@ -216,7 +241,10 @@ def train(
             writer.write_scalars(step, history.complete_row())
     if step < c.steps:
         done = f"step {step} is saved" if step else "no step was made"
-        raise Preempted(f"SIGTERM: {done}; the same command goes on from there")
+        cause = "Ctrl-C" if notice.signum == signal.SIGINT else "SIGTERM"
+        raise Preempted(
+            f"{cause}: {done}; the same command goes on from there", signum=notice.signum
+        )
     if is_main:
         count = num_parameters(programs.abstract.params)
         write_summary(workdir, config, step_fns.task_names, num_parameters=count)

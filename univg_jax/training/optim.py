@@ -5,7 +5,7 @@ learning rate -> parameters -> EMA. Frozen parameters have no optimizer state.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +26,17 @@ MUON = r"block.*/(q|k|v|attn_out|mlp/in|mlp/out)/kernel$"
 def make_schedule(config: Optim, *, total_steps: int) -> optax.Schedule:
     """Learning rate of step t = 0, 1, ...: `lr * min(1, (t+1)/warmup) * shape(t)`.
 
-    shape is 1 (constant) or, after the warm-up, `(1 + cos(pi (t-warmup)/(total_steps-warmup))) / 2`
-    (cosine), which is zero from `total_steps` on.
+    shape is 1 (constant) or, after the warm-up, `(1 + cos(pi (t-warmup)/(end-warmup))) / 2`
+    (cosine), which is zero from `end` on. `end` is `config.decay_steps`, or `total_steps` where
+    that is None. A run of fewer steps than the warm-up has no cosine.
     """
+    end = total_steps if config.decay_steps is None else config.decay_steps
 
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
         t = jnp.asarray(step, jnp.float32)
         rate = config.lr * jnp.minimum(1.0, (t + 1) / max(config.warmup, 1))
         if config.schedule == "cosine":
-            share = (t - config.warmup) / (total_steps - config.warmup)
+            share = (t - config.warmup) / max(end - config.warmup, 1)
             rate = rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))
         return rate
 
@@ -117,15 +119,28 @@ def value_and_grad(
 
 
 def update_ema(
-    ema: PyTree, params: PyTree, *, decay: float, step: Int[Array, ""] | int, warmup: float = 10.0
+    ema: PyTree,
+    params: PyTree,
+    *,
+    decay: float,
+    step: Int[Array, ""] | int,
+    warmup: float = 10.0,
+    fresh: Sequence[str] = (".*",),
 ) -> PyTree:
     """`ema + (1 - decay_t) (params - ema)` in float32, `decay_t = min(decay, (1+t)/(warmup+t))`.
 
     The warm-up forgets the random initialization: at t = 0 nine tenths are new. `warmup=1` is none.
+    It is for the leaves whose names match a regex of `fresh`; where a trained average was handed
+    over there is nothing to forget, and `decay_t = decay`.
     """
     t = jnp.asarray(step, jnp.float32)
-    rate = 1 - jnp.minimum(decay, (1 + t) / (warmup + t))
-    return jax.tree.map(lambda e, p: e + rate * (p.astype(jnp.float32) - e), ema, params)
+    warming = 1 - jnp.minimum(decay, (1 + t) / (warmup + t))
+
+    def update(name: str, average: Array, new: Array) -> Array:
+        is_fresh = any(re.search(pattern, name) for pattern in fresh)
+        return average + (warming if is_fresh else 1 - decay) * (new.astype(jnp.float32) - average)
+
+    return map_named(update, ema, params)
 
 
 def _adamw(config: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -87,7 +87,7 @@ class TrainStep:
         self, state: TrainState, x0: Float[Array, "b h w c"], conditions: Conditions, batch: Batch
     ) -> tuple[TrainState, dict[str, Array]]:
         """`update` after `encode`."""
-        c = self.config.optim
+        c = self.config.begun().optim
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
 
         def objective(params: PyTree, rows: tuple) -> tuple[Float[Array, ""], Float[Array, " b"]]:
@@ -111,7 +111,9 @@ class TrainStep:
         (loss, losses), grads = gradient(state.params, (x0, conditions, batch))
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = optim.update_ema(state.ema, params, decay=c.ema, step=state.step, warmup=c.ema_warmup)
+        ema = optim.update_ema(
+            state.ema, params, decay=c.ema, step=state.step, warmup=c.ema_warmup, fresh=c.ema_fresh
+        )
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),

@@ -1,0 +1,146 @@
+"""Who has a workdir: one process, as long as it lives."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from univg_jax import lock
+from univg_jax.errors import UserError
+from univg_jax.lock import WorkdirLock
+
+HOLD = """
+import sys, time
+from univg_jax.lock import WorkdirLock
+with WorkdirLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(folder):
+    """Another process that holds a workdir until its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_living_owner_is_not_disturbed_and_a_dead_one_is_replaced(tmp_path, caplog):
+    with holder(tmp_path) as process:
+        before = (tmp_path / "lock.json").read_text()
+        owner = rf"is in use by process {process.pid} on \S+ \(since .* UTC\); end that first"
+        with pytest.raises(UserError, match=owner):
+            WorkdirLock(tmp_path)
+        assert (tmp_path / "lock.json").read_text() == before
+        process.kill()  # then a zombie, until the block ends
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with WorkdirLock(tmp_path):
+            assert f"taken over from process {process.pid}" in caplog.text
+    assert not (tmp_path / "lock.json").exists()
+
+
+def test_an_owner_that_ends_leaves_nothing(tmp_path, caplog):
+    with holder(tmp_path) as process:
+        process.stdin.close()
+        process.stdout.read()
+        assert process.wait() == 0
+    assert list(tmp_path.iterdir()) == []
+    with WorkdirLock(tmp_path):
+        pass
+    assert not caplog.text
+
+
+def test_another_process_with_the_owners_id_is_not_the_owner(tmp_path):
+    with holder(tmp_path):
+        file = tmp_path / "lock.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"start": "1"}))
+        with WorkdirLock(tmp_path):
+            pass
+
+
+def test_of_many_that_start_at_once_one_gets_it(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    processes = [subprocess.Popen(command, text=True, **pipes) for _ in range(4)]
+    said = [process.stdout.readline() for process in processes]
+    assert sorted(said) == ["", "", "", "held\n"]
+    for process in processes:
+        process.communicate()
+
+
+def other_machine(folder, **fields):
+    owner = dict(machine="another", pid=7, host="b", start="1", since="then", token="t") | fields
+    (folder / "lock.json").write_text(json.dumps(owner))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.2)
+    monkeypatch.setattr(lock, "PATIENCE", 0.6)
+
+
+def test_an_owner_on_another_machine_lives_if_it_beats(tmp_path, quick):
+    other_machine(tmp_path, beats=0)
+    over = threading.Event()
+
+    def beat():
+        beats = 0
+        while not over.wait(0.1):
+            beats += 1
+            other_machine(tmp_path, beats=beats)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="in use by process 7 on b"):
+            WorkdirLock(tmp_path)
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_an_owner_on_another_machine_that_does_not_beat_is_dead(tmp_path, quick, caplog):
+    other_machine(tmp_path)
+    with WorkdirLock(tmp_path):
+        assert "seeing if process 7 on b" in caplog.text
+        assert "taken over from process 7 on b" in caplog.text
+
+
+def test_the_owner_beats_and_sees_that_it_was_replaced(tmp_path, quick, caplog):
+    file = tmp_path / "lock.json"
+    with WorkdirLock(tmp_path):
+        wait_for(lambda: json.loads(file.read_text())["beats"] >= 2)
+        other_machine(tmp_path)
+        wait_for(lambda: "process 7 on b (since then) HAS TAKEN OVER" in caplog.text)
+    assert json.loads(file.read_text())["pid"] == 7  # another's lock stays
+
+
+def wait_for(condition):
+    """Until it holds, at most ten seconds."""
+    pause = threading.Event()
+    assert any(condition() or pause.wait(0.05) for _ in range(200))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_torn_lock_is_nobodys(tmp_path, content):
+    pathlib.Path(tmp_path / "lock.json").write_text(content)
+    with WorkdirLock(tmp_path):
+        pass
+
+
+def test_the_same_process_may_take_it_again(tmp_path):
+    first = WorkdirLock(tmp_path)
+    second = WorkdirLock(tmp_path)
+    first.release()
+    assert json.loads((tmp_path / "lock.json").read_text())["token"] == second._owner["token"]
+    second.release()
+    assert not (tmp_path / "lock.json").exists()

@@ -1,0 +1,180 @@
+"""A workdir is one process's at a time: `lock.json` says whose, as long as that process lives.
+
+An owner on the same machine lives if its process id still has its start time. One on another
+machine is watched: who lives changes the file every `BEAT` seconds, and who has not for `PATIENCE`
+seconds is taken for dead. So no clocks are compared. What a dead owner left is taken over.
+
+Two that start at once do not both get it where a folder can be locked: local disks, and most
+network file systems. In a bucket (`gs://`) they might, within the moment between reading and
+writing; the one whose file was overwritten says so at its next beat.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+from absl import logging
+from etils import epath
+
+from univg_jax.errors import NotFoundError, UserError
+from univg_jax.files import read_json, write_whole
+from univg_jax.trees import Json
+
+FILE = "lock.json"
+BEAT = 20.0  # seconds
+PATIENCE = 3 * BEAT
+
+
+class WorkdirLock:
+    """Holds a workdir from construction to the end of its `with` block, or of the process.
+
+    Another lock of the same process replaces it. Raises UserError if another process that lives has
+    the workdir, and writes nothing then. With `active=False` (all processes of a run but the first)
+    it does nothing.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, active: bool = True) -> None:
+        self._file = epath.Path(workdir) / FILE
+        self._owner: Json = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "start": _start_of(os.getpid()),
+            "machine": _machine(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            "token": uuid.uuid4().hex,
+            "beats": 0,
+        }
+        self._released = threading.Event()
+        self._writing = threading.Lock()
+        if active:
+            self._take()
+            threading.Thread(target=self._beat, daemon=True).start()
+            atexit.register(self.release)
+
+    def __enter__(self) -> "WorkdirLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives the workdir back; does nothing the second time."""
+        atexit.unregister(self.release)
+        with self._writing:
+            found = None if self._released.is_set() else _read(self._file)
+            if found is not None and found.get("token") == self._owner["token"]:
+                self._file.unlink(missing_ok=True)
+            self._released.set()
+
+    def _take(self) -> None:
+        watched, deadline = None, 0.0
+        while True:
+            with _exclusive(self._file.parent):
+                found = _read(self._file)
+                is_dead = found == watched and time.monotonic() >= deadline
+                if found is None or self._is_ours(found) or is_dead or _is_gone(found):
+                    write_whole(self._file, json.dumps(self._owner))
+                    break
+            if found.get("machine") == _machine() or watched not in (None, found):
+                raise UserError(f"{self._file.parent} is in use by {_name(found)}; end that first")
+            if watched is None:
+                watched, deadline = found, time.monotonic() + PATIENCE
+                logging.warning("%s: seeing if %s lives", self._file, _name(found))
+            time.sleep(BEAT / 10)
+        if found is not None and not self._is_ours(found):
+            logging.warning("%s: taken over from %s, which is gone", self._file, _name(found))
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT):
+            with self._writing, contextlib.suppress(OSError):  # a full disk ends the run elsewhere
+                found = _read(self._file)
+                if self._released.is_set() or found is None:
+                    return
+                if found.get("token") != self._owner["token"]:
+                    if not self._is_ours(found):
+                        logging.error("%s: %s HAS TAKEN OVER THIS RUN", self._file, _name(found))
+                    return
+                self._owner["beats"] += 1
+                write_whole(self._file, json.dumps(self._owner))
+
+    def _is_ours(self, found: Json) -> bool:
+        """Whether a lock is this process's."""
+        return all(found.get(key) == self._owner[key] for key in ("machine", "pid", "start"))
+
+
+@contextlib.contextmanager
+def _exclusive(folder: epath.Path) -> Iterator[None]:
+    """A block in which no other process is for the same folder; it makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if "://" in os.fspath(folder):
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read(file: epath.Path) -> Json | None:
+    """What a lock says; nothing of a torn one, which is nobody's; None where there is none."""
+    try:
+        return read_json(file)
+    except NotFoundError:
+        return None
+    except UserError as error:
+        logging.warning("%s", error)
+        return {}
+
+
+def _is_gone(owner: Json) -> bool:
+    """Whether the owner is known to have ended: this machine's, and no such process now."""
+    if not owner:
+        return True
+    return owner.get("machine") == _machine() and _start_of(owner.get("pid")) != owner.get("start")
+
+
+def _name(owner: Json) -> str:
+    if not owner:
+        return "nobody"
+    return f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')})"
+
+
+def _machine() -> str:
+    """What process ids belong to: a boot of a machine, and a container on it."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _start_of(pid: object) -> str | None:
+    """When a process of this machine started, in ticks; None if it does not live.
+
+    Empty where there is no `/proc` and it lives.
+    """
+    if not isinstance(pid, int) or pid <= 0:
+        return None
+    try:
+        if not os.path.isdir("/proc/self"):
+            os.kill(pid, 0)
+            return ""
+        # The name, in parentheses, may have anything in it.
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except PermissionError:
+        return ""
+    except OSError:
+        return None
+    state, start = fields[0], fields[19]
+    return None if state in "ZX" else start
