@@ -96,12 +96,7 @@ class Pipeline:
             raise NotFoundError(f"pretrained={pretrained} is not a folder")
         if step is not None:
             path = checkpoint.workdir_of(path) / CHECKPOINTS / str(step)
-        stored = checkpoint.load_config(path)
-        stored["sampling"] = {**stored["sampling"], **(sampling or {})}
-        stored["data"]["text_cache"] = ""  # it has the prompts of the training only
-        if pretrained is not None:
-            stored["conditioning"]["folder"] = pretrained
-        config = Config.of(stored)
+        config = load_config(path, sampling=sampling, pretrained=pretrained)
         try:
             mesh = assembly.make_mesh(config)
         except UserError:
@@ -344,6 +339,18 @@ class Pipeline:
 def _to_pixels(images: Float[np.ndarray, "b h w 3"], names: Sequence[str]) -> Pixels:
     check_finite(images, names, what="picture")
     return to_uint8(images)
+
+
+def load_config(
+    path: epath.PathLike, *, sampling: Options | None = None, pretrained: str | None = None
+) -> Config:
+    """The config of `Pipeline.load`, which takes the same arguments, without the model."""
+    stored = checkpoint.load_config(path)
+    stored["sampling"] = {**stored["sampling"], **(sampling or {})}
+    stored["data"]["text_cache"] = ""  # it has the prompts of the training only
+    if pretrained is not None:
+        stored["conditioning"]["folder"] = pretrained
+    return Config.of(stored)
 
 
 def read_picture(picture: Picture | None, name: str) -> UInt8[np.ndarray, "h w 3"] | None:

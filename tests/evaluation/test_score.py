@@ -86,8 +86,8 @@ def test_the_table_has_a_line_for_each_task():
     systems = {"model": summary(0.2), "untrained": summary(0.5), "trivial": summary(None)}
     verdict = score.verdict(TASK, systems=systems, trivial={"none": summary(None)}, references={})
     metrics = {name: dataclasses.asdict(metric) for name, metric in TASK.metrics.items()}
-    results = {"tasks": {"toy": {"metric": "m", "metrics": metrics, **verdict}}}
-    header, line = score.table(results).splitlines()
+    tasks = {"toy": {"metric": "m", "metrics": metrics, **verdict}}
+    header, line = score.table(tasks).splitlines()
     assert header.split()[:7] == [
         *("task", "metric", "model", "untrained", "trivial", "codec", "verdict")
     ]

@@ -61,20 +61,21 @@ def run(args: argparse.Namespace) -> None:
     """Generates, scores, and prints the primary metric of each task."""
     import jax
 
+    from univg_jax import assembly
     from univg_jax.evaluation.benchmark import open_benchmark
-    from univg_jax.evaluation.run import evaluate
+    from univg_jax.evaluation.run import evaluate, open_cases, with_data
     from univg_jax.evaluation.score import table
-    from univg_jax.pipeline import Pipeline
+    from univg_jax.pipeline import Pipeline, load_config
 
     benchmark = open_benchmark(args.benchmark)
     tasks = [find_task(name).name for name in args.tasks.split(",")] if args.tasks else None
     configure(args)
-    pipeline = Pipeline.load(
-        args.checkpoint,
-        ema=not args.raw_params,
-        sampling=flags.sampling(args),
-        pretrained=args.pretrained,
-    )
+    options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)
+    config = with_data(load_config(args.checkpoint, **options), args.data)
+    # The data is looked at before the model is loaded; one case of each task does for that.
+    one = dict(num=1, num_train=1, collator=assembly.make_collator(config))
+    open_cases(config, benchmark, tasks=tasks, split=args.split, **one)
+    pipeline = Pipeline.load(args.checkpoint, ema=not args.raw_params, **options)
     results = evaluate(
         pipeline,
         benchmark,
@@ -88,4 +89,4 @@ def run(args: argparse.Namespace) -> None:
         settings=dict(parameters="params" if args.raw_params else "ema"),
     )
     if jax.process_index() == 0:
-        print(table(results))
+        print(table(results.tasks))

@@ -126,9 +126,10 @@ def open_cases(
     tasks: Sequence[str] | None,
     split: str,
     num: int,
+    num_train: int = NUM_TRAIN,
     collator: Collator,
 ) -> tuple[dict[str, Cases], dict[str, Cases]]:
-    """The first `num` cases of each task in a split, and training cases.
+    """The first cases of each task: `num` of a split, and `num_train` of the training split.
 
     `tasks` are by default those that the run was trained on, that the benchmark has, and for which
     the data has the fields; a task that is left out is logged. Raises UserError for a task that is
@@ -147,7 +148,7 @@ def open_cases(
         try:
             cases[name], train[name] = (
                 benchmark.cases(config, name, split=part, num=count, collator=collator)
-                for part, count in ((split, num), ("train", NUM_TRAIN))
+                for part, count in ((split, num), ("train", num_train))
             )
         except MissingFieldError as error:
             if tasks:

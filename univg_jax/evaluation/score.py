@@ -120,12 +120,12 @@ def _value(summary: Summary, metric: str) -> float:
     return math.nan if value is None else value
 
 
-def table(results: Mapping[str, Any]) -> str:
+def table(tasks: Mapping[str, Any]) -> str:
     """The primary metric of each task of some results, in columns of text."""
     systems = ("model", "untrained", "trivial", "codec")
     head = " ".join(f"{name:>9}" for name in systems)
     lines = [f"{'task':6} {'metric':20} {head}  verdict (strongest trivial answer)"]
-    for name, task in results["tasks"].items():
+    for name, task in tasks.items():
         entries = [task["systems"].get(s, {}).get(task["metric"], {}) for s in systems]
         values = [entry.get("value") for entry in entries]
         shown = " ".join(f"{'-' if v is None else f'{v:.4f}':>9}" for v in values)
