@@ -2,8 +2,11 @@
 
 import ast
 import io
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -35,6 +38,17 @@ def test_a_terminal_has_a_bar_that_is_drawn_anew(clock):
     drawn = terminal.getvalue().split("\r")
     assert len(drawn) >= 5
     assert "100%|" in drawn[-1]
+
+
+def test_a_terminal_without_a_size_has_a_bar_too():
+    """A pseudo-terminal says 0 x 0 until somebody sets it."""
+    program = "from univg_jax.progress import Bar; list(Bar(range(3), 'work'))"
+    ours, theirs = os.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    subprocess.run([sys.executable, "-c", program], check=True, stderr=theirs, env=environment)
+    os.close(theirs)
+    assert b"work: 100%|" in os.read(ours, 10_000)
+    os.close(ours)
 
 
 @given(st.lists(st.floats(0, 200), min_size=1, max_size=60))

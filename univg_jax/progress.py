@@ -5,6 +5,7 @@ returns. All bars of the project are `Bar`s.
 """
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,11 @@ class Bar(tqdm):
         self, iterable: Iterable | None = None, desc: str | None = None, **options: Any
     ) -> None:
         self._in_terminal = options.setdefault("file", sys.stderr).isatty()
-        if not self._in_terminal:
+        if self._in_terminal:
+            # `tqdm` draws nothing in a terminal that says no size, as those of some containers do.
+            size = shutil.get_terminal_size()
+            options = dict(ncols=size.columns, nrows=size.lines) | options
+        else:
             # Without a width `tqdm` draws no bar; with `miniters` it asks for the time every time.
             every = dict.fromkeys(("mininterval", "maxinterval", "delay"), LINE_SECONDS)
             options |= dict(ncols=0, miniters=1, **every)

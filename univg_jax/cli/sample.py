@@ -186,9 +186,8 @@ def read_prompts(path: str) -> dict[int, str]:
     Raises UserError for a file that is not there, is not UTF-8, or has no prompt.
     """
     if not os.path.isfile(path):
-        raise NotFoundError(
-            f"--prompts={path} is {'a folder' if os.path.isdir(path) else 'absent'}"
-        )
+        kind = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
+        raise NotFoundError(f"--prompts={path} {kind}")
     with open(path, "rb") as file:
         content = file.read()
     try:
