@@ -151,6 +151,8 @@ def test_help_needs_nothing_slow():
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["chekpoint", "list"], "unknown command 'chekpoint'; did you mean 'checkpoint'?"),
+        (["--versoin"], "unknown flag --versoin; did you mean '--version'?"),
+        (["--hlp", "sample"], "unknown flag --hlp; did you mean '--help'?"),
         (["checkpoint", "lst"], "unknown action 'lst'; did you mean 'list'?"),
         (["checkpoint", "list"], "the following arguments are required: DIR"),
         # also before what is required, which the misspelled flag may be

@@ -102,6 +102,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
     verbose = [a for a in argv if a == "--verbose"]
     argv = [a for a in argv if not a.startswith("--config.") and a not in verbose]
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     asked = _command(argv)
     for name, summary in COMMANDS.items():
         description = summary[0].upper() + summary[1:] + "."

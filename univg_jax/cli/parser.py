@@ -1,6 +1,7 @@
 """The command line's parser: wrong usage is one line that names the nearest right name."""
 
 import argparse
+import itertools
 import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -38,11 +39,13 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse does, after a look for unknown flags, which it would name last or never."""
-        if self._subparsers is None:
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            for flag in (a.partition("=")[0] for a in args or () if a.startswith("--")):
-                if not any(name.startswith(flag) for name in known):  # they may be cut short
-                    self.error(f"unknown flag {flag}{suggestion(flag, known)}")
+        own = list(args or ())
+        if self._subparsers is not None:  # what follows a command's name is the command's
+            own = list(itertools.takewhile(lambda a: a.startswith("-"), own))
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        for flag in (a.partition("=")[0] for a in own if a.startswith("--")):
+            if not any(name.startswith(flag) for name in known):  # they may be cut short
+                self.error(f"unknown flag {flag}{suggestion(flag, known)}")
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

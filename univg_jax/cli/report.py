@@ -4,6 +4,7 @@ import argparse
 
 from univg_jax.cli import flags
 from univg_jax.cli.parser import Parser
+from univg_jax.errors import NotFoundError
 
 
 def add_arguments(parser: Parser) -> None:
@@ -37,10 +38,14 @@ def run(args: argparse.Namespace) -> None:
     """Writes the page, the same numbers as JSON, and a picture of examples."""
     from etils import epath
 
+    from univg_jax import workdir
     from univg_jax.evaluation.report import Evaluation, write_report, write_sheet
 
     out = epath.Path(args.out)
     stages = [flags.path(stage) for stage in args.stages.split(",")]
+    for stage in stages:
+        if not workdir.is_run(stage):
+            raise NotFoundError(f"no run in --stages={stage}{workdir.nearest_run(stage)}")
     evaluation = Evaluation.of(args.evaluation, last_stage=stages[-1])
     page, numbers, sheet = (out / f for f in ("report.html", "report.json", "samples.png"))
     write_report(out, page, numbers, stages=stages, evaluation=evaluation)
