@@ -74,14 +74,17 @@ class Collator:
         no_face = np.zeros((face, face, 3), np.uint8)
         names = list(TASKS)
         examples = [row.example for row in rows]
+        has_face = np.array([e.face is not None for e in examples])
+        texts = _stack([row.prompt for row in rows])
+        texts["identity_slot"] &= has_face[:, None]
         batch = Batch(
-            **_stack([row.prompt for row in rows]),
+            **texts,
             target=np.stack([e.target for e in examples]),
             source=np.stack([no_source if e.source is None else e.source for e in examples]),
             mask=np.stack([all_ones if e.mask is None else e.mask for e in examples]),
             face=np.stack([no_face if e.face is None else e.face for e in examples]),
             has_source=np.array([e.source is not None for e in examples]),
-            has_face=np.array([e.face is not None for e in examples]),
+            has_face=has_face,
             task=np.array([names.index(row.task) for row in rows], np.int32),
             sample_id=np.array([row.sample_id % 2**32 for row in rows], np.uint32),
             valid=np.array([row.valid for row in rows]),

@@ -61,7 +61,7 @@ class Reader:
         """The checked fields of a record, center-cropped to the size of the target."""
         with self._naming(index) as where:
             record = self.source.read(index, self._fields)
-            tasks.check(record, self._fields, where=where)
+            record = tasks.check(record, self._fields, where=where)
             return transforms.resize_and_crop(record, resolution=self._collator.shape.height)
 
     def example(self, index: int, rng: np.random.Generator, *, center: bool = False) -> Example:
@@ -90,7 +90,7 @@ class Reader:
         self, index: int, rng: np.random.Generator, *, center: bool, where: str
     ) -> Example:
         record = self.source.read(index, self._fields)
-        tasks.check(record, self._fields, where=where)
+        record = tasks.check(record, self._fields, where=where)
         size = self._collator.shape.height
         return TASKS[self.task].example(record, rng, size, where=where, center=center)
 

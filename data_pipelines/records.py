@@ -21,18 +21,16 @@ encoded bytes (PNG or JPEG), and `decode` makes numpy arrays of them:
 
 import dataclasses
 import functools
-import io
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from tensorflow_datasets import features
 
+from univg_jax import images
 from univg_jax.errors import UserError, check_name
-
-MAX_PIXELS = 64 * 2**20  # a picture that unpacks to more is taken for a decompression bomb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,38 +59,21 @@ def family_features(names: Iterable[str]) -> features.FeaturesDict:
     )
 
 
-def _open(data: Any, name: str) -> Image.Image:
-    """The picture in `data` (its first frame), decoded to its end and turned upright."""
-    try:
-        picture = Image.open(io.BytesIO(data))
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
-        picture.load()
-        return ImageOps.exif_transpose(picture)
-    except Exception as error:  # Pillow raises many kinds for damaged files, even SyntaxError
-        raise UserError(f"record field {name!r} is not a readable image: {error}") from error
-
-
 def _rgb(data: Any, name: str) -> UInt8[np.ndarray, "h w 3"]:
-    return to_rgb(_open(data, name))
-
-
-def to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """8-bit RGB of any picture, upright: 16-bit gray is scaled, transparency is laid over white."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I") or picture.mode == "F":
-        # 16 bits to 8: 65535 / 257 = 255. A float picture is taken to be in 0..255 already.
-        gray = np.asarray(picture, np.float64) / (1 if picture.mode == "F" else 257)
-        gray = np.clip(np.rint(gray), 0, 255).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=-1)
-    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.asarray(picture.convert("RGB"))
+    return _read(data, name, images.to_rgb)
 
 
 def _mask(data: Any, name: str) -> UInt8[np.ndarray, "h w"]:
-    return (np.asarray(_open(data, name).convert("L")) > 127).astype(np.uint8)
+    return _read(data, name, images.to_mask)
+
+
+def _read(data: Any, name: str, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    try:
+        if not isinstance(data, bytes):
+            raise UserError(f"is not a readable image: {type(data).__name__}, not bytes")
+        return convert(images.open_picture(data))
+    except UserError as error:
+        raise UserError(f"record field {name!r} {error}") from error
 
 
 def _masks(data: Any, name: str) -> UInt8[np.ndarray, "k h w"]:
@@ -104,13 +85,13 @@ def _masks(data: Any, name: str) -> UInt8[np.ndarray, "k h w"]:
 
 
 def _depth(data: Any, name: str) -> Float32[np.ndarray, "h w"]:
-    picture = _open(data, name)
-    if not picture.mode.startswith("I"):
-        raise UserError(
-            f"record field {name!r} has mode {picture.mode}; "
-            "expected a 16-bit gray PNG, millimeters"
-        )
-    return (np.asarray(picture).astype(np.float64) / 1000).astype(np.float32)
+    return _read(data, name, _meters)
+
+
+def _meters(picture: Image.Image) -> Float32[np.ndarray, "h w"]:
+    if (millimeters := images.to_integers(picture)) is None:
+        raise UserError(f"has mode {picture.mode}; expected a 16-bit gray PNG, millimeters")
+    return np.divide(millimeters, 1000, dtype=np.float32)
 
 
 def _text(data: Any, name: str) -> str:

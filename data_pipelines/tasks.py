@@ -20,13 +20,14 @@ A task is served by any record that has its `needs` (`data_pipelines.records` li
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 
 from data_pipelines import renderings, transforms
+from data_pipelines.labels import check
 from data_pipelines.transforms import Record
 from univg_jax.errors import UserError, quote
 
@@ -37,18 +38,22 @@ INPUTS = {
     "mask": "white (255, or 1) where to generate, black where the image stays",
     "face": "a picture of the person",
 }
+_BLOCKS = re.compile(r"\(([^()]*\bblocks?)\)", re.IGNORECASE)  # how lg names colors in a prompt
 BACKGROUND_FRACTION = 0.5  # of ip's examples: no caption, so that it learns to fill in background
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """One row of a batch before collation; `text` has no tag, `mask` None is all ones."""
+    """One row of a batch before collation; `text` has no tag, `mask` None is all ones.
+
+    What `Task.make` gives as `face` may have any shape; `Task.example` takes its centered square.
+    """
 
     target: UInt8[np.ndarray, "h w 3"]
     source: UInt8[np.ndarray, "h w 3"] | None = None
     mask: UInt8[np.ndarray, "h w 1"] | None = None
     text: str = ""
-    face: UInt8[np.ndarray, "f f 3"] | None = None
+    face: UInt8[np.ndarray, "face_h face_w 3"] | None = None
 
 
 class UnsuitableRecord(UserError):
@@ -78,41 +83,68 @@ class Task:
         where: str = "record",
         center: bool = False,
     ) -> Example:
-        """A checked record, cropped to a square (at random or the `center`), as an example.
+        """A record, checked and cropped to a square (at random or the `center`), as an example.
 
         Raises:
           UnsuitableRecord: the record is sound but holds nothing for this task.
           UserError: a field is missing or wrong; the message begins with `where`.
         """
-        check(record, self.needs, where=where)
+        record = check(record, self.needs, where=where)
         record = {field: record[field] for field in self.needs}
         record = transforms.resize_and_crop(
             record, resolution=resolution, rng=None if center else rng
         )
         try:
-            return self.make(record, rng)
+            made = self.make(record, rng)
         except UserError as error:
             raise type(error)(f"{where}: {error}") from None
+        return made if made.face is None else _with_face(made, made.face)
 
     def from_inputs(
         self,
         *,
         prompt: str = "",
         image: UInt8[np.ndarray, "image_h image_w 3"] | None = None,
-        mask: UInt8[np.ndarray, "mask_h mask_w 3"] | None = None,
+        mask: UInt8[np.ndarray, "mask_h mask_w"] | None = None,
         face: UInt8[np.ndarray, "face_h face_w 3"] | None = None,
         resolution: int,
     ) -> Example:
         """A user's inputs as the example that the task was trained on, with a blank target.
 
-        Pictures are RGB of any size; the largest centered square of each is resized to
-        `resolution`. `mask` is white where to generate. `prompt` has no tag; for task id it has
-        `<p>` where the person stands.
+        Pictures are RGB of any size, of which the centered square is taken. `mask` is 1 where to
+        generate, and lies on the image: it has its shape, in any size. `prompt` has no tag; for
+        task id it has `<p>` where the person stands.
 
         Raises UserError for a prompt, a picture or a `<p>` that is missing, for a prompt or a
-        picture that the task does not take, and for a mask without any white.
+        picture that the task does not take, and for a mask that marks nothing or has another shape
+        than the image.
         """
         prompt = prompt.strip()
+        self._check_prompt(prompt)
+        given = {"image": image, "mask": mask, "face": face}
+        for name, picture in given.items():
+            if picture is None and name in self.inputs:
+                article = "an" if name == "image" else "a"
+                raise UserError(f"task {self.name!r} needs {article} {name}")
+            if picture is not None and name not in self.inputs:
+                raise UserError(f"task {self.name!r} takes no {name}")
+        source, hole = None, None
+        if image is not None:
+            planes = {"image": image}
+            if mask is not None:
+                planes["edit_mask"] = _laid_on(mask, image)
+            planes = transforms.resize_and_crop(planes, resolution=resolution)
+            source = planes["image"]
+            if mask is not None:
+                hole = planes["edit_mask"][..., None]
+                if not hole.any():
+                    raise UserError("the mask has no white pixel: nothing to generate")
+                source = blank_hole(source, hole)
+        blank = np.zeros((resolution, resolution, 3), np.uint8)
+        made = Example(target=blank, source=source, mask=hole, text=prompt)
+        return made if face is None else _with_face(made, face)
+
+    def _check_prompt(self, prompt: str) -> None:
         if self.prompt == "needed" and not prompt:
             raise UserError(f"task {self.name!r} needs a prompt")
         if self.prompt == "none" and prompt:
@@ -122,68 +154,59 @@ class Task:
                 f"prompt {quote(prompt)} has no {PLACEHOLDER}: "
                 f"task {self.name!r} puts the person there"
             )
-        given = {"image": image, "mask": mask, "face": face}
-        for name, picture in given.items():
-            if picture is None and name in self.inputs:
-                article = "an" if name == "image" else "a"
-                raise UserError(f"task {self.name!r} needs {article} {name}")
-            if picture is not None and name not in self.inputs:
-                raise UserError(f"task {self.name!r} takes no {name}")
-        square = {
-            name: transforms.resize_and_crop({"image": picture}, resolution=resolution)["image"]
-            for name, picture in given.items()
-            if picture is not None
-        }
-        source, hole = square.get("image"), None
-        if "mask" in square:
-            hole = (square["mask"].mean(axis=-1, keepdims=True) > 127).astype(np.uint8)
-            if not hole.any():
-                raise UserError("the mask has no white pixel: nothing to generate")
-            source = blank_hole(source, hole)
-        blank = np.zeros((resolution, resolution, 3), np.uint8)
-        return Example(target=blank, source=source, mask=hole, text=prompt, face=square.get("face"))
+
+
+def _with_face(example: Example, face: UInt8[np.ndarray, "h w 3"]) -> Example:
+    """The example with the centered square of a picture of a face."""
+    return dataclasses.replace(example, face=transforms.center_square(face))
+
+
+def _laid_on(
+    mask: UInt8[np.ndarray, "mask_h mask_w"], image: UInt8[np.ndarray, "h w 3"]
+) -> UInt8[np.ndarray, "h w"]:
+    """The mask at the image's size. Raises UserError if the image has another shape."""
+    height, width = image.shape[:2]
+    if not _is_shape(mask.shape, (height, width)):
+        turned = _is_shape(mask.shape[::-1], (height, width))
+        raise UserError(
+            "the mask has {1}x{0} pixels and the image {3}x{2}: ".format(*mask.shape, height, width)
+            + (
+                "the image's EXIF data turn it, so turn the mask too"
+                if turned
+                else "expected a mask of the image's shape"
+            )
+        )
+    return transforms.resize({"edit_mask": mask}, height=height, width=width)["edit_mask"]
+
+
+def _is_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether (height, width) are those of `other` at another scale, rounded to whole pixels."""
+    (h, w), (height, width) = size, other
+    return abs(h - w * height / width) <= 0.5 or abs(w - h * width / height) <= 0.5
 
 
 def prompt(task: str, text: str) -> str:
-    """The text for the encoder: the task's tag, then `text`. The tag alone is the null text."""
-    return f"<{task}> {text}" if text else f"<{task}>"
+    """The text for the encoder: the task's tag, then `text`. The tag alone is the null text.
 
-
-def check(record: Record, needs: Collection[str], *, where: str) -> None:
-    """Checks the needed fields of a decoded record: present, in range, of one size.
-
-    Raises UserError, in one line: where, which field, what is wrong.
+    A text may come from anywhere, and must not look as if it were of another task: tags in it get
+    round brackets.
     """
+    # With spaces or in capitals it would be the same tag to some tokenizers.
+    tags = rf"<\s*({'|'.join(map(re.escape, TASKS))})\s*>"
+    plain = re.sub(tags, r"(\1)", text, flags=re.IGNORECASE)
+    return f"<{task}> {plain}" if plain else f"<{task}>"
 
-    def fail(field: str, fault: str) -> None:
-        raise UserError(f"{where}: field {field!r} {fault}")
 
-    for field in needs:
-        if field not in record:
-            fail(field, f"is missing (has {', '.join(sorted(record))})")
-    size = "{}x{}".format(*record["image"].shape)
-    for field in ("source", "depth", "masks"):
-        # There may be no mask at all, which then has no size.
-        if field in needs and len(record[field]):
-            found = "{}x{}".format(*record[field].shape[field == "masks" :])
-            if found != size:
-                fail(field, f"has {found} pixels but the image {size}")
-    for field in ("caption", "instruction"):
-        if field in needs and not record[field].strip():
-            fail(field, "is empty")
-    for k, box in enumerate(record["boxes"] if "boxes" in needs else ()):
-        x0, y0, x1, y1 = box
-        shown = " ".join(f"{v:g}" for v in box)
-        # A comparison with NaN is False, so this finds NaNs too.
-        if not ((box >= 0) & (box <= 1)).all():
-            fail("boxes", f"has box {k} outside the image: {shown}, expected x0 y0 x1 y1 in [0, 1]")
-        if x0 >= x1 or y0 >= y1:
-            fail("boxes", f"has box {k} inverted or empty: {shown}, expected x0 < x1 and y0 < y1")
-    for field, partner in (("phrases", "boxes"), ("expressions", "masks")):
-        if field in needs and len(record[field]) != len(record[partner]):
-            fail(field, f"has {len(record[field])} entries for {len(record[partner])} {partner}")
-    if "joints" in needs and record["joints"].shape != (17, 3):
-        fail("joints", f"has shape {record['joints'].shape}, expected (17, 3)")
+def tag_of(prompt: str) -> str:
+    """The tag at the start of a prompt, empty if none is there."""
+    tag = prompt[: prompt.find(">") + 1]
+    return tag if tag[1:-1] in TASKS else ""
+
+
+def has_face(prompt: str) -> bool:
+    """Whether a prompt is of a task with a face, and its `<p>` therefore the person's place."""
+    tag = tag_of(prompt)
+    return bool(tag) and "face" in TASKS[tag[1:-1]].inputs
 
 
 def _text_to_image(record: Record, rng: np.random.Generator) -> Example:
@@ -210,6 +233,7 @@ def _inpaint(record: Record, rng: np.random.Generator) -> Example:
 
 def _layout(record: Record, rng: np.random.Generator) -> Example:
     text, boxes, resolution = record["caption"], record["boxes"], record["image"].shape[0]
+    text = _BLOCKS.sub(r"\1", text)  # a caption must not name a block that is none
     sides = boxes[:, 2:] - boxes[:, :2]
     places = _places(text, record["phrases"])
     # The crop may have cut a box away, or down to less than half a pixel.
@@ -257,6 +281,8 @@ def _places(caption: str, phrases: list[str]) -> list[int | None]:
 
 
 def _depth(record: Record, rng: np.random.Generator) -> Example:
+    if not (np.isfinite(record["depth"]) & (record["depth"] > 0)).any():
+        raise UnsuitableRecord("no known depth")
     return Example(target=renderings.render_depth(record["depth"]), source=record["image"])
 
 

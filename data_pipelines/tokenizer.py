@@ -1,11 +1,14 @@
 """Prompts -> token ids, on hosts, with Hugging Face `tokenizers` (no transformers, no torch).
 
-Task tags (`<t2i>`) are plain text to the tokenizer. `<p>` is one position: the frozen encoder reads
-the word "person" there, a natural context, and `identity_slot` tells the model which embedding to
-replace. Where the vocabulary spells that word in several pieces, the encoder reads the first.
+Task tags (`<t2i>`) are plain text to the tokenizer. After the tag of a task with a face `<p>` is
+one position: the frozen encoder reads the word "person" there, a natural context, and
+`identity_slot` tells the model which embedding to replace. Where the vocabulary spells that word in
+several pieces, the encoder reads the first. Without such a tag `<p>` is text, as in HTML.
 """
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -18,9 +21,9 @@ from jaxtyping import Bool, Int32
 from tokenizers import normalizers, pre_tokenizers, processors
 
 from data_pipelines.spiece import read_spiece
-from data_pipelines.tasks import PLACEHOLDER
+from data_pipelines.tasks import PLACEHOLDER, has_face, tag_of
 from univg_jax.batch import Text
-from univg_jax.errors import NotFoundError, UserError
+from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.files import read_json
 from univg_jax.pretrained import pretrained_folder
 
@@ -33,6 +36,7 @@ CLIP_WORDS = (
 CLIP_SPECIALS = dict(
     bos_token=CLIP_START, eos_token=CLIP_END, unk_token=CLIP_END, pad_token=CLIP_END
 )
+UNKNOWN = ("[UNK]", "<unk>")  # of BERT, T5; CLIP reads any text
 PADS = ("[PAD]", "<pad>", CLIP_END)  # of BERT, T5, CLIP: tried where a folder names none
 
 
@@ -59,8 +63,9 @@ class EncoderTokenizer:
     """The tokenizer of one encoder: a row ends with the end token, even if truncated, then padding.
 
     `tokenizer` has padding enabled, which names the pad token. Each process logs its first
-    truncated prompt; `num_truncated` says how many tokens a prompt lost. Raises UserError if
-    truncation would cut off a `<p>`, or if not even the start and end tokens fit.
+    truncated prompt, and the first with what the encoder does not know; `num_truncated` says how
+    many tokens a prompt lost. Raises UserError if truncation would cut off the person's `<p>`, or
+    if not even the start and end tokens fit.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
@@ -75,11 +80,18 @@ class EncoderTokenizer:
             )
         self._stand_in = stand_in[0]
         self._num_special = tokenizer.num_special_tokens_to_add(False)
+        unknown = (token for token in UNKNOWN if tokenizer.token_to_id(token) is not None)
+        self._unknown = next(unknown, None)
+        self._tokenizer = tokenizer
+
+    @functools.cached_property
+    def _with_placeholder(self) -> tokenizers.Tokenizer:
+        """The tokenizer of prompts with a face."""
         # An added token is split off before the text is lower-cased and cut into words. Its id lies
         # beyond the encoder's vocabulary and never leaves this class.
+        tokenizer = copy.deepcopy(self._tokenizer)
         tokenizer.add_tokens([tokenizers.AddedToken(PLACEHOLDER, normalized=False)])
-        self._placeholder = tokenizer.token_to_id(PLACEHOLDER)
-        self._tokenizer = tokenizer
+        return tokenizer
 
     @property
     def fingerprint(self) -> str:
@@ -98,31 +110,52 @@ class EncoderTokenizer:
                 f"num_tokens={num_tokens}: "
                 f"a prompt has {self._num_special} special tokens beside its text"
             )
-        ids = np.asarray(self._tokenizer.encode(text).ids, np.int32)
+        tokenizer, placeholder = self._tokenizer, None
+        if has_face(text):
+            tokenizer = self._with_placeholder
+            placeholder = tokenizer.token_to_id(PLACEHOLDER)
+        encoding = tokenizer.encode(text)
+        self._report_unknown(text, encoding)
+        ids = np.asarray(encoding.ids, np.int32)
         num_truncated = max(len(ids) - num_tokens, 0)
         if num_truncated:
-            if (ids[num_tokens - 1 :] == self._placeholder).any():
+            if (ids[num_tokens - 1 :] == placeholder).any():
                 raise UserError(
-                    f"prompt {text!r} has {len(ids)} tokens: "
+                    f"prompt {quote(text)} has {len(ids)} tokens: "
                     f"cut to num_tokens={num_tokens} it would lose {PLACEHOLDER}; "
                     "shorten it, or raise data.num_tokens if the encoder has more positions"
                 )
             logging.log_first_n(
                 logging.WARNING,
-                "prompt %r has %d tokens, of which %d are kept; "
+                "prompt %s has %d tokens, of which %d are kept; "
                 "further truncated prompts are not reported",
-                *(1, text, len(ids), num_tokens),
+                *(1, quote(text), len(ids), num_tokens),
             )
             ids = np.append(ids[: num_tokens - 1], ids[-1])
         padded = np.full(num_tokens, self._pad, np.int32)
         padded[: len(ids)] = ids
-        slot = padded == self._placeholder
+        slot = (padded == placeholder) & (placeholder is not None)
         return TokenizedText(
             tokens=np.where(slot, np.int32(self._stand_in), padded),
             text_mask=np.arange(num_tokens) < len(ids),
             identity_slot=slot,
             num_truncated=num_truncated,
         )
+
+    def _report_unknown(self, text: str, encoding: tokenizers.Encoding) -> None:
+        """Logs the first prompt of which the encoder cannot read a part after the tag."""
+        unknown = self._unknown and self._tokenizer.token_to_id(self._unknown)
+        if unknown not in encoding.ids:
+            return
+        start, places = len(tag_of(text)), zip(encoding.ids, encoding.offsets, strict=True)
+        parts = [text[a:b] for token, (a, b) in places if token == unknown and a >= start]
+        if parts:
+            logging.log_first_n(
+                logging.WARNING,
+                "the text encoder does not know %s of the prompt %s and reads it as %s; "
+                "further such prompts are not reported",
+                *(1, quote(" ".join(parts), most=40), quote(text), self._unknown),
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,14 @@ def resize_and_crop(
     return resize(square, height=resolution, width=resolution)
 
 
+def center_square(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
+    """The image's largest square at its center."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
+
+
 def crop(record: Record, *, top: int, left: int, height: int, width: int) -> Record:
     """The window of `height` x `width` pixels at (`top`, `left`); boxes are clipped to it.
 

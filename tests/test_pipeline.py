@@ -151,7 +151,14 @@ def test_an_untrained_model_is_the_same_but_for_its_parameters(pipeline):
         (lambda p, _: p.run("dept"), "unknown task 'dept'; did you mean 'depth'?"),
         (lambda p, i: p.identity(i, "a portrait"), "has no <p>"),
         (lambda p, i: p.run("t2i", prompt="a", image=i), "takes no image"),
-        (lambda p, i: p.inpaint(i, np.zeros((4, 4), np.uint8)), "no white pixel"),
+        (lambda p, i: p.inpaint(i, np.zeros((40, 50), np.uint8)), "no white pixel"),
+        (lambda p, i: p.inpaint(i, np.eye(30) > 0), "the mask has 30x30 pixels and the image 50x4"),
+        (lambda p, i: p.inpaint(i, i), "mask is no mask: "),
+        (lambda p, _: p.depth("/"), "image=/ is a folder; expected a picture"),
+        (
+            lambda p, i: p.run("depth", image=i, prompt="a pig " * 9999),
+            "takes no prompt, but has 'a",
+        ),
         (lambda p, _: p.depth("nowhere.png"), "image=nowhere.png does not exist"),
         (lambda p, _: p.depth(np.zeros((4, 4, 3))), "image is float64 [4, 4, 3], expected uint8"),
         (lambda p, _: p.depth(__file__), "is not a readable image"),
@@ -164,6 +171,7 @@ def test_what_cannot_be_is_one_line(pipeline, picture, call, message):
         call(pipeline, picture)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
 
 
 def test_bad_arguments_of_load(root, tmp_path):

@@ -1,17 +1,205 @@
-"""Pictures: between 0..255 and [-1, 1], and to PNG. Loads without JAX."""
+"""Pictures: their files to arrays and back, between 0..255 and [-1, 1]. Loads without JAX.
+
+`open_picture` is the only place where a picture file is opened. What the pixels of a file mean:
+
+* A picture is RGB. 16-bit gray is 0..65535. Floats are black to white from 0 to 1 if they lie in
+  [-0.1, 1.1], as resampling may leave them, and from 0 to 255 if the largest is above 10 and none
+  above 256; others are refused, and so are NaN and infinity. What is transparent shows white.
+* A mask is white where something is. White is the larger of two values (0 and 1, 0 and 255, two
+  colors), or of more values what is above half of the brightest that the file can hold: those are
+  the edges of a smooth mask. Above a quarter of gray it is no mask. What is transparent is black.
+* A file has at most MAX_PIXELS, a JPEG MAX_JPEG_PIXELS. One of more than WHOLE_PIXELS is read at a
+  half or a quarter of its width and height: pictures by means, masks by majority. The fraction
+  depends on the size alone, so that what lay on one another still does.
+"""
 
 import base64
 import io
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Integer, UInt8
 from PIL import Image
 
-from univg_jax.errors import UserError
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.files import write_whole
+
+Picture = Image.Image | np.ndarray | str | os.PathLike  # what a user may give
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+MAX_PIXELS, MAX_JPEG_PIXELS = 2**27, 2**28  # a phone's 108 and 200 megapixels, but no bomb
+WHOLE_PIXELS = 2**25
+MAX_GRAY = 0.25  # of a mask's pixels
+Image.MAX_IMAGE_PIXELS = None  # one limit for a whole process; `open_picture` has its own
+
+_TO_8_BITS = np.rint(np.arange(2**16) / 257).astype(np.uint8)  # 65535 / 257 = 255
+_ORIENTATION = 0x0112  # EXIF's tag: how to turn what is stored
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """The picture in a file's bytes: its first frame, decoded to its end and upright.
+
+    Raises UserError, whose message begins with "is", for what is not a whole picture in one of
+    FORMATS, or too large.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = picture.size
+        most = MAX_JPEG_PIXELS if picture.format in ("JPEG", "MPO") else MAX_PIXELS
+        if width * height > most:
+            raise ValueError(
+                f"{width} x {height} pixels are more than {MAX_PIXELS} ({MAX_JPEG_PIXELS} in a "
+                "JPEG), and taken for a decompression bomb"
+            )
+        fraction = _fraction(width, height)
+        picture.draft(None, (width // fraction, height // fraction))  # of JPEG only
+        picture.load()
+        return upright(picture)
+    except Image.UnidentifiedImageError:
+        why = f"none of {', '.join(FORMATS)}" if data else "it is empty"
+    except Exception as error:  # Pillow raises many kinds for damaged files, even SyntaxError
+        why = str(error)
+    raise UserError(f"is not a readable image: {why}")
+
+
+def open_any(picture: Picture) -> Image.Image:
+    """The upright picture of a path, a PIL image, or an array (uint8 RGB, RGBA or gray, or bool).
+
+    Raises UserError, whose message begins with a verb. NotFoundError if no file is there.
+    """
+    if isinstance(picture, Image.Image):
+        return upright(picture)
+    if isinstance(picture, np.ndarray):
+        is_gray = picture.ndim == 2 and picture.dtype in (np.uint8, bool)
+        is_color = picture.ndim == 3 and picture.shape[-1] in (3, 4) and picture.dtype == np.uint8
+        if not (is_gray or is_color):
+            raise UserError(f"is {picture.dtype} {list(picture.shape)}, expected uint8 [h, w, 3]")
+        return Image.fromarray(picture)
+    path = epath.Path(picture).expanduser()
+    if path.is_dir():
+        raise UserError("is a folder; expected a picture")
+    if not path.is_file():
+        raise NotFoundError("does not exist")
+    try:
+        return open_picture(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}") from None
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF or XMP says; as it is where they are damaged."""
+    try:
+        turn = _TURNS.get(picture.getexif().get(_ORIENTATION))
+    except Exception:  # of Pillow's parsers
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
+
+
+def to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """8-bit RGB of an upright picture. Raises UserError for numbers that are no gray."""
+    if _is_numbers(picture):
+        values = np.asarray(picture)
+        gray = _gray(values)
+        if "transparency" in picture.info:
+            gray[values == picture.info["transparency"]] = 255
+        picture = Image.fromarray(gray)
+    elif _is_transparent(picture):
+        picture = picture.convert("RGBA")
+    elif picture.mode != "L":
+        picture = picture.convert("L" if picture.mode == "1" else "RGB")
+    if (fraction := _fraction(*picture.size)) > 1:
+        picture = picture.reduce(fraction)
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.asarray(picture.convert("RGB"))
+
+
+def to_mask(picture: Image.Image) -> UInt8[np.ndarray, "h w"]:
+    """1 where an upright mask is white, else 0.
+
+    Raises UserError, whose message begins with "is", for a picture that is no mask.
+    """
+    if _is_numbers(picture):
+        plane = np.asarray(picture)
+    else:
+        if _is_transparent(picture):
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
+        plane = np.asarray(picture.convert("L"))
+    mask = _threshold(plane)
+    if (fraction := _fraction(*picture.size)) > 1:
+        mask = np.asarray(Image.fromarray(mask * np.uint8(255)).reduce(fraction)) > 127
+    return mask.astype(np.uint8)
+
+
+def to_integers(picture: Image.Image) -> Integer[np.ndarray, "h w"] | None:
+    """The numbers of an upright picture of 16 or 32 bits; None for any other."""
+    if picture.mode == "F" or not _is_numbers(picture):
+        return None
+    fraction = _fraction(*picture.size)
+    return np.asarray(picture)[::fraction, ::fraction]
+
+
+def _is_numbers(picture: Image.Image) -> bool:
+    return picture.mode.startswith("I") or picture.mode == "F"
+
+
+def _is_transparent(picture: Image.Image) -> bool:
+    return bool({"A", "a"} & set(picture.getbands())) or "transparency" in picture.info
+
+
+def _fraction(width: int, height: int) -> int:
+    """1, 2, 4, ...: what to divide the sides by for at most WHOLE_PIXELS."""
+    fraction = 1
+    while -(-width // fraction) * -(-height // fraction) > WHOLE_PIXELS:
+        fraction *= 2
+    return fraction
+
+
+def _gray(values: np.ndarray) -> UInt8[np.ndarray, "h w"]:
+    """Gray levels of 16-bit integers, or of floats."""
+    low, high = values.min(), values.max()
+    if values.dtype.kind != "f":
+        if low < 0 or high > 65535:
+            raise UserError(f"is not a readable image: values {low} to {high}, expected 16 bits")
+        return _TO_8_BITS[values]
+    if low >= -0.1 and high <= 1.1:
+        scale = 255
+    elif low >= -1 and 10 < high <= 256:
+        scale = 1
+    else:  # also where there is a NaN
+        raise UserError(
+            f"is not a readable image: floats from {low:g} to {high:g}, expected [0, 1] or [0, 255]"
+        )
+    levels = values * np.float32(scale)
+    return np.clip(np.rint(levels, out=levels), 0, 255, out=levels).astype(np.uint8)
+
+
+def _threshold(plane: np.ndarray) -> Bool[np.ndarray, "h w"]:
+    """Where the one plane of a mask is white."""
+    low, high = plane.min(), plane.max()
+    if not np.isfinite([low, high]).all():
+        raise UserError("is no mask: it has values that are not finite")
+    if low < high and ((plane == low) | (plane == high)).all():
+        return plane == high
+    white = 1 if high <= 1 else 255 if plane.dtype.itemsize == 1 or high <= 255 else 65535
+    if 0 < high <= white / 2 or low < 0 or high > white:
+        raise UserError(f"is no mask: values {low:g} to {high:g}, expected black and white")
+    gray = ((plane > 0.1 * white) & (plane < 0.9 * white)).mean()
+    if gray > MAX_GRAY:
+        raise UserError(f"is no mask: {gray:.0%} of its pixels are gray, not black or white")
+    return plane > white / 2
 
 
 def to_float(images: Any) -> Any:

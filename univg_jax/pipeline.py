@@ -20,21 +20,19 @@ from etils import epath
 from jaxtyping import Float, PyTree, UInt8
 from PIL import Image
 
-from data_pipelines import records
 from data_pipelines.collate import Collator
 from data_pipelines.tasks import INPUTS, TASKS, Example, find_task
 from data_pipelines.tokenizer import Tokenizer, load_tokenizer
 from univg_jax import assembly, checkpoint, encoders, sharding, tpu
 from univg_jax.batch import Batch, BatchShape
-from univg_jax.errors import NotFoundError, UserError, check_name
-from univg_jax.images import check_finite, to_uint8
+from univg_jax.errors import NotFoundError, UserError, check_name, quote
+from univg_jax.images import Picture, check_finite, open_any, to_mask, to_rgb, to_uint8
 from univg_jax.pretrained import local_path
 from univg_jax.progress import timed
 from univg_jax.sampling import NULL_CONDITIONS, Generator, guidance_weights
 from univg_jax.settings import Config, Options
 from univg_jax.workdir import CHECKPOINTS
 
-Picture = Image.Image | np.ndarray | str | os.PathLike
 Pixels = UInt8[np.ndarray, "b h w 3"]
 Output = Image.Image | list[Image.Image]  # a list where an argument is one
 
@@ -201,7 +199,7 @@ class Pipeline:
         examples = []
         for i in range(count):
             given = {k: v[i] if k in lists else v for k, v in inputs.items()}
-            pictures = {name: read_picture(given[name], name) for name in INPUTS}
+            pictures = {name: read_input(name, given[name]) for name in INPUTS}
             examples.append(
                 TASKS[task].from_inputs(
                     prompt=given["prompt"], **pictures, resolution=self.config.data.resolution
@@ -353,27 +351,20 @@ def load_config(
     return Config.of(stored)
 
 
-def read_picture(picture: Picture | None, name: str) -> UInt8[np.ndarray, "h w 3"] | None:
-    """RGB pixels of a path, a PIL image or an array; turned upright, transparency over white.
+def read_input(
+    name: str, given: Picture | None, *, label: str = ""
+) -> UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"] | None:
+    """What a user gives as one of INPUTS: RGB, or of a mask 1 where it is white; None for None.
 
-    `name` says in the message which input cannot be read. Raises UserError.
+    Raises UserError, where `label` (`name` without one) says which input cannot be read.
     """
-    if picture is None:
+    if given is None:
         return None
-    if isinstance(picture, np.ndarray):
-        if picture.ndim == 2:
-            picture = np.repeat(picture[..., None], 3, axis=-1)
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
-            raise UserError(
-                f"{name} is {picture.dtype} {list(picture.shape)}, expected uint8 [h, w, 3]"
-            )
-        return picture
-    if isinstance(picture, Image.Image):
-        return records.to_rgb(picture)
-    path = epath.Path(picture)
-    if not path.is_file():
-        raise NotFoundError(f"{name}={os.fspath(picture)} does not exist")
     try:
-        return records.decode({"image": path.read_bytes()})["image"]
+        return (to_mask if name == "mask" else to_rgb)(open_any(given))
     except UserError as error:
-        raise UserError(f"{name}={os.fspath(picture)}: {error}") from None
+        where = label or name
+        if isinstance(given, str | os.PathLike):
+            path = os.fspath(given)
+            where += f"={path if len(path) <= 200 else quote(path, most=200)}"
+        raise type(error)(f"{where} {error}") from None

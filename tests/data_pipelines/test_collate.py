@@ -70,6 +70,7 @@ def test_absent_parts_are_blank_and_pictures_may_be_oblong():
     assert not batch.source.any()
     assert (batch.mask == 1).all()
     np.testing.assert_array_equal(batch.has_face, [False, True])
+    np.testing.assert_array_equal(batch.identity_slot.any(axis=1), batch.has_face)
     assert not batch.face[0].any()
     assert (batch.face[1] == 7).all()
     np.testing.assert_array_equal(batch.sample_id, [5, 5])

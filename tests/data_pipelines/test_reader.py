@@ -102,9 +102,9 @@ def test_a_sound_record_that_does_not_suit_is_told_apart():
 def test_fields_beside_the_task_s_are_checked_too():
     with pytest.raises(UserError, match="task 't2i' cannot read mine/train: no field 'depth'"):
         reader(make_scene(1), fields=("depth",))
-    wrong = make_scene(1) | dict(masks=np.ones((1, SIZE, SIZE + 1), np.uint8))
+    wrong = make_scene(1) | dict(masks=np.ones((1, SIZE, SIZE + 3), np.uint8))
     assert reader(wrong).row(1, RNG).example.text == "pig 1"
-    with pytest.raises(DamagedRecord, match=r"field 'masks' has 8x9 pixels but the image 8x8"):
+    with pytest.raises(DamagedRecord, match=r"field 'masks' has 8x11 pixels but the image 8x8"):
         reader(wrong, fields=("masks",)).row(1, RNG)
 
 

@@ -218,7 +218,7 @@ BOX = np.array([[0.1, 0.1, 0.5, 0.5]], np.float32)
         (
             "lg",
             dict(boxes=BOX[:, [2, 1, 0, 3]], phrases=["a pig"]),
-            "box 0 inverted or empty: 0.5 0.1 0.1 0.5",
+            "box 0 inverted: 0.5 0.1 0.1 0.5",
         ),
         ("lg", dict(phrases=["a pig"]), "field 'phrases' has 1 entries for 2 boxes"),
         ("seg", dict(expressions=["the pig"]), "field 'expressions' has 1 entries for 2 masks"),
@@ -267,7 +267,7 @@ def test_each_task_says_what_it_takes_from_a_user():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_users_inputs_have_the_form_of_a_training_example(task):
-    given = dict(image=PICTURE, mask=np.full((40, 40, 3), 255, np.uint8), face=FACE)
+    given = dict(image=PICTURE, mask=np.ones((20, 30), np.uint8), face=FACE)
     inputs = {name: given[name] for name in TASKS[task].inputs}
     prompt = "" if TASKS[task].prompt == "none" else " <p> smiles "
     made = from_inputs(task, prompt=prompt, **inputs)
@@ -288,15 +288,26 @@ def test_a_picture_is_cropped_to_its_centered_square():
     np.testing.assert_array_equal(made.source, np.full((SIZE, SIZE, 3), 200, np.uint8))
 
 
-def test_a_mask_may_have_another_size_than_the_image():
-    mask = np.zeros((2 * SIZE, 2 * SIZE, 3), np.uint8)
-    mask[: SIZE // 2] = 255
-    made = from_inputs("ip", image=PICTURE, mask=mask)
-    np.testing.assert_array_equal(made.mask[: SIZE // 4], 1)
-    np.testing.assert_array_equal(made.mask[SIZE // 4 :], 0)
+@pytest.mark.parametrize("scale", [1, 2, 0.5])
+def test_a_mask_lies_on_its_image_at_any_scale(scale):
+    image = np.zeros((2 * SIZE, 4 * SIZE, 3), np.uint8)
+    image[:SIZE, SIZE : 3 * SIZE] = 200  # the upper half of the centered square
+    mask = np.zeros((int(2 * SIZE * scale), int(4 * SIZE * scale)), np.uint8)
+    mask[: len(mask) // 2] = 1
+    made = from_inputs("ip", image=image, mask=mask)
+    np.testing.assert_array_equal(made.mask[: SIZE // 2], 1)
+    np.testing.assert_array_equal(made.mask[SIZE // 2 :], 0)
     np.testing.assert_array_equal(
-        made.source, np.where(made.mask > 0, renderings.GRAY, 90) * np.ones(3, int)
+        made.source, np.where(made.mask > 0, renderings.GRAY, 0) * np.ones(3, int)
     )
+
+
+def test_a_face_is_the_center_of_its_picture():
+    wide = np.zeros((8, 14, 3), np.uint8)
+    wide[:, 3:11] = np.arange(8)[:, None]
+    given = from_inputs("id", prompt="<p>", face=wide).face
+    np.testing.assert_array_equal(given, wide[:, 3:11])
+    np.testing.assert_array_equal(example("id", caption="<p>", face=wide).face, given)
 
 
 @pytest.mark.parametrize(
@@ -314,8 +325,18 @@ def test_a_mask_may_have_another_size_than_the_image():
         ("id", dict(prompt="a person", face=FACE), "prompt 'a person' has no <p>"),
         (
             "ip",
-            dict(image=PICTURE, mask=np.full((8, 8, 3), 127, np.uint8)),
+            dict(image=PICTURE, mask=np.zeros((20, 30), np.uint8)),
             "the mask has no white pixel: nothing to generate",
+        ),
+        (
+            "ip",
+            dict(image=PICTURE, mask=np.ones((20, 20), np.uint8)),
+            "the mask has 20x20 pixels and the image 30x20: expected a mask of the image's shape",
+        ),
+        (
+            "ip",
+            dict(image=PICTURE, mask=np.ones((30, 20), np.uint8)),
+            "the mask has 20x30 pixels and the image 30x20: the image's EXIF data turn it, so turn",
         ),
     ],
 )

@@ -9,9 +9,12 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines import tasks
+from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import SD3Tokenizer, load_tokenizer
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.pretrained import pretrained_folder
@@ -45,7 +48,60 @@ def test_placeholder_is_one_position_read_as_person():
     ("text", "slots"), [("<p>", 1), ("<p>,<p>", 2), ("x<p>y", 1), ("<P> < p > p", 0), ("", 0)]
 )
 def test_placeholder_is_found_wherever_it_stands(text, slots):
-    assert TOKENIZER(text, 16).identity_slot.sum() == slots
+    assert TOKENIZER(f"<id> {text}", 16).identity_slot.sum() == slots
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    task=st.sampled_from([name for name in TASKS if name != "id"]),
+    parts=st.lists(st.sampled_from(["<p>", "</p>", "<id>", "< ID >", "<<id>>", "a pig", " "])),
+)
+def test_nothing_in_a_text_makes_a_slot_or_another_task(task, parts):
+    """Captions come from web pages, full of HTML."""
+    text = tasks.prompt(task, "".join(parts).strip())
+    row = TOKENIZER(text, 64)
+    assert not row.identity_slot.any()
+    tags = [TOKENIZER(f"<{name}>", 64) for name in TASKS]
+    first, *others = (
+        place
+        for place in range(row.text_mask.sum())
+        for tag in tags
+        if np.array_equal((ids := tag.tokens[tag.text_mask][1:-1]), row.tokens[place:][: len(ids)])
+    )
+    assert (first, others) == (1, [])
+
+
+def test_placeholder_without_a_face_is_read_as_it_is_spelled():
+    text = TOKENIZER("<t2i> <p>a chair</p>", 20)
+    words = TOKENIZER.vocabulary
+    spelled = ["<", "p", ">", "a", "chair", "<", "/", "p", ">"]
+    np.testing.assert_array_equal(text.tokens[6:15], [words[word] for word in spelled])
+
+
+def test_what_the_encoder_does_not_know_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(logging, "_log_counter_per_token", {})
+    for text in ("<t2i> a pig", "<t2i> a 🙂 on grass, 猫", "<t2i> 🙂"):
+        TOKENIZER(text, 20)
+    (record,) = caplog.records
+    assert "does not know '🙂 猫' of the prompt '<t2i> a 🙂 on grass, 猫'" in record.getMessage()
+
+
+def test_a_tag_that_the_encoder_does_not_know_is_not_the_users(sd3, monkeypatch, caplog):
+    monkeypatch.setattr(logging, "_log_counter_per_token", {})
+    load(sd3)("<t2i> a cat", 90)
+    assert not caplog.records
+    load(sd3)("<t2i> a <cat", 90)
+    assert "does not know '<' of the prompt" in caplog.text
+
+
+def test_a_long_prompt_is_not_echoed(monkeypatch, caplog):
+    monkeypatch.setattr(logging, "_log_counter_per_token", {})
+    long = "猫 " * 10_000
+    TOKENIZER(f"<t2i> {long}", 20)
+    assert len(caplog.records) == 2, "unknown and truncated"
+    with pytest.raises(UserError) as error:
+        TOKENIZER(f"<id> {long} <p>", 20)
+    assert all(len(text) < 400 for text in (str(error.value), *caplog.messages))
 
 
 def test_truncation_keeps_the_end_token_and_is_counted():
@@ -56,12 +112,12 @@ def test_truncation_keeps_the_end_token_and_is_counted():
 
 
 def test_truncation_never_drops_the_placeholder():
-    prompt = "one two three <p>"
-    assert TOKENIZER(prompt, 6).identity_slot[4]
+    prompt = "<id> one two three <p>"
+    assert TOKENIZER(prompt, 9).identity_slot[7]
     with pytest.raises(
-        ValueError, match=r"'one two three <p>' has 6 tokens: cut to num_tokens=5 it would lose <p>"
+        ValueError, match=r"two three <p>' has 9 tokens: cut to num_tokens=8 it would lose <p>"
     ):
-        TOKENIZER(prompt, 5)
+        TOKENIZER(prompt, 8)
 
 
 def test_errors(tmp_path):
@@ -234,7 +290,8 @@ def test_t5_ids(sd3):
 @pytest.mark.parametrize("prompt", ["a <p> it", "<p>", "<p>,<p>", "it <p>"])
 def test_placeholder_is_the_whole_word_to_every_encoder(sd3, name, person, prompt):
     tokenizer = load(sd3 / name)
-    text, spelled = tokenizer(prompt, 16), tokenizer(prompt.replace("<p>", " person "), 16)
+    prompt = f"<id> {prompt}"
+    text, spelled = tokenizer(prompt, 24), tokenizer(prompt.replace("<p>", " person "), 24)
     assert text.identity_slot.sum() == prompt.count("<p>")
     stand_in = (CLIP if name == "tokenizer" else {piece: i for i, piece in enumerate(T5_PIECES)})[
         person
@@ -248,9 +305,10 @@ def test_stand_in_of_several_pieces_is_the_first(tmp_path, sd3):
     state = json.loads((sd3 / "tokenizer_3" / "tokenizer.json").read_text())
     state["model"]["vocab"] = [piece for piece in state["model"]["vocab"] if piece[0] != "▁person"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
-    text = load(tmp_path)("a <p>", 3)
-    np.testing.assert_array_equal(text.tokens, t5_ids("▁a", "▁", "</s>"))
-    np.testing.assert_array_equal(text.identity_slot, [False, True, False])
+    text = load(tmp_path)("<id> <p>", 7)
+    tag = ["▁", "<unk>", "i", "d", ">"]
+    np.testing.assert_array_equal(text.tokens, t5_ids(*tag, "▁", "</s>"))
+    np.testing.assert_array_equal(np.flatnonzero(text.identity_slot), [5])
 
 
 def test_sd3_is_one_row_of_clip_then_t5(sd3):
@@ -277,9 +335,9 @@ def test_sd3_truncates_each_part(sd3):
     assert text.tokens[76] == CLIP[END]
     assert text.tokens[-1] == 1
     with pytest.raises(UserError, match="cut to num_tokens=9 it would lose <p>"):
-        load(sd3)("it " * 20 + "<p>", 77 + 9)
+        load(sd3)("<id>" + " it" * 20 + "<p>", 77 + 9)
     with pytest.raises(UserError, match="cut to num_tokens=77 it would lose <p>"):
-        load(sd3)("it " * 80 + "<p>", 77 + 100)
+        load(sd3)("<id>" + " it" * 80 + "<p>", 77 + 100)
 
 
 def test_sd3_without_t5(tmp_path):

@@ -65,6 +65,15 @@ def test_the_face_replaces_only_the_slot():
     np.testing.assert_array_equal(out, other_text)
 
 
+def test_without_a_face_a_slot_is_a_word_like_any_other():
+    model = UniVG(backbone=BACKBONE, face_dim=8)
+    params, (x_t, t, c) = random_params(model), example()
+    run = quick_jit(lambda c: model.apply({"params": params}, x_t, t, c))
+    faceless = dataclasses.replace(c, face_emb=c.face_emb.at[1].set(0))
+    nowhere = dataclasses.replace(c, identity_slot=jnp.zeros_like(c.identity_slot))
+    np.testing.assert_array_equal(run(faceless), run(nowhere))
+
+
 def test_without_identity_there_is_no_projector():
     assert set(random_params(UniVG(backbone=BACKBONE))) == {"backbone"}
     assert set(random_params(UniVG(backbone=BACKBONE, face_dim=8))) == {

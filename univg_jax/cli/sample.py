@@ -120,13 +120,13 @@ def run(args: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
-    from univg_jax.pipeline import Pipeline, read_picture
+    from univg_jax.pipeline import Pipeline, read_input
 
     _check_numbers(args)
     task = find_task(args.task)
     prompts = read_prompts(args.prompts) if args.prompts else {0: args.prompt}
     jobs = _jobs(args, list(prompts))
-    pictures = {name: read_picture(getattr(args, name), f"--{name}") for name in INPUTS}
+    pictures = {name: read_input(name, getattr(args, name), label=f"--{name}") for name in INPUTS}
     if args.example is None:
         # The inputs are checked before the model is loaded; any size does for that.
         _make_examples(task, prompts, pictures, resolution=64)

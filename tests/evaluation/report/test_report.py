@@ -226,7 +226,7 @@ def test_a_torn_picture_is_named(finished):
     picture = shown(finished).folder / "ie" / "001.png"
     picture.write_bytes(picture.read_bytes()[:-30])
     for make in (write, lambda folder: write_sheet(shown(folder), folder / "samples.png")):
-        with pytest.raises(UserError, match=r"ie/001\.png is no picture"):
+        with pytest.raises(UserError, match=r"ie/001\.png is not a readable image"):
             make(finished)
 
 

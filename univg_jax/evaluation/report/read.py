@@ -3,19 +3,18 @@
 import collections
 import dataclasses
 import functools
-import io
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from univg_jax import checkpoint
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation.benchmark import Metric
 from univg_jax.evaluation.results import Json, Results, find
 from univg_jax.files import read_json
+from univg_jax.images import open_picture
 from univg_jax.writers import read_metrics
 
 SYSTEMS = ("model", "untrained", "trivial", "codec", "real")
@@ -73,9 +72,9 @@ class Evaluation:
     def _png(self, name: str) -> bytes:
         png = require(self.folder / name, origin=EVALUATE).read_bytes()
         try:
-            Image.open(io.BytesIO(png)).load()
-        except Exception as error:  # Pillow raises many kinds for damaged files
-            raise UserError(f"{self.folder / name} is no picture: {error}") from None
+            open_picture(png)
+        except UserError as error:
+            raise UserError(f"{self.folder / name} {error}") from None
         return png
 
 

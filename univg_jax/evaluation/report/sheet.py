@@ -6,10 +6,10 @@ import textwrap
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
-from PIL import Image
 
 from univg_jax.evaluation.report.read import Evaluation
 from univg_jax.files import write_whole
+from univg_jax.images import open_picture, to_rgb
 
 COLUMNS = 4
 
@@ -27,8 +27,7 @@ def write_sheet(evaluation: Evaluation, path: epath.PathLike) -> None:
             axis.set_axis_off()
         samples = evaluation.samples(name, COLUMNS)
         for axis, (prompt, pngs) in zip(row, samples, strict=False):
-            opened = [Image.open(io.BytesIO(png)) for png in pngs.values()]
-            pictures = [np.asarray(picture.convert("RGB")) for picture in opened]
+            pictures = [to_rgb(open_picture(png)) for png in pngs.values()]
             # A white column between two pictures: one before each, less the first.
             spaced = [np.pad(p, ((0, 0), (1, 0), (0, 0)), constant_values=255) for p in pictures]
             axis.imshow(np.concatenate(spaced, axis=1)[:, 1:], interpolation="nearest")

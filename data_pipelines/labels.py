@@ -1,0 +1,169 @@
+"""Measured labels: what a task needs of a record is checked, and brought into the picture.
+
+Annotation tools leave a box or a joint outside its picture by a rounding error, and resizing makes
+planes that differ by a pixel. What is wrong by less than a pixel is mended and the record kept:
+
+* boxes are clipped to the picture; those that are then empty are dropped with their phrases;
+* joints are clipped, visibility is 0 or 1;
+* depth, masks and edit_mask get the picture's size; a mask may have 255 for 1.
+
+All else is an error, above all what has other units: pixels instead of [0, 1], millimeters instead
+of meters.
+"""
+
+from collections.abc import Callable, Collection
+
+import numpy as np
+from jaxtyping import Float32
+
+from data_pipelines import transforms
+from data_pipelines.transforms import Record
+from univg_jax.errors import UserError
+
+_METERS = (0.05, 1000.0)  # where the median of known depths lies, whatever the picture shows
+
+
+def check(record: Record, needs: Collection[str], *, where: str) -> Record:
+    """The decoded record, the labels among its needed fields brought into the picture.
+
+    Raises UserError, in one line: where, which field, what is wrong.
+    """
+    for field in needs:
+        if field not in record:
+            has = ", ".join(sorted(record))
+            raise UserError(f"{where}: field {field!r} is missing (has {has})")
+    clean = dict(record)
+    for field in needs:
+        try:
+            _CHECKS.get(field, _nothing)(clean, field)
+        except UserError as error:
+            raise UserError(f"{where}: field {field!r} {error}") from None
+    if "boxes" in needs:
+        _drop_empty_boxes(clean, needs)
+    return clean
+
+
+def _nothing(record: Record, field: str) -> None:
+    """The check of fields that may have any value."""
+
+
+def _text(record: Record, field: str) -> None:
+    if not record[field].strip():
+        raise UserError("is empty")
+
+
+def _source(record: Record, field: str) -> None:
+    if record[field].shape != record["image"].shape:
+        raise _other_size(record[field].shape[:2], record["image"].shape[:2])
+
+
+def _plane(record: Record, field: str) -> None:
+    """A plane of labels gets the picture's size if it differs by at most a pixel a side."""
+    found, size = record[field].shape[-2:], record["image"].shape[:2]
+    # There may be no mask at all, which then has no size.
+    if found != size and len(record[field]):
+        if np.abs(np.subtract(found, size)).max() > 1:
+            raise _other_size(found, size)
+        resized = transforms.resize({field: record[field]}, height=size[0], width=size[1])
+        record[field] = resized[field]
+
+
+def _other_size(found: tuple[int, ...], size: tuple[int, ...]) -> UserError:
+    turned = found == size[::-1] and ", which its EXIF data turn: turn this field too"
+    return UserError("has {}x{} pixels but the image {}x{}".format(*found, *size) + (turned or ""))
+
+
+def _depth(record: Record, field: str) -> None:
+    _plane(record, field)
+    some = record[field][::4, ::4]
+    some = some[np.isfinite(some) & (some > 0)]
+    if len(some) and not _METERS[0] <= (median := np.median(some)) <= _METERS[1]:
+        raise UserError(
+            f"has a median of {median:g} m; expected meters, in files as 16-bit millimeters"
+        )
+
+
+def _masks(record: Record, field: str) -> None:
+    if record[field].size and (high := record[field].max()) > 1:
+        if not np.isin(record[field], (0, 255)).all():
+            raise UserError(f"has the value {high}; expected 0 and 1")
+        record[field] = (record[field] > 0).astype(np.uint8)
+    _plane(record, field)
+
+
+def _boxes(record: Record, field: str) -> None:
+    pixel = _pixel(record)
+    for k, box in enumerate(record[field]):
+        # A comparison with NaN is False, so this finds NaNs too.
+        if not ((box > -np.tile(pixel, 2)) & (box < 1 + np.tile(pixel, 2))).all():
+            raise UserError(
+                f"has box {k} outside the image: {_shown(box)}, expected x0 y0 x1 y1 in [0, 1]"
+                f"{_pixels_hint(box)}"
+            )
+        if not (box[2:] - box[:2] > -pixel).all():
+            raise UserError(f"has box {k} inverted: {_shown(box)}, expected x0 < x1 and y0 < y1")
+    record[field] = np.clip(record[field], 0, 1)
+
+
+def _drop_empty_boxes(record: Record, needs: Collection[str]) -> None:
+    boxes = record["boxes"]
+    keep = np.flatnonzero((boxes[:, :2] < boxes[:, 2:]).all(axis=1))
+    record["boxes"] = boxes[keep]
+    if "phrases" in needs:
+        record["phrases"] = [record["phrases"][k] for k in keep]
+
+
+def _joints(record: Record, field: str) -> None:
+    joints, pixel = record[field], _pixel(record)
+    if joints.shape != (17, 3):
+        raise UserError(f"has shape {joints.shape}, expected (17, 3)")
+    if not (joints[:, 2] >= 0).all():
+        raise UserError(f"has visibility {joints[:, 2].min():g}, expected 0 or 1")
+    xy, visible = joints[:, :2], joints[:, 2] > 0
+    for k in np.flatnonzero(visible):
+        if not ((xy[k] > -pixel) & (xy[k] < 1 + pixel)).all():
+            raise UserError(
+                f"has joint {k} outside the image: {_shown(xy[k])}, expected x y in [0, 1]"
+                f"{_pixels_hint(xy[k])}"
+            )
+    inside = np.where(visible[:, None], np.clip(xy, 0, 1), 0.0)
+    record[field] = np.column_stack([inside, visible]).astype(np.float32)
+
+
+def _parallel(partner: str) -> Callable[[Record, str], None]:
+    """The check of a list that has an entry for each of its partner's."""
+
+    def check(record: Record, field: str) -> None:
+        found, wanted = len(record[field]), len(record[partner])
+        if found != wanted:
+            raise UserError(f"has {found} entries for {wanted} {partner}")
+
+    return check
+
+
+def _pixel(record: Record) -> Float32[np.ndarray, "2"]:
+    """A pixel's width and height, as fractions of the picture's."""
+    height, width = record["image"].shape[:2]
+    return np.array([1 / width, 1 / height], np.float32)
+
+
+def _shown(values: np.ndarray) -> str:
+    return " ".join(f"{v:g}" for v in values)
+
+
+def _pixels_hint(values: np.ndarray) -> str:
+    return " of width and height, not pixels" if np.abs(values).max() > 2 else ""
+
+
+_CHECKS: dict[str, Callable[[Record, str], None]] = {
+    "caption": _text,
+    "instruction": _text,
+    "source": _source,
+    "depth": _depth,
+    "edit_mask": _masks,
+    "masks": _masks,
+    "boxes": _boxes,
+    "joints": _joints,
+    "phrases": _parallel("boxes"),
+    "expressions": _parallel("masks"),
+}
