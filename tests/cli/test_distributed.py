@@ -25,6 +25,12 @@ def parse(*arguments):
     return parser.parse_args(arguments)
 
 
+def test_help_names_the_variable_that_does_the_same():
+    parser = argparse.ArgumentParser()
+    flags.add_processes(parser)
+    assert f"{distributed.ENVIRONMENT}=1" in parser.format_help()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

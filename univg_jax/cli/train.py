@@ -46,15 +46,14 @@ def run(args: argparse.Namespace) -> None:
     profile = None
     if args.profile:
         profile = profiling.parse_steps(args.profile, total=config.train.steps)
-    if assembly.is_finished(config, args.workdir):
-        if jax.process_index() == 0:
-            print(f"{config.name}: all {config.train.steps} steps are done in {args.workdir}")
-        return
-    run = assembly.make_run(config, args.workdir)
-    preview = make_preview(run) if config.train.sample_examples else None
-    try:
-        run.train(preview=preview, profile=profile)
-    except KeyboardInterrupt as end:  # the second Ctrl-C
-        print(f"univg train: {str(end) or 'interrupted'}", file=sys.stderr, flush=True)
-        # An ordinary exit would wait for a checkpoint that is being written.
-        os._exit(getattr(end, "exit_code", 128 + signal.SIGINT))
+    if not assembly.is_finished(config, args.workdir):
+        run = assembly.make_run(config, args.workdir)
+        preview = make_preview(run) if config.train.sample_examples else None
+        try:
+            run.train(preview=preview, profile=profile)
+        except KeyboardInterrupt as end:  # the second Ctrl-C
+            print(f"univg train: {str(end) or 'interrupted'}", file=sys.stderr, flush=True)
+            # An ordinary exit would wait for a checkpoint that is being written.
+            os._exit(getattr(end, "exit_code", 128 + signal.SIGINT))
+    if jax.process_index() == 0:
+        print(f"{config.name}: all {config.train.steps} steps are done in {args.workdir}")
