@@ -42,11 +42,11 @@ def test_help_names_the_variable_that_does_the_same():
         ),
         (
             ["--coordinator=a:1", "--num_processes=2", "--process_id=-1"],
-            "--process_id=-1: expected 0 to 1",
+            "--process_id=-1: expected a whole number >= 0",
         ),
         (
             ["--coordinator=a:1", "--num_processes=0", "--process_id=0"],
-            "--num_processes=0: expected at least 1",
+            "--num_processes=0: expected a whole number >= 1",
         ),
         (
             ["--coordinator=host", "--num_processes=2", "--process_id=1"],
