@@ -2,7 +2,7 @@
 
 import argparse
 
-from data_pipelines.tasks import find_task
+from data_pipelines.tasks import TASKS, find_task
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.cli.parser import Parser
@@ -29,7 +29,12 @@ def add_arguments(parser: Parser) -> None:
         metavar="DIR",
         help="a folder for this and other evaluations; finished tasks are kept",
     )
-    parser.add_argument("--tasks", metavar="A,B", help="default: all that the run was trained on")
+    parser.add_argument(
+        "--tasks",
+        metavar="A,B",
+        help=f"of {', '.join(TASKS)}, or their full names, such as editing; "
+        "default: all that the run was trained on",
+    )
     parser.add_argument(
         "--examples",
         action=flags.Number,
