@@ -179,7 +179,7 @@ TOY = dataclasses.replace(
         resolution=config.data.resolution,
         fields=BENCHMARK.tasks[task].needs_fields,
     ),
-    fingerprint=lambda config: config.data.dir,
+    fingerprint=lambda config, splits: config.data.dir,
     open_scorers=lambda pipeline, *, needs: {},
 )
 

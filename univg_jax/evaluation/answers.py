@@ -132,15 +132,10 @@ def mask_answers(train: Cases) -> dict[str, AnswerFn]:
     def answer(choose: Callable[[Case], np.ndarray]) -> AnswerFn:
         return lambda case: renderings.render_mask(choose(case).astype(np.uint8))
 
-    def any_object(case: Case) -> np.ndarray:
-        masks = visible_masks(case)
-        return masks[np.random.default_rng([2, case.index]).integers(len(masks))]
-
     return {
         "everything": answer(lambda case: np.ones_like(likely)),
         "the mean training mask": answer(lambda case: likely),
         "all objects of the scene": answer(lambda case: visible_masks(case).any(axis=0)),
-        "any object of the scene": answer(any_object),
         "the largest object of the scene": answer(
             lambda case: max(visible_masks(case), key=np.count_nonzero)
         ),

@@ -112,8 +112,9 @@ class BenchmarkTask:
 
     `make_score(scorers, cases)` is called once and returns `score(case, image)`, which has the sums
     and counts of each metric. `make_trivial(train)` and `make_references(train)` make the answers
-    that need no model from training cases. `chance(cases)` has the expected values of guessing,
-    where they are numbers and not pictures. `group(case)` names what several cases may share, such
+    that need no model from training cases. `make_guesses(cases)` has the expected values of
+    trivial answers by chance, by name and metric: a verdict must not hang on one draw of them.
+    `group(case)` names what several cases may share, such
     as a person: standard errors are over groups (None: over cases).
 
     The verdict is about the first metric, the primary one. It must be one that no trivial answer
@@ -125,7 +126,7 @@ class BenchmarkTask:
     make_score: Callable[[Scorers, Cases], ScoreFn]
     make_trivial: Callable[[Cases], dict[str, AnswerFn]]
     make_references: Callable[[Cases], dict[str, AnswerFn]] = lambda train: {}
-    chance: Callable[[Cases], dict[str, float]] = lambda cases: {}
+    make_guesses: Callable[[Cases], dict[str, dict[str, float]]] = lambda cases: {}
     group: Callable[[Case], Hashable] | None = None
     needs_fields: tuple[str, ...] = ()  # of the records, beside those of the task
     needs_scorers: tuple[str, ...] = ()  # names of protocols
@@ -151,16 +152,16 @@ class Benchmark:
 
     `cases(config, task, split=..., num=..., collator=...)` are the first `num` usable cases of a
     split, read as needed; `config.data.dir` says where, `collator` which prompts can be used.
-    `fingerprint(config)` is a text that changes when the data does; it is made without reading
-    pictures. `open_scorers(pipeline, needs=...)` opens the scorers with
-    those names; all processes call it. Raise `version` when numbers would change.
+    `fingerprint(config, splits)` is a text that changes when the data of these splits does.
+    `open_scorers(pipeline, needs=...)` opens the scorers with those names; all processes call it.
+    Raise `version` when numbers would change.
     """
 
     name: str
     version: int
     tasks: Mapping[str, BenchmarkTask]
     cases: Callable[..., Cases]
-    fingerprint: Callable[[Config], str]
+    fingerprint: Callable[[Config, Sequence[str]], str]
     open_scorers: Callable[..., Scorers]
 
 

@@ -55,6 +55,13 @@ def merge(ratios: Iterable[Ratio]) -> Ratio:
     return Ratio(*np.apply_along_axis(math.fsum, 0, np.array(rows)))
 
 
+def mean(ratios: Iterable[Ratio]) -> Ratio:
+    """The expected sums and counts of one of `ratios`, chosen at random."""
+    ratios = list(ratios)
+    total = merge(ratios)
+    return Ratio(total.total / len(ratios), total.count / len(ratios))
+
+
 def l1(prediction: Image, target: Image, region: Map | Mask | None = None) -> Ratio:
     """Mean |prediction - target| / 255 over pixels and channels, within `region` if given.
 

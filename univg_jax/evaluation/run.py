@@ -90,7 +90,7 @@ def evaluate(
             "seed": seed,
             "split": split,
             "examples": num_examples,
-            "dataset": digest(benchmark.fingerprint(config)),
+            "dataset": digest(benchmark.fingerprint(config, (split, "train"))),
             **pipeline.digests,
         },
         provenance=provenance(pipeline),
@@ -270,11 +270,10 @@ class Evaluator:
             kind: {name: score.summarize(gather(rows[kind, name]), groups) for name in names}
             for kind, names in {"systems": self.systems, **answers}.items()
         }
-        if chance := task.chance(cases):
-            summaries["trivial"]["chance"] = {
-                metric: {"value": value, "stderr": None, "count": 0.0}
-                for metric, value in chance.items()
-            }
+        summaries["trivial"] |= {
+            name: {metric: score.guess(value) for metric, value in values.items()}
+            for name, values in task.make_guesses(cases).items()
+        }
         return {
             "title": task.title,
             "metric": task.primary,

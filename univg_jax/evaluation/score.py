@@ -49,14 +49,20 @@ def gather(rows: Mapping[int, Scores], *, count: int, template: Scores) -> dict[
 def summarize(rows: Mapping[str, Sequence[Ratio]], groups: Groups | None = None) -> Summary:
     """Value, standard error and count of each metric; None where nothing was counted."""
 
-    def entry(total: Ratio, error: float) -> Entry:
-        value = total.value if math.isfinite(total.value) else None  # JSON has no NaN
-        stderr = error if math.isfinite(error) else None
-        return {"value": value, "stderr": stderr, "count": float(total.count.sum())}
-
     return {
-        name: entry(merge(ratios), standard_error(ratios, groups)) for name, ratios in rows.items()
+        name: _entry(merge(ratios), standard_error(ratios, groups)) for name, ratios in rows.items()
     }
+
+
+def guess(expected: float) -> Entry:
+    """The entry of an expected value, for which nothing was counted."""
+    return _entry(Ratio.of(expected), math.nan) | {"count": 0.0}
+
+
+def _entry(total: Ratio, error: float) -> Entry:
+    value = total.value if math.isfinite(total.value) else None  # JSON has no NaN
+    stderr = error if math.isfinite(error) else None
+    return {"value": value, "stderr": stderr, "count": float(total.count.sum())}
 
 
 def standard_error(ratios: Sequence[Ratio], groups: Groups | None = None) -> float:

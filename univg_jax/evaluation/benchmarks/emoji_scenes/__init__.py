@@ -27,6 +27,7 @@ the real pictures stay at 0.97. It does not fall to chance, 0.06, for reasons th
 (shadows are not the reason), so compare a model with the reference and not with chance.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -75,13 +76,14 @@ def cases(config: Config, task: str, *, split: str, num: int, collator: Collator
     return Cases(task, records, resolution=config.data.resolution, seed=config.seed, fields=fields)
 
 
-def fingerprint(config: Config) -> str:
-    """What the data was built from, and TFDS's descriptions of it."""
-    folder = epath.Path(config.data.dir)
-    # A description has the number of records and of bytes in each shard.
-    names = ("build.json", *(f"{depth}dataset_info.json" for depth in ("*/", "*/*/", "*/*/*/")))
-    files = sorted(path for name in names for path in folder.glob(name))
-    return "\n".join(f"{path.relative_to(folder)} {path.read_text()}" for path in files)
+def fingerprint(config: Config, splits: Sequence[str]) -> str:
+    """The checksums of all sources of the run's tasks, in these splits."""
+    names = sorted({name for task in config.tasks.values() for name in task.source_names})
+    opened = (
+        open_source(name, split, data_dir=config.data.dir)
+        for name, split in itertools.product(names, splits)
+    )
+    return json.dumps([source.fingerprint() for source in opened])
 
 
 def open_scorers(pipeline: Pipeline, *, needs: Sequence[str]) -> Scorers:
@@ -89,12 +91,13 @@ def open_scorers(pipeline: Pipeline, *, needs: Sequence[str]) -> Scorers:
     scorers, config = embedders(pipeline, needs=needs), pipeline.config
     if "scene" in needs:
         text = {name: pipeline.digests[name] for name in ("text", "tokenizer")}
+        scenes = _scenes(config)
         scorers["scene"] = open_scene_scorer(
-            _scenes(config),
+            scenes,
             noun_of=emoji_noun,
             embed_text=scorers["text_embed"],
             cache_dir=epath.Path(config.data.dir) / "scorers",
-            data=fingerprint(config),
+            data=scenes.fingerprint(),
             text_encoder=json.dumps([text, config.data.num_tokens]),
         )
     return scorers
@@ -204,9 +207,19 @@ def _score_segmentation(case: Case, image: Image) -> dict[str, Ratio]:
     }
 
 
+def _any_object(cases: Cases) -> dict[str, float]:
+    """The expected values of the true mask of an object that is chosen at random."""
+    rows = []
+    for case in cases:
+        masks = answers.visible_masks(case).astype(np.uint8)
+        scores = [_score_segmentation(case, renderings.render_mask(mask)) for mask in masks]
+        rows.append({name: metrics.mean(score[name] for score in scores) for name in scores[0]})
+    return {name: metrics.merge(row[name] for row in rows).value for name in rows[0]}
+
+
 BENCHMARK = Benchmark(
     name="emoji_scenes",
-    version=1,
+    version=2,
     cases=cases,
     fingerprint=fingerprint,
     open_scorers=open_scorers,
@@ -223,7 +236,7 @@ BENCHMARK = Benchmark(
             },
             make_score=retrieval.score,
             make_trivial=answers.mean_image,
-            chance=lambda cases: retrieval.Candidates(cases.texts).chance(),
+            make_guesses=lambda cases: {"chance": retrieval.Candidates(cases.texts).chance()},
             make_references=lambda train: {
                 "the true background without objects": _background,
                 **answers.nearest_caption(train),
@@ -307,6 +320,7 @@ BENCHMARK = Benchmark(
             },
             make_score=lambda *_: _score_segmentation,
             make_trivial=answers.mask_answers,
+            make_guesses=lambda cases: {"any object of the scene": _any_object(cases)},
             difficulty="The expression must be understood to choose the object; then the outline "
             "must be closer to it than the true outline of any object is on average.",
             note=f"A pixel belongs to the mask from a brightness of {renderings.MASK_THRESHOLD:g}. "
