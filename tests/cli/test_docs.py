@@ -6,6 +6,7 @@ import re
 import shlex
 
 import pytest
+from PIL import Image
 
 from tools import architecture
 from univg_jax import configs
@@ -55,11 +56,17 @@ def commands_with_flags():
 
 @pytest.fixture
 def workplace(root, tmp_path, monkeypatch):
-    """A folder with the run and the data that the examples name; the run is a tiny one."""
+    """A folder with the run, data and photos that the examples name; the run is a tiny one."""
     for name, target in {"quickstart/stage3": "stage3", "data/emoji_smoke": "data"}.items():
         link = tmp_path / "runs" / name
         link.parent.mkdir(parents=True)
         link.symlink_to(root / target)
+    for split, count in dict(train=20, validation=4).items():
+        folder = tmp_path / "photos" / split
+        folder.mkdir(parents=True)
+        for k in range(count):
+            Image.new("RGB", (40, 36), (12 * k, 99, 0)).save(folder / f"{k}.jpg")
+            (folder / f"{k}.txt").write_text(f"a photo of shade {k}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

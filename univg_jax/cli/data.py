@@ -98,8 +98,12 @@ def build(args: argparse.Namespace) -> None:
     dataset = DATASETS[check_name(args.dataset, DATASETS, what="dataset")]
     every = {field.name for d in DATASETS.values() for field in dataclasses.fields(d.options)}
     given = {name: value for name in every if (value := getattr(args, name)) is not None}
-    dataset.build(args.out, dataset.make_options(given))
-    print(f"{args.dataset} is in {args.out}")
+    options = dataset.make_options(given)
+    dataset.build(args.out, options)
+    wanted = dict(dir=args.out, dataset=args.dataset)
+    wanted |= {f"build.{name}": value for name, value in dataclasses.asdict(options).items()}
+    config = " ".join(f"--config.data.{name}={value}" for name, value in wanted.items())
+    print(f"{args.dataset} is in {args.out}. To train on it: {config}")
 
 
 def inspect_config(args: argparse.Namespace) -> None:
