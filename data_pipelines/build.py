@@ -36,7 +36,7 @@ from etils import epath
 from data_pipelines import records, tfds_folder
 from univg_jax import checksums
 from univg_jax.errors import AlreadyExistsError, UserError
-from univg_jax.files import write_whole
+from univg_jax.files import read_json, write_whole
 from univg_jax.progress import Bar
 
 CHUNK = 64  # records that a process makes at a time: enough to hide the cost of handing them over
@@ -162,15 +162,13 @@ def claim(out: epath.PathLike, arguments: Mapping[str, Any]) -> None:
     Raises UserError if `out` holds a build by other arguments, or cannot be written to.
     """
     path = epath.Path(out) / CLAIM
+    if not path.exists():
+        write_whole(path, json.dumps(dict(arguments), indent=2) + "\n")
+        return
     try:
-        if not path.exists():
-            write_whole(path, json.dumps(dict(arguments), indent=2) + "\n")
-            return
-        found = dict(json.loads(path.read_text()))
-    except OSError as error:
-        raise UserError(f"cannot build a dataset in {out}: {error}") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove {out} and build again") from None
+        found = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; remove {out} and build again") from None
     different = [name for name in arguments if found.get(name) != arguments[name]]
     if different:
         raise UserError(

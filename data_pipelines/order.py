@@ -165,6 +165,7 @@ class Order:
     def __init__(self, components: Sequence[Component], *, seed: int):
         self._components, self._seed = components, seed
         self._rotation = Rotation([c.weight for c in components], seed=seed)
+        self._has_warned = False
         self._begin(Lineage(seed=seed))
 
     def __getitem__(self, position: int) -> Turn:
@@ -200,7 +201,8 @@ class Order:
                 f"{field} was {saved.get(field)}, is {mixture.get(field)}; to change weights, "
                 "sources or seed start a new stream (a new workdir, init_from)"
             )
-        if "fingerprints" not in state:
+        if "fingerprints" not in state and not self._has_warned:
+            self._has_warned = True
             _logger.warning(
                 "an old checkpoint: it does not say of which records its position is, and these "
                 "are taken for the same"

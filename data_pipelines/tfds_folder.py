@@ -25,6 +25,7 @@ from tensorflow_datasets.core.proto import dataset_info_pb2, feature_pb2
 from data_pipelines.records import FIELDS, family_features
 from univg_jax import checksums
 from univg_jax.errors import NotFoundError, UserError, check_name
+from univg_jax.files import read_json
 
 INFO, FEATURES = "dataset_info.json", "features.json"
 SUFFIX = "array_record"
@@ -133,13 +134,12 @@ def open_split(folder: epath.Path, split: str) -> Split:
 
 
 def _parse(file: epath.Path, into: message.Message) -> message.Message:
+    content = read_json(file)
     try:
-        return json_format.Parse(file.read_text(), into, ignore_unknown_fields=True)
-    except FileNotFoundError:
-        raise NotFoundError(f"{file} does not exist; an unfinished build or copy?") from None
-    except (OSError, ValueError, RecursionError, json_format.ParseError) as error:
+        return json_format.ParseDict(content, into, ignore_unknown_fields=True)
+    except json_format.ParseError as error:
         reason = str(error).partition("\n")[0][:200]
-        raise UserError(f"{file} cannot be read: {reason}") from None
+        raise UserError(f"{file} is damaged: {reason}") from None
 
 
 def _shards(folder: epath.Path, info: message.Message, split: message.Message) -> tuple[Shard, ...]:
@@ -251,12 +251,7 @@ def _class_names() -> str:
 def read_checksums(folder: epath.Path) -> dict[str, str]:
     """The checksums of the shards by name, as our builds write them; empty where there are none."""
     file = folder / checksums.FILE
-    if not file.exists():
-        return {}
-    try:
-        return {str(name): str(value) for name, value in json.loads(file.read_text()).items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}); remove it, or build again") from None
+    return {name: str(value) for name, value in read_json(file).items()} if file.exists() else {}
 
 
 def _ends(file: epath.Path) -> str:

@@ -14,6 +14,7 @@ from data_pipelines.collate import Collator
 from data_pipelines.datasets import DATASETS
 from data_pipelines.held_out import HeldOut, HeldOutBatches
 from data_pipelines.mixture import Stream
+from data_pipelines.sources import open_source
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer, load_tokenizer
 from univg_jax import encoders, sharding, tpu
@@ -28,7 +29,7 @@ from univg_jax.models.univg import UniVG
 from univg_jax.sampling import Generator
 from univg_jax.settings import Config
 from univg_jax.training import loop
-from univg_jax.training.initialize import find_parent
+from univg_jax.training.initialize import begin_stream, find_parent
 from univg_jax.training.step import TrainState, TrainStep
 from univg_jax.workdir import claim_workdir, newest_step, resume
 
@@ -100,8 +101,8 @@ class Run:
 def make_run(config: Config, workdir: epath.PathLike) -> Run:
     """All that `config` needs to train in `workdir`: checked, claimed, built, read or fitted.
 
-    All that can be wrong with the config is checked before anything is built or written. The run
-    holds the workdir (`WorkdirLock`) until it is trained. Raises UserError.
+    All that can be wrong with the config and its data is checked before the workdir is claimed. The
+    run holds the workdir (`WorkdirLock`) until it is trained. Raises UserError.
     """
     tpu.silence_if_absent()
     workdir = epath.Path(workdir)
@@ -117,40 +118,38 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
     if not newest_step(workdir) and (parent := find_parent(config.init_from)):
         parent.check()
         encoders.check(config.conditioning, init_from=parent.encoders_from)
+    prepare_data(config)
+    check_data(config, "validation")
+    collator = make_collator(config)
+    stream = Stream(
+        config,
+        collator=collator,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     lock = WorkdirLock(workdir, active=jax.process_index() == 0)
     try:
         claim_workdir(workdir, config)
-        prepare_data(config)
-        return _build(config, workdir, mesh, lock)
+        begin_stream(config.init_from, stream, workdir=workdir)  # refuses data that has changed
+        found = prepare_encoders(config, workdir, mesh)
+        return Run(
+            config=config,
+            workdir=workdir,
+            mesh=mesh,
+            collator=collator,
+            step_fns=TrainStep(
+                config=config,
+                model=make_model(config, found.conditioner),
+                conditioner=found.conditioner,
+                task_names=tuple(TASKS),
+            ),
+            frozen=found.frozen,
+            stream=stream,
+            lock=lock,
+        )
     except BaseException:
         lock.release()
         raise
-
-
-def _build(config: Config, workdir: epath.Path, mesh: jax.sharding.Mesh, lock: WorkdirLock) -> Run:
-    """The run of a config that was checked, in a workdir that is its own."""
-    found = prepare_encoders(config, workdir, mesh)
-    collator = make_collator(config)
-    return Run(
-        config=config,
-        workdir=workdir,
-        mesh=mesh,
-        collator=collator,
-        step_fns=TrainStep(
-            config=config,
-            model=make_model(config, found.conditioner),
-            conditioner=found.conditioner,
-            task_names=tuple(TASKS),
-        ),
-        frozen=found.frozen,
-        stream=Stream(
-            config,
-            collator=collator,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
-        lock=lock,
-    )
 
 
 def is_finished(config: Config, workdir: epath.PathLike) -> bool:
@@ -215,6 +214,16 @@ def prepare_data(config: Config) -> None:
     if jax.process_index() == 0:
         dataset.build(config.data.dir, dataset.make_options(config.data.build))
     multihost_utils.sync_global_devices("univg_jax.prepare_data")
+
+
+def check_data(config: Config, split: str) -> None:
+    """Opens every source that the config reads, which checks its files.
+
+    Raises UserError (NotFoundError) with the file that is missing or not what it should be.
+    """
+    tasks = [task for task in config.tasks.values() if task.weight]
+    for name in {name: None for task in tasks for name in task.source_names}:
+        open_source(name, split, data_dir=config.data.dir)
 
 
 def make_tokenizer(config: Config) -> Tokenizer:

@@ -115,7 +115,7 @@ def test_other_arguments_are_refused(tmp_path):
     with pytest.raises(UserError, match="was built with shade=7, not 8: choose another directory"):
         build.claim(tmp_path, ARGUMENTS | dict(shade=8))
     (tmp_path / "build.json").write_text("{")
-    with pytest.raises(UserError, match=r"build\.json is damaged"):
+    with pytest.raises(UserError, match=r"build\.json is not JSON.*; remove .* and build again"):
         build.claim(tmp_path, ARGUMENTS)
 
 

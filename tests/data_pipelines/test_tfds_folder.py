@@ -91,20 +91,29 @@ def elsewhere(folder):
         (
             lambda f: (f / "dataset_info.json").write_text("{"),
             "dataset_info.json",
-            "cannot be read",
+            "is not JSON",
         ),
         (
             lambda f: (f / "dataset_info.json").write_bytes(b"\xff\xfe"),
             "dataset_info.json",
-            "cannot be read",
+            "is not JSON",
         ),
-        (lambda f: (f / "dataset_info.json").write_text("[]"), "dataset_info.json", "no splits"),
-        (lambda f: (f / "dataset_info.json").write_text("[" * 10**5), "dataset_info.json", "read"),
-        (change_info(splits=7), "dataset_info.json", "cannot be read"),
+        (
+            lambda f: (f / "dataset_info.json").write_text("[]"),
+            "dataset_info.json",
+            "is not a JSON",
+        ),
+        (
+            lambda f: (f / "dataset_info.json").write_text("[" * 10**5),
+            "dataset_info.json",
+            "nested",
+        ),
+        (change_info(splits=[]), "dataset_info.json", "names no splits"),
+        (change_info(splits=7), "dataset_info.json", "is damaged"),
         (change_info(fileFormat="tfrecord"), "dataset_info.json", "are 'tfrecord'; expected"),
         (elsewhere, "dataset_info.json", "its files are in another folder"),
         (lambda f: (f / "features.json").unlink(), "features.json", "does not exist"),
-        (lambda f: (f / "features.json").write_text("nul"), "features.json", "cannot be read"),
+        (lambda f: (f / "features.json").write_text("nul"), "features.json", "is not JSON"),
         (lambda f: (f / "features.json").write_text("{}"), "features.json", "names no fields"),
     ],
 )
@@ -226,7 +235,7 @@ def test_a_shard_that_is_not_the_one_built_is_named(mine):
     with pytest.raises(UserError, match=f"{TRAIN} is not the file that was built here"):
         fingerprint(mine)
     (mine / "checksums.json").write_text("[")
-    with pytest.raises(UserError, match=r"checksums\.json is damaged"):
+    with pytest.raises(UserError, match=r"checksums\.json is not JSON"):
         fingerprint(mine)
 
 

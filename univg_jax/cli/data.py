@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 
 from data_pipelines.datasets import DATASETS
 from univg_jax import fields
@@ -102,7 +103,7 @@ def build(args: argparse.Namespace) -> None:
     dataset.build(args.out, options)
     wanted = dict(dir=args.out, dataset=args.dataset)
     wanted |= {f"build.{name}": value for name, value in dataclasses.asdict(options).items()}
-    config = " ".join(f"--config.data.{name}={value}" for name, value in wanted.items())
+    config = shlex.join(f"--config.data.{name}={value}" for name, value in wanted.items())
     print(f"{args.dataset} is in {args.out}. To train on it: {config}")
 
 

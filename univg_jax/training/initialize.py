@@ -7,12 +7,14 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from univg_jax import checkpoint
 from univg_jax.batch import Batch
 from univg_jax.checkpoint import Checkpointer, Restored
+from univg_jax.errors import NotFoundError
 from univg_jax.interop import diffusers
 from univg_jax.settings import InitFrom
 from univg_jax.training.step import TrainState, TrainStep
@@ -90,8 +92,19 @@ def find_parent(settings: InitFrom) -> ParentRun | PublicWeights | None:
     return ParentRun(settings=settings) if settings.path else None
 
 
-def begin_stream(settings: InitFrom, stream: DataStream) -> None:
-    """Puts a fresh stream where a run with these settings begins: see `initial_state`."""
+def begin_stream(
+    settings: InitFrom, stream: DataStream, *, workdir: epath.PathLike | None = None
+) -> None:
+    """Puts a fresh stream where a run begins, or goes on in its workdir: see `initial_state`.
+
+    Raises UserError if the data is no longer that of the run.
+    """
+    try:
+        if workdir is not None:
+            stream.set_state(checkpoint.load_data_state(workdir))
+            return
+    except NotFoundError:  # no checkpoint yet
+        pass
     if isinstance(find_parent(settings), ParentRun):
         state = checkpoint.load_data_state(settings.path)
         (stream.set_state if settings.which == "state" else stream.continue_from)(state)
