@@ -22,7 +22,7 @@ from univg_jax.batch import BatchShape
 from univg_jax.conditioning import Conditioner
 from univg_jax.encoders import Encoders
 from univg_jax.errors import NotFoundError, UserError, check_name
-from univg_jax.files import read_json
+from univg_jax.files import check_output, read_json
 from univg_jax.lock import WorkdirLock
 from univg_jax.models.mmdit import FROM_ENCODERS, make_mmdit
 from univg_jax.models.univg import UniVG
@@ -212,6 +212,8 @@ def prepare_data(config: Config) -> None:
     if (dataset := DATASETS.get(config.data.dataset)) is None:
         return
     if jax.process_index() == 0:
+        if not epath.Path(config.data.dir).is_dir():
+            check_output(config.data.dir, flag="data.dir", folder=True)
         dataset.build(config.data.dir, dataset.make_options(config.data.build))
     multihost_utils.sync_global_devices("univg_jax.prepare_data")
 
