@@ -14,8 +14,8 @@ from jaxtyping import UInt8
 from data_pipelines import transforms
 from data_pipelines.collate import Collator
 from data_pipelines.mixture import Stream
-from data_pipelines.quarantine import Quarantine
-from data_pipelines.reader import SKIPPED, Reader
+from data_pipelines.quarantine import usable_records
+from data_pipelines.reader import Reader
 from data_pipelines.sources import Source, open_source
 from univg_jax.errors import UserError
 from univg_jax.settings import Config, Task
@@ -79,21 +79,13 @@ def portraits(
     """
     if "id" not in config.tasks:
         raise UserError("conditioning.identity is fitted on the data of task 'id': add it to tasks")
-    side, quarantine = collator.shape.face, Quarantine()
+    side = collator.shape.face
     for name in config.tasks["id"].source_names:
         source = _open(name, config, sources)
         reader = Reader("id", source, collator=collator, fields=("person",))
-        for index in range(len(source)):
-            try:
-                record = reader.record(index)
-            except SKIPPED as error:
-                quarantine.skip(error)
-                continue
-            quarantine.accept()
-            yield (
-                transforms.resize_image(record["image"], height=side, width=side),
-                record["person"],
-            )
+        for record in usable_records(reader, range(len(source))):
+            picture = transforms.resize_image(record["image"], height=side, width=side)
+            yield picture, record["person"]
 
 
 def _open(name: str, config: Config, sources: Mapping[str, Source] | None) -> Source:

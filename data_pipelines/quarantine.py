@@ -13,10 +13,12 @@ however long the run. Above p0 it grows without bound.
 import logging
 import math
 import threading
+from collections.abc import Iterable, Iterator
 
 from scipy import special
 
-from data_pipelines.reader import DamagedRecord, UnsuitableRecord
+from data_pipelines.reader import SKIPPED, DamagedRecord, Reader, UnsuitableRecord
+from data_pipelines.transforms import Record
 from univg_jax.errors import UserError
 
 TOLERANCE = 0.01  # p0: a share up to this is damage, a larger one a wrong dataset
@@ -81,3 +83,19 @@ class Quarantine:
                 f"{damaged} of {read} records read are unusable (more than {TOLERANCE:.0%}); "
                 f"the last: {error}"
             ) from error
+
+
+def usable_records(reader: Reader, indices: Iterable[int]) -> Iterator[Record]:
+    """The records at these places without the unusable ones, each place given once.
+
+    Raises UserError once the share of damaged records is surely above TOLERANCE.
+    """
+    quarantine = Quarantine()
+    for index in indices:
+        try:
+            record = reader.record(index)
+        except SKIPPED as error:
+            quarantine.skip(error)
+        else:
+            quarantine.accept()
+            yield record

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from data_pipelines.reader import Reader
 from data_pipelines.sources import MemorySource
 from tests.evaluation import evaluation_cases as data
 from univg_jax.errors import UserError
+from univg_jax.evaluation.benchmarks.emoji_scenes import SCENE_FIELDS
 from univg_jax.evaluation.metrics import box_iou, unit_vectors
 from univg_jax.evaluation.scorers import segmenter
 from univg_jax.evaluation.scorers.scene import (
@@ -14,7 +16,13 @@ from univg_jax.evaluation.scorers.scene import (
     open_scene_scorer,
 )
 
-SOURCE = MemorySource("squares", [data.scene(i) for i in range(96)])
+
+def scenes(*others: dict) -> Reader:
+    """96 squares, and others."""
+    source = MemorySource("squares", [*(data.scene(i) for i in range(96)), *others])
+    return Reader("t2i", source, collator=data.COLLATOR, fields=SCENE_FIELDS)
+
+
 WORDS = [*data.COLORS, *data.SKIES]
 
 
@@ -32,7 +40,7 @@ OPTIONS = dict(noun_of=noun_of, embed_text=embed_text, steps=60)
 
 @pytest.fixture(scope="module")
 def scorer() -> FittedSceneScorer:
-    return fit_scene_scorer(SOURCE, **OPTIONS)
+    return fit_scene_scorer(scenes(), **OPTIONS)
 
 
 def test_detects_unseen_scenes(scorer):
@@ -69,12 +77,19 @@ def quick(scorer, monkeypatch):
 
 def opened(folder, *, data="a", text_encoder="bag of words", **options) -> FittedSceneScorer:
     return open_scene_scorer(
-        SOURCE, cache_dir=folder, data=data, text_encoder=text_encoder, **{**OPTIONS, **options}
+        scenes(), cache_dir=folder, data=data, text_encoder=text_encoder, **{**OPTIONS, **options}
     )
 
 
 def test_a_fit_is_deterministic(scorer):
-    assert fit_scene_scorer(SOURCE, **OPTIONS).digest == scorer.digest
+    assert fit_scene_scorer(scenes(), **OPTIONS).digest == scorer.digest
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_damaged_scene_is_left_out_by_name(scorer, caplog):
+    with_damaged = scenes(data.scene(1) | dict(caption=""))
+    assert fit_scene_scorer(with_damaged, **OPTIONS).nouns == scorer.nouns
+    assert "quarantined squares[96] for task 't2i': field 'caption' is empty" in caplog.text
 
 
 @pytest.mark.usefixtures("quick")

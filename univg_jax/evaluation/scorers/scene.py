@@ -26,7 +26,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, Int, UInt8
 
-from data_pipelines.sources import Source
+from data_pipelines.quarantine import usable_records
+from data_pipelines.reader import Reader
 from univg_jax import trees
 from univg_jax.errors import UserError
 from univg_jax.evaluation.scorers import TextEmbedder, local_mesh, segmenter
@@ -108,7 +109,7 @@ class FittedSceneScorer:
 
 
 def open_scene_scorer(
-    source: Source,
+    scenes: Reader,
     *,
     noun_of: Callable[[str], str],
     embed_text: TextEmbedder,
@@ -117,9 +118,9 @@ def open_scene_scorer(
     text_encoder: str,
     steps: int = STEPS,
 ) -> FittedSceneScorer:
-    """The scorer fitted on `source`, or read from `cache_dir` if it was fitted before.
+    """The scorer fitted on `scenes`, or read from `cache_dir` if it was fitted before.
 
-    `data` names the content of `source`, and `text_encoder` all that `embed_text` depends on. The
+    `data` names what `scenes` reads, and `text_encoder` all that `embed_text` depends on. The
     name of the cached file is a hash of both, and of the code and the settings of the fit: what
     changed never meets an old scorer. A damaged file is made anew. All processes call it; process 0
     fits.
@@ -136,7 +137,7 @@ def open_scene_scorer(
             except UserError as error:
                 logging.warning("%s: it is fitted again", error)
         with local_mesh():
-            scorer = fit_scene_scorer(source, noun_of=noun_of, embed_text=embed_text, steps=steps)
+            scorer = fit_scene_scorer(scenes, noun_of=noun_of, embed_text=embed_text, steps=steps)
         scorer.save(cache)
         return scorer
 
@@ -148,15 +149,15 @@ def open_scene_scorer(
 
 
 def fit_scene_scorer(
-    source: Source, *, noun_of: Callable[[str], str], embed_text: TextEmbedder, steps: int = STEPS
+    scenes: Reader, *, noun_of: Callable[[str], str], embed_text: TextEmbedder, steps: int = STEPS
 ) -> FittedSceneScorer:
     """The scorer of records with an image, a caption, phrases and their masks; deterministic.
 
-    `noun_of` takes a phrase: "two red apples" -> "apple".
+    Damaged records are left out. `noun_of` takes a phrase: "two red apples" -> "apple".
     """
-    chosen = np.random.default_rng(segmenter.SEED).permutation(len(source))[:MAX_RECORDS]
-    fields = ("image", "caption", "phrases", "masks")
-    records = [source.read(int(i), fields) for i in Bar(chosen, "scorer: reading scenes")]
+    chosen = np.random.default_rng(segmenter.SEED).permutation(len(scenes.source))[:MAX_RECORDS]
+    places = Bar(chosen.tolist(), "scorer: reading scenes")
+    records = list(usable_records(scenes, places))
     nouns = tuple(sorted({noun_of(phrase) for r in records for phrase in r["phrases"]}))
     classes = {noun: i for i, noun in enumerate(nouns, start=1)}
     images = np.concatenate([_resize(r["image"][None]) for r in records])

@@ -38,7 +38,8 @@ from etils import epath
 from data_pipelines import renderings
 from data_pipelines.collate import Collator
 from data_pipelines.held_out import HeldOut
-from data_pipelines.sources import Source, open_source
+from data_pipelines.reader import Reader
+from data_pipelines.sources import open_source
 from univg_jax.errors import UserError, needs_extra
 from univg_jax.evaluation import answers, metrics
 from univg_jax.evaluation.benchmark import (
@@ -91,19 +92,19 @@ def open_scorers(pipeline: Pipeline, *, needs: Sequence[str]) -> Scorers:
     scorers, config = embedders(pipeline, needs=needs), pipeline.config
     if "scene" in needs:
         text = {name: pipeline.digests[name] for name in ("text", "tokenizer")}
-        scenes = _scenes(config)
+        scenes = _scenes(config, pipeline.collator)
         scorers["scene"] = open_scene_scorer(
             scenes,
             noun_of=emoji_noun,
             embed_text=scorers["text_embed"],
             cache_dir=epath.Path(config.data.dir) / "scorers",
-            data=scenes.fingerprint(),
+            data=json.dumps([scenes.source.fingerprint(), config.data.resolution]),
             text_encoder=json.dumps([text, config.data.num_tokens]),
         )
     return scorers
 
 
-def _scenes(config: Config) -> Source:
+def _scenes(config: Config, collator: Collator) -> Reader:
     """The training scenes: the first source of a task on scenes that has all that is fitted on."""
     tasks = [config.tasks[name] for name in ("t2i", "lg") if name in config.tasks]
     names = [name for task in tasks for name in task.source_names]
@@ -111,7 +112,7 @@ def _scenes(config: Config) -> Source:
     found = next((source for source in sources if set(SCENE_FIELDS) <= set(source.fields)), None)
     if found is None:
         raise UserError(f"no source of {', '.join(names)} has {', '.join(SCENE_FIELDS)}")
-    return found
+    return Reader("t2i", found, collator=collator, fields=SCENE_FIELDS)
 
 
 def emoji_noun(phrase: str) -> str:
