@@ -215,7 +215,10 @@ def _embedded(
             tokens = np.stack([row.tokens for row in padded])
             text = embed(tokens, np.stack([row.text_mask for row in padded]))
             arrays = {name: np.asarray(getattr(text, name))[: len(batch)] for name in FIELDS}
-            names = [f"the embedding of the prompt {quote(row.text)}" for row in batch]
+            names = [
+                f"the embedding of the prompt {quote(row.text)}" if row.text else f"row {start + i}"
+                for i, row in enumerate(batch)
+            ]
             for name in ("emb", "pooled"):
                 check_finite(arrays[name].astype(np.float32), names, what="embedding")
             keys = np.stack([np.frombuffer(_key(row), np.uint8) for row in batch])
