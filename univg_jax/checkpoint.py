@@ -141,7 +141,7 @@ class Checkpointer:
         self.wait()
         root, sound = _locate(self.directory)
         restored = _restore(root / str(sound), abstract_state)
-        if additional := _additional(root, sound):
+        if jax.process_index() == 0 and (additional := _additional(root, sound)):
             logging.warning("%s has additional files: %s", root / str(sound), shorten(additional))
         if newer := [step for step in self._manager.all_steps() if step > sound]:
             set_aside(self.directory, newer)

@@ -112,9 +112,11 @@ load_transformer = loader(open_transformer)
 def transformer_folder(path: epath.PathLike) -> epath.Path | None:
     """The diffusers folder of a transformer at `path`, or in the pipeline at `path`; else None.
 
-    Raises UserError for a config.json that is not JSON, be it theirs or that of a run.
+    Raises UserError for a config.json that is not JSON; that of a run of ours is not looked at.
     """
-    for folder in (epath.Path(path), epath.Path(path) / "transformer") if path else ():
+    if not path or (epath.Path(path) / "checkpoints").exists():
+        return None
+    for folder in (epath.Path(path), epath.Path(path) / "transformer"):
         file = folder / "config.json"
         if file.exists() and "_class_name" in read_json(file):
             return folder
