@@ -13,7 +13,7 @@ from tests.sd3_folder import write_image_encoder, write_sd3
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.files import MAX_JSON_BYTES
 from univg_jax.interop import fingerprint
-from univg_jax.interop.diffusers import open_transformer, open_vae
+from univg_jax.interop.diffusers import open_transformer, open_vae, transformer_folder
 from univg_jax.interop.tensors import TensorFolder
 from univg_jax.interop.transformers import open_clip_text, open_clip_vision, open_t5
 
@@ -283,3 +283,13 @@ def test_a_missing_part_is_named(tmp_path):
     (tmp_path / f"{FILE}.index.json").write_text(json.dumps(index))
     with pytest.raises(NotFoundError, match=r"lacks a\.safetensors"):
         TensorFolder(tmp_path, FILE)
+
+
+def test_a_broken_pipeline_is_named_and_a_run_of_ours_is_none(tmp_path):
+    """`init_from.path` may be either."""
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        transformer_folder(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    assert transformer_folder(tmp_path) is None
+    assert transformer_folder("") is None
