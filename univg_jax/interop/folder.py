@@ -42,9 +42,9 @@ MAX_FILE_BYTES = 5 * 10**9
 class Weight:
     """Where one of our parameters is stored: in the tensors `names`, each of `shape`.
 
-    `axes` transposes a stored tensor to our order. `stacked`: our leading axis counts layers, and
-    `names` has one for each; otherwise there is one name. `channels`, of a convolution whose kernel
-    is no convolution's here: which of the stored input channels (axis 1) is each of ours.
+    `axes` transposes a stored tensor to our order. `channels` says for each of our input channels
+    which stored one (axis 1) it is, where their order is another. `stacked`: our leading axis
+    counts layers, and `names` has one for each; otherwise there is one name.
     """
 
     names: tuple[str, ...]
