@@ -1,7 +1,6 @@
 """`config.json` of a model's folder, which may be anybody's: read, completed and checked."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from univg_jax.interop.tensors import PathLike
 from univg_jax.pretrained import local_path
 
 # Sizes and depths far beyond those of any published network are those of a broken file.
-MAX_SIZE, MAX_DEPTH = 2**20, 2**10
+MAX_SIZE, MAX_DEPTH, MAX_NUMBER = 2**20, 2**10, 1e30
 
 
 def read_config(folder: PathLike, *, key: str, expected: Sequence[str]) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def complete_config(
             is_valid = type(value) is int and low <= value <= high
             expected = f"only a single int is supported, from {low} to {high}"
         elif isinstance(default, float):
-            is_valid = type(value) in (int, float) and 0 < value < math.inf
+            is_valid = type(value) in (int, float) and 0 < value < MAX_NUMBER
             expected = "only a positive number is supported"
         else:
             continue

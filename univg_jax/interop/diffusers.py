@@ -7,7 +7,6 @@ position table (computed here) and the text queries of the last block (nothing r
 """
 
 import dataclasses
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from jax.sharding import Mesh
 from univg_jax.errors import UserError, quote
 from univg_jax.files import read_json
 from univg_jax.interop.config import (
+    MAX_NUMBER,
     MAX_SIZE,
     complete_config,
     config_file,
@@ -325,7 +325,7 @@ def _vae_of(folder: PathLike, *, dtype: Any) -> AutoencoderKL:
         and all(type(width) is int and 0 < width <= MAX_SIZE for width in widths)
     ):
         raise UserError(f"{config_file(folder)}: block_out_channels is {quote(widths)}")
-    if shift is not None and not (type(shift) in (int, float) and math.isfinite(shift)):
+    if shift is not None and not (type(shift) in (int, float) and abs(shift) < MAX_NUMBER):
         raise UserError(f"{config_file(folder)}: shift_factor is {quote(shift)}, no number")
     require(
         folder,
