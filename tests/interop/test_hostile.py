@@ -19,7 +19,7 @@ from univg_jax.interop.transformers import open_clip_text, open_clip_vision, ope
 
 FILE = "model.safetensors"
 GOOD = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
-SECONDS = 10  # the slowest is 1 on an idle core
+SECONDS = 10  # of the processor; the slowest takes 1
 fuzz = settings(
     max_examples=100,
     deadline=None,
@@ -85,11 +85,11 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_header_is_refused_by_name(tmp_path, name):
     (tmp_path / FILE).write_bytes(BROKEN[name])
-    start = time.monotonic()
+    start = time.process_time()
     message = read(tmp_path)
     assert isinstance(message, str), "it was read"
     check(message)
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 @fuzz
@@ -179,13 +179,13 @@ def pipeline(tmp_path_factory):
 def opened(pipeline, name, content):
     """The message that a configuration gets; None if it is the network's own."""
     (pipeline / name / "config.json").write_bytes(content)
-    start = time.monotonic()
+    start = time.process_time()
     try:
         OPEN[name](pipeline / name)
         message = None
     except UserError as error:
         check(message := str(error))
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     return message
 
 

@@ -62,6 +62,7 @@ def complete_config(
             continue
         if not is_valid:
             raise UserError(f"{config_file(folder)}: {key} is {quote(value)}; {expected}")
+        config[key] = type(default)(value)
     return config
 
 

@@ -348,6 +348,6 @@ def _vae_of(folder: PathLike, *, dtype: Any) -> AutoencoderKL:
             post_quant_conv=c["use_post_quant_conv"],
             mid_attention=c["mid_block_add_attention"],
             scaling_factor=c["scaling_factor"],
-            shift_factor=shift or 0.0,
+            shift_factor=float(shift or 0),
             dtype=dtype,
         )

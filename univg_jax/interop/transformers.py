@@ -154,7 +154,6 @@ T5_LAYER = {
     "mlp/in": "layer.1.DenseReluDense.wi_1",
     "mlp/out": "layer.1.DenseReluDense.wo",
 }
-BUCKETS = ("num_buckets", "max_distance")
 T5_DEFAULTS = dict(
     vocab_size=32128,
     d_model=512,
@@ -203,11 +202,6 @@ def open_t5(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     config = read_config(folder, key="model_type", expected=("t5",))
     config = _complete(folder, config, T5_DEFAULTS)
     require(folder, config, feed_forward_proj=("gated-gelu",))
-    buckets, distance = (config[f"relative_attention_{key}"] for key in BUCKETS)
-    if not 4 <= buckets < 4 * distance:  # or no row of the table is left for near or for far ones
-        raise UserError(
-            f"{config_file(folder)}: {buckets} buckets of positions for distances to {distance}"
-        )
     module = T5Encoder(
         vocab_size=config["vocab_size"],
         hidden_dim=config["d_model"],
@@ -220,6 +214,11 @@ def open_t5(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
         eps=config["layer_norm_epsilon"],
         dtype=dtype,
     )
+    if not 4 <= module.num_buckets < 4 * module.max_distance:  # a row for near ones, one for far
+        raise UserError(
+            f"{config_file(folder)}: {module.num_buckets} buckets of positions for distances to "
+            f"{module.max_distance}"
+        )
     # If a file has a table of the encoder's own, transformers reads that, else the shared one.
     own, shared = "encoder.embed_tokens.weight", "shared.weight"
     has_own = own in TensorFolder(folder, WEIGHTS)
@@ -336,9 +335,12 @@ def _open_clip(
 
 
 def _complete(folder: PathLike, config: Config, defaults: Config) -> Config:
-    depth = (1, MAX_DEPTH)
-    ranges = dict(num_layers=depth, num_hidden_layers=depth, eos_token_id=(0, MAX_SIZE))
-    return complete_config(folder, config, defaults, ranges=ranges)
+    ranges = dict(image_size=(1, 2**14), patch_size=(1, 2**10), eos_token_id=(0, MAX_SIZE))
+    ranges |= dict.fromkeys(("num_layers", "num_hidden_layers"), (1, MAX_DEPTH))
+    config = complete_config(folder, config, defaults, ranges=ranges)
+    if "patch_size" in defaults and config["patch_size"] > config["image_size"]:
+        raise UserError(f"{config_file(folder)}: a patch_size above image_size")
+    return config
 
 
 def _block_fields(config: Config) -> dict[str, Any]:
