@@ -14,7 +14,7 @@ of meters.
 from collections.abc import Callable, Collection
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from data_pipelines import transforms
 from data_pipelines.transforms import Record
@@ -41,6 +41,30 @@ def check(record: Record, needs: Collection[str], *, where: str) -> Record:
     if "boxes" in needs:
         _drop_empty_boxes(clean, needs)
     return clean
+
+
+def lay_on(
+    mask: UInt8[np.ndarray, "mask_h mask_w"], image: UInt8[np.ndarray, "h w 3"]
+) -> UInt8[np.ndarray, "h w"]:
+    """The mask at the image's size. Raises UserError if the image has another shape."""
+    height, width = image.shape[:2]
+    if not _is_shape(mask.shape, (height, width)):
+        turned = _is_shape(mask.shape[::-1], (height, width))
+        raise UserError(
+            "the mask has {1}x{0} pixels and the image {3}x{2}: ".format(*mask.shape, height, width)
+            + (
+                "the image's EXIF data turn it, so turn the mask too"
+                if turned
+                else "expected a mask of the image's shape"
+            )
+        )
+    return transforms.resize({"edit_mask": mask}, height=height, width=width)["edit_mask"]
+
+
+def _is_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether (height, width) are those of `other` at another scale, rounded to whole pixels."""
+    (h, w), (height, width) = size, other
+    return abs(h - w * height / width) <= 0.5 or abs(w - h * width / height) <= 0.5
 
 
 def _nothing(record: Record, field: str) -> None:

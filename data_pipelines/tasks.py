@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from data_pipelines import renderings, transforms
-from data_pipelines.labels import check
+from data_pipelines.labels import check, lay_on
 from data_pipelines.transforms import Record
 from univg_jax.errors import UserError, quote
 
@@ -91,6 +91,7 @@ class Task:
         """
         record = check(record, self.needs, where=where)
         record = {field: record[field] for field in self.needs}
+        transforms.tell_crop(f"the image of {where}", record["image"], at_random=not center)
         record = transforms.resize_and_crop(
             record, resolution=resolution, rng=None if center else rng
         )
@@ -130,9 +131,10 @@ class Task:
                 raise UserError(f"task {self.name!r} takes no {name}")
         source, hole = None, None
         if image is not None:
+            transforms.tell_crop("the image", image)
             planes = {"image": image}
             if mask is not None:
-                planes["edit_mask"] = _laid_on(mask, image)
+                planes["edit_mask"] = lay_on(mask, image)
             planes = transforms.resize_and_crop(planes, resolution=resolution)
             source = planes["image"]
             if mask is not None:
@@ -158,31 +160,8 @@ class Task:
 
 def _with_face(example: Example, face: UInt8[np.ndarray, "h w 3"]) -> Example:
     """The example with the centered square of a picture of a face."""
+    transforms.tell_crop("the face", face)
     return dataclasses.replace(example, face=transforms.center_square(face))
-
-
-def _laid_on(
-    mask: UInt8[np.ndarray, "mask_h mask_w"], image: UInt8[np.ndarray, "h w 3"]
-) -> UInt8[np.ndarray, "h w"]:
-    """The mask at the image's size. Raises UserError if the image has another shape."""
-    height, width = image.shape[:2]
-    if not _is_shape(mask.shape, (height, width)):
-        turned = _is_shape(mask.shape[::-1], (height, width))
-        raise UserError(
-            "the mask has {1}x{0} pixels and the image {3}x{2}: ".format(*mask.shape, height, width)
-            + (
-                "the image's EXIF data turn it, so turn the mask too"
-                if turned
-                else "expected a mask of the image's shape"
-            )
-        )
-    return transforms.resize({"edit_mask": mask}, height=height, width=width)["edit_mask"]
-
-
-def _is_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether (height, width) are those of `other` at another scale, rounded to whole pixels."""
-    (h, w), (height, width) = size, other
-    return abs(h - w * height / width) <= 0.5 or abs(w - h * width / height) <= 0.5
 
 
 def prompt(task: str, text: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 
 Record = dict[str, Any]
@@ -41,6 +42,19 @@ def center_square(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return image[top : top + side, left : left + side]
+
+
+def tell_crop(what: str, picture: UInt8[np.ndarray, "h w 3"], *, at_random: bool = False) -> None:
+    """Logs the first picture that is not square, of which only a part is used."""
+    height, width = picture.shape[:2]
+    if height != width:
+        side, place = min(height, width), "at a random place" if at_random else "at its center"
+        logging.log_first_n(
+            logging.WARNING,
+            "%s has %dx%d pixels: the square of %dx%d %s is used; "
+            "further pictures that are not square are not reported",
+            *(1, what, width, height, side, side, place),
+        )
 
 
 def crop(record: Record, *, top: int, left: int, height: int, width: int) -> Record:

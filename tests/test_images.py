@@ -1,6 +1,7 @@
 """A picture's file means one thing, whatever its format; a mask is white where something is."""
 
 import io
+import json
 import pathlib
 import tracemalloc
 
@@ -314,3 +315,24 @@ def test_any_two_valued_mask_is_itself(height, width, seed):
     if truth.size > 1:
         found = mask(file(np.where(truth, high, low).astype(np.uint8)))
         np.testing.assert_array_equal(found, truth)
+
+
+SAMPLES = ROOT.parent / "shared" / "native_samples" / "images"
+
+
+@pytest.mark.skipif(not SAMPLES.exists(), reason="no folder of awkward pictures beside this one")
+def test_awkward_pictures_of_other_projects():
+    """Each is read as Pillow reads it alone, or refused in a line, as its EXPECTED.json says."""
+    for name, expected in json.loads((SAMPLES / "EXPECTED.json").read_text())["files"].items():
+        data = (SAMPLES / name).read_bytes()
+        if not expected["readable"]:
+            with pytest.raises(UserError, match=r"^is not a readable image: "):
+                open_picture(data)
+            continue
+        picture = open_picture(data)
+        pixels = to_rgb(picture)
+        assert list(pixels.shape[1::-1]) == expected["size_after_exif"], name
+        is_opaque = "A" not in picture.getbands() and "transparency" not in picture.info
+        if "rgb_mean" in expected and is_opaque:
+            error = np.abs(pixels.mean((0, 1)) - expected["rgb_mean"]).max()
+            assert error < 0.02, name  # the file says two decimals

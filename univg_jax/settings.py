@@ -84,7 +84,7 @@ class Data:
     )
     resolution: int = setting(64, "pixels a side of a picture", least=1)
     face_resolution: int = setting(64, "pixels a side of a face", least=1)
-    num_tokens: int = setting(32, "tokens of a prompt; longer ones are cut", least=1)
+    num_tokens: int = setting(40, "tokens of a prompt; longer ones are cut", least=1)
     text_cache: str = setting(
         "",
         "folder of prompts' embeddings (univg data cache): the run then holds no text encoder",

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from absl import logging
 
 from data_pipelines import renderings, tasks
 from data_pipelines.tasks import TASKS, find_task
@@ -299,6 +300,22 @@ def test_a_mask_lies_on_its_image_at_any_scale(scale):
     np.testing.assert_array_equal(made.mask[SIZE // 2 :], 0)
     np.testing.assert_array_equal(
         made.source, np.where(made.mask > 0, renderings.GRAY, 0) * np.ones(3, int)
+    )
+
+
+@pytest.mark.parametrize("is_users", [True, False])
+def test_a_crop_is_told_once(is_users, monkeypatch, caplog):
+    monkeypatch.setattr(logging, "_log_counter_per_token", {})
+    square, wide = np.zeros((SIZE, SIZE, 3), np.uint8), np.zeros((20, 30, 3), np.uint8)
+    for image in (square, wide, wide):
+        if is_users:
+            from_inputs("depth", image=image)
+        else:
+            example("t2i", image=image)
+    what, where = ("", "its center") if is_users else (" of toy/train[7]", "a random place")
+    (message,) = caplog.messages
+    assert message.startswith(
+        f"the image{what} has 30x20 pixels: the square of 20x20 at {where} is used"
     )
 
 
