@@ -9,7 +9,6 @@ the same fields) below its output folder, and can be killed at any time and star
   two builds at once, the second to be complete keeps what the first has put there.
 * A record depends on its split and index alone, so the files do not depend on the number of
   processes.
-* `checksums.json` has the checksums of its shards, by which a run knows them again.
 
 TFDS writes local files only. For a bucket it writes into a temporary local folder, from where the
 files are copied, `dataset_info.json` last.
@@ -34,7 +33,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from data_pipelines import records, tfds_folder
-from univg_jax import checksums
+from data_pipelines.sources import open_source
 from univg_jax.errors import AlreadyExistsError, UserError
 from univg_jax.files import read_json, write_whole
 from univg_jax.progress import Bar
@@ -148,7 +147,13 @@ def write_dataset(
         raise UserError('no records: expected a mapping such as {"train": records}')
     about = dict(name="records", version="1.0.0", description="", license=license)
     with _written(final, fields, readers, **about) as written:
-        _publish(written, final)
+        if not _publish(written, final):
+            for split in splits:
+                ours, theirs = (open_source(os.fspath(f), split) for f in (written, final))
+                if ours.fingerprint() != theirs.fingerprint():
+                    raise AlreadyExistsError(
+                        f"{final} has other records; choose another folder, or remove it"
+                    )
 
 
 def is_complete(out: epath.PathLike, family: str) -> bool:
@@ -222,11 +227,7 @@ def _written(
         # TFDS prints that it downloads, which it does not.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_dir=staging / "downloads")
-        written = epath.Path(builder.data_dir)
-        shards = sorted(file.name for file in written.glob(f"*.{tfds_folder.SUFFIX}*"))
-        sums = checksums.checksums(written, shards)
-        write_whole(written / checksums.FILE, json.dumps(sums, indent=1))
-        yield written
+        yield epath.Path(builder.data_dir)
     finally:
         staging.rmtree(missing_ok=True)
 
@@ -259,29 +260,25 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _publish(written: epath.Path, final: epath.Path) -> None:
-    """Puts a complete dataset in its place, or keeps the same one that another build has put there.
-
-    Raises AlreadyExistsError if what is there differs.
-    """
+def _publish(written: epath.Path, final: epath.Path) -> bool:
+    """Puts a complete dataset in its place; False if another build has put one there."""
     is_bucket = "://" in os.fspath(final)
-    if not (final / DONE).exists():
-        if final.exists() and not is_bucket:
-            final.rmtree()  # nobody is writing it: a local dataset comes there by a rename
-        try:
-            if is_bucket:
-                final.mkdir(parents=True, exist_ok=True)
-                for file in sorted(written.iterdir(), key=lambda file: file.name == DONE):
-                    file.copy(final / file.name, overwrite=True)
-            else:
-                written.rename(final)
-            return
-        except OSError:
-            if not (final / DONE).exists():
-                raise
-    ours, theirs = (tfds_folder.read_checksums(folder) for folder in (written, final))
-    if theirs and ours != theirs:
-        raise AlreadyExistsError(f"{final} has other records; choose another folder, or remove it")
+    if (final / DONE).exists():
+        return False
+    if final.exists() and not is_bucket:
+        final.rmtree()  # nobody is writing it: a local dataset comes there by a rename
+    try:
+        if is_bucket:
+            final.mkdir(parents=True, exist_ok=True)
+            for file in sorted(written.iterdir(), key=lambda file: file.name == DONE):
+                file.copy(final / file.name, overwrite=True)
+        else:
+            written.rename(final)
+    except OSError:
+        if (final / DONE).exists():
+            return False
+        raise
+    return True
 
 
 def _checked(

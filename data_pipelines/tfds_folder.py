@@ -9,8 +9,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +21,11 @@ from google.protobuf import json_format, message
 from tensorflow_datasets.core.proto import dataset_info_pb2, feature_pb2
 
 from data_pipelines.records import FIELDS, family_features
-from univg_jax import checksums
 from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.files import read_json
 
 INFO, FEATURES = "dataset_info.json", "features.json"
 SUFFIX = "array_record"
-HASHED_WHOLE = 256 * 2**20  # bytes of a split, up to which its fingerprint reads them all
-HEAD, TAIL = 2**16, 2**17  # bytes of each shard that the fingerprint of a larger split reads
 THREADS = 64  # shards opened at a time: in a bucket each waits for the network
 
 _T = TypeVar("_T")
@@ -75,32 +70,6 @@ class Split:
     def parse(self, record: bytes) -> dict[str, Any]:
         """A record's fields in stored form (`data_pipelines.records`): images are bytes."""
         return self.features.deserialize_example_np(record, decoders=self._decoders)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A checksum of the split's content, the same wherever the folder lies, in hex.
-
-        It covers every byte of the shards, if they are at most HASHED_WHOLE together, or if
-        `checksums.json` beside them, which our builds write, has their sums. Else it covers each
-        shard's size, its first and its last bytes: these hold most of its index, and so the sizes
-        of its records. Then a change that leaves all of that as it was is not seen.
-
-        Raises UserError if a shard is not the one that `checksums.json` has the sum of.
-        """
-        names = [shard.path.name for shard in self.shards]
-        sizes = _in_parallel(lambda shard: shard.path.stat().length, self.shards)
-        written = read_checksums(self.folder)
-        if sum(sizes) <= HASHED_WHOLE:
-            sums = checksums.checksums(self.folder, names)
-            for name in names:
-                if written.get(name, sums[name]) != sums[name]:
-                    raise UserError(f"{self.folder / name} is not the file that was built here")
-            parts = [sums[name] for name in names]
-        elif all(name in written for name in names):
-            parts = [written[name] for name in names]
-        else:
-            parts = _in_parallel(lambda shard: _ends(shard.path), self.shards)
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def open_split(folder: epath.Path, split: str) -> Split:
@@ -243,25 +212,6 @@ def _features(file: epath.Path) -> tfds.features.FeaturesDict:
 
 def _class_names() -> str:
     return ", ".join(sorted(name.rpartition(".")[2] for name, _ in _KNOWN))
-
-
-# --- checksums ---
-
-
-def read_checksums(folder: epath.Path) -> dict[str, str]:
-    """The checksums of the shards by name, as our builds write them; empty where there are none."""
-    file = folder / checksums.FILE
-    return {name: str(value) for name, value in read_json(file).items()} if file.exists() else {}
-
-
-def _ends(file: epath.Path) -> str:
-    """A checksum of a file's size, its first HEAD and its last TAIL bytes."""
-    size = file.stat().length
-    with file.open("rb") as f:
-        digest = hashlib.blake2b(b"%d " % size + f.read(HEAD), digest_size=16)
-        f.seek(max(0, size - TAIL))
-        digest.update(f.read(TAIL))
-    return digest.hexdigest()
 
 
 def _in_parallel(function: Callable[[Shard], _T], shards: Sequence[Shard]) -> list[_T]:

@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
         *("tpu", "workdir", "writers"),
     },
     # Data never sees a model.
-    "data_pipelines": {"batch", "checksums", "pretrained"},
+    "data_pipelines": {"batch", "pretrained"},
     "experiments": set(),
     # From a config to a run, and from a run to a trained model.
     "assembly": {

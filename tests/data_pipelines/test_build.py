@@ -131,7 +131,6 @@ def test_a_build_into_a_bucket_goes_there(bucket):
         files = sorted(file.name for file in (out / name).iterdir())
         assert files == [
             "LICENSE",
-            "checksums.json",
             "dataset_info.json",
             "features.json",
             "shades-train.array_record-00000-of-00001",
