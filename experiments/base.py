@@ -8,9 +8,13 @@ from ml_collections import ConfigDict
 from univg_jax import settings
 
 
-def task(weight: float, *sources: str, **dropout: float) -> ConfigDict:
-    """A task's weight and the dataset families it reads; dropout as in `settings.Task`."""
-    return ConfigDict(dataclasses.asdict(settings.Task(weight=weight, sources=sources, **dropout)))
+def task(weight: float, *sources: str | Mapping[str, float], **dropout: float) -> ConfigDict:
+    """A task's weight and the dataset families it reads, or one {family: weight}; dropout as in
+    `settings.Task`.
+    """
+    is_weighted = len(sources) == 1 and isinstance(sources[0], Mapping)
+    chosen = settings.Task(weight=weight, sources=sources[0] if is_weighted else sources, **dropout)
+    return ConfigDict(dataclasses.asdict(chosen), allow_dotted_keys=True)
 
 
 def get_config() -> ConfigDict:
@@ -48,7 +52,8 @@ def by_rows(
     total: dict[str, dict[str, float]] = {}
     for mixture, count in zip(stages, steps, strict=True):
         for name, one in mixture.items():
-            weights = total.setdefault(name, dict.fromkeys(one.sources, 0.0))
+            weights = total.setdefault(name, {})
             for source in one.sources:
-                weights[source] += count * one.weight / len(one.sources)
+                rows = count * one.weight / len(one.sources)
+                weights[source] = weights.get(source, 0.0) + rows
     return total

@@ -72,3 +72,21 @@ def test_what_cannot_be_is_one_line(config, message):
         Config.of(config)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_task_takes_sources_or_their_weights():
+    c = base.get_config()
+    c.tasks = dict(t2i=base.task(1.0, {"a": 1.0, "./v1.0/b": 3.0}), ip=base.task(1.0, "a", "c"))
+    tasks = Config.of(c).tasks
+    assert dict(tasks["t2i"].sources) == {"a": 1.0, "./v1.0/b": 3.0}
+    assert tasks["ip"].source_names == ("a", "c")
+    assert Config.of(json.loads(json.dumps(Config.of(c).to_dict()))) == Config.of(c)
+
+
+def test_the_codec_is_fitted_on_what_all_stages_train_by_their_rows():
+    stages = (
+        dict(t2i=base.task(1.0, "a")),
+        dict(t2i=base.task(0.25, "a", "b"), ie=base.task(0.75, "c")),
+    )
+    expected = {"t2i": {"a": 10 + 0.5, "b": 0.5}, "ie": {"c": 3.0}}
+    assert base.by_rows(stages, steps=(10, 4)) == expected

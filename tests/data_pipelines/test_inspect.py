@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import html
 import io
 import re
@@ -102,6 +103,18 @@ def test_it_says_how_far_it_is(tmp_path, capsys):
         sources=dict(toy=toy),
     )
     assert f"{inspect.MIN_ROWS}/{inspect.MIN_ROWS}" in capsys.readouterr().err
+
+
+def test_damaged_records_are_counted_and_fields_that_no_task_needs_may_be(tmp_path):
+    config = dataclasses.replace(make_config(), tasks={"t2i": make_config().tasks["t2i"]})
+    records = [make_record(k) for k in range(5)]
+    records[2]["caption"] = ""
+    records[3]["boxes"] = np.full((1, 4), np.nan, np.float32)  # nobody asked for it
+    toy, out = MemorySource("toy", records), tmp_path / "page.html"
+    inspect.write_inspection(config, out, collator=make_collator(), sources=dict(toy=toy))
+    page = out.read_text()
+    assert "1 cannot be used" in page
+    assert set(re.findall(r"toy\[(\d)\]", page)) == {"0", "1", "3", "4"}
 
 
 def test_the_page_may_go_to_a_bucket(bucket):

@@ -69,6 +69,8 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(finished, tmp_path, aft
     assert first.seen[: resumed * 8] + second.seen == uninterrupted.seen
     rows = writers.read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]  # no step twice, none missing
+    # each batch meets one damaged record, and what was read for lost steps counts once
+    assert [row["records/quarantined"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
 class TerminatedStream(helpers.CountingStream):
@@ -179,6 +181,16 @@ def seconds(row):
         for name, value in row.items()
         if name.startswith("seconds/")
     }
+
+
+def test_a_row_has_the_mean_square_of_each_tasks_latents(finished):
+    step_fns, frozen = helpers.tiny_step(helpers.tiny_config())
+    shown = helpers.batch(0)
+    latents = np.asarray(step_fns.conditioner.target_latents(frozen, shown))
+    row = writers.read_metrics(finished[0] / "metrics.jsonl")[0]
+    for index, name in enumerate(helpers.TASKS):
+        expected = np.square(latents[shown.task == index]).mean()
+        np.testing.assert_allclose(row[f"latent_square/{name}"], expected, rtol=1e-5)  # float32
 
 
 def test_where_the_time_went_adds_up_to_the_wall_time(finished):
