@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -76,12 +77,17 @@ def test_a_signal_is_one_line_and_its_exit_code(monkeypatch, capsys, number, lin
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-# Sleeps in one call of C, as a compilation does.
+# Is in one call of C for minutes, as a compilation is, and has started another process.
 BUSY = """
-import ctypes, sys
+import hashlib, multiprocessing, sys, time
 from univg_jax import checkpoint
 from univg_jax.cli import main
-checkpoint.verify = lambda path: (print("busy", flush=True), ctypes.CDLL(None).sleep(60))
+multiprocessing.Process(target=time.sleep, args=[60], daemon=True).start()
+
+def verify(path):
+    print("busy", flush=True)
+    hashlib.pbkdf2_hmac("sha1", b"", b"", 2**30)
+checkpoint.verify = verify
 sys.exit(main.main(["checkpoint", "verify", "x"]))
 """
 
@@ -91,9 +97,11 @@ def test_a_signal_ends_what_does_not_listen(number):
     command = [sys.executable, "-c", BUSY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"busy\n"
+        time.sleep(0.5)  # until it is in the call
         process.send_signal(number)
-        assert process.wait(timeout=30) == 128 + number
-        (line,) = process.stderr.read().splitlines()
+        _, printed = process.communicate(timeout=30)  # until all that could print have ended
+        assert process.returncode == 128 + number
+        (line,) = printed.splitlines()
         assert line.startswith(b"univg")
 
 

@@ -6,6 +6,7 @@ within `GRACE` seconds is ended.
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -58,6 +59,8 @@ def _ended_at_once() -> Iterator[None]:
         while number := os.read(heard, 1)[0]:
             if number in _LINES and not over.wait(GRACE):
                 print(f"univg: {_LINES[signal.Signals(number)]}", file=sys.stderr, flush=True)
+                for child in multiprocessing.active_children():  # they would stay
+                    child.terminate()
                 os._exit(128 + number)
 
     thread = threading.Thread(target=wait, daemon=True)
