@@ -109,7 +109,12 @@ USES_JAX = """
 import sys, jax
 from univg_jax import checkpoint
 from univg_jax.cli import main
-checkpoint.verify = lambda path: jax.devices() and ()
+from univg_jax.errors import UserError
+
+def verify(path):
+    jax.devices()
+    raise UserError("the only line")
+checkpoint.verify = verify
 sys.exit(main.main(["checkpoint", "verify", "x"]))
 """
 
@@ -117,7 +122,7 @@ sys.exit(main.main(["checkpoint", "verify", "x"]))
 def test_no_alarm_about_a_tpu_where_there_is_none():
     environment = {k: v for k, v in os.environ.items() if "TPU" not in k and k != "JAX_PLATFORMS"}
     done = subprocess.run([sys.executable, "-c", USES_JAX], capture_output=True, env=environment)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr) == (1, b"univg checkpoint: error: the only line\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["checkpoint"], ["data"]])
