@@ -268,7 +268,7 @@ class Pipeline:
             arguments = (self.params, self.frozen, passes)
             program = (self.generator, batch.size, len(passes), callback is None)
             if program not in self.compiled:
-                with timed(f"compiling the sampler for {batch.size} images"):
+                with timed(f"compiling the sampler (batch of {batch.size})"):
                     self.generator.compile(
                         *arguments, weights=weights, seeds=seeds, stepwise=callback is not None
                     )

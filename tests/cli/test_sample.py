@@ -126,5 +126,6 @@ def test_help_has_an_example_of_each_task_that_parses(capsys):
         assert task.title in head
         args = parse(["sample", "--checkpoint=x", "--out=x", *shlex.split(example)])
         assert args.task == name
-        given = dict.fromkeys(task.inputs, np.full((8, 8, 3), 255, np.uint8))
+        white = np.full((8, 8, 3), 255, np.uint8)
+        given = {name: white[..., 0] if name == "mask" else white for name in task.inputs}
         task.from_inputs(prompt=args.prompt, **given, resolution=8)  # or it raises
