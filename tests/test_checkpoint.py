@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from etils import epath
 from tests import processes
 from univg_jax import checkpoint, checksums, sharding
 from univg_jax.batch import pytree_dataclass
-from univg_jax.errors import UserError
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.settings import Optim
 from univg_jax.training import optim
 from univg_jax.workdir import CHECKPOINTS, claim_workdir, list_steps
@@ -365,6 +366,23 @@ def test_copy(tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.copy(tmp_path / "a", 4, tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_digests_name_the_content_of_a_step_and_not_its_place(tmp_path):
+    save(tmp_path / "a", 2, 4)
+    first = checkpoint.digests(tmp_path / "a")
+    assert list(first) == [2, 4]
+    assert len(set(first.values())) == 2
+    step = tmp_path / "a" / CHECKPOINTS / "4"
+    assert checkpoint.digests(step) == {4: first[4]}
+    checkpoint.copy(tmp_path / "a", 4, tmp_path / "b")
+    assert checkpoint.digests(tmp_path / "b") == {4: first[4]}
+    # The same path and step, trained again.
+    shutil.rmtree(tmp_path / "a")
+    save(tmp_path / "a", 4, state=make_state(5))
+    assert checkpoint.digests(tmp_path / "a")[4] != first[4]
+    with pytest.raises(NotFoundError, match="no checkpoint"):
+        checkpoint.digests(tmp_path / "c")
 
 
 PROCESS = """

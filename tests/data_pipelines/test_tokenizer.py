@@ -33,6 +33,15 @@ def test_known_ids():
     assert text.num_truncated == 0
 
 
+def test_the_fingerprint_changes_with_the_vocabulary(tmp_path):
+    assert load_tokenizer().fingerprint == TOKENIZER.fingerprint
+    state = json.loads((pretrained_folder("minilm") / "tokenizer.json").read_text())
+    words = state["model"]["vocab"]
+    words["red"], words["car"] = words["car"], words["red"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    assert load_tokenizer(str(tmp_path)).fingerprint != TOKENIZER.fingerprint
+
+
 def test_placeholder_is_one_position_read_as_person():
     text, spelled = (
         TOKENIZER("<id> a photo of <p> outdoors", 16),

@@ -289,6 +289,21 @@ def test_a_stage_keeps_its_parents_pretrained_encoders(tmp_path):
         encoders.check(Conditioning(**other), init_from=tmp_path / "two")
 
 
+def test_digests_name_each_encoder(tmp_path):
+    folder = write_sd3(tmp_path / "sd3")
+    config = dict(folder=str(folder), text=dict(kind="clip"), codec=dict(kind="vae"))
+    prepare_encoders(config, tmp_path / "one")
+    first = encoders.digests(tmp_path / "one")
+    assert set(first) == {"text", "codec"}, "there is no identity encoder"
+    prepare_encoders(config, tmp_path / "again")
+    assert encoders.digests(tmp_path / "again") == first
+    other_weights(folder, "text_encoder")
+    prepare_encoders(config, tmp_path / "two")
+    second = encoders.digests(tmp_path / "two")
+    assert second["text"] != first["text"]
+    assert second["codec"] == first["codec"]
+
+
 def test_a_record_of_an_earlier_version_is_compared_as_it_was_made(tmp_path, caplog):
     """It has samples of the files, and no checksum of itself."""
     folder = write_sd3(tmp_path / "sd3")

@@ -5,7 +5,7 @@
 
 The folder's name is a hash of `settings`, on which the numbers depend: the checkpoint's weights and
 not its path, how images were sampled, the data. `provenance` says where and when they were made.
-The file ends with a checksum of the rest.
+The file has a checksum of itself.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from univg_jax.errors import NotFoundError, UserError
-from univg_jax.files import read_json, write_whole
+from univg_jax.files import read_sealed, write_sealed
 
 VERSION = 4  # of the arithmetic and of the file: results of another one are not reused
 FILE = "results.json"
@@ -44,8 +44,7 @@ class Results:
     def write(self, folder: epath.PathLike) -> None:
         """Writes the file, whole or not at all."""
         content = {"version": VERSION, **dataclasses.asdict(self)}
-        signed = {**content, "checksum": digest(content)}
-        write_whole(epath.Path(folder) / FILE, json.dumps(signed, indent=1) + "\n")
+        write_sealed(epath.Path(folder) / FILE, content)
 
     @classmethod
     def read(cls, folder: epath.PathLike) -> "Results":
@@ -57,13 +56,12 @@ class Results:
         path = epath.Path(folder) / FILE
         if not path.exists():
             raise NotFoundError(f"{path} is missing: `univg evaluate` writes it")
-        content = read_json(path)
+        content = read_sealed(path)
         if not {"settings", "tasks"} <= set(content):
             raise UserError(f"{path} is not the results of an evaluation: move it away")
         if content.get("version") != VERSION:
             raise UserError(f"{path} is of another version of univg_jax: evaluate again")
-        checksum = content.pop("checksum", None)
-        if checksum != digest(content) or set(content) != set(KEYS):
+        if set(content) != set(KEYS):
             raise UserError(f"{path} is not what was written: move it away and evaluate again")
         return cls(**{key: content[key] for key in KEYS if key != "version"})
 

@@ -50,8 +50,8 @@ def explain(task: TaskResult, *, images_seen: int | float, share_seen: int | flo
             f"value ({task.text('model', field='stderr')}, {task.entry['examples']} examples)."
         )
     sentences.append(
-        f"The task saw {images_seen:,.0f} training images, {100 * share_seen:.0f} % of all that "
-        "were shown."
+        f"The task saw {images_seen:,.0f} training images, {100 * share_seen:.0f}\u00a0% of all "
+        "that were shown."
         if images_seen
         else "No stage of this run trained the task."
     )
@@ -65,7 +65,7 @@ def caveats(task: TaskResult) -> list[str]:
     lines = []
     for name in task.references:
         is_better = task.metric.improves(task.value("model"), task.value(name))
-        lines.append(f"{'' if is_better else 'not better than '}{name}: {task.text(name)}")
+        lines.append(f"{'better' if is_better else 'not better'} than {name}: {task.text(name)}")
     for name in task.secondary:
         metric, model = task.metrics[name], task.value("model", name)
         if _is_no_better(metric, model, task.value("trivial", name)):
