@@ -76,7 +76,16 @@ def _text(record: Record, field: str) -> None:
         raise UserError("is empty")
 
 
+def _picture(record: Record, field: str) -> None:
+    pixels = record[field]
+    is_array = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.size > 0
+    if not (is_array and pixels.ndim == 3 and pixels.shape[-1] == 3):
+        found = getattr(pixels, "shape", type(pixels).__name__)
+        raise UserError(f"is {found}, expected uint8 pixels [h, w, 3]")
+
+
 def _source(record: Record, field: str) -> None:
+    _picture(record, field)
     if record[field].shape != record["image"].shape:
         raise _other_size(record[field].shape[:2], record["image"].shape[:2])
 
@@ -180,6 +189,8 @@ def _pixels_hint(values: np.ndarray) -> str:
 
 
 _CHECKS: dict[str, Callable[[Record, str], None]] = {
+    "image": _picture,
+    "face": _picture,
     "caption": _text,
     "instruction": _text,
     "source": _source,

@@ -161,3 +161,14 @@ def test_white_in_a_mask_may_be_255_and_nothing_else():
     record["masks"] = np.full((1, 4, 4), 7, np.uint8)
     with pytest.raises(UserError, match="has the value 7; expected 0 and 1"):
         check(record, "masks")
+
+
+@pytest.mark.parametrize("field", ["image", "source", "face"])
+@pytest.mark.parametrize(
+    "pixels", [None, np.zeros((4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)]
+)
+def test_what_is_no_picture_is_a_fault(field, pixels):
+    with pytest.raises(
+        UserError, match=rf"^toy\[7\]: field '{field}' is .*, expected uint8 pixels"
+    ):
+        check(picture(4, 4) | {field: pixels}, field)
