@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"tpu"},
     "sharding": {"batch"},
     "distributed": {"sharding"},
-    "checkpoint": {"checksums", "sharding", "stored", "workdir"},
+    "checkpoint": {"checksums", "lock", "sharding", "stored", "workdir"},
     # Networks: ours, weights of others, and what encodes a batch.
     "models": {"batch", "sharding"},
     "interop": {"models", "pretrained", "sharding"},

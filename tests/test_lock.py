@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 
+import jax.numpy as jnp
 import pytest
 
-from univg_jax import lock
+from univg_jax import checkpoint, lock
+from univg_jax.checkpoint import Checkpointer
 from univg_jax.errors import UserError
 from univg_jax.lock import WorkdirLock
 
@@ -46,6 +48,17 @@ def test_a_living_owner_is_not_disturbed_and_a_dead_one_is_replaced(tmp_path, ca
         with WorkdirLock(tmp_path):
             assert f"taken over from process {process.pid}" in caplog.text
     assert not (tmp_path / "lock.json").exists()
+
+
+def test_nothing_is_copied_into_a_run_that_trains(tmp_path):
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, {"params": {"a": jnp.ones(2)}}, {}, {})
+    with holder(tmp_path / "trains"):
+        with pytest.raises(UserError, match="trains is in use by process"):
+            checkpoint.copy(tmp_path / "run", None, tmp_path / "trains")
+        assert [file.name for file in (tmp_path / "trains").iterdir()] == ["lock.json"]
+    checkpoint.copy(tmp_path / "run", None, tmp_path / "trains")
+    assert checkpoint.step_of(tmp_path / "trains") == 1
 
 
 def test_an_owner_that_ends_leaves_nothing(tmp_path, caplog):

@@ -27,6 +27,7 @@ from orbax.checkpoint.handlers import DefaultCheckpointHandlerRegistry
 from univg_jax import checksums
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError, shorten
 from univg_jax.files import write_whole
+from univg_jax.lock import WorkdirLock
 from univg_jax.sharding import with_shardings
 from univg_jax.stored import differences, read_arrays, read_item, read_state, saved_shapes
 from univg_jax.trees import Json, named_leaves, nest
@@ -225,25 +226,26 @@ def copy(workdir: epath.PathLike, step: int | None, out: epath.PathLike) -> int:
     """Copies a sound step (None: the newest) into another workdir; returns the step.
 
     What a run is besides goes with it: its config and its encoders. Raises UserError if the step is
-    damaged, or `out` has it already, or other encoders.
+    damaged, or `out` has it already, or other encoders, or trains.
     """
     root, step = _locate(workdir if step is None else epath.Path(workdir) / CHECKPOINTS / str(step))
     target = epath.Path(out) / CHECKPOINTS / str(step)
     if target.exists():
         raise AlreadyExistsError(f"{target} exists, nothing copied")
-    claim_workdir(out, read_item(root / str(step), "config"))
-    if jax.process_index() == 0:
-        unfinished = target.parent / f"{step}.orbax-checkpoint-tmp"
-        if unfinished.exists():
-            unfinished.rmtree()
-        _copy_encoders(root.parent / ENCODERS, epath.Path(out) / ENCODERS)
-        additional = _additional(root, step)
-        for name in checksums.list_files(root / str(step)):
-            if name not in additional:
-                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-                (root / str(step) / name).copy(unfinished / name)
-        unfinished.rename(target)
-    barrier("copied")
+    with WorkdirLock(out, active=jax.process_index() == 0):
+        claim_workdir(out, read_item(root / str(step), "config"))
+        if jax.process_index() == 0:
+            unfinished = target.parent / f"{step}.orbax-checkpoint-tmp"
+            if unfinished.exists():
+                unfinished.rmtree()
+            _copy_encoders(root.parent / ENCODERS, epath.Path(out) / ENCODERS)
+            additional = _additional(root, step)
+            for name in checksums.list_files(root / str(step)):
+                if name not in additional:
+                    (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                    (root / str(step) / name).copy(unfinished / name)
+            unfinished.rename(target)
+        barrier("copied")
     if problems := checksums.find_problems(target):
         raise UserError(f"the copy {target} is damaged: {shorten(problems)}")
     return step
