@@ -147,6 +147,8 @@ def test_cmyk_and_gray_jpegs():
         (file(Image.new("RGB", (64, 64)), "ICO"), "none of PNG, JPEG"),
         (b"P5 20000 20000 255 ", "20000 x 20000 pixels are more than 134217728 (268435456 in"),
     ],
+    # Of their own, because a PDF's bytes have the time.
+    ids=["empty", "text", "cut PNG", "cut JPEG", "EPS", "PDF", "ICO", "huge"],
 )
 def test_what_is_no_picture_is_said_in_a_line(data, why):
     with pytest.raises(UserError) as error:

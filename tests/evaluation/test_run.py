@@ -281,7 +281,7 @@ def test_results_of_another_model_are_not_taken_for_this_ones(
         {"settings": {"parameters": "params"}},
         {"benchmark": dataclasses.replace(TOY, version=TOY.version + 1)},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_results_of_other_settings_lie_beside(pipeline, tmp_path, monkeypatch, options):
     (first,) = folders(pipeline, tmp_path, monkeypatch)
