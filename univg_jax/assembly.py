@@ -31,7 +31,7 @@ from univg_jax.settings import Config
 from univg_jax.training import loop
 from univg_jax.training.initialize import begin_stream, find_parent
 from univg_jax.training.step import TrainState, TrainStep
-from univg_jax.workdir import claim_workdir, newest_step, resume
+from univg_jax.workdir import is_claimed, newest_step, resume
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,13 +99,15 @@ class Run:
 
 
 def make_run(config: Config, workdir: epath.PathLike) -> Run:
-    """All that `config` needs to train in `workdir`: checked, claimed, built, read or fitted.
+    """All that `config` needs to train in `workdir`: checked, built, read or fitted.
 
-    All that can be wrong with the config and its data is checked before the workdir is claimed. The
-    run holds the workdir (`WorkdirLock`) until it is trained. Raises UserError.
+    All that can be wrong with the config and its data is checked before anything is built or
+    written. The workdir becomes this config's only when it trains (`loop.train`): until then
+    another config may take its place. The run holds the workdir (`WorkdirLock`) until it is
+    trained. Raises UserError.
     """
     tpu.silence_if_absent()
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     config = resume(workdir, config)
     check_config(config)
     mesh = make_mesh(config)
@@ -121,7 +123,7 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
     prepare_data(config)
     check_data(config, "validation")
     collator = make_collator(config)
-    stream = Stream(
+    stream = Stream(  # opens the data, and tries some of it
         config,
         collator=collator,
         process_index=jax.process_index(),
@@ -129,7 +131,6 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
     )
     lock = WorkdirLock(workdir, active=jax.process_index() == 0)
     try:
-        claim_workdir(workdir, config)
         begin_stream(config.init_from, stream, workdir=workdir)  # refuses data that has changed
         found = prepare_encoders(config, workdir, mesh)
         return Run(
@@ -157,7 +158,8 @@ def is_finished(config: Config, workdir: epath.PathLike) -> bool:
 
     Raises UserError if what is in it is of another config.
     """
-    file = epath.Path(workdir) / "summary.json"
+    workdir = epath.Path(workdir).expanduser()
+    file = workdir / "summary.json"
     try:
         summary = read_json(file)
     except NotFoundError:
@@ -267,6 +269,7 @@ def prepare_encoders(config: Config, workdir: epath.PathLike, mesh: jax.sharding
         portraits=lambda: fit_data.portraits(config, collator=make_collator(plain)),
         mesh=mesh,
         skip=skip,
+        anew=not is_claimed(workdir),
     )
 
 

@@ -92,6 +92,7 @@ class Pipeline:
         tpu.silence_if_absent()
         if pretrained is not None and not local_path(pretrained).is_dir():
             raise NotFoundError(f"pretrained={pretrained} is not a folder")
+        path = epath.Path(path).expanduser()
         if step is not None:
             path = checkpoint.workdir_of(path) / CHECKPOINTS / str(step)
         config = load_config(path, sampling=sampling, pretrained=pretrained)

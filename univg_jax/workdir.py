@@ -64,6 +64,11 @@ def resume(workdir: epath.PathLike, config: Config) -> Config:
 _OWN = re.compile(r"(0|[1-9]\d*)(\.damaged|\.orbax-checkpoint-tmp.*)?")
 
 
+def is_claimed(workdir: epath.PathLike) -> bool:
+    """Whether `workdir` belongs to a config, which then has trained in it."""
+    return (epath.Path(workdir) / CONFIG).exists()
+
+
 def claim_workdir(workdir: epath.PathLike, config: Config | Json) -> None:
     """Makes `workdir` this config's: creates it, or finds the same config in it.
 
@@ -148,7 +153,8 @@ def _check_same(workdir: epath.PathLike, config: Config) -> str:
         and not any(re.fullmatch(pattern, key) for pattern in may_change)
     ]
     if different:
-        raise UserError(f"{workdir} belongs to another config: {shorten(different, 3)}")
+        begin = "" if newest_step(workdir) else "; it has no checkpoint: delete it to begin anew"
+        raise UserError(f"{workdir} belongs to another config: {shorten(different, 3)}{begin}")
     return lost
 
 

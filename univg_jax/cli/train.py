@@ -8,6 +8,7 @@ import sys
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.cli.parser import Parser
+from univg_jax.errors import UserError
 
 
 def add_arguments(parser: Parser) -> None:
@@ -40,12 +41,15 @@ def run(args: argparse.Namespace) -> None:
     from univg_jax import assembly, configs
     from univg_jax.previews import make_preview
     from univg_jax.training import profiling
+    from univg_jax.workdir import newest_step
 
     configure(args)
     config = configs.load(args.config, args.overrides)
     profile = None
     if args.profile:
         profile = profiling.parse_steps(args.profile, total=config.train.steps)
+        if (newest := newest_step(args.workdir)) >= profile.stop:
+            raise UserError(f"--profile={args.profile}: {args.workdir} is at step {newest} already")
     if not assembly.is_finished(config, args.workdir):
         run = assembly.make_run(config, args.workdir)
         preview = make_preview(run) if config.train.sample_examples else None

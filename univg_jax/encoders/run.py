@@ -107,15 +107,16 @@ def prepare(
     portraits: Callable[[], Portraits],
     mesh: Mesh | None = None,
     skip: Sequence[str] = (),
+    anew: bool = False,
 ) -> Encoders:
     """The encoders that a config asks for, from now on those of the run in `workdir`.
 
     A fitted encoder is taken from `workdir/encoders`, else from the run that `init_from` lies in
     (so that later stages keep the first one's latent space), else fitted on `images()` or
     `portraits()` and saved. A pretrained one must be the workdir's own,
-    else that run's, if they have one. `init_from` is not opened where the workdir has all. On
-    several processes the first one does this, the others wait and read. `mesh` and `skip` are
-    those of `load`.
+    else that run's, if they have one. `init_from` is not opened where the workdir has all. With
+    `anew` the workdir's own do not count: they are of a start that failed. On several processes the
+    first one does this, the others wait and read. `mesh` and `skip` are those of `load`.
 
     Raises UserError for an unknown kind or option, if a folder is missing or what is on disk was
     made otherwise, and if `init_from` has no encoders.
@@ -128,6 +129,7 @@ def prepare(
             encoders=epath.Path(workdir) / ENCODERS,
             init_from=init_from,
             data=FitData(images=images, portraits=portraits),
+            anew=anew,
         )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("univg_jax.encoders.prepare")
@@ -220,9 +222,10 @@ def _obtain_missing(
     encoders: epath.Path,
     init_from: epath.PathLike | None,
     data: FitData,
+    anew: bool,
 ) -> None:
     """Brings the folder `encoders` to what a config chose."""
-    records = read_records(encoders) or {}
+    records = {} if anew else read_records(encoders) or {}
     is_complete = init_from is None or chosen.keys() <= records.keys()
     parent = None if is_complete else encoders_of(epath.Path(init_from))
     for role, wanted in chosen.items():

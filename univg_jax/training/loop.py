@@ -30,7 +30,7 @@ from univg_jax.training.initialize import DataStream, initial_state
 from univg_jax.training.preemption import PreemptionNotice
 from univg_jax.training.profiling import Trace
 from univg_jax.training.step import TrainState, TrainStep, num_parameters
-from univg_jax.workdir import check_not_past, newest_step
+from univg_jax.workdir import check_not_past, claim_workdir, newest_step
 
 Preview = Callable[[PyTree, epath.Path], dict[str, np.ndarray]]
 
@@ -169,6 +169,8 @@ def _train(
         stream=stream,
         mesh=mesh,
     )
+    # Everything that could be wrong has been tried; from here on the workdir is this config's.
+    claim_workdir(workdir, step_fns.config)
     start = int(state.step)
     rows = history.resume(start, is_own=newest > 0)
     if is_main:
