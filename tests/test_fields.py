@@ -187,6 +187,7 @@ def test_paths_are_the_settings_that_name_files():
         "data.dir",
         "data.text_cache",
         "conditioning.folder",
+        "conditioning.fit_on",
         "init_from.path",
         "tasks.*.sources",
     }

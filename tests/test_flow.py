@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from univg_jax import flow
 from univg_jax.models.vae import AutoencoderKL
-from univg_jax.settings import Flow
+from univg_jax.settings import Config, Flow
 
 
 def latents(seed, shape=(4, 3, 5, 2)):
@@ -138,4 +138,4 @@ def test_an_edit_changes_the_cells_that_it_touches_whatever_the_encoder_sees():
 
 def test_unknown_distribution_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'logit_normal'"):
-        Flow(distribution="logitnormal")
+        Config.of({"flow": {"distribution": "logitnormal"}})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from univg_jax import sampling
-from univg_jax.settings import Guidance, Sampler
+from univg_jax.settings import Config, Guidance, Sampler
 
 
 def gaussian_velocity(mean, std):
@@ -103,8 +103,8 @@ def test_rescaled_guidance_has_the_conditional_standard_deviation():
 
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="did you mean 'euler'"):
-        Sampler(solver="eulr")
-    with pytest.raises(ValueError, match="more than 0"):
-        Sampler(steps=0)
+        Config.of({"sampling": {"solver": "eulr"}})
+    with pytest.raises(ValueError, match=r"sampling\.steps=0: expected a whole number >= 1"):
+        Config.of({"sampling": {"steps": 0}})
     with pytest.raises(ValueError, match="needs a text scale"):
-        Guidance(image=1.5)
+        Config.of({"sampling": {"guidance": {"ie": {"image": 1.5}}}})

@@ -293,13 +293,14 @@ def _product(x: Float[Array, "r i"], weight: Float[Array, "i o"]) -> Float[Array
 
 @jax.custom_vjp
 def _mixed_product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return x @ weight.astype(x.dtype)
+    return _mixed_product_forward(x, weight)[0]
 
 
 def _mixed_product_forward(
     x: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _mixed_product(x, weight), (x, weight)
+    # Not a call of `_mixed_product`: remat's policies know a product, and not what calls one.
+    return x @ weight.astype(x.dtype), (x, weight)
 
 
 def _mixed_product_backward(
@@ -317,14 +318,15 @@ _mixed_product.defvjp(_mixed_product_forward, _mixed_product_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(shard: jax.Array, axis: int, size: int, dtype: np.dtype) -> jax.Array:
     """The whole of `shard`, rounded to `dtype`; its gradient is summed in the shard's own dtype."""
-    whole = jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
-    return whole.astype(shard.dtype)
+    return _gather_forward(shard, axis, size, dtype)[0]
 
 
 def _gather_forward(
     shard: jax.Array, axis: int, size: int, dtype: np.dtype
 ) -> tuple[jax.Array, None]:
-    return _gather(shard, axis, size, dtype), None
+    # Not a call of `_gather`: remat's policies know an all_gather, and not what calls one.
+    whole = jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
+    return whole.astype(shard.dtype), None
 
 
 def _gather_backward(

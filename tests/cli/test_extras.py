@@ -28,6 +28,8 @@ def without(monkeypatch, tmp_path):
             monkeypatch.setitem(sys.modules, name, None)
         for loaded in [name for name in sys.modules if name.startswith(ARTWORK)]:
             monkeypatch.delitem(sys.modules, loaded)
+            package, _, name = loaded.rpartition(".")
+            monkeypatch.delattr(sys.modules[package], name)  # where `from package import` looks
 
     return remove
 

@@ -5,7 +5,6 @@ processes through the command line, over TCP as on a pod; only the devices are v
 """
 
 import json
-import shutil
 import signal
 
 import jax
@@ -72,7 +71,6 @@ def root(tmp_path_factory):
     for name in ("one", "two"):
         other = root / f"{name}_{'two' if name == 'one' else 'one'}"
         checkpoint.copy(root / name, 2, other)
-        shutil.copytree(root / name / "encoders", other / "encoders")
     run([4, 4], *train(root / "two", *SPLIT))
     with running([4, 4], *train(root / "one_two", *SPLIT)) as processes:
         wait_for(processes, lambda: "process 1 of 2" in processes[1].log.read_text())
