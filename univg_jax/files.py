@@ -51,7 +51,7 @@ def check_output(
     in. Of a bucket only the name is checked.
     """
     text = os.fspath(path)
-    where = f"{flag}={quote(text)[1:-1]}"
+    where = f"{flag}={quote(text, most=200)[1:-1]}"
     if not text:
         raise UserError(f"{flag} is empty: expected a {'folder' if folder else 'file'}")
     if suffixes and not text.lower().endswith(tuple(suffixes)):
