@@ -90,8 +90,6 @@ class Pipeline:
         of them. Raises UserError if there is no checkpoint, or what is there does not fit together.
         """
         tpu.silence_if_absent()
-        if pretrained is not None and not local_path(pretrained).is_dir():
-            raise NotFoundError(f"pretrained={pretrained} is not a folder")
         path = epath.Path(path).expanduser()
         if step is not None:
             path = checkpoint.workdir_of(path) / CHECKPOINTS / str(step)
@@ -344,6 +342,8 @@ def load_config(
     path: epath.PathLike, *, sampling: Options | None = None, pretrained: str | None = None
 ) -> Config:
     """The config of `Pipeline.load`, which takes the same arguments, without the model."""
+    if pretrained is not None and not local_path(pretrained).is_dir():
+        raise NotFoundError(f"pretrained={pretrained} is not a folder")
     stored = checkpoint.load_config(path)
     stored["sampling"] = {**stored["sampling"], **(sampling or {})}
     stored["data"]["text_cache"] = ""  # it has the prompts of the training only

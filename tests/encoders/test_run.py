@@ -37,6 +37,15 @@ def test_a_second_start_and_a_load_fit_nothing(run):
         jax.tree.map(np.testing.assert_array_equal, again.frozen, first.frozen)
 
 
+def test_those_of_a_start_that_failed_do_not_count(tmp_path):
+    prepare_encoders(ENCODERS, tmp_path)
+    other = {**ENCODERS, "codec": dict(kind="linear", channels=6)}
+    with pytest.raises(UserError, match="another codec encoder"):
+        prepare_encoders(other, tmp_path)
+    assert prepare_encoders(other, tmp_path, anew=True).conditioner.latent_channels == 6
+    assert encoders.load(tmp_path).conditioner.latent_channels == 6
+
+
 def test_parameters_that_are_skipped_are_not_read(run):
     workdir, first = run
     loaded = encoders.load(workdir, skip=("text",))

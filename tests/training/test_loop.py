@@ -20,7 +20,7 @@ from tests import helpers
 from univg_jax import sharding, writers
 from univg_jax.errors import NonFiniteLossError, Preempted, UserError
 from univg_jax.training import loop
-from univg_jax.workdir import list_steps
+from univg_jax.workdir import is_claimed, list_steps
 
 
 def run(workdir, *, config=None, **options):
@@ -414,6 +414,11 @@ def test_hand_off_rejects_undeclared_parameters(finished, tmp_path):
     config.init_from.path = str(finished[0])
     with pytest.raises(UserError, match="blocks"):
         run(tmp_path, config=config, model=dict(depth=3))
+    # The workdir is not that config's: the corrected one may have it.
+    assert not is_claimed(tmp_path)
+    config.init_from.path = ""
+    run(tmp_path, config=_with(config, steps=1))
+    assert is_claimed(tmp_path)
 
 
 def test_another_runs_whole_state_may_be_resumed(finished, tmp_path):
@@ -424,6 +429,15 @@ def test_another_runs_whole_state_may_be_resumed(finished, tmp_path):
     stream = helpers.CountingStream()
     assert_equal_bits(run(tmp_path / "fork", config=config, stream=stream), longer)
     assert stream.seen == list(range(6 * 8, 8 * 8))
+
+
+def test_an_interval_of_none_is_the_last_step_only(tmp_path):
+    config = _with(helpers.tiny_config(), steps=3, keep=None, save_every=None)
+    run(tmp_path, config=_with(config, log_every=None, eval_every=None, sample_every=None))
+    assert list_steps(tmp_path) == (3,)
+    (row,) = writers.read_metrics(tmp_path / "metrics.jsonl")
+    assert row["step"] == 3
+    assert "val/loss/t2i" in row
 
 
 def test_a_run_that_is_past_its_last_step_is_refused(finished):
