@@ -28,7 +28,7 @@ def sample(pipeline, monkeypatch):
     monkeypatch.setattr(Pipeline, "load", lambda path, **options: pipeline)
 
     def run(*arguments):
-        assert main(["sample", "--checkpoint=x", *map(str, arguments)]) == 0
+        assert main(["sample", f"--checkpoint={pipeline.path}", *map(str, arguments)]) == 0
 
     return run
 
@@ -66,10 +66,21 @@ def test_an_example_is_the_same_as_its_files(sample, tmp_path, capsys):
     np.testing.assert_array_equal(*(Image.open(tmp_path / f"{name}.png") for name in "ab"))
 
 
-def test_an_example_beyond_the_split_is_refused(sample, tmp_path, capsys):
-    command = ["sample", "--checkpoint=x", "--task=t2i"]
-    assert main([*command, "--example=99999", f"--out={tmp_path / 'x.png'}"]) == 1
-    assert "--example=99999: the test split has" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task=t2i", "--example=99999"], "--example=99999: the test split has"),
+        (["--task=id", "--example=0"], "unknown task of"),
+        (["--task=t2i", "--prompt=x", "--pretrained=/nowhere"], "pretrained=/nowhere is not a"),
+    ],
+)
+def test_what_the_run_cannot_is_said_before_it_is_loaded(
+    root, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.delattr(Pipeline, "load")
+    command = ["sample", f"--checkpoint={root / 'stage2'}", f"--out={tmp_path / 'x.png'}"]
+    assert main([*command, *arguments]) == 1
+    assert message in capsys.readouterr().err
     assert names(tmp_path) == []
 
 
