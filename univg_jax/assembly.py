@@ -121,7 +121,8 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
         parent.check()
         encoders.check(config.conditioning, init_from=parent.encoders_from)
     prepare_data(config)
-    check_data(config, "validation")
+    if config.train.eval_examples or config.train.sample_examples:
+        check_data(config, "validation")
     collator = make_collator(config)
     stream = Stream(  # opens the data, and tries some of it
         config,
