@@ -42,7 +42,8 @@ from univg_jax.settings import DTYPES
 
 
 def _all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name != "all_gather"
+    # Conversions too are made again: that of a gathered weight (`sum_dtype`) would keep it.
+    return primitive.name not in ("all_gather", "convert_element_type")
 
 
 # What a block keeps for the backward pass beside its input.
