@@ -82,13 +82,13 @@ class _StateHandler(ocp.PyTreeCheckpointHandler):
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one workdir, and keeps the latest `keep` steps.
+    """Writes and reads the checkpoints of one workdir; keeps the latest `keep` steps (None: all).
 
     Saves are asynchronous: the error of one is raised by the next `save`, `check`, `wait` or
     `close`.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int = 3) -> None:
+    def __init__(self, workdir: epath.PathLike, *, keep: int | None = 3) -> None:
         self.workdir = _absolute(workdir)
         self.directory = self.workdir / CHECKPOINTS
         self._saving: int | None = None

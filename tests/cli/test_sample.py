@@ -109,8 +109,10 @@ def test_what_the_run_cannot_is_said_before_it_is_loaded(
     ],
 )
 def test_what_cannot_be_is_said_before_the_model_is_loaded(
-    tmp_path, monkeypatch, capsys, arguments, message
+    root, tmp_path, monkeypatch, capsys, arguments, message
 ):
+    monkeypatch.delattr(Pipeline, "load")
+    root = root.resolve()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes(b"a pig\na caf\xe9")
@@ -119,7 +121,8 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(
     before = names(tmp_path)
     given = {argument.partition("=")[0] for argument in arguments}
     several = {"--prompts", "--num"} & given
-    defaults = {"--task": "t2i", "--out": "out" if several else "out.png", "--checkpoint": "none"}
+    out, run = "out" if several else "out.png", root / "stage3"
+    defaults = {"--task": "t2i", "--out": out, "--checkpoint": run}
     command = [f"{flag}={value}" for flag, value in defaults.items() if flag not in given]
     assert main(["sample", *command, *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()

@@ -5,20 +5,16 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from data_pipelines.tasks import INPUTS, TASKS, Example, Task, find_task
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.cli.parser import Parser
-from univg_jax.errors import NotFoundError, UserError, quote
+from univg_jax.errors import NotFoundError, UserError, check_name, quote
 from univg_jax.files import check_output
 from univg_jax.images import write_png
 from univg_jax.progress import Bar
-from univg_jax.settings import MAX_SEED
-
-if TYPE_CHECKING:
-    from univg_jax.pipeline import Pipeline
+from univg_jax.settings import MAX_SEED, Config
 
 
 def add_arguments(parser: Parser) -> None:
@@ -120,29 +116,24 @@ def run(args: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
-    from univg_jax.pipeline import Pipeline, read_input
+    from univg_jax.pipeline import Pipeline, load_config, read_input
 
     _check_numbers(args)
     task = find_task(args.task)
     prompts = read_prompts(args.prompts) if args.prompts else {0: args.prompt}
     jobs = _jobs(args, list(prompts))
     pictures = {name: read_input(name, getattr(args, name), label=f"--{name}") for name in INPUTS}
-    if args.example is None:
-        # The inputs are checked before the model is loaded; any size does for that.
-        _make_examples(task, prompts, pictures, resolution=64)
     configure(args)
-    pipeline = Pipeline.load(
-        args.checkpoint,
-        ema=not args.raw_params,
-        sampling=flags.sampling(args),
-        pretrained=args.pretrained,
-    )
-    pipeline.check_task(task.name)
+    # All that can be wrong is found by the run's config, before the model is loaded.
+    options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)
+    config = load_config(args.checkpoint, **options)
+    trained = [name for name, shares in config.tasks.items() if shares.weight > 0]
+    check_name(task.name, trained, what=f"task of {args.checkpoint}:")
     if args.example is None:
-        resolution = pipeline.config.data.resolution
-        examples = _make_examples(task, prompts, pictures, resolution=resolution)
+        examples = _make_examples(task, prompts, pictures, resolution=config.data.resolution)
     else:
-        examples = {0: _held_out(pipeline, task.name, args.example, data_dir=args.data)}
+        examples = {0: _held_out(config, task.name, args.example, data_dir=args.data)}
+    pipeline = Pipeline.load(args.checkpoint, ema=not args.raw_params, **options)
 
     is_main = jax.process_index() == 0
     size = -(-args.batch_size // pipeline.rows) * pipeline.rows
@@ -230,16 +221,17 @@ def _make_examples(
     return examples
 
 
-def _held_out(pipeline: "Pipeline", task: str, index: int, *, data_dir: str | None) -> Example:
+def _held_out(config: Config, task: str, index: int, *, data_dir: str | None) -> Example:
     """Example `index` of a task in the test split of the run's data, or of that in `data_dir`."""
     from data_pipelines.held_out import HeldOut
     from univg_jax import assembly
 
-    config = pipeline.config
     if data_dir is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=data_dir))
     assembly.prepare_data(config)
-    held_out = HeldOut(config, task, split="test", num=index + 1, collator=pipeline.collator)
+    held_out = HeldOut(
+        config, task, split="test", num=index + 1, collator=assembly.make_collator(config)
+    )
     if len(held_out) <= index:
         raise UserError(f"--example={index}: the test split has {len(held_out)} of task {task!r}")
     return held_out.row(index).example
