@@ -4,7 +4,7 @@ A `Native` lists the parts of a split, reads the entries of a part, and makes a 
 A build calls these in any process, in any order and again after a kill, so each is a function of
 its arguments and of the files alone:
 
-    parts(split)  -> what one process reads on its own: an archive, a group of rows, a slice of a list
+    parts(split)  -> what one process reads on its own: an archive, a slice of a list
     entries(part) -> its `Entry`s in order, cheaply: bytes and rows, nothing decoded
     make(raw)     -> the record, in stored form (`data_pipelines.records`)
 
