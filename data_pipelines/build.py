@@ -295,7 +295,7 @@ def _checked(
             records.decode(record)
         except UserError as error:
             raise UserError(f"{split}[{index}]: {error}") from None
-        yield index, record
+        yield index, records.encodable(record)
 
 
 def _examples(

@@ -126,7 +126,7 @@ def _labels(record: Record) -> UInt8[np.ndarray, "h w 3"]:
     for k, box in enumerate(record.get("boxes", ())):
         x0, y0, x1, y1 = (int(v) for v in np.round(box * [width, height, width, height]))
         cv2.rectangle(image, (x0, y0), (x1 - 1, y1 - 1), _color(k), 2)
-    for x, y, visible in record.get("joints", ()):
+    for x, y, visible in np.reshape(record.get("joints", ()), (-1, 3)):
         center = (round(float(x) * width), round(float(y) * height))
         for radius, gray in ((5, 0), (3, 255 if visible else 130)):
             cv2.circle(image, center, radius, (gray, gray, gray), -1, cv2.LINE_AA)

@@ -4,7 +4,7 @@ Annotation tools leave a box or a joint outside its picture by a rounding error,
 planes that differ by a pixel. What is wrong by less than a pixel is mended and the record kept:
 
 * boxes are clipped to the picture; those that are then empty are dropped with their phrases;
-* joints are clipped, visibility is 0 or 1;
+* joints are clipped; those of one person, [17, 3], are those of one of several;
 * depth, masks and edit_mask get the picture's size; a mask may have 255 for 1.
 
 All else is an error, above all what has other units: pixels instead of [0, 1], millimeters instead
@@ -148,19 +148,23 @@ def _drop_empty_boxes(record: Record, needs: Collection[str]) -> None:
 
 def _joints(record: Record, field: str) -> None:
     joints, pixel = record[field], _pixel(record)
-    if joints.shape != (17, 3):
-        raise UserError(f"has shape {joints.shape}, expected (17, 3)")
-    if not (joints[:, 2] >= 0).all():
-        raise UserError(f"has visibility {joints[:, 2].min():g}, expected 0 or 1")
-    xy, visible = joints[:, :2], joints[:, 2] > 0
-    for k in np.flatnonzero(visible):
-        if not ((xy[k] > -pixel) & (xy[k] < 1 + pixel)).all():
-            raise UserError(
-                f"has joint {k} outside the image: {_shown(xy[k])}, expected x y in [0, 1]"
-                f"{_pixels_hint(xy[k])}"
-            )
-    inside = np.where(visible[:, None], np.clip(xy, 0, 1), 0.0)
-    record[field] = np.column_stack([inside, visible]).astype(np.float32)
+    if joints.shape == (17, 3):
+        joints = joints[None]
+    if joints.ndim != 3 or joints.shape[1:] != (17, 3):
+        raise UserError(f"has shape {joints.shape}, expected (people, 17, 3)")
+    xy, visibility = joints[..., :2], joints[..., 2:]
+    if not (known := np.isin(visibility, (0, 1, 2))).all():
+        raise UserError(f"has visibility {visibility[~known][0]:g}, expected 0, 1 or 2")
+    # A comparison with NaN is False, so this finds NaNs too.
+    is_inside = ((xy > -pixel) & (xy < 1 + pixel)).all(axis=-1)
+    for p, k in np.argwhere(~is_inside & (visibility[..., 0] > 0)):
+        of = f" of person {p}" if len(joints) > 1 else ""
+        raise UserError(
+            f"has joint {k}{of} outside the image: {_shown(xy[p, k])}, expected x y in [0, 1]"
+            f"{_pixels_hint(xy[p, k])}"
+        )
+    inside = np.where(visibility > 0, np.clip(xy, 0, 1), 0.0)
+    record[field] = np.concatenate([inside, visibility], -1).astype(np.float32)
 
 
 def _parallel(partner: str) -> Callable[[Record, str], None]:
@@ -197,6 +201,7 @@ _CHECKS: dict[str, Callable[[Record, str], None]] = {
     "depth": _depth,
     "edit_mask": _masks,
     "masks": _masks,
+    "ignore_mask": _masks,
     "boxes": _boxes,
     "joints": _joints,
     "phrases": _parallel("boxes"),

@@ -112,22 +112,36 @@ _COLORS = np.array([limb.color for limb in LIMBS], np.float32) / 255
 _EYES = ((LEFT_EYE, LEFT_EAR, RIGHT_EAR), (RIGHT_EYE, RIGHT_EAR, LEFT_EAR))
 _THICKNESS = 0.055  # of a line, as a fraction of the image's side
 _DOT = 1.4  # diameter of the nose's dot, as a multiple of a line's thickness
+_WHOLE = 0.4  # of the image's side: the extent of a person whose lines have their whole width
 _OVERSAMPLING = 4  # drawn larger and averaged, for smooth edges
 
 
 def render_pose(
-    joints: Float32[np.ndarray, "17 3"], *, resolution: int
+    joints: Float32[np.ndarray, "p 17 3"], *, resolution: int
 ) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
-    """The skeleton of joints (x, y in [0, 1], visibility): limbs with both joints visible."""
+    """The skeletons of people's joints (x, y in [0, 1], visibility).
+
+    A limb is drawn where both of its joints have a visibility above 0. The largest person, which is
+    mostly the nearest, is drawn last. Lines of people below _WHOLE in height and width are thinner.
+    """
     size = resolution * _OVERSAMPLING
     canvas = np.zeros((size, size, 3), np.uint8)
-    points = np.round(joints[:, :2] * size - 0.5).astype(int)
+    seen = [person for person in joints if (person[:, 2] > 0).any()]
+    extents = [np.ptp(person[person[:, 2] > 0, :2], axis=0) for person in seen]
+    for k in sorted(range(len(seen)), key=lambda k: extents[k].prod()):
+        _draw_person(canvas, seen[k], _THICKNESS * size * min(1, extents[k].max() / _WHOLE))
+    return cv2.resize(canvas, (resolution, resolution), interpolation=cv2.INTER_AREA)
+
+
+def _draw_person(
+    canvas: UInt8[np.ndarray, "h w 3"], joints: Float32[np.ndarray, "17 3"], width: float
+) -> None:
+    points = np.round(joints[:, :2] * canvas.shape[1::-1] - 0.5).astype(int)
     for limb in LIMBS:
         if joints[limb.start, 2] > 0 and joints[limb.end, 2] > 0:
             ends = tuple(map(int, points[limb.start])), tuple(map(int, points[limb.end]))
-            thickness = _THICKNESS * size * (_DOT if limb.start == limb.end else 1)
-            cv2.line(canvas, *ends, color=limb.color, thickness=round(thickness))
-    return cv2.resize(canvas, (resolution, resolution), interpolation=cv2.INTER_AREA)
+            thickness = max(1, round(width * (_DOT if limb.start == limb.end else 1)))
+            cv2.line(canvas, *ends, color=limb.color, thickness=thickness)
 
 
 def decode_pose(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "17 3"]:

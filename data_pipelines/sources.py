@@ -68,7 +68,8 @@ class TfdsSource:
 
     def __init__(self, name: str, split: tfds_folder.Split):
         self.name, self._split = name, split
-        self.fields = tuple(split.features)
+        # A scale is no field of its own: `records.decode` has it in `depth`.
+        self.fields = tuple(name for name in split.features if name != "depth_scale")
         self._data = ArrayRecordDataSource(split.shards)
 
     def fingerprint(self) -> str:
@@ -99,7 +100,8 @@ class TfdsSource:
         return len(self._data)
 
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
-        return records.decode(_select(self._split.parse(self._data[index]), fields))
+        stored = None if fields is None else records.stored_fields(fields)
+        return records.decode(_select(self._split.parse(self._data[index]), stored))
 
 
 def _select(record: Record, fields: Sequence[str] | None) -> Record:

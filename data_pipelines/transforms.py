@@ -10,11 +10,11 @@ from typing import Any
 import cv2
 import numpy as np
 from absl import logging
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 
 Record = dict[str, Any]
 
-_PLANES = ("image", "source", "edit_mask", "depth")
+_PLANES = ("image", "source", "edit_mask", "ignore_mask", "depth")
 
 
 def resize_and_crop(
@@ -79,20 +79,26 @@ def crop(record: Record, *, top: int, left: int, height: int, width: int) -> Rec
         corners = record["boxes"] * np.tile(scale, 2) - np.tile(shift, 2)
         out["boxes"] = np.clip(corners, 0, 1).astype(np.float32)
     if "joints" in record:
-        xy, visible = record["joints"][:, :2] * scale - shift, record["joints"][:, 2]
-        visible = visible * ((xy >= 0) & (xy <= 1)).all(axis=1)
-        out["joints"] = np.column_stack([np.clip(xy, 0, 1), visible]).astype(np.float32)
+        xy, visible = record["joints"][..., :2] * scale - shift, record["joints"][..., 2:]
+        visible = visible * ((xy >= 0) & (xy <= 1)).all(axis=-1, keepdims=True)
+        out["joints"] = np.concatenate([np.clip(xy, 0, 1), visible], -1).astype(np.float32)
     return out
 
 
 def resize(record: Record, *, height: int, width: int) -> Record:
-    """All planes at another size: images antialiased, masks by majority, depth by nearest pixel."""
+    """All planes at another size: images antialiased, masks by majority, depth by nearest pixel.
+
+    Of `ignore_mask`, every pixel that it touches is ignored.
+    """
     out = dict(record)
     for name in ("image", "source"):
         if name in record:
             out[name] = resize_image(record[name], height=height, width=width)
     if "edit_mask" in record:
         out["edit_mask"] = _resize_mask(record["edit_mask"], height, width)
+    if "ignore_mask" in record:  # what is ignored stays so, even a part of a pixel
+        coverage = _coverage(record["ignore_mask"], height, width)
+        out["ignore_mask"] = (coverage > 0).astype(np.uint8)
     if "masks" in record:
         masks = [_resize_mask(mask, height, width) for mask in record["masks"]]
         out["masks"] = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
@@ -115,8 +121,14 @@ def resize_image(
 def _resize_mask(
     mask: UInt8[np.ndarray, "h w"], height: int, width: int
 ) -> UInt8[np.ndarray, "h2 w2"]:
-    coverage = _resize(mask.astype(np.float32), height, width, growing=cv2.INTER_LINEAR)
-    return (coverage >= 0.5).astype(np.uint8)
+    return (_coverage(mask, height, width) >= 0.5).astype(np.uint8)
+
+
+def _coverage(
+    mask: UInt8[np.ndarray, "h w"], height: int, width: int
+) -> Float32[np.ndarray, "h2 w2"]:
+    """How much of each pixel a mask covers, at another size."""
+    return _resize(mask.astype(np.float32), height, width, growing=cv2.INTER_LINEAR)
 
 
 def _resize(pixels: np.ndarray, height: int, width: int, *, growing: int) -> np.ndarray:

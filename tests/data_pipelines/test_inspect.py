@@ -44,7 +44,7 @@ def make_collator() -> Collator:
 
 def make_record(k: int) -> dict:
     joints = np.full((17, 3), 0.5, np.float32)
-    joints[:, 0] = np.linspace(0.1, 0.9, 17)
+    joints[:, 0], joints[:, 2] = np.linspace(0.1, 0.9, 17), 1
     return dict(
         image=np.full((16, 16, 3), k, np.uint8),
         caption="a <b>pig</b> on grass",

@@ -93,8 +93,8 @@ def joints(x: float, y: float, visible: float) -> np.ndarray:
 def test_a_joint_out_by_less_than_a_pixel_is_clipped(height, width, out, corner, visibility):
     x, y = corner[0] + out[0] / width, corner[1] + out[1] / height
     clean = check(picture(height, width) | dict(joints=joints(x, y, visibility)), "joints")
-    expected = [*np.clip(np.array([x, y], np.float32), 0, 1), 1]
-    np.testing.assert_array_equal(clean["joints"], np.tile(np.float32(expected), (17, 1)))
+    expected = [*np.clip(np.array([x, y], np.float32), 0, 1), visibility]
+    np.testing.assert_array_equal(clean["joints"], np.tile(np.float32(expected), (1, 17, 1)))
 
 
 def test_a_joint_that_is_not_visible_may_lie_anywhere():
@@ -107,7 +107,7 @@ def test_a_joint_that_is_not_visible_may_lie_anywhere():
     [
         (joints(20, 12, 2), "joint 0 outside the image: 20 12, expected x y in [0, 1] of width"),
         (joints(1.2, 0.5, 1), "joint 0 outside the image: 1.2 0.5, expected x y in [0, 1]"),
-        (joints(0.5, 0.5, -1), "has visibility -1, expected 0 or 1"),
+        (joints(0.5, 0.5, -1), "has visibility -1, expected 0, 1 or 2"),
     ],
 )
 def test_wrong_joints_are_a_fault(given, message):

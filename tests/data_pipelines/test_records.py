@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines import records
+from univg_jax import images
 from univg_jax.errors import UserError
 
 
@@ -57,7 +58,58 @@ def test_decode_names_what_is_wrong():
     with pytest.raises(UserError, match="'depth' has mode RGB"):
         records.decode({"depth": encoded(Image.new("RGB", (4, 4)))})
     with pytest.raises(UserError, match="did you mean 'caption'"):
-        records.decode({"captions": "a pig"})
+        records.decode({"capton": "a pig"})
+    for scale in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(UserError, match="'depth_scale' is"):
+            records.decode({"depth_scale": scale})
+    with pytest.raises(UserError, match="'expression_masks' is float64"):
+        records.decode({"expression_masks": np.zeros(2)})
+
+
+@pytest.mark.parametrize("farthest", [3, 80, 300])
+def test_depth_comes_back_to_half_a_level(farthest):
+    meters = np.random.default_rng(0).uniform(0.5, farthest, (30, 40))
+    stored = records.encode_depth(meters)
+    level = stored["depth_scale"]
+    assert level == pytest.approx(max(0.001, meters.max() / 65535))
+    depth = records.decode(stored)["depth"]
+    assert depth.dtype == np.float32
+    assert np.abs(depth - meters).max() <= 0.51 * level
+
+
+def test_unknown_depth_is_zero_and_the_far_and_the_near_are_not():
+    stored = records.encode_depth(np.array([[0, -1, np.nan, np.inf], [1e-9, 2, 99, 1e9]]))
+    unknown, known = records.decode(stored)["depth"]
+    assert not unknown.any()
+    assert known[0] > 0
+    assert (np.diff(known) > 0).all()
+    assert known[3] == pytest.approx(records.MAX_METERS)
+    assert not records.decode(records.encode_depth(np.zeros((2, 3))))["depth"].any()
+
+
+def test_levels_stay_exact():
+    levels = np.arange(2**16).astype(np.uint16).reshape(256, 256)
+    depth = records.decode(records.encode_levels(levels, 1 / 256))["depth"]
+    np.testing.assert_array_equal(depth * 256, levels)
+    millimeters = records.decode({"depth": images.png_bytes(levels)})["depth"]
+    np.testing.assert_array_equal(millimeters, levels / np.float32(1000))
+
+
+def test_joints_are_of_any_number_of_people():
+    one = np.arange(51, dtype=np.float32).reshape(17, 3)
+    for stored, people in ((one, 1), (one[None], 1), (np.stack([one, one]), 2), ([], 0)):
+        joints = records.decode({"joints": stored})["joints"]
+        assert (joints.shape, joints.dtype) == ((people, 17, 3), np.float32)
+
+
+def test_features_hold_empty_lists():
+    empty = dict(captions=[], caption_kinds=[], phrase_captions=[], masks=[], expressions=[])
+    empty |= dict(expression_masks=[], boxes=np.float32([]).reshape(0, 4))
+    empty |= dict(joints=np.float32([]).reshape(0, 17, 3))
+    features = records.family_features(empty)
+    raw = features.deserialize_example_np(features.serialize_example(empty))
+    decoded = records.decode(raw)
+    assert {name: len(value) for name, value in decoded.items()} == dict.fromkeys(empty, 0)
 
 
 def test_features_cover_every_field():

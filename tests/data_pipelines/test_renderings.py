@@ -41,7 +41,7 @@ def decode_errors(*, resolution: int, noise: float, blur: float, number: int = 4
     errors = np.zeros((number, 17))
     for i in range(number):
         joints = make_skeleton(rng)
-        image = renderings.render_pose(joints, resolution=resolution).astype(np.float32)
+        image = renderings.render_pose(joints[None], resolution=resolution).astype(np.float32)
         if blur:
             image = cv2.GaussianBlur(image, (0, 0), blur)
         image = (image + rng.normal(0, 1, image.shape) * noise).clip(0, 255).astype(np.uint8)
@@ -69,7 +69,7 @@ def test_a_blurred_and_noisy_skeleton_decodes(resolution):
 def test_limbs_are_drawn_only_between_visible_joints():
     joints = make_skeleton(np.random.default_rng(1))
     joints[[9, 10, 15], 2] = 0
-    decoded = renderings.decode_pose(renderings.render_pose(joints, resolution=64))
+    decoded = renderings.decode_pose(renderings.render_pose(joints[None], resolution=64))
     assert (decoded[[9, 10, 15], 2] == 0).all()
     assert (decoded[[5, 6, 7, 8, 16], 2] > 0.5).all()
 

@@ -138,7 +138,7 @@ def test_depth_pose_and_seg_are_read_off_the_image():
     assert depth.text == pose.text == ""
     np.testing.assert_array_equal(depth.target, renderings.render_depth(record["depth"]))
     np.testing.assert_array_equal(
-        pose.target, renderings.render_pose(record["joints"], resolution=SIZE)
+        pose.target, renderings.render_pose(record["joints"][None], resolution=SIZE)
     )
     assert seg.text == "the apple"  # the only expression that is not empty
     np.testing.assert_array_equal(

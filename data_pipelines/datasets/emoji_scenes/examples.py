@@ -127,7 +127,7 @@ def _puppet(options: Options, split: str, index: int) -> dict[str, Any]:
     return {
         "image": png_bytes(rendered.image),
         "caption": figure.caption,
-        "joints": np.concatenate([figure.joints, np.ones((17, 1))], axis=1).astype(np.float32),
+        "joints": np.concatenate([figure.joints, np.ones((17, 1))], 1)[None].astype(np.float32),
         "boxes": extent(rendered.mask)[None],
     }
 

@@ -248,7 +248,7 @@ def test_persons_of_the_splits_are_other_faces():
 @given(index=st.integers(0, 10**6))
 def test_puppet_joints_lie_in_the_picture_and_its_box(index):
     record = decoded("puppets", index)
-    joints, (box,) = record["joints"], record["boxes"]
+    (joints,), (box,) = record["joints"], record["boxes"]
     assert ((joints[:, :2] > 0) & (joints[:, :2] < 1)).all()
     assert (joints[:, 2] == 1).all()
     pixel = (
@@ -260,7 +260,7 @@ def test_puppet_joints_lie_in_the_picture_and_its_box(index):
 
 
 def test_puppet_faces_us():
-    joints = dict(zip(puppet.JOINTS, decoded("puppets", 0)["joints"]))
+    joints = dict(zip(puppet.JOINTS, decoded("puppets", 0)["joints"][0]))
     for part in ("eye", "ear", "shoulder", "hip"):
         # its own left is on the viewer's right
         assert joints[f"left_{part}"][0] > joints[f"right_{part}"][0]

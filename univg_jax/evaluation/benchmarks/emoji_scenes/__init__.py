@@ -189,7 +189,7 @@ def _score_depth(case: Case, image: Image) -> dict[str, Ratio]:
 
 def _score_pose(case: Case, image: Image) -> dict[str, Ratio]:
     size = image.shape[0]
-    joints, truth = renderings.decode_pose(image), case.record["joints"]
+    joints, (truth,) = renderings.decode_pose(image), case.record["joints"]
     xy = np.where(joints[:, 2:] > 0, joints[:, :2] * size, np.nan)
     box = case.record["boxes"][0]
     side = float(max(box[2] - box[0], box[3] - box[1])) * size
