@@ -1,0 +1,377 @@
+"""Files inside folders, zips and tars, whichever way a dataset was left on disk.
+
+`members` streams all of them in stored order, and `Store` reads single ones by name. A tar may be
+compressed (gzip, bzip2, xz) and may hold tars. What an archive is, is told by its first bytes and
+not by its name. Nothing is unpacked to the disk, and no size that an archive states is believed.
+
+Names are as stored, without leading `./` or `/`, and with `/` between folders. What systems leave
+behind (`._x.jpg`, `__MACOSX`, `.DS_Store`, hidden folders) is not listed, and links in tars are
+not followed.
+"""
+
+import bz2
+import contextlib
+import functools
+import gzip
+import io
+import lzma
+import os
+import tarfile
+import weakref
+import zipfile
+import zlib
+from collections.abc import Iterator
+
+from univg_jax.errors import NotFoundError, UserError, quote
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".avif"),
+)
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+ARCHIVE_SUFFIXES = (".zip", *TAR_SUFFIXES)
+MAX_FILE_BYTES = 2**28  # of one picture, or whatever else is read whole
+_MAX_HEADER_BYTES = 2**20  # of a long name in a tar
+_MAX_RATIO = 1100  # deflate's best is 1032; a zip that says more has members over each other
+_MAX_DEPTH = 3  # of tars in tars
+_ZIP_ENTRY, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
+_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+
+# What Python's own readers raise for damaged files.
+_DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
+    *(ValueError, KeyError, IndexError, OverflowError, RecursionError, NotImplementedError),
+    *(RuntimeError, MemoryError),
+)
+
+
+def members(
+    path: str | os.PathLike, suffixes: tuple[str, ...] | None = IMAGE_SUFFIXES
+) -> Iterator[tuple[str, bytes | UserError]]:
+    """The names and contents of a folder, a zip or a tar, streamed.
+
+    Files of a folder are sorted, those of an archive are in stored order; tars in tars are entered,
+    and `a.tar/b.jpg` is the name of what they hold. `suffixes` (of any case) says which are read:
+    None is all. One that cannot be read (too large, encrypted, another checksum) has a UserError in
+    the place of its bytes. Raises NotFoundError for a path that is not there, and UserError with
+    its name if it is no archive, truncated or damaged.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        for name, file in walk(path, suffixes):
+            yield name, _file_bytes(file, name)
+        return
+    with _opened(path) as file, _readable(path):
+        if _is_zip(file):
+            yield from _zip_members(file, suffixes)
+        else:
+            yield from _tar_members(file, suffixes, depth=0)
+
+
+def walk(
+    root: str | os.PathLike, suffixes: tuple[str, ...] | None = IMAGE_SUFFIXES
+) -> Iterator[tuple[str, str]]:
+    """The names and paths of a folder's files: sorted, those of its own before deeper ones.
+
+    Links are followed, each folder once.
+    """
+    root = os.fspath(root)
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders.sort()
+        for file in sorted(files):
+            path = os.path.join(folder, file)
+            name = clean_name(os.path.relpath(path, root))
+            if _is_wanted(name, suffixes):
+                yield name, path
+
+
+def clean_name(name: str) -> str:
+    """A stored name without leading `./` or `/`, with `/` for a backslash, and as valid Unicode."""
+    return _local(name).encode("utf-8", "backslashreplace").decode()
+
+
+def is_archive(path: str | os.PathLike) -> bool:
+    """Whether the name is one of a zip or a tar."""
+    return os.fspath(path).lower().endswith(ARCHIVE_SUFFIXES)
+
+
+class Store:
+    """Single files of a folder, a zip or an uncompressed tar, by name.
+
+    Picklable: another process opens the archive again. The names of an archive are held in memory
+    (about 300 bytes each). Raises NotFoundError if `path` is not there.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        if not os.path.exists(self.path):
+            raise NotFoundError(f"{self.path} does not exist: expected a folder, a zip or a tar")
+
+    def __reduce__(self):
+        return Store, (self.path,)
+
+    def read(self, name: str) -> bytes:
+        """The file of this name. Raises NotFoundError with both names, or UserError."""
+        local = self._inside(name)
+        if self._index is None:
+            file = os.path.join(self.path, local)
+            if not os.path.isfile(file):
+                raise NotFoundError(f"there is no {quote(name, 200)} in {self.path}")
+            data = _file_bytes(file, name)
+        elif local in self._index:
+            data = self._index[local]()
+        else:
+            raise NotFoundError(f"there is no {quote(name, 200)} in {self.path}")
+        if isinstance(data, UserError):
+            raise data
+        return data
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            local = self._inside(name)
+        except UserError:
+            return False
+        if self._index is None:
+            return os.path.isfile(os.path.join(self.path, local))
+        return local in self._index
+
+    def _inside(self, name: str) -> str:
+        """The name within the store; an absolute one may begin with the store's own path."""
+        root = self.path.rstrip("/") + "/"
+        local = _local(name.removeprefix(root)) if isinstance(name, str) else ""
+        if not local or ".." in local.split("/") or "\0" in local:
+            raise UserError(f"{quote(name, 200)} is not the name of a file in {self.path}")
+        return local
+
+    @functools.cached_property
+    def _index(self):
+        """What reads each file of an archive, by name; None for a folder."""
+        if os.path.isdir(self.path):
+            return None
+        file = open(self.path, "rb")  # noqa: SIM115 (stays open as long as the store)
+        weakref.finalize(self, file.close)
+        with _readable(self.path):
+            if _is_zip(file):
+                archive = _open_zip(file)
+                return {
+                    clean_name(info.filename): functools.partial(_zip_bytes, archive, info)
+                    for info in archive.infolist()
+                    if not info.is_dir()
+                }
+            if _opener(file):
+                raise UserError(
+                    f"{self.path} is compressed, so that single files cannot be read: unpack it"
+                )
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_TarInfo) as archive:
+                return {
+                    clean_name(info.name): functools.partial(_slice, file, info, self.path)
+                    for info in _infos(archive)
+                }
+
+
+def _local(name: str) -> str:
+    return "/".join(p for p in name.replace("\\", "/").split("/") if p not in ("", "."))
+
+
+def _is_wanted(name: str, suffixes: tuple[str, ...] | None) -> bool:
+    *folders, base = name.split("/")
+    hidden = base.startswith("._") or base in ("", ".DS_Store", "Thumbs.db")
+    if hidden or any(f == "__MACOSX" or (f.startswith(".") and f != "..") for f in folders):
+        return False
+    return suffixes is None or base.lower().endswith(suffixes)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[io.BufferedIOBase]:
+    if not os.path.isfile(path):  # a pipe would wait
+        kind = "is not a file" if os.path.exists(path) else "does not exist"
+        raise NotFoundError(f"{path} {kind}: expected a folder, a zip or a tar")
+    with _readable(path), open(path, "rb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        raise UserError(f"{path} is not a whole zip or tar: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _file_bytes(path: str, name: str) -> bytes | UserError:
+    try:
+        size = os.path.getsize(path)
+        if size > MAX_FILE_BYTES:
+            return _too_large(name, size)
+        with open(path, "rb") as file:
+            return file.read(MAX_FILE_BYTES)
+    except OSError as error:
+        return UserError(f"{path} cannot be read: {error.strerror or error}")
+
+
+def _too_large(name: str, size: int) -> UserError:
+    return UserError(f"{quote(name, 200)} has {size} bytes: more than {MAX_FILE_BYTES}")
+
+
+def _is_zip(file: io.BufferedIOBase) -> bool:
+    start = file.read(4)
+    file.seek(0)
+    return start in (_ZIP_ENTRY, _ZIP_END)
+
+
+def _open_zip(file: io.BufferedIOBase) -> zipfile.ZipFile:
+    archive = zipfile.ZipFile(file)
+    total = sum(info.file_size for info in archive.infolist())
+    if total > max(2**30, _MAX_RATIO * os.fstat(file.fileno()).st_size):
+        raise UserError(f"{file.name} would unpack to {total} bytes, and is taken for a zip bomb")
+    return archive
+
+
+def _zip_members(
+    file: io.BufferedIOBase, suffixes: tuple[str, ...] | None
+) -> Iterator[tuple[str, bytes | UserError]]:
+    archive = _open_zip(file)
+    for info in archive.infolist():
+        name = clean_name(info.filename)
+        if info.is_dir():
+            continue
+        if _is_wanted(name, suffixes):
+            yield name, _zip_bytes(archive, info)
+        elif _is_wanted(name, TAR_SUFFIXES):
+            with archive.open(info) as inner:
+                for inside, data in _tar_members(inner, suffixes, depth=1):
+                    yield f"{name}/{inside}", data
+
+
+def _zip_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | UserError:
+    if info.file_size > MAX_FILE_BYTES:
+        return _too_large(info.filename, info.file_size)
+    try:
+        with archive.open(info) as file:
+            data = file.read(MAX_FILE_BYTES)
+        if len(data) != info.file_size:
+            raise EOFError(f"{len(data)} of {info.file_size} bytes")
+        return data
+    except _DAMAGE as error:
+        name = quote(clean_name(info.filename), 200)
+        return UserError(f"{name} in {archive.fp.name} cannot be read: {_reason(error)}")
+
+
+class _TarInfo(tarfile.TarInfo):
+    """tarfile takes a damaged header, and the end of a truncated file, for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, archive):
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.EmptyHeaderError:
+            raise tarfile.ReadError("it ends without the end mark of a tar") from None
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {archive.offset}") from None
+
+    @classmethod
+    def frombuf(cls, buffer, encoding, errors):
+        info = super().frombuf(buffer, encoding, errors)
+        is_header = info.type in (
+            *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+            *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+        )
+        if info.size < 0 or (is_header and info.size > _MAX_HEADER_BYTES):
+            raise tarfile.InvalidHeaderError(f"a size of {info.size} bytes")
+        return info
+
+
+def _infos(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The regular files. tarfile itself would keep all that it has seen."""
+    position = -1
+    while (info := archive.next()) is not None:
+        if info.size < 0 or archive.offset <= position:
+            raise tarfile.ReadError("its sizes lead backwards")
+        position = archive.offset
+        archive.members.clear()
+        if info.isreg():
+            yield info
+
+
+def _opener(file: io.BufferedIOBase):
+    """What decompresses a seekable file; None if it is not compressed."""
+    start = file.read(6)
+    file.seek(0)
+    return next((o for magic, o in _OPENERS.items() if start.startswith(magic)), None)
+
+
+def _tar_members(
+    file: io.BufferedIOBase, suffixes: tuple[str, ...] | None, *, depth: int
+) -> Iterator[tuple[str, bytes | UserError]]:
+    """Of a tar, compressed or not; `file` need not be seekable."""
+    if depth:
+        file = io.BufferedReader(_Raw(file), 2**16)
+        start = file.peek(6)[:6]
+        opener = next((o for magic, o in _OPENERS.items() if start.startswith(magic)), None)
+    else:
+        opener = _opener(file)
+    stream = opener(file) if opener else file
+    mode = "r|" if depth or opener else "r:"  # what can be seeked need not be read to be skipped
+    with tarfile.open(fileobj=stream, mode=mode, tarinfo=_TarInfo, bufsize=2**20) as archive:
+        for info in _infos(archive):
+            name = clean_name(info.name)
+            if _is_wanted(name, suffixes):
+                if info.size > MAX_FILE_BYTES:
+                    yield name, _too_large(name, info.size)
+                else:
+                    yield name, _tar_bytes(archive, info)
+            elif _is_wanted(name, TAR_SUFFIXES):
+                if depth == _MAX_DEPTH:
+                    raise UserError(f"{quote(name, 200)}: tars in tars more than {depth} deep")
+                inner = archive.extractfile(info)
+                for inside, data in _tar_members(inner, suffixes, depth=depth + 1):
+                    yield f"{name}/{inside}", data
+        if opener:  # the checksum stands at the end
+            while stream.read(2**20):
+                pass
+
+
+def _tar_bytes(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    data = archive.extractfile(info).read()
+    if len(data) != info.size:
+        raise tarfile.ReadError(f"{quote(info.name)} has {len(data)} of {info.size} bytes")
+    return data
+
+
+def _slice(file: io.BufferedIOBase, info: tarfile.TarInfo, path: str) -> bytes | UserError:
+    if info.size > MAX_FILE_BYTES or info.issparse():
+        return _too_large(info.name, info.size)
+    file.seek(info.offset_data)
+    data = file.read(info.size)
+    if len(data) != info.size:
+        return UserError(f"{path} is truncated: {quote(info.name, 200)} is not whole")
+    return data
+
+
+class _Raw(io.RawIOBase):
+    """A member of an archive as a raw stream, so that its first bytes can be looked at."""
+
+    def __init__(self, file: io.BufferedIOBase):
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
