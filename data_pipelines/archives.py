@@ -9,10 +9,8 @@ behind (`._x.jpg`, `__MACOSX`, `.DS_Store`, hidden folders) is not listed, and l
 not followed.
 """
 
-import bz2
 import contextlib
 import functools
-import gzip
 import io
 import lzma
 import os
@@ -22,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 
+from data_pipelines import tars
 from univg_jax.errors import NotFoundError, UserError, quote
 
 IMAGE_SUFFIXES = (
@@ -31,11 +30,9 @@ IMAGE_SUFFIXES = (
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ARCHIVE_SUFFIXES = (".zip", *TAR_SUFFIXES)
 MAX_FILE_BYTES = 2**28  # of one picture, or whatever else is read whole
-_MAX_HEADER_BYTES = 2**20  # of a long name in a tar
 _MAX_RATIO = 1100  # deflate's best is 1032; a zip that says more has members over each other
 _MAX_DEPTH = 3  # of tars in tars
 _ZIP_ENTRY, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
 # What Python's own readers raise for damaged files.
 _DAMAGE = (
@@ -66,6 +63,29 @@ def members(
             yield from _zip_members(file, suffixes)
         else:
             yield from _tar_members(file, suffixes, depth=0)
+
+
+def lines(path: str | os.PathLike, suffix: str) -> Iterator[bytes]:
+    """The lines of a file: as it is, compressed, or the first one with this suffix in a tar.
+
+    Raises NotFoundError for a path that is not there, and UserError with its name if it cannot be
+    read, has no such file, or a line of more than MAX_FILE_BYTES.
+    """
+    path = os.fspath(path)
+    with _opened(path) as file, _readable(path), contextlib.ExitStack() as stack:
+        if path.lower().endswith(TAR_SUFFIXES):
+            archive, infos = stack.enter_context(tars.opened(file, seekable=True))
+            info = next((i for i in infos if _is_wanted(clean_name(i.name), (suffix,))), None)
+            if info is None:
+                raise UserError(f"{path} has no {suffix} in it")
+            stream = archive.extractfile(info)
+        else:
+            opener = tars.decompressor(file)
+            stream = stack.enter_context(opener(file)) if opener else file
+        while line := stream.readline(MAX_FILE_BYTES + 1):
+            if len(line) > MAX_FILE_BYTES:
+                raise UserError(f"{path} has a line of more than {MAX_FILE_BYTES} bytes")
+            yield line
 
 
 def walk(
@@ -101,6 +121,18 @@ def is_archive(path: str | os.PathLike) -> bool:
     return os.fspath(path).lower().endswith(ARCHIVE_SUFFIXES)
 
 
+def without_suffix(path: str) -> str:
+    """A path without the suffix of an archive."""
+    longest = max((s for s in ARCHIVE_SUFFIXES if path.lower().endswith(s)), key=len, default="")
+    return path[: len(path) - len(longest)]
+
+
+def is_compressed(path: str | os.PathLike) -> bool:
+    """Whether a file is compressed as a whole, so that its members can only be streamed."""
+    with _opened(os.fspath(path)) as file:
+        return tars.decompressor(file) is not None
+
+
 class Store:
     """Single files of a folder, a zip or an uncompressed tar, by name.
 
@@ -131,6 +163,12 @@ class Store:
         if isinstance(data, UserError):
             raise data
         return data
+
+    def names(self, suffixes: tuple[str, ...] | None = None) -> list[str]:
+        """The names in it: those of an archive in stored order."""
+        if self._index is None:
+            return [name for name, _ in walk(self.path, suffixes)]
+        return [name for name in self._index if _is_wanted(name, suffixes)]
 
     def __contains__(self, name: str) -> bool:
         try:
@@ -164,14 +202,14 @@ class Store:
                     for info in archive.infolist()
                     if not info.is_dir()
                 }
-            if _opener(file):
+            if tars.decompressor(file):
                 raise UserError(
                     f"{self.path} is compressed, so that single files cannot be read: unpack it"
                 )
-            with tarfile.open(fileobj=file, mode="r:", tarinfo=_TarInfo) as archive:
+            with tars.opened(file, seekable=True) as (_, infos):
                 return {
                     clean_name(info.name): functools.partial(_slice, file, info, self.path)
-                    for info in _infos(archive)
+                    for info in infos
                 }
 
 
@@ -269,87 +307,22 @@ def _zip_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | UserE
         return UserError(f"{name} in {archive.fp.name} cannot be read: {_reason(error)}")
 
 
-class _TarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged header, and the end of a truncated file, for the archive's end."""
-
-    @classmethod
-    def fromtarfile(cls, archive):
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.EmptyHeaderError:
-            raise tarfile.ReadError("it ends without the end mark of a tar") from None
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} at byte {archive.offset}") from None
-
-    @classmethod
-    def frombuf(cls, buffer, encoding, errors):
-        info = super().frombuf(buffer, encoding, errors)
-        is_header = info.type in (
-            *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-            *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
-        )
-        if info.size < 0 or (is_header and info.size > _MAX_HEADER_BYTES):
-            raise tarfile.InvalidHeaderError(f"a size of {info.size} bytes")
-        return info
-
-
-def _infos(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The regular files. tarfile itself would keep all that it has seen."""
-    position = -1
-    while (info := archive.next()) is not None:
-        if info.size < 0 or archive.offset <= position:
-            raise tarfile.ReadError("its sizes lead backwards")
-        position = archive.offset
-        archive.members.clear()
-        if info.isreg():
-            yield info
-
-
-def _opener(file: io.BufferedIOBase):
-    """What decompresses a seekable file; None if it is not compressed."""
-    start = file.read(6)
-    file.seek(0)
-    return next((o for magic, o in _OPENERS.items() if start.startswith(magic)), None)
-
-
 def _tar_members(
     file: io.BufferedIOBase, suffixes: tuple[str, ...] | None, *, depth: int
 ) -> Iterator[tuple[str, bytes | UserError]]:
-    """Of a tar, compressed or not; `file` need not be seekable."""
-    if depth:
-        file = io.BufferedReader(_Raw(file), 2**16)
-        start = file.peek(6)[:6]
-        opener = next((o for magic, o in _OPENERS.items() if start.startswith(magic)), None)
-    else:
-        opener = _opener(file)
-    stream = opener(file) if opener else file
-    mode = "r|" if depth or opener else "r:"  # what can be seeked need not be read to be skipped
-    with tarfile.open(fileobj=stream, mode=mode, tarinfo=_TarInfo, bufsize=2**20) as archive:
-        for info in _infos(archive):
+    """Of a tar, compressed or not. The file of one in another archive is not seekable."""
+    with tars.opened(file, seekable=not depth) as (archive, infos):
+        for info in infos:
             name = clean_name(info.name)
             if _is_wanted(name, suffixes):
-                if info.size > MAX_FILE_BYTES:
-                    yield name, _too_large(name, info.size)
-                else:
-                    yield name, _tar_bytes(archive, info)
+                is_small = info.size <= MAX_FILE_BYTES
+                yield name, tars.read(archive, info) if is_small else _too_large(name, info.size)
             elif _is_wanted(name, TAR_SUFFIXES):
                 if depth == _MAX_DEPTH:
                     raise UserError(f"{quote(name, 200)}: tars in tars more than {depth} deep")
                 inner = archive.extractfile(info)
                 for inside, data in _tar_members(inner, suffixes, depth=depth + 1):
                     yield f"{name}/{inside}", data
-        if opener:  # the checksum stands at the end
-            while stream.read(2**20):
-                pass
-
-
-def _tar_bytes(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    data = archive.extractfile(info).read()
-    if len(data) != info.size:
-        raise tarfile.ReadError(f"{quote(info.name)} has {len(data)} of {info.size} bytes")
-    return data
 
 
 def _slice(file: io.BufferedIOBase, info: tarfile.TarInfo, path: str) -> bytes | UserError:
@@ -360,18 +333,3 @@ def _slice(file: io.BufferedIOBase, info: tarfile.TarInfo, path: str) -> bytes |
     if len(data) != info.size:
         return UserError(f"{path} is truncated: {quote(info.name, 200)} is not whole")
     return data
-
-
-class _Raw(io.RawIOBase):
-    """A member of an archive as a raw stream, so that its first bytes can be looked at."""
-
-    def __init__(self, file: io.BufferedIOBase):
-        self._file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
