@@ -16,14 +16,15 @@ import cv2
 import grain
 import numpy as np
 
-from data_pipelines import order
+from data_pipelines import buckets, order
 from data_pipelines.collate import Collator, Drop, Row
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.reader import SKIPPED, DamagedRecord, Reader
 from data_pipelines.sources import Source, open_source
 from data_pipelines.tasks import TASKS
 from univg_jax import settings
-from univg_jax.batch import Batch
+from univg_jax.batch import Batch, BatchShape
+from univg_jax.buckets import Shape
 from univg_jax.errors import UserError, check_name
 from univg_jax.settings import Config
 
@@ -88,10 +89,21 @@ def components(
     return result
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BucketShare:
+    """A bucket of the stream: its shape, share of the steps, and records of all sources."""
+
+    shape: Shape  # height, width in pixels
+    share: float
+    records: int
+
+
 class Stream:
     """The endless training stream of a config, from position 0: an iterator of `Batch`.
 
-    It gives this host's rows of each global batch of `data.batch_size` rows, made by threads.
+    It gives this host's rows of each global batch of `data.batch_size` rows, made by threads. All
+    rows of a batch are in one of `data.buckets`, which may be another one at each step
+    (`data_pipelines.schedule`).
     `sources` maps names to sources, which are then not opened below `data.dir`: for example
     `{"scenes": MemorySource("scenes", records)}`.
 
@@ -115,18 +127,33 @@ class Stream:
         # Rows are the unit of parallelism; OpenCV's own threads would contend with XLA for the
         # cores.
         cv2.setNumThreads(1)
-        self._config, self._collator = config, collator
+        self._config = config
         self._components = components(config.tasks, data_dir=config.data.dir, sources=sources)
+        shapes, members = _occurring_buckets(self._components, BatchShape.buckets(config.data))
         self._order = order.Order(
             [
                 order.Component(
-                    *(c.task, c.source.name, len(c.source), c.weight, c.source.fingerprint())
+                    *(c.task, c.source.name, len(c.source), c.weight, c.source.fingerprint()),
+                    members[c.source.name],
                 )
                 for c in self._components
             ],
             seed=config.seed,
+            batch_size=config.data.batch_size,
+            shapes=shapes,
         )
-        self._readers = [Reader(c.task, c.source, collator=collator) for c in self._components]
+        self._bucket_records = [
+            sum(len(found[b].records) for found in members.values()) for b in range(len(shapes))
+        ]
+        # Of each bucket, what makes its batches, and a reader of each component.
+        self._collators = {
+            shape: dataclasses.replace(collator, shape=collator.shape.resized(*shape))
+            for shape in shapes
+        }
+        self._readers = [
+            [Reader(c.task, c.source, collator=made) for c in self._components]
+            for made in self._collators.values()
+        ]
         self._quarantine = Quarantine()
         self._counts = dict.fromkeys(EVENTS, 0)
         self._host_rows = order.host_rows(
@@ -144,9 +171,23 @@ class Stream:
             weights[component.task] += component.weight
         return {task: weight / sum(weights.values()) for task, weight in weights.items()}
 
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Height and width of the batches that the stream gives: the buckets that have records."""
+        return tuple(self._collators)
+
+    def bucket_shares(self) -> list[BucketShare]:
+        """The histogram of the buckets that have records, in the order of `data.buckets`."""
+        return [
+            BucketShare(shape=shape, share=share, records=count)
+            for shape, share, count in zip(
+                self.shapes, self._order.shares, self._bucket_records, strict=True
+            )
+        ]
+
     def specs(self) -> list[Batch]:
-        """The shapes of the global batches that the stream gives."""
-        return [self._collator.spec(self._config.data.batch_size)]
+        """The shapes of the global batches that the stream gives, one of each bucket."""
+        return [made.spec(self._config.data.batch_size) for made in self._collators.values()]
 
     def counters(self) -> dict[str, int]:
         """How many records this host's batches came across so far, since the stream was made.
@@ -186,18 +227,20 @@ class Stream:
         return iter(batches.to_iter_dataset(read_options=read))
 
     def _collate(self, rows: Sequence[Row]) -> tuple[Batch, list[str]]:
-        return self._collator(rows), [event for row in rows for event in row.events]
+        collator = self._collators[rows[0].example.target.shape[:2]]
+        return collator(rows), [event for row in rows for event in row.events]
 
     def row(self, position: int) -> Row:
         """The row at a global position, the same on every host; safe to call from several threads.
 
-        A record that cannot be used is replaced by the next of its source.
+        A record that cannot be used is replaced by the next of its source in the same bucket.
 
         Raises UserError if too many records cannot be used.
         """
         turn = self._order[position]
-        reader = self._readers[turn.component]
-        count = len(reader.source)
+        reader = self._readers[turn.bucket][turn.component]
+        records = self._order.records(turn)
+        count = len(records)
         events: list[str] = []
         for attempt in range(min(count, MAX_ATTEMPTS)):
             # A record's turn comes once an epoch; beside that it may replace others.
@@ -206,7 +249,7 @@ class Stream:
             # serves it, and not on how many were skipped before.
             rng = np.random.default_rng((self._config.seed, position))
             drop = _sample_drop(self._config.tasks[reader.task], rng)
-            index = (turn.index + attempt) % count
+            index = int(records[(turn.index + attempt) % count])
             try:
                 row = reader.row(index, rng, sample_id=position, drop=drop)
             except SKIPPED as error:
@@ -230,7 +273,7 @@ class Stream:
 
         Raises UserError if none of them is sound. A few damaged ones are no reason to stop.
         """
-        for reader in self._readers:
+        for reader in self._readers[0]:  # in any bucket: a record can be cropped to each
             spread = np.linspace(0, len(reader.source) - 1, PROBED_RECORDS).astype(int)
             indices = np.unique(spread).tolist()
             damaged = []
@@ -273,6 +316,18 @@ class Stream:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+
+
+def _occurring_buckets(
+    components: Sequence[Component], shapes: Sequence[BatchShape]
+) -> tuple[list[Shape], dict[str, tuple[order.Bucket, ...]]]:
+    """The shapes that any record is in, and each source's records in them, by its name."""
+    sizes = [shape.size for shape in shapes]
+    sources = {component.source.name: component.source for component in components}
+    members = {name: buckets.split(source, sizes) for name, source in sources.items()}
+    used = [b for b in range(len(sizes)) if any(len(m[b].records) for m in members.values())]
+    occurring = {name: tuple(found[b] for b in used) for name, found in members.items()}
+    return [sizes[b] for b in used], occurring
 
 
 def _sample_drop(task: settings.Task, rng: np.random.Generator) -> Drop:

@@ -1,24 +1,17 @@
 """The order of the stream: which record of which component each position has.
 
-A component is a pair of a task and a source. Position g belongs to the component into whose share
-of [0, 1) the point `frac(g * golden ratio + offset(seed))` falls. A rotation by an irrational
-number visits every interval in exact proportion, and so does every arithmetic subsequence of it.
-Batches, and the slices that any number of hosts take of them, therefore have the shares of the
-weights, without a period that could coincide with the batch size.
+A component is a pair of a task and a source. `data_pipelines.schedule` says which of them a
+position belongs to, and how often it came up before.
 
-How often a component came up before position g has a closed form, so that a stream resumes at any
-position at once.
-
-A component takes the records of its source in an order that each epoch shuffles anew. The stages
-of a run are one walk through it: each begins where the one before it stopped (`Lineage`), so no
-record comes again before all of its source have come.
+A component takes the records of its source (in a bucket, those in the bucket) in an order that
+each epoch shuffles anew. The stages of a run are one walk through it: each begins where the one
+before it stopped (`Lineage`), so no record comes again before all of its source have come.
 
 The global batch of step k holds positions [k B, (k + 1) B). Of n hosts the i-th makes the i-th
 contiguous n-th of it (`host_rows`). So the rows of the assembled global array stand in the order of
 positions, whatever n is.
 """
 
-import bisect
 import dataclasses
 import logging
 import zlib
@@ -27,7 +20,10 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import Integer
 
+from data_pipelines.schedule import Schedule
+from univg_jax.buckets import Shape
 from univg_jax.errors import UserError
 from univg_jax.trees import Json
 
@@ -45,77 +41,61 @@ def host_rows(batch_size: int, *, process_index: int, process_count: int) -> ran
     return range(process_index * local, (process_index + 1) * local)
 
 
-class Visit(NamedTuple):
-    """A position's component, and how many earlier positions belong to the same component."""
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """The records of a source in one bucket, ascending; `name` is a checksum of their indices.
 
-    component: int
-    number: int
-
-
-class Rotation:
-    """Maps each position to its `Visit`.
-
-    Everything is exact integer arithmetic on a circle of 2^64 points: `x_g = (a g + offset) mod
-    2^64` with a = 2^64 / golden ratio, and component c owns `edges[c] <= x < edges[c + 1]`.
+    It is None where these are all records of the source.
     """
 
-    _MODULUS = 1 << 64
-    _STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: all 2^64 points are visited
-
-    def __init__(self, weights: Sequence[float], *, seed: int):
-        shares = np.cumsum(np.asarray(weights, np.float64)) / np.sum(weights)
-        inner = [round(float(share) * self._MODULUS) for share in shares[:-1]]
-        self._edges = [0, *inner, self._MODULUS]
-        # numpy draws at most 63 bits here; the factor spreads the offsets over the whole circle.
-        self._offset = int(np.random.default_rng(seed).integers(1 << 63)) * 2
-
-    def __getitem__(self, position: int) -> Visit:
-        x = (self._STEP * position + self._offset) % self._MODULUS
-        component = bisect.bisect_right(self._edges, x) - 1
-        return Visit(component, self.count(position, component))
-
-    def count(self, positions: int, component: int) -> int:
-        """`#{g < positions : low <= x_g < high}` for the component's edges low and high.
-
-        For 0 <= x < m and 0 <= low <= high <= m, `floor((x - low) / m) - floor((x - high) / m)` is
-        1 if low <= x < high, else 0. Adding a multiple of m to x changes both terms alike, so the
-        sum over g may use `a g + offset` without the mod, and becomes two floor sums.
-        """
-        a, m, r = self._STEP, self._MODULUS, self._offset
-        low, high = self._edges[component], self._edges[component + 1]
-        return _floor_sum(positions, m, a, r - low) - _floor_sum(positions, m, a, r - high)
+    records: range | Integer[np.ndarray, " n"]
+    name: str | None = None
 
 
 class Component(NamedTuple):
-    """What decides the order of a task's records from a source; `weight` is relative."""
+    """What decides the order of a task's records from a source; `weight` is relative.
+
+    `buckets` has the source's records in each bucket. None: there is one, with all records.
+    """
 
     task: str
     source: str
     length: int
     weight: float
     fingerprint: str
+    buckets: tuple[Bucket, ...] | None = None
 
 
 class Turn(NamedTuple):
-    """Whose turn it is: a component and a record of its source.
+    """Whose turn it is: a component and one of its source's records in a bucket.
 
-    `is_first`: it is in the epoch in which the run began this source, so that no turn before it in
-    the run had this record.
+    `index` is the record's place in the bucket. `is_first`: it is in the epoch in which the run
+    began this source, so that no turn before it in the run had this record.
     """
 
     component: int
     index: int
     is_first: bool
+    bucket: int = 0
 
 
 class Place(NamedTuple):
-    """How many visits a component has made to its source, whose build the fingerprint tells."""
+    """How many visits a component has made to its source in a bucket of `length` records.
+
+    The fingerprint tells the source's build, and `bucket` which of its records these are.
+    """
 
     task: str
     source: str
     length: int
     fingerprint: str | None  # None: of a run from before there were fingerprints
     visits: int
+    bucket: str | None = None  # None: all
+
+    @property
+    def key(self) -> tuple[str, str, str | None]:
+        """What two stages have in common where one goes on with the other's walk."""
+        return self.task, self.source, self.bucket
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,51 +119,112 @@ class Lineage:
     def after(cls, state: Json) -> "Lineage":
         """That of a stage which follows a run that stopped at this saved order and position."""
         mixture, fingerprints = state["mixture"], state.get("fingerprints", {})
-        lineage = cls.of(state)
-        rotation = Rotation([weight for *_, weight in mixture["components"]], seed=mixture["seed"])
+        components, lineage = mixture["components"], cls.of(state)
+        everything = dict(lengths=[n for _, _, n, _ in components], names=[None] * len(components))
+        buckets = mixture.get("buckets", [everything])
+        schedule = Schedule(
+            [weight for *_, weight in components],
+            [bucket["lengths"] for bucket in buckets],
+            seed=mixture["seed"],
+            batch_size=mixture.get("batch_size", 1),
+        )
         places = []
-        for number, (task, source, length, _) in enumerate(mixture["components"]):
-            before = lineage.find(task, source)
-            visits = rotation.count(state["next"], number) + (before.visits if before else 0)
-            places.append(Place(task, source, length, fingerprints.get(source), visits))
+        for b, bucket in enumerate(buckets):
+            for c, (task, source, _, _) in enumerate(components):
+                length, name = bucket["lengths"][c], bucket["names"][c]
+                if length:
+                    place = Place(task, source, length, fingerprints.get(source), 0, name)
+                    before = lineage.find(place.key)
+                    visits = schedule.count(state["next"], b, c) + (before.visits if before else 0)
+                    places.append(place._replace(visits=visits))
         return lineage.updated(places)
 
-    def find(self, task: str, source: str) -> Place | None:
-        """The place of a component, if there was one."""
-        return next((p for p in self.places if (p.task, p.source) == (task, source)), None)
+    def find(self, key: tuple[str, str, str | None]) -> Place | None:
+        """The place with a key (`Place.key`), if there was one."""
+        return next((place for place in self.places if place.key == key), None)
 
     def updated(self, places: Sequence[Place]) -> "Lineage":
-        """With these places instead of those of the same components."""
-        own = {(place.task, place.source) for place in places}
-        others = [place for place in self.places if (place.task, place.source) not in own]
+        """With these places instead of those with the same keys."""
+        own = {place.key for place in places}
+        others = [place for place in self.places if place.key not in own]
         return dataclasses.replace(self, places=(*others, *places))
+
+    def to_json(self) -> Json:
+        """As `of` reads it."""
+        # Without the name of a bucket that is all of a source, a place has the form that it had
+        # before there were buckets.
+        places = [list(p if p.bucket else p[:-1]) for p in self.places]
+        return {"seed": self.seed, "places": places}
 
 
 class Order:
-    """The `Turn` of each position, as a function of the components, the seed and the lineage."""
+    """The `Turn` of each position, as a function of the components, the seed and the lineage.
 
-    def __init__(self, components: Sequence[Component], *, seed: int):
-        self._components, self._seed = components, seed
-        self._rotation = Rotation([c.weight for c in components], seed=seed)
+    `shapes` are those of the components' buckets, and `batch_size` the rows of a step, all of which
+    are of one bucket.
+    """
+
+    def __init__(
+        self,
+        components: Sequence[Component],
+        *,
+        seed: int,
+        batch_size: int = 1,
+        shapes: Sequence[Shape] = (),
+    ):
+        self._components, self._seed, self._shapes = components, seed, shapes
+        self._batch_size = batch_size
+        whole = [(Bucket(range(c.length)),) for c in components]
+        # Of each bucket, the records of each component.
+        self._buckets = list(zip(*(c.buckets or w for c, w in zip(components, whole))))
+        self._schedule = Schedule(
+            [c.weight for c in components],
+            [[len(bucket.records) for bucket in row] for row in self._buckets],
+            seed=seed,
+            batch_size=batch_size,
+        )
         self._has_warned = False
         self._begin(Lineage(seed=seed))
 
+    @property
+    def shares(self) -> list[float]:
+        """The share of steps of each bucket."""
+        return self._schedule.shares
+
     def __getitem__(self, position: int) -> Turn:
-        component, number = self._rotation[position]
-        start, length = self._starts[component], self._components[component].length
+        bucket, (component, number) = self._schedule[position]
+        start, length, walk = self._walks[bucket, component]
         return Turn(
             component,
-            index=int(self._walks[component][start + number]),
+            index=int(walk[start + number]),
             is_first=number < length - start % length,
+            bucket=bucket,
         )
+
+    def records(self, turn: Turn) -> range | Integer[np.ndarray, " n"]:
+        """Which records of the source are in a turn's bucket: the turn's is at `turn.index`."""
+        return self._buckets[turn.bucket][turn.component].records
 
     def state(self) -> dict[str, Any]:
         """JSON-able: all that decides the order."""
         components = [[c.task, c.source, c.length, c.weight] for c in self._components]
+        mixture: dict[str, Any] = {"seed": self._seed, "components": components}
+        if len(self._buckets) > 1:
+            mixture |= {
+                "buckets": [
+                    {
+                        "shape": list(shape),
+                        "lengths": [len(bucket.records) for bucket in row],
+                        "names": [bucket.name for bucket in row],
+                    }
+                    for shape, row in zip(self._shapes, self._buckets, strict=True)
+                ],
+                "batch_size": self._batch_size,
+            }
         return {
-            "mixture": {"seed": self._seed, "components": components},
+            "mixture": mixture,
             "fingerprints": {c.source: c.fingerprint for c in self._components},
-            "lineage": dataclasses.asdict(self._lineage),
+            "lineage": self._lineage.to_json(),
         }
 
     def restore(self, state: Json) -> None:
@@ -195,11 +236,16 @@ class Order:
         own = self.state()
         saved, mixture = state.get("mixture", {}), own["mixture"]
         if saved != mixture:
-            field = next((k for k in mixture if saved.get(k) != mixture[k]), "mixture")
+            names = dict.fromkeys((*mixture, *saved))
+            field = next((k for k in names if saved.get(k) != mixture.get(k)), "mixture")
+            before, after = saved.get(field), mixture.get(field)
+            if field == "buckets":
+                before, after = _describe(before), _describe(after)
+                after += " with other records in them" if after == before else ""
             raise UserError(
                 "the saved data position belongs to another mixture: "
-                f"{field} was {saved.get(field)}, is {mixture.get(field)}; to change weights, "
-                "sources or seed start a new stream (a new workdir, init_from)"
+                f"{field} was {before}, is {after}; to change weights, "
+                "sources, buckets or seed start a new stream (a new workdir, init_from)"
             )
         if "fingerprints" not in state and not self._has_warned:
             self._has_warned = True
@@ -220,47 +266,46 @@ class Order:
         """Follows another run, from its saved order and its position in it, `state["next"]`.
 
         Each component that both have goes on in its source where the other stopped, with its epochs
-        counted through. A component that is new, or whose source is another build, begins it anew.
+        counted through: in each bucket that has the same records, whatever its resolution. A
+        component that is new, or whose source is another build or in other buckets, begins it anew.
         Two stages that follow the same one get the same records.
         """
         self._begin(Lineage.after(state))
 
     def _begin(self, lineage: Lineage) -> None:
-        self._starts, places = [], []
-        for task, source, length, _, fingerprint in self._components:
-            start, before = 0, lineage.find(task, source)
-            if before and before.length == length and before.fingerprint in (None, fingerprint):
-                start = before.visits
-            elif before:
-                _logger.info(
-                    "%s is another build than the stage before read: task %s begins it anew",
-                    *(source, task),
-                )
-            self._starts.append(start)
-            places.append(Place(task, source, length, fingerprint, start))
+        self._walks: dict[tuple[int, int], tuple[int, int, Any]] = {}
+        places, anew = [], {}
+        known = {key[:2] for place in lineage.places if (key := place.key)}
+        for b, row in enumerate(self._buckets):
+            for c, (component, bucket) in enumerate(zip(self._components, row)):
+                task, source, _, _, fingerprint, _ = component
+                length = len(bucket.records)
+                if not length:
+                    continue
+                place = Place(task, source, length, fingerprint, 0, bucket.name)
+                before = lineage.find(place.key)
+                if before and before.length == length and before.fingerprint in (None, fingerprint):
+                    place = place._replace(visits=before.visits)
+                elif before:
+                    anew[task, source] = "another build than the stage before read"
+                elif (task, source) in known:
+                    anew.setdefault((task, source), "in other buckets than in the stage before")
+                places.append(place)
+                self._walks[b, c] = (place.visits, length, _walk(lineage.seed, place))
+        for (task, source), reason in anew.items():
+            _logger.info("%s is %s: task %s begins it anew", source, reason, task)
         self._lineage = lineage.updated(places)
-        self._walks = [
-            grain.MapDataset.range(c.length)
-            .seed(zlib.crc32(f"{lineage.seed} {c.task} {c.source}".encode()))
-            .shuffle()
-            .repeat()
-            for c in self._components
-        ]
 
 
-def _floor_sum(n: int, m: int, a: int, b: int) -> int:
-    """`sum_{i < n} floor((a i + b) / m)`, in O(log m) steps of Euclid's algorithm."""
-    # Why this works: the sum counts the lattice points under the line y = (a x + b) / m.
-    # 1. Whole multiples of m in a and b are a triangle and a rectangle of points, counted directly;
-    #    afterwards 0 <= a, b < m.
-    # 2. Counting the points that are left by rows instead of columns exchanges the axes: the same
-    #    sum with a and m exchanged, over as many rows as the line reaches, with a new offset.
-    # Like in Euclid's algorithm for (m, a), the numbers shrink until no row is left. Python's
-    # floor division makes step 1 hold for a negative b too.
-    total = 0
-    while n:
-        total += n * (n - 1) // 2 * (a // m) + n * (b // m)
-        a, b = a % m, b % m
-        n, b = divmod(a * n + b, m)
-        m, a = a, m
-    return total
+def _walk(seed: int, place: Place) -> grain.MapDataset:
+    """The places in a bucket in the order of a component's visits, without end."""
+    key = " ".join([str(seed), *filter(None, place.key)])
+    shuffled = grain.MapDataset.range(place.length).seed(zlib.crc32(key.encode())).shuffle()
+    return shuffled.repeat()
+
+
+def _describe(buckets: Sequence[Json] | None) -> str:
+    """The shapes of a saved order's buckets, for a message."""
+    if not buckets:
+        return "one"
+    return ", ".join("x".join(map(str, bucket["shape"])) for bucket in buckets)

@@ -62,7 +62,7 @@ class Reader:
         with self._naming(index) as where:
             record = self.source.read(index, self._fields)
             record = tasks.check(record, self._fields, where=where)
-            return transforms.resize_and_crop(record, resolution=self._collator.shape.height)
+            return transforms.resize_and_crop(record, resolution=self._collator.shape.size)
 
     def example(self, index: int, rng: np.random.Generator, *, center: bool = False) -> Example:
         """A record as an example of the task, cropped at random or to the `center`."""
@@ -91,8 +91,9 @@ class Reader:
     ) -> Example:
         record = self.source.read(index, self._fields)
         record = tasks.check(record, self._fields, where=where)
-        size = self._collator.shape.height
-        return TASKS[self.task].example(record, rng, size, where=where, center=center)
+        return TASKS[self.task].example(
+            record, rng, self._collator.shape.size, where=where, center=center
+        )
 
     @contextlib.contextmanager
     def _naming(self, index: int) -> Iterator[str]:

@@ -1,8 +1,11 @@
 """Where records come from: random access to a dataset that TFDS wrote, or to any other `Source`."""
 
+import concurrent.futures
 import functools
 import hashlib
+import io
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,14 +13,20 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from google.protobuf import message
+from jaxtyping import UInt
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines import records, tfds_folder
 from data_pipelines.transforms import Record
 from univg_jax.errors import NotFoundError, UserError, suggestion
+from univg_jax.images import size_of
+from univg_jax.progress import Bar
 
 HASHED_WHOLE = 64 * 2**20  # bytes of a split, up to which its fingerprint reads all records
 NUM_HASHED = 1024  # records of a larger split
+SIZES = "{}.sizes.npy"  # the index of the sizes of a split, beside its shards
+
+Sizes = UInt[np.ndarray, "n 2"]
 
 
 @runtime_checkable
@@ -35,6 +44,10 @@ class Source(Protocol):
 
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
         """The decoded record, or only some of its fields."""
+        ...
+
+    def sizes(self) -> Sizes:
+        """Height and width of each record's picture as it is shown; they decide its bucket."""
         ...
 
 
@@ -61,6 +74,11 @@ class MemorySource:
 
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
         return _select(self._items[index], fields)
+
+    def sizes(self) -> Sizes:
+        """Those of the pictures in memory; 0 where a record has none."""
+        found = [np.shape(item.get("image", ()))[:2] for item in self._items]
+        return np.array([size if len(size) == 2 else (0, 0) for size in found], np.uint32)
 
 
 class TfdsSource:
@@ -102,6 +120,48 @@ class TfdsSource:
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
         stored = None if fields is None else records.stored_fields(fields)
         return records.decode(_select(self._split.parse(self._data[index]), stored))
+
+    def sizes(self) -> Sizes:
+        """The index that was built beside the shards, or else what the pictures' headers say.
+
+        Raises UserError for an index that is damaged or of another build.
+        """
+        index = self._split.folder / SIZES.format(self._split.name)
+        if not index.exists():
+            return self._sizes_of_pictures()
+        try:
+            if "://" in os.fspath(index):
+                found = np.load(io.BytesIO(index.read_bytes()), allow_pickle=False)
+            else:
+                found = np.load(index, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{index} is damaged: {error}; build the dataset anew") from None
+        if found.dtype.kind != "u" or found.shape != (len(self), 2):
+            raise UserError(
+                f"{index} has {found.dtype} {found.shape}, expected unsigned integers "
+                f"{(len(self), 2)}: of another build?"
+            )
+        return found
+
+    def _sizes_of_pictures(self) -> Sizes:
+        """Reads every record, but of its picture only the header."""
+
+        def size(index: int) -> tuple[int, int]:
+            try:
+                return size_of(self._split.parse(self._data[index])["image"])
+            except (RuntimeError, ValueError, KeyError, UserError):
+                return 0, 0  # whoever reads it will say what is wrong with it
+
+        found, chunk = np.zeros((len(self), 2), np.uint32), 64 * tfds_folder.THREADS
+        with (
+            concurrent.futures.ThreadPoolExecutor(tfds_folder.THREADS) as pool,
+            Bar(total=len(self), desc=f"sizes of {self.name}", unit="record") as bar,
+        ):
+            for start in range(0, len(self), chunk):
+                indices = range(len(self))[start : start + chunk]
+                found[start : start + chunk] = list(pool.map(size, indices))
+                bar.update(len(indices))
+        return found
 
 
 def _select(record: Record, fields: Sequence[str] | None) -> Record:

@@ -78,7 +78,7 @@ class Task:
         self,
         record: Record,
         rng: np.random.Generator,
-        resolution: int,
+        resolution: int | transforms.Shape,
         *,
         where: str = "record",
         center: bool = False,
@@ -91,7 +91,8 @@ class Task:
         """
         record = check(record, self.needs, where=where)
         record = {field: record[field] for field in self.needs}
-        transforms.tell_crop(f"the image of {where}", record["image"], at_random=not center)
+        if isinstance(resolution, int) or resolution[0] == resolution[1]:
+            transforms.tell_crop(f"the image of {where}", record["image"], at_random=not center)
         record = transforms.resize_and_crop(
             record, resolution=resolution, rng=None if center else rng
         )

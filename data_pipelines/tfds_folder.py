@@ -56,6 +56,7 @@ class Split:
     """One split of a dataset: the features that its records are parsed by, and its shards."""
 
     folder: epath.Path
+    name: str
     features: tfds.features.FeaturesDict
     shards: tuple[Shard, ...]
 
@@ -95,7 +96,9 @@ def open_split(folder: epath.Path, split: str) -> Split:
     for file in sorted(folder.iterdir()):
         if f".{SUFFIX}" in file.name and file.name not in named and not file.name.startswith("."):
             raise UserError(f"{file} is no shard that {INFO} names: of another dataset or build?")
-    opened = Split(folder=folder, features=_features(folder / FEATURES), shards=splits[split])
+    opened = Split(
+        folder=folder, name=split, features=_features(folder / FEATURES), shards=splits[split]
+    )
     _in_parallel(lambda shard: _check_shard(shard, opened), opened.shards)
     if not sum(shard.examples_in_shard for shard in opened.shards):
         raise UserError(f"split {split!r} of {folder} is empty")

@@ -13,27 +13,38 @@ from absl import logging
 from jaxtyping import Float32, UInt8
 
 Record = dict[str, Any]
+Shape = tuple[int, int]  # height, width in pixels
 
 _PLANES = ("image", "source", "edit_mask", "ignore_mask", "depth")
 
 
 def resize_and_crop(
-    record: Record, *, resolution: int, rng: np.random.Generator | None = None
+    record: Record, *, resolution: int | Shape, rng: np.random.Generator | None = None
 ) -> Record:
-    """The image's largest square, at a random place (`rng`) or the center (None), resized.
+    """The image's largest window of the target's aspect ratio, resized to it.
 
-    The result is `resolution` pixels wide, with all planes, boxes and joints moved along.
+    It lies at a random place (`rng`) or the center (None). `resolution` is the side of a square, or
+    (height, width), in pixels. All planes, boxes and joints are moved along.
     """
+    target = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
     height, width = record["image"].shape[:2]
-    if height == width == resolution:
+    if (height, width) == target:
         return record
-    side = min(height, width)
+    h, w = largest_window((height, width), target)
     if rng is None:
-        top, left = (height - side) // 2, (width - side) // 2
+        top, left = (height - h) // 2, (width - w) // 2
     else:
-        top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
-    square = crop(record, top=top, left=left, height=side, width=side)
-    return resize(square, height=resolution, width=resolution)
+        top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+    window = crop(record, top=top, left=left, height=h, width=w)
+    return resize(window, height=target[0], width=target[1])
+
+
+def largest_window(image: Shape, target: Shape) -> Shape:
+    """The largest (height, width) inside `image` with the aspect ratio of `target`, rounded."""
+    (height, width), (h, w) = image, target
+    if width * h >= height * w:
+        return height, min(width, max(1, round(height * w / h)))
+    return min(height, max(1, round(width * h / w))), width
 
 
 def center_square(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
@@ -45,7 +56,7 @@ def center_square(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3
 
 
 def tell_crop(what: str, picture: UInt8[np.ndarray, "h w 3"], *, at_random: bool = False) -> None:
-    """Logs the first picture that is not square, of which only a part is used."""
+    """Logs the first picture that is not square, of which only a square is used."""
     height, width = picture.shape[:2]
     if height != width:
         side, place = min(height, width), "at a random place" if at_random else "at its center"

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from experiments import base, pods
+from univg_jax import buckets as shapes
 from univg_jax.errors import UserError
 
 # Batch 512 for 400K steps are the paper's; learning rate and the rest are base.py's, our choice.
@@ -10,10 +11,16 @@ ENCODERS = ("embedded", "sd3")
 
 
 def get_config(
-    *, size: str = "xl", res: int = 256, encoders: str = "embedded", pod: str = ""
+    *,
+    size: str = "xl",
+    res: int = 256,
+    encoders: str = "embedded",
+    pod: str = "",
+    buckets: bool = False,
 ) -> ConfigDict:
     """size: a named size of the MM-DiT. res: pixels a side; above 256 times shift by the square
-    root of the pixels.
+    root of the pixels. buckets: train in the standard shapes of that area (`univg_jax.buckets`),
+    not in squares alone.
 
     encoders: `embedded` (MiniLM and a linear codec: nothing to download), or `sd3` (Stable
     Diffusion 3's three text encoders and VAE, from the pipeline's folder `conditioning.folder`).
@@ -26,6 +33,7 @@ def get_config(
     c.name = "stage1_t2i"
     c.model.size = size
     c.data.resolution = res
+    c.data.buckets = shapes.standard(res) if buckets else ()
     c.data.face_resolution = min(res, 256)
     c.data.dir = f"runs/data/emoji_{res}px"
     c.data.build = dict(resolution=res, num_scenes=10_000, seed=0, nouns=0)

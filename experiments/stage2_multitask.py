@@ -11,10 +11,11 @@ def get_config(
     res: int = 256,
     encoders: str = "embedded",
     pod: str = "",
+    buckets: bool = False,
     init_from: str = "runs/stage1",
 ) -> ConfigDict:
     """As Stage I; init_from: Stage I's workdir."""
-    c = stage1_t2i.get_config(size=size, res=res, encoders=encoders, pod=pod)
+    c = stage1_t2i.get_config(size=size, res=res, encoders=encoders, pod=pod, buckets=buckets)
     c.name = "stage2_multitask"
     c.init_from.path = init_from
     c.tasks = base.multitask()

@@ -11,11 +11,12 @@ def get_config(
     res: int = 256,
     encoders: str = "embedded",
     pod: str = "",
+    buckets: bool = False,
     init_from: str = "runs/stage2",
 ) -> ConfigDict:
     """As Stage II; init_from: Stage II's workdir."""
     c = stage2_multitask.get_config(
-        size=size, res=res, encoders=encoders, pod=pod, init_from=init_from
+        size=size, res=res, encoders=encoders, pod=pod, buckets=buckets, init_from=init_from
     )
     c.name = "stage3_identity"
     c.train.steps = c.train.steps // 10

@@ -203,11 +203,14 @@ def check_config(config: Config) -> None:
     make_tokenizer(config)
     conditioner = encoders.abstract(config.conditioning).conditioner
     cell, patch = conditioner.downsampling, make_model(config, conditioner).backbone.patch_size
-    if config.data.resolution % (cell * patch):
-        raise UserError(
-            f"data.resolution={config.data.resolution}: expected a multiple of {cell * patch} "
-            f"(latent cells of {cell} pixels, patches of {patch} cells)"
-        )
+    sides = {f"data.resolution={config.data.resolution}": (config.data.resolution,)}
+    sides |= {f"data.buckets: {h}x{w}": (h, w) for h, w in config.data.buckets}
+    for given, pixels in sides.items():
+        if any(side % (cell * patch) for side in pixels):
+            raise UserError(
+                f"{given}: expected a multiple of {cell * patch} "
+                f"(latent cells of {cell} pixels, patches of {patch} cells)"
+            )
 
 
 def prepare_data(config: Config) -> None:

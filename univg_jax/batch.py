@@ -101,9 +101,24 @@ class BatchShape:
 
     @classmethod
     def of(cls, data: Data) -> "BatchShape":
-        """The shape of a config's batches."""
+        """The square of `data.resolution`: the shape of samples, and of the one bucket."""
         side = data.resolution
         return cls(height=side, width=side, num_tokens=data.num_tokens, face=data.face_resolution)
+
+    @classmethod
+    def buckets(cls, data: Data) -> tuple["BatchShape", ...]:
+        """The shapes of a config's training batches: of `data.buckets`, or the one square."""
+        square = cls.of(data)
+        return tuple(square.resized(*size) for size in data.buckets) or (square,)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.height, self.width
+
+    def resized(self, height: int, width: int) -> "BatchShape":
+        """The same with pictures of another size. Prompts and faces stay as they are."""
+        return dataclasses.replace(self, height=height, width=width)
 
     def spec(self, batch_size: int) -> Batch:
         """The abstract `Batch` (shapes and dtypes, no data) of so many rows, without `text`."""

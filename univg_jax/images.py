@@ -45,6 +45,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))  # exchange the sides
 
 
 def open_picture(data: bytes) -> Image.Image:
@@ -71,6 +72,20 @@ def open_picture(data: bytes) -> Image.Image:
     except Exception as error:  # Pillow raises many kinds for damaged files, even SyntaxError
         why = str(error)
     raise UserError(f"is not a readable image: {why}")
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(height, width) of the upright picture in a file's bytes, by its header alone.
+
+    Raises UserError, whose message begins with "is", for what is no picture in one of FORMATS.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = picture.size
+        turn = _TURNS.get(picture.getexif().get(_ORIENTATION))
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise UserError(f"is not a readable image: {error}") from None
+    return (width, height) if turn in _SIDEWAYS else (height, width)
 
 
 def open_any(picture: Picture) -> Image.Image:

@@ -83,6 +83,12 @@ class Data:
         factory=lambda: dict(resolution=64, num_scenes=10_000, seed=0, nouns=0),
     )
     resolution: int = setting(64, "pixels a side of a picture", least=1)
+    buckets: tuple[tuple[int, int], ...] = setting(
+        (),
+        "(height, width) of the pictures of a step; each picture is cropped to the nearest aspect "
+        "ratio. None: one square of `resolution`, which is also the size of samples",
+        least=1,
+    )
     face_resolution: int = setting(64, "pixels a side of a face", least=1)
     num_tokens: int = setting(40, "tokens of a prompt; longer ones are cut", least=1)
     text_cache: str = setting(
@@ -93,6 +99,16 @@ class Data:
     batch_size: int = setting(512, "rows of a step, over all devices", least=1)
     read_threads: int = setting(2, "threads of a host that read; 0: none, the loop reads", least=0)
     prefetch: int = setting(8, "batches that a host holds ready", least=0)
+
+    def check(self, where: str) -> None:
+        """Raises UserError for two buckets of one aspect ratio."""
+        ratios: dict[float, tuple[int, int]] = {}
+        for shape in self.buckets:
+            if (other := ratios.setdefault(shape[1] / shape[0], shape)) is not shape:
+                raise UserError(
+                    f"{where}.buckets: {other[0]}x{other[1]} and {shape[0]}x{shape[1]} have one "
+                    "aspect ratio, expected different ones"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

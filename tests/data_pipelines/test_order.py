@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.order import Component, Order, Rotation, host_rows
+from data_pipelines.order import Component, Order, host_rows
+from data_pipelines.schedule import Rotation
 from univg_jax.errors import UserError
 
 
