@@ -71,8 +71,8 @@ DATA_LINES = (
     "sources: records on disk",
     "reader, tasks: record -> example",
     "renderings, transforms: pixels",
-    "order, mixture: which record",
-    "    at which position",
+    "schedule, order, buckets, mixture:",
+    "    which record at which position",
     "collate, tokenizer: rows -> Batch",
     "held_out: validation, test",
     "cache, quarantine, inspect",
@@ -81,6 +81,7 @@ DATA_LINES = (
 SMALL = {
     "settings": "a config's sections and their defaults",
     "fields": "types, ranges, meanings",
+    "buckets": "shapes of pictures",
     "batch": "Batch, the one schema",
     "errors": "UserError and its kinds",
     "trees": "names of a tree's leaves",
