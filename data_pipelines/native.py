@@ -15,7 +15,7 @@ wrong with one entry is a UserError of `make`: the entry is left out, by name.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from univg_jax import fields
 from univg_jax.fields import setting
@@ -39,6 +39,7 @@ class Entry:
     ids: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Native(Protocol):
     """An opened native dataset. Picklable: it goes to other processes."""
 

@@ -24,6 +24,7 @@ from typing import Any
 from data_pipelines import archives, captioned, layouts, tables
 from data_pipelines.native import Dataset, Entry, Native
 from data_pipelines.native import Options as BaseOptions
+from data_pipelines.pictures import Files
 from data_pipelines.tables import Table, open_table
 from univg_jax.errors import UserError, quote
 from univg_jax.fields import setting
@@ -70,17 +71,6 @@ class Options(BaseOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
-    """A part of files side by side: their names in `root`."""
-
-    root: str
-    names: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.root}: {self.names[0]} to {self.names[-1]}"
-
-
-@dataclasses.dataclass(frozen=True)
 class Rows:
     """A part of a table, and its column of pictures."""
 
@@ -93,7 +83,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Captions:
-    """A collection whose form is known. `files` has, by split, tars, tables, or names in `root`."""
+    """A collection whose form is known. `files` has the archives or tables of each split."""
 
     form: str  # "archives", "table" or "files"
     root: str
@@ -110,16 +100,17 @@ class Captions:
 
     def parts(self, split: str) -> Sequence[Any]:
         """Archives, slices of tables, or slices of folders."""
+        if self.form == "files":  # their names are too many to be sent to every process
+            names = layouts.by_split(layouts.look_at(self.root).names)[split]
+            return [Files(self.root, part) for part in layouts.slices(names)]
         files = self.files[split]
         if self.form == "archives":
             return files
-        if self.form == "table":
-            table = open_table(files, what="rows with a picture and its captions")
-            picture = self._picture_column(table)
-            rows = table.parts()
-            self._check_first_rows(table, picture, rows)
-            return [Rows(picture, part) for part in rows]
-        return [Files(self.root, names) for names in layouts.slices(files)]
+        table = open_table(files, what="rows with a picture and its captions")
+        picture = self._picture_column(table)
+        rows = table.parts()
+        self._check_first_rows(table, picture, rows)
+        return [Rows(picture, part) for part in rows]
 
     def entries(self, part: Any) -> Iterator[Entry]:
         """The samples of an archive or folder, or the rows of a table with their pictures."""
@@ -163,8 +154,9 @@ class Captions:
             names = {name: value for name, value in row.items() if name.lower() in NAMES}
             ids = [str(value) for value in names.values() if isinstance(value, str | int)]
             value = row.pop(picture, None)
-            if isinstance(value, str) and len(value) < 1000:
-                ids += [value, os.path.basename(value)]
+            path = value.get("path") if isinstance(value, Mapping) else value
+            if isinstance(path, str) and len(path) < 1000:
+                ids += [path, os.path.basename(path)]
             row["."] = _picture(value, picture, store, number)
             yield Entry(key=key, raw=row, ids=tuple(ids))
 
@@ -172,23 +164,28 @@ class Captions:
         return _open_store(self.folder or os.path.dirname(file) or ".")
 
     def _picture_column(self, table: Table) -> str:
-        if self.image:
-            table.require(self.image)
-            return self.image
+        """The column of pictures. Raises UserError if that, or one of captions, is not there."""
         names = {name.lower(): name for name in reversed(table.columns)}
-        found = next((names[name] for name in PICTURES if name in names), None)
-        if found is None or (found.lower() in ADDRESSES and not self.folder):
-            kind = "pictures, but their addresses" if found else "pictures that is known"
-            raise UserError(
-                f"{table.files[0]} has no column of {kind} (it has {', '.join(table.columns)}): "
-                + ("download them and give folder=" if found else "name it by image=")
-            )
+        has = f"(it has {', '.join(table.columns)})"
         for item in self.captions:
             table.require(item.partition("=")[0].partition(".")[0])
         if not self.captions and not KINDS.keys() & names.keys():
             raise UserError(
-                f"{table.files[0]} has no column of captions that is known (it has "
-                f"{', '.join(table.columns)}): name it by captions="
+                f"{table.files[0]} has no column of captions that is known {has}: name it by "
+                "captions="
+            )
+        if self.image:
+            table.require(self.image)
+            return self.image
+        found = next((names[name] for name in PICTURES if name in names), None)
+        if found is None:
+            raise UserError(
+                f"{table.files[0]} has no column of pictures that is known {has}: name it by image="
+            )
+        if found.lower() in ADDRESSES and not self.folder:
+            raise UserError(
+                f"{table.files[0]} has no column of pictures, but their addresses {has}: download "
+                "them and give folder="
             )
         return found
 
@@ -297,11 +294,11 @@ def open_dataset(options: Options) -> dict[str, Native]:
     """Finds what the source is. Raises UserError where that is nothing known, or two things."""
     found = layouts.look_at(options.source)
     files = layouts.by_split(found.names)
-    if found.form != "files":
-        files = {
-            split: tuple(os.path.join(found.root, name) for name in names)
-            for split, names in files.items()
-        }
+    is_files = found.form == "files"
+    files = {
+        split: () if is_files else tuple(os.path.join(found.root, name) for name in names)
+        for split, names in files.items()
+    }
     native = Captions(
         form=found.form,
         root=found.root,

@@ -1,0 +1,5 @@
+"""Tiny datasets in their native layouts, with their traps, all drawn and invented here.
+
+`tests/native/NAME.py` has `write(root)`, which returns the options of a build, and `RECORDS`, how
+many records of each split must come out. They need no pytest.
+"""
