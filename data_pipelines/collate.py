@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -41,11 +41,13 @@ class Row:
 class Collator:
     """Makes rows and batches of one shape from examples of any tasks.
 
-    Absent sources and faces become zeros, absent masks ones. `sample_id` is taken modulo 2^32.
+    Absent sources and faces become zeros, absent masks and loss masks ones. `sample_id` is taken
+    modulo 2^32. `caption_weights` are what `tasks.Task.example` takes.
     """
 
     tokenizer: Tokenizer
     shape: BatchShape
+    caption_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def row(self, example: Example, *, task: str, sample_id: int, **options: Any) -> Row:
         """An example as a row: its prompt tokenized, its face resized, its shapes checked.
@@ -57,7 +59,8 @@ class Collator:
         if example.face is not None:
             resized = transforms.resize_image(example.face, height=face, width=face)
             example = dataclasses.replace(example, face=resized)
-        shapes = dict(target=(height, width, 3), source=(height, width, 3), mask=(height, width, 1))
+        picture, plane = (height, width, 3), (height, width, 1)
+        shapes = dict(target=picture, source=picture, mask=plane, loss_mask=plane)
         for name, expected in {**shapes, "face": (face, face, 3)}.items():
             pixels = getattr(example, name)
             if pixels is not None and (pixels.shape != expected or pixels.dtype != np.uint8):
@@ -82,6 +85,9 @@ class Collator:
             target=np.stack([e.target for e in examples]),
             source=np.stack([no_source if e.source is None else e.source for e in examples]),
             mask=np.stack([all_ones if e.mask is None else e.mask for e in examples]),
+            loss_mask=np.stack(
+                [all_ones if e.loss_mask is None else e.loss_mask for e in examples]
+            ),
             face=np.stack([no_face if e.face is None else e.face for e in examples]),
             has_source=np.array([e.source is not None for e in examples]),
             has_face=has_face,

@@ -84,15 +84,17 @@ class HeldOut(Sequence):
 
     def __getitem__(self, index: int) -> Record:
         reader, stored = self._places[index]
-        return reader.record(stored)
+        return reader.record(stored, self._rng(index))
 
     def row(self, index: int) -> Row:
         """Record `index` as a row, with its place in the sequence as its sample id."""
         return self._row(*self._places[index], index)
 
     def _row(self, reader: Reader, stored: int, index: int) -> Row:
-        rng = np.random.default_rng((self._seed, index))
-        return reader.row(stored, rng, sample_id=index, center=True)
+        return reader.row(stored, self._rng(index), sample_id=index, center=True)
+
+    def _rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng((self._seed, index))
 
 
 class HeldOutBatches:

@@ -83,7 +83,7 @@ def _card(row: Row) -> dict[str, Any]:
         record = source.read(index)
         labels = _labels(record)
     except Exception:  # of a field that the task does not need: nobody checked it
-        record = source.read(index, TASKS[row.task].needs)
+        record = source.read(index, TASKS[row.task].fields(source.fields))
         labels = _labels(record)
     text = tasks.prompt(row.task, "" if row.drop in ("text", "both") else row.example.text)
     mask = row.example.mask

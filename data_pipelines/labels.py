@@ -5,10 +5,11 @@ planes that differ by a pixel. What is wrong by less than a pixel is mended and 
 
 * boxes are clipped to the picture; those that are then empty are dropped with their phrases;
 * joints are clipped; those of one person, [17, 3], are those of one of several;
-* depth, masks and edit_mask get the picture's size; a mask may have 255 for 1.
+* depth and masks of any kind get the picture's size; a mask may have 255 for 1.
 
 All else is an error, above all what has other units: pixels instead of [0, 1], millimeters instead
-of meters.
+of meters. So is a list that has not an entry for each of its partner's, and an index that points
+to nothing.
 """
 
 from collections.abc import Callable, Collection
@@ -23,23 +24,29 @@ from univg_jax.errors import UserError
 _METERS = (0.05, 1000.0)  # where the median of known depths lies, whatever the picture shows
 
 
-def check(record: Record, needs: Collection[str], *, where: str) -> Record:
+def check(
+    record: Record, needs: Collection[str], *, uses: Collection[str] = (), where: str
+) -> Record:
     """The decoded record, the labels among its needed fields brought into the picture.
 
-    Raises UserError, in one line: where, which field, what is wrong.
+    So are those of the fields `uses`, which it has, too, but whose text may be empty. Raises
+    UserError, in one line: where, which field, what is wrong.
     """
     for field in needs:
         if field not in record:
             has = ", ".join(sorted(record))
             raise UserError(f"{where}: field {field!r} is missing (has {has})")
     clean = dict(record)
-    for field in needs:
+    checks = [(field, _CHECKS.get(field)) for field in needs]
+    checks += [(field, found) for field in uses if (found := _CHECKS.get(field)) is not _text]
+    for field, function in checks:
         try:
-            _CHECKS.get(field, _nothing)(clean, field)
+            if function:
+                function(clean, field)
         except UserError as error:
             raise UserError(f"{where}: field {field!r} {error}") from None
     if "boxes" in needs:
-        _drop_empty_boxes(clean, needs)
+        _drop_empty_boxes(clean, {*needs, *uses})
     return clean
 
 
@@ -65,10 +72,6 @@ def _is_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether (height, width) are those of `other` at another scale, rounded to whole pixels."""
     (h, w), (height, width) = size, other
     return abs(h - w * height / width) <= 0.5 or abs(w - h * width / height) <= 0.5
-
-
-def _nothing(record: Record, field: str) -> None:
-    """The check of fields that may have any value."""
 
 
 def _text(record: Record, field: str) -> None:
@@ -144,6 +147,8 @@ def _drop_empty_boxes(record: Record, needs: Collection[str]) -> None:
     record["boxes"] = boxes[keep]
     if "phrases" in needs:
         record["phrases"] = [record["phrases"][k] for k in keep]
+    if "phrase_captions" in needs and len(record["phrase_captions"]):
+        record["phrase_captions"] = record["phrase_captions"][keep]
 
 
 def _joints(record: Record, field: str) -> None:
@@ -178,6 +183,31 @@ def _parallel(partner: str) -> Callable[[Record, str], None]:
     return check
 
 
+def _kinds(record: Record, field: str) -> None:
+    if len(record[field]):
+        _parallel("captions")(record, field)
+
+
+def _expressions(record: Record, field: str) -> None:
+    if not len(record.get("expression_masks", ())):
+        _parallel("masks")(record, field)
+
+
+def _index(target: str, partner: str) -> Callable[[Record, str], None]:
+    """The check of an index into `target` for each entry of `partner`; it may be empty."""
+
+    def check(record: Record, field: str) -> None:
+        record[field] = indices = np.asarray(record[field], np.int64)
+        if not len(indices):
+            return
+        _parallel(partner)(record, field)
+        size = len(record[target])
+        if (outside := indices[(indices < 0) | (indices >= size)]).size:
+            raise UserError(f"has the index {outside[0]} for {size} {target}")
+
+    return check
+
+
 def _pixel(record: Record) -> Float32[np.ndarray, "2"]:
     """A pixel's width and height, as fractions of the picture's."""
     height, width = record["image"].shape[:2]
@@ -205,5 +235,8 @@ _CHECKS: dict[str, Callable[[Record, str], None]] = {
     "boxes": _boxes,
     "joints": _joints,
     "phrases": _parallel("boxes"),
-    "expressions": _parallel("masks"),
+    "caption_kinds": _kinds,
+    "phrase_captions": _index("captions", "phrases"),
+    "expressions": _expressions,
+    "expression_masks": _index("masks", "expressions"),
 }

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_pipelines import tasks, transforms
+from data_pipelines import transforms
 from data_pipelines.collate import Collator, Drop, Row
 from data_pipelines.sources import Source
 from data_pipelines.tasks import TASKS, Example, UnsuitableRecord
@@ -36,8 +36,8 @@ SKIPPED = (DamagedRecord, UnsuitableRecord)
 class Reader:
     """Reads a source's records for one task, in the shape of the rows that `collator` makes.
 
-    `fields` are those needed beside the task's. Raises MissingFieldError if the source lacks
-    one. Every method may raise
+    `fields` are those needed beside the task's, and captions are drawn by the weights of
+    `collator`. Raises MissingFieldError if the source lacks a field. Every method may raise
 
       DamagedRecord: nobody can use the record, whatever is wrong with it.
       UnsuitableRecord: it is sound, but holds nothing for this task.
@@ -50,18 +50,23 @@ class Reader:
         self, task: str, source: Source, *, collator: Collator, fields: tuple[str, ...] = ()
     ):
         self.task, self.source, self._collator = task, source, collator
-        self._fields = tuple(dict.fromkeys((*TASKS[task].needs, *fields)))
+        self._extra, self._fields = fields, TASKS[task].fields(source.fields, fields)
         if missing := [field for field in self._fields if field not in source.fields]:
             raise MissingFieldError(
                 f"task {task!r} cannot read {source.name}: no field {missing[0]!r} "
                 f"(has {', '.join(source.fields)})"
             )
 
-    def record(self, index: int) -> Record:
-        """The checked fields of a record, center-cropped to the size of the target."""
+    def record(self, index: int, rng: np.random.Generator | None = None) -> Record:
+        """The checked fields of a record, center-cropped to the size of the target.
+
+        It has the caption that `row` draws by `rng`, by default one that is fixed.
+        """
         with self._naming(index) as where:
-            record = self.source.read(index, self._fields)
-            record = tasks.check(record, self._fields, where=where)
+            record = self._checked(index, where)
+            weights = self._collator.caption_weights
+            rng = np.random.default_rng(index) if rng is None else rng
+            record = TASKS[self.task].with_caption(record, rng, weights)
             return transforms.resize_and_crop(record, resolution=self._collator.shape.size)
 
     def example(self, index: int, rng: np.random.Generator, *, center: bool = False) -> Example:
@@ -89,11 +94,18 @@ class Reader:
     def _example(
         self, index: int, rng: np.random.Generator, *, center: bool, where: str
     ) -> Example:
-        record = self.source.read(index, self._fields)
-        record = tasks.check(record, self._fields, where=where)
         return TASKS[self.task].example(
-            record, rng, self._collator.shape.size, where=where, center=center
+            self._checked(index, where),
+            rng,
+            self._collator.shape.size,
+            caption_weights=self._collator.caption_weights,
+            where=where,
+            center=center,
         )
+
+    def _checked(self, index: int, where: str) -> Record:
+        record = self.source.read(index, self._fields)
+        return TASKS[self.task].check(record, where=where, extra=self._extra)
 
     @contextlib.contextmanager
     def _naming(self, index: int) -> Iterator[str]:

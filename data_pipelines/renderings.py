@@ -16,11 +16,12 @@ that a model generated (blurred, noisy, off in color) back into the label.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 
 NEAR, FAR = 0.5, 80.0
 MASK_THRESHOLD = 0.5
@@ -40,10 +41,31 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 
 def render_depth(depth: Float32[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
     """Depth in meters (0 or not finite = unknown) as a gray picture, near bright."""
-    is_known = np.isfinite(depth) & (depth > 0)
-    meters = np.clip(np.where(is_known, depth, FAR), NEAR, FAR)
+    meters = np.clip(np.where(is_known_depth(depth), depth, FAR), NEAR, FAR)
     gray = np.log(FAR / meters) / np.log(FAR / NEAR)
     return np.repeat(np.round(gray * 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def is_known_depth(depth: Float32[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Where there is a depth: beyond FAR it is known, and drawn like FAR."""
+    return np.isfinite(depth) & (depth > 0)
+
+
+def fill_unknown(
+    picture: UInt8[np.ndarray, "h w 3"], known: UInt8[np.ndarray, "h w 1"]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture with each pixel that is not known like the nearest that is (one at least).
+
+    So an encoder that sees more than a pixel at a time sees neither holes nor what stood in them.
+    """
+    plane = known[..., 0] > 0
+    _, nearest = cv2.distanceTransformWithLabels(
+        (~plane).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    # A label is the number of a known pixel, which stands there, too.
+    places = np.zeros(nearest.max() + 1, np.intp)
+    places[nearest[plane]] = np.flatnonzero(plane)
+    return picture.reshape(-1, 3)[places[nearest]]
 
 
 def decode_depth(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w"]:
@@ -66,13 +88,13 @@ def decode_mask(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
 
 
 def render_layout(
-    boxes: Float32[np.ndarray, "k 4"], colors: Sequence[str], *, resolution: int
-) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
+    boxes: Float32[np.ndarray, "k 4"], colors: Sequence[str], *, height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} 3"]:
     """Each box filled with its PALETTE color, the largest at the back, each at least a pixel."""
-    canvas = np.full((resolution, resolution, 3), GRAY, np.uint8)
+    canvas = np.full((height, width, 3), GRAY, np.uint8)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     for k in np.argsort(-area, kind="stable"):
-        x0, y0, x1, y1 = np.round(boxes[k] * resolution).astype(int)
+        x0, y0, x1, y1 = np.round(boxes[k] * np.float32([width, height] * 2)).astype(int)
         canvas[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = PALETTE[colors[k]]
     return canvas
 
@@ -110,27 +132,32 @@ LIMBS = (
 )
 _COLORS = np.array([limb.color for limb in LIMBS], np.float32) / 255
 _EYES = ((LEFT_EYE, LEFT_EAR, RIGHT_EAR), (RIGHT_EYE, RIGHT_EAR, LEFT_EAR))
-_THICKNESS = 0.055  # of a line, as a fraction of the image's side
+_THICKNESS = 0.055  # of a line, as a fraction of the image's side (the mean of both)
 _DOT = 1.4  # diameter of the nose's dot, as a multiple of a line's thickness
 _WHOLE = 0.4  # of the image's side: the extent of a person whose lines have their whole width
 _OVERSAMPLING = 4  # drawn larger and averaged, for smooth edges
 
 
 def render_pose(
-    joints: Float32[np.ndarray, "p 17 3"], *, resolution: int
-) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
+    joints: Float32[np.ndarray, "p 17 3"], *, height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} 3"]:
     """The skeletons of people's joints (x, y in [0, 1], visibility).
 
     A limb is drawn where both of its joints have a visibility above 0. The largest person, which is
     mostly the nearest, is drawn last. Lines of people below _WHOLE in height and width are thinner.
     """
-    size = resolution * _OVERSAMPLING
-    canvas = np.zeros((size, size, 3), np.uint8)
+    canvas = np.zeros((height * _OVERSAMPLING, width * _OVERSAMPLING, 3), np.uint8)
     seen = [person for person in joints if (person[:, 2] > 0).any()]
     extents = [np.ptp(person[person[:, 2] > 0, :2], axis=0) for person in seen]
     for k in sorted(range(len(seen)), key=lambda k: extents[k].prod()):
-        _draw_person(canvas, seen[k], _THICKNESS * size * min(1, extents[k].max() / _WHOLE))
-    return cv2.resize(canvas, (resolution, resolution), interpolation=cv2.INTER_AREA)
+        share = min(1.0, float(extents[k].max()) / _WHOLE)
+        _draw_person(canvas, seen[k], _thickness(canvas) * share)
+    return cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _thickness(image: UInt8[np.ndarray, "h w 3"]) -> float:
+    """Of a line, in pixels."""
+    return _THICKNESS * math.sqrt(image.shape[0] * image.shape[1])
 
 
 def _draw_person(
@@ -166,7 +193,7 @@ def decode_pose(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "17 3"
         if meeting:
             # A line's round end reaches half a thickness past the joint. The limb in front shows
             # this end, and hides as much of the limbs behind it.
-            front, half = meeting[-1][0], _THICKNESS * width / 2
+            front, half = meeting[-1][0], _thickness(image) / 2
             points = [segments[k].end(side, -half if k == front else half) for k, side in meeting]
             if j == NOSE:
                 points = [segments[front].center]
@@ -202,16 +229,14 @@ class _Segment:
 
 def _find_limbs(image: UInt8[np.ndarray, "h w 3"]) -> dict[int, _Segment]:
     """The visible limbs, by index into LIMBS."""
-    pixels = cv2.GaussianBlur(
-        image.astype(np.float32) / 255, (0, 0), _THICKNESS * image.shape[1] / 4
-    )
+    thickness = _thickness(image)
+    pixels = cv2.GaussianBlur(image.astype(np.float32) / 255, (0, 0), thickness / 4)
     # `amount`: least-squares share of limb k's color in a pixel. `miss`: what it does not explain.
     amount = np.clip(pixels @ _COLORS.T / (_COLORS**2).sum(axis=1), 1e-3, 1)
     miss = np.linalg.norm(pixels[:, :, None] - amount[..., None] * _COLORS, axis=-1) / amount
     nearest = np.arange(len(LIMBS)) == miss.argmin(axis=-1)[..., None]
     weights = amount * (nearest & (amount > 0.35) & (miss < 0.5))
 
-    thickness = _THICKNESS * image.shape[1]
     found = {}
     for k in range(len(LIMBS)):
         weight = np.ascontiguousarray(weights[..., k])

@@ -14,50 +14,34 @@ All tasks share one input format (UniVG, arXiv 2503.12652): a target image, a so
 | seg | image | all 1 | referring expression | its mask, white on black |
 | id | - | all 1, face given | caption with `<p>` | image of the person |
 
-A task is served by any record that has its `needs` (`data_pipelines.records` lists the fields).
+A task is served by any record that has its `needs` (`data_pipelines.records` lists the fields),
+and reads its `uses` where they are there. Several `captions` serve as a `caption`: one is drawn.
+What of the target counts in the loss is the loss mask: depth where it is known, pose and seg
+outside the `ignore_mask`, and all of the other tasks' targets.
 """
 
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 
-from data_pipelines import renderings, transforms
+from data_pipelines import examples, labels, renderings, transforms
+from data_pipelines.examples import PLACEHOLDER, Example, UnsuitableRecord, blank_hole
 from data_pipelines.labels import check, lay_on
 from data_pipelines.transforms import Record
 from univg_jax.errors import UserError, quote
 
-PLACEHOLDER = "<p>"
+__all__ = ["PLACEHOLDER", "TASKS", "Example", "Task", "UnsuitableRecord", "check"]
 # The pictures that a user may give a task, and what each shows.
 INPUTS = {
     "image": "the picture to change or to read, or a canvas of colored blocks",
     "mask": "white (255, or 1) where to generate, black where the image stays",
     "face": "a picture of the person",
 }
-_BLOCKS = re.compile(r"\(([^()]*\bblocks?)\)", re.IGNORECASE)  # how lg names colors in a prompt
-BACKGROUND_FRACTION = 0.5  # of ip's examples: no caption, so that it learns to fill in background
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Example:
-    """One row of a batch before collation; `text` has no tag, `mask` None is all ones.
-
-    What `Task.make` gives as `face` may have any shape; `Task.example` takes its centered square.
-    """
-
-    target: UInt8[np.ndarray, "h w 3"]
-    source: UInt8[np.ndarray, "h w 3"] | None = None
-    mask: UInt8[np.ndarray, "h w 1"] | None = None
-    text: str = ""
-    face: UInt8[np.ndarray, "face_h face_w 3"] | None = None
-
-
-class UnsuitableRecord(UserError):
-    """A sound record that cannot serve a task, such as one without any unambiguous expression."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,11 +52,64 @@ class Task:
     title: str  # what it does, in the field's words
     aliases: tuple[str, ...] = ()  # other names that a user may call it by
     needs: tuple[str, ...]  # fields of a record
+    uses: tuple[str, ...] = ()  # fields that are read where a record has them
     make: Callable[[Record, np.random.Generator], Example]  # of a record of the final size
+    # Whether caption k of several can be the text.
+    suits: Callable[[Record, int], bool] = lambda record, k: True
     inputs: tuple[str, ...] = ()  # the INPUTS that a user gives
     prompt: Literal["needed", "optional", "none"] = "needed"  # whether a user gives one
     prompt_says: str = "what to paint"
     prompt_example: str = "a pig on grass"
+
+    def fields(self, available: Collection[str], extra: Collection[str] = ()) -> tuple[str, ...]:
+        """The fields to read of records that have those `available`: `needs`, `uses` and `extra`.
+
+        One that is needed, or is extra, is among them even where it is not available.
+        """
+        needs, uses = _present((*self.needs, *extra), available), _present(self.uses, available)
+        return tuple(dict.fromkeys((*needs, *(name for name in uses if name in available))))
+
+    def check(self, record: Record, *, where: str, extra: Collection[str] = ()) -> Record:
+        """The record, its `fields` checked as `labels.check` does. Raises UserError."""
+        needs = _present((*self.needs, *extra), record)
+        uses = [name for name in self.fields(record) if name not in needs]
+        return labels.check(record, needs, uses=uses, where=where)
+
+    def with_caption(
+        self, record: Record, rng: np.random.Generator, weights: Mapping[str, float]
+    ) -> Record:
+        """The record with one `caption` of its `captions`, and the boxes and phrases of it alone.
+
+        A caption is drawn with the weight of its kind, 1 for a kind without one. The draw leaves
+        the numbers that `rng` gives next as they are, and a record of one caption, too. Raises
+        UnsuitableRecord if the task needs a caption, and none suits it or has a weight.
+        """
+        if "captions" not in record:
+            return record
+        texts = [text.strip() for text in record["captions"]]
+        kinds = record.get("caption_kinds") or [""] * len(texts)
+        chances = [
+            weights.get(kinds[k], 1.0) if texts[k] and self.suits(record, k) else 0.0
+            for k in range(len(texts))
+        ]
+        several = ("captions", "caption_kinds", "phrase_captions")
+        single = {name: value for name, value in record.items() if name not in several}
+        if not any(chances):
+            if "caption" not in self.needs:
+                return single
+            raise UnsuitableRecord(
+                f"none of its captions can be drawn: of {len(texts)}, {sum(map(bool, texts))} have "
+                f"text; their kinds are {', '.join(sorted(set(kinds))) or 'none'} "
+                "(data.caption_weights)"
+            )
+        ends = np.cumsum(chances)
+        drawn = rng.spawn(1)[0].random() * ends[-1]
+        k = int(np.searchsorted(ends, drawn, side="right"))
+        if len(of := record.get("phrase_captions", ())):
+            kept = np.flatnonzero(of == k)
+            single["boxes"] = record["boxes"][kept]
+            single["phrases"] = [record["phrases"][i] for i in kept]
+        return single | {"caption": texts[k]}
 
     def example(
         self,
@@ -80,24 +117,31 @@ class Task:
         rng: np.random.Generator,
         resolution: int | transforms.Shape,
         *,
+        caption_weights: Mapping[str, float] | None = None,
         where: str = "record",
         center: bool = False,
     ) -> Example:
         """A record, checked and cropped to a square (at random or the `center`), as an example.
 
+        `caption_weights` are those of kinds of captions, as `with_caption` takes them. What does
+        not count in the loss shows the nearest pixel that does.
+
         Raises:
           UnsuitableRecord: the record is sound but holds nothing for this task.
           UserError: a field is missing or wrong; the message begins with `where`.
         """
-        record = check(record, self.needs, where=where)
-        record = {field: record[field] for field in self.needs}
+        record = self.check(record, where=where)
+        record = {field: record[field] for field in self.fields(record)}
         if isinstance(resolution, int) or resolution[0] == resolution[1]:
             transforms.tell_crop(f"the image of {where}", record["image"], at_random=not center)
-        record = transforms.resize_and_crop(
-            record, resolution=resolution, rng=None if center else rng
-        )
         try:
+            record = self.with_caption(record, rng, caption_weights or {})
+            record = transforms.resize_and_crop(
+                record, resolution=resolution, rng=None if center else rng
+            )
             made = self.make(record, rng)
+            if made.loss_mask is not None:
+                made = _filled(made, made.loss_mask)
         except UserError as error:
             raise type(error)(f"{where}: {error}") from None
         return made if made.face is None else _with_face(made, made.face)
@@ -159,6 +203,22 @@ class Task:
             )
 
 
+def _present(names: Collection[str], available: Collection[str]) -> list[str]:
+    """The names, with those of several captions for `caption` where there are several."""
+    several = [name for name in ("captions", "caption_kinds") if name in available]
+    if "captions" not in available:
+        return list(names)
+    return [stored for name in names for stored in (several if name == "caption" else [name])]
+
+
+def _filled(example: Example, loss_mask: UInt8[np.ndarray, "h w 1"]) -> Example:
+    """The example with a target that is known everywhere."""
+    if not loss_mask.any():
+        raise UnsuitableRecord("nothing of the target counts: all of it is without a label")
+    target = renderings.fill_unknown(example.target, loss_mask)
+    return dataclasses.replace(example, target=target)
+
+
 def _with_face(example: Example, face: UInt8[np.ndarray, "h w 3"]) -> Example:
     """The example with the centered square of a picture of a face."""
     transforms.tell_crop("the face", face)
@@ -189,106 +249,6 @@ def has_face(prompt: str) -> bool:
     return bool(tag) and "face" in TASKS[tag[1:-1]].inputs
 
 
-def _text_to_image(record: Record, rng: np.random.Generator) -> Example:
-    return Example(target=record["image"], text=record["caption"])
-
-
-def _edit(record: Record, rng: np.random.Generator) -> Example:
-    return Example(target=record["image"], source=record["source"], text=record["instruction"])
-
-
-def blank_hole(
-    image: UInt8[np.ndarray, "h w 3"], hole: UInt8[np.ndarray, "h w 1"]
-) -> UInt8[np.ndarray, "h w 3"]:
-    """The source of in/outpainting: mid-gray where the hole is 1."""
-    return np.where(hole > 0, np.uint8(renderings.GRAY), image)
-
-
-def _inpaint(record: Record, rng: np.random.Generator) -> Example:
-    image = record["image"]
-    hole = transforms.sample_hole(rng, height=image.shape[0], width=image.shape[1])
-    text = "" if rng.random() < BACKGROUND_FRACTION else record["caption"]
-    return Example(target=image, source=blank_hole(image, hole), mask=hole, text=text)
-
-
-def _layout(record: Record, rng: np.random.Generator) -> Example:
-    text, boxes, resolution = record["caption"], record["boxes"], record["image"].shape[0]
-    text = _BLOCKS.sub(r"\1", text)  # a caption must not name a block that is none
-    sides = boxes[:, 2:] - boxes[:, :2]
-    places = _places(text, record["phrases"])
-    # The crop may have cut a box away, or down to less than half a pixel.
-    shown = [
-        k
-        for k in range(len(boxes))
-        if (sides[k] * resolution >= 0.5).all() and places[k] is not None
-    ]
-    if not shown:
-        raise UnsuitableRecord("no box inside the image whose phrase stands in the caption")
-    # A color names one block. Of more boxes than colors the largest are shown, in stored order.
-    shown = sorted(sorted(shown, key=lambda k: -sides[k].prod())[: len(renderings.PALETTE)])
-    colors = rng.permutation(list(renderings.PALETTE))[: len(shown)].tolist()
-    named: dict[int, list[str]] = {}
-    for k, color in zip(shown, colors, strict=True):
-        named.setdefault(places[k], []).append(color)
-    # From the end of the caption to its start, so that an insertion moves no later place.
-    for end in sorted(named, reverse=True):
-        *others, last = named[end]
-        block = f"{', '.join(others)} and {last} blocks" if others else f"{last} block"
-        text = f"{text[:end]} ({block}){text[end:]}"
-    canvas = renderings.render_layout(boxes[shown], colors, resolution=resolution)
-    return Example(target=record["image"], source=canvas, text=text)
-
-
-def _places(caption: str, phrases: list[str]) -> list[int | None]:
-    """Where in the caption each phrase ends, None for a phrase that is not there.
-
-    Longer phrases take their places first: "a dog" must not take the start of "a dog house". Equal
-    phrases take successive places. If there are more of them than places (two boxes for one "two
-    pigs"), they share the last place.
-    """
-    taken = np.zeros(len(caption) + 1, bool)
-    last: dict[str, int] = {}
-    ends: list[int | None] = [None] * len(phrases)
-    for k in sorted(range(len(phrases)), key=lambda k: -len(phrases[k])):
-        phrase = phrases[k].lower()
-        for match in re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", caption, re.IGNORECASE):
-            if phrase and not taken[match.start() : match.end()].any():
-                taken[match.start() : match.end()] = True
-                last[phrase] = match.end()
-                break
-        ends[k] = last.get(phrase)
-    return ends
-
-
-def _depth(record: Record, rng: np.random.Generator) -> Example:
-    if not (np.isfinite(record["depth"]) & (record["depth"] > 0)).any():
-        raise UnsuitableRecord("no known depth")
-    return Example(target=renderings.render_depth(record["depth"]), source=record["image"])
-
-
-def _pose(record: Record, rng: np.random.Generator) -> Example:
-    image = record["image"]
-    if not record["joints"][:, 2].any():
-        raise UnsuitableRecord("no visible joint")
-    skeleton = renderings.render_pose(record["joints"], resolution=image.shape[0])
-    return Example(target=skeleton, source=image)
-
-
-def _segment(record: Record, rng: np.random.Generator) -> Example:
-    named = [k for k, text in enumerate(record["expressions"]) if text and record["masks"][k].any()]
-    if not named:
-        raise UnsuitableRecord("no expression refers to a visible mask")
-    k = named[rng.integers(len(named))]
-    target = renderings.render_mask(record["masks"][k])
-    return Example(target=target, source=record["image"], text=record["expressions"][k])
-
-
-def _identity(record: Record, rng: np.random.Generator) -> Example:
-    if PLACEHOLDER not in record["caption"]:
-        raise UserError(f"field 'caption' has no {PLACEHOLDER}: {quote(record['caption'])}")
-    return Example(target=record["image"], text=record["caption"], face=record["face"])
-
-
 # `Batch.task` is an index into this order, also in checkpoints' data: append, never reorder.
 _TASKS = (
     Task(
@@ -296,14 +256,14 @@ _TASKS = (
         title="text-to-image",
         aliases=("generate", "generation"),
         needs=("image", "caption"),
-        make=_text_to_image,
+        make=examples.make_text_to_image,
     ),
     Task(
         name="ie",
         title="instruction editing",
         aliases=("edit", "editing"),
         needs=("image", "source", "instruction"),
-        make=_edit,
+        make=examples.make_edit,
         inputs=("image",),
         prompt_says="what to change",
         prompt_example="remove the pig",
@@ -312,8 +272,9 @@ _TASKS = (
         name="ip",
         title="in- and outpainting",
         aliases=("inpaint", "inpainting", "outpaint", "outpainting"),
-        needs=("image", "caption"),
-        make=_inpaint,
+        needs=("image",),
+        uses=("caption", "masks"),
+        make=examples.make_inpainting,
         inputs=("image", "mask"),
         prompt="optional",
         prompt_says="the whole picture; without one, background is filled in",
@@ -323,7 +284,9 @@ _TASKS = (
         title="layout-guided generation",
         aliases=("layout",),
         needs=("image", "caption", "boxes", "phrases"),
-        make=_layout,
+        uses=("phrase_captions",),
+        make=examples.make_layout,
+        suits=examples.layout_suits,
         inputs=("image",),
         prompt_says="what to paint, with '(red block)' after what stands in that block",
         prompt_example="a pig (red block) on grass",
@@ -332,7 +295,7 @@ _TASKS = (
         name="depth",
         title="depth estimation",
         needs=("image", "depth"),
-        make=_depth,
+        make=examples.make_depth,
         inputs=("image",),
         prompt="none",
     ),
@@ -340,7 +303,8 @@ _TASKS = (
         name="pose",
         title="pose estimation",
         needs=("image", "joints"),
-        make=_pose,
+        uses=("ignore_mask",),
+        make=examples.make_pose,
         inputs=("image",),
         prompt="none",
     ),
@@ -349,7 +313,8 @@ _TASKS = (
         title="referring segmentation",
         aliases=("segment", "segmentation"),
         needs=("image", "masks", "expressions"),
-        make=_segment,
+        uses=("expression_masks", "ignore_mask"),
+        make=examples.make_segmentation,
         inputs=("image",),
         prompt_says="what to find",
         prompt_example="the pig",
@@ -359,7 +324,8 @@ _TASKS = (
         title="a picture of a given person",
         aliases=("identity", "face", "person"),
         needs=("image", "caption", "face"),
-        make=_identity,
+        make=examples.make_identity,
+        suits=examples.identity_suits,
         inputs=("face",),
         prompt_says=f"what to paint, with {PLACEHOLDER} for the person",
         prompt_example=f"a portrait of {PLACEHOLDER} smiling",

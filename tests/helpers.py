@@ -75,6 +75,7 @@ def fake_batch(*, shape: BatchShape, batch_size: int, seed: int = 0) -> Batch:
         target=rng.integers(0, 256, spec.target.shape, dtype=np.uint8),
         source=rng.integers(0, 256, spec.source.shape, dtype=np.uint8) * shown,
         mask=np.ones(spec.mask.shape, np.uint8),
+        loss_mask=np.ones(spec.loss_mask.shape, np.uint8),
         tokens=rng.integers(1000, 20000, (b, m)).astype(np.int32),
         text_mask=np.arange(m)[None] < lengths[:, None],
         identity_slot=np.zeros((b, m), bool),

@@ -116,6 +116,45 @@ def test_change_weights_favor_small_edits():
     np.testing.assert_array_equal(weight[1], 1.0)  # a change of everything is not weighted down
 
 
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 999), share=st.floats(0.02, 1))
+def test_the_loss_is_the_mean_over_what_counts(seed, share):
+    mask = np.random.default_rng(seed).random((4, 12, 20, 1)) < share
+    mask[:, 0, 0] = True
+    shares = mask.reshape(4, 3, 4, 5, 4).mean((2, 4))[..., None]
+    weights = flow.valid_weights(jnp.asarray(mask, jnp.uint8), cell=4)
+    np.testing.assert_allclose(weights.mean((1, 2, 3)), 1, rtol=1e-5)
+    x0, noise, t = latents(0), latents(1), jnp.full(4, 0.5)
+    predict = lambda x_t, t: jnp.sin(3 * x_t)  # noqa: E731
+    got = flow.loss_at(predict, x0, noise=noise, t=t, weight=weights)
+    errors = (np.asarray(jnp.sin(3 * (x0 + noise) / 2)) - np.asarray(noise - x0)) ** 2
+    expected = (shares * errors).sum((1, 2)).mean(-1) / shares.sum((1, 2, 3))
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_a_loss_mask_of_ones_changes_nothing():
+    for shape in ((4, 12, 20, 1), (4, 28, 36, 1)):
+        weights = flow.valid_weights(jnp.ones(shape, jnp.uint8), cell=4)
+        np.testing.assert_array_equal(weights, 1.0)
+    x0, noise, t = latents(0), latents(1), jnp.array([0.1, 0.3, 0.6, 0.9])
+
+    @jax.jit
+    def loss(mask):
+        predict = lambda x_t, t: jnp.sin(3 * x_t)  # noqa: E731
+        weight = None if mask is None else flow.valid_weights(mask, cell=4)
+        return flow.loss_at(predict, x0, noise=noise, t=t, weight=weight)
+
+    # Each term is the same; XLA may add them in another order.
+    np.testing.assert_allclose(loss(jnp.ones((4, 12, 20, 1), jnp.uint8)), loss(None), rtol=1e-6)
+
+
+def test_a_row_without_a_pixel_that_counts_has_no_loss():
+    mask = jnp.zeros((2, 8, 8, 1), jnp.uint8).at[1, 3, 3].set(1)
+    weights = flow.valid_weights(mask, cell=4)
+    assert not weights[0].any()
+    np.testing.assert_array_equal(weights[1, ..., 0], [[4, 0], [0, 0]])
+
+
 def test_an_edit_changes_the_cells_that_it_touches_whatever_the_encoder_sees():
     rng = np.random.default_rng(0)
     source = rng.integers(20, 235, (3, 64, 64, 3), np.uint8)

@@ -249,7 +249,11 @@ def make_tokenizer(config: Config) -> Tokenizer:
 
 def make_collator(config: Config) -> Collator:
     """What makes batches of a config's shape from rows, with `make_tokenizer`."""
-    return Collator(tokenizer=make_tokenizer(config), shape=BatchShape.of(config.data))
+    return Collator(
+        tokenizer=make_tokenizer(config),
+        shape=BatchShape.of(config.data),
+        caption_weights=config.data.caption_weights,
+    )
 
 
 def prepare_encoders(config: Config, workdir: epath.PathLike, mesh: jax.sharding.Mesh) -> Encoders:

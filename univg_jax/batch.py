@@ -53,12 +53,13 @@ class Text:
 @pytree_dataclass
 class Batch:
     """Examples of any tasks, one a row. Images are RGB in [0, 255]; `mask` is 1 = generate, 0 =
-    keep.
+    keep; `loss_mask` is 1 where the target counts in the loss.
     """
 
     target: UInt8[Array, "b h w 3"]
     source: UInt8[Array, "b h w 3"]  # zeros where `has_source` is False
     mask: UInt8[Array, "b h w 1"]
+    loss_mask: UInt8[Array, "b h w 1"]
     tokens: Int32[Array, "b m"]
     text_mask: Bool[Array, "b m"]  # True = a real token
     identity_slot: Bool[Array, "b m"]  # True where `<p>` stands
@@ -94,7 +95,7 @@ class Conditions:
 class BatchShape:
     """Everything that the shapes of a `Batch` depend on but its number of rows."""
 
-    height: int  # of target, source and mask, pixels
+    height: int  # of target, source and masks, pixels
     width: int
     num_tokens: int
     face: int  # pixels a side
@@ -132,6 +133,7 @@ class BatchShape:
             target=blank(h, w, 3, dtype=np.uint8),
             source=blank(h, w, 3, dtype=np.uint8),
             mask=blank(h, w, 1, dtype=np.uint8),
+            loss_mask=blank(h, w, 1, dtype=np.uint8),
             tokens=blank(m, dtype=np.int32),
             text_mask=blank(m, dtype=bool),
             identity_slot=blank(m, dtype=bool),

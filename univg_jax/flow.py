@@ -102,6 +102,21 @@ def change_weights(
     return jnp.where(changed, jnp.maximum(1 / jnp.maximum(mean_square, 1e-3), 1.0), 1.0)
 
 
+def valid_weights(loss_mask: UInt8[Array, "b h w 1"], *, cell: int) -> Float[Array, "b h2 w2 1"]:
+    """Weights of latent cells of `cell x cell` pixels: the share of a cell's pixels that count.
+
+    They are divided by their mean over the row, so that the mean of weighted errors is the weighted
+    mean: a row with few pixels that count has as much weight as one where all do, whose weights are
+    1. A row without any has the weights 0.
+    """
+    b, h, w, _ = loss_mask.shape
+    cells = loss_mask.astype(jnp.float32).reshape(b, h // cell, cell, w // cell, cell, 1)
+    counts = jnp.sum(cells, axis=(2, 4))
+    total = jnp.sum(counts, axis=(1, 2, 3), keepdims=True)
+    # Whole numbers, so that the quotient is exactly 1 where all pixels count.
+    return counts * (counts[0].size / jnp.maximum(total, 1))
+
+
 def loss_at(
     predict: PredictVelocity,
     x0: Float[Array, "b h w c"],

@@ -110,7 +110,11 @@ class Pipeline:
             frozen=found.frozen,
             mesh=mesh,
             generator=assembly.make_generator(config, model, found.conditioner),
-            collator=Collator(tokenizer=tokenizer, shape=BatchShape.of(config.data)),
+            collator=Collator(
+                tokenizer=tokenizer,
+                shape=BatchShape.of(config.data),
+                caption_weights=config.data.caption_weights,
+            ),
             path=os.fspath(path),
             step=step,
             digests={

@@ -91,6 +91,12 @@ class Data:
     )
     face_resolution: int = setting(64, "pixels a side of a face", least=1)
     num_tokens: int = setting(40, "tokens of a prompt; longer ones are cut", least=1)
+    caption_weights: Mapping[str, float] = setting(
+        help="{kind: weight} of a record's several captions, of which a sample draws one; a kind "
+        "that is not named weighs 1",
+        factory=dict,
+        least=0,
+    )
     text_cache: str = setting(
         "",
         "folder of prompts' embeddings (univg data cache): the run then holds no text encoder",

@@ -35,13 +35,17 @@ def make_skeleton(rng: np.random.Generator) -> np.ndarray:
     return joints
 
 
+def draw(*people: np.ndarray, height: int = 64, width: int = 64) -> np.ndarray:
+    return renderings.render_pose(np.stack(people), height=height, width=width)
+
+
 def decode_errors(*, resolution: int, noise: float, blur: float, number: int = 40) -> np.ndarray:
     """Pixels between true and decoded joints, [number 17]; infinite where none was found."""
     rng = np.random.default_rng(0)
     errors = np.zeros((number, 17))
     for i in range(number):
         joints = make_skeleton(rng)
-        image = renderings.render_pose(joints[None], resolution=resolution).astype(np.float32)
+        image = draw(joints, height=resolution, width=resolution).astype(np.float32)
         if blur:
             image = cv2.GaussianBlur(image, (0, 0), blur)
         image = (image + rng.normal(0, 1, image.shape) * noise).clip(0, 255).astype(np.uint8)
@@ -69,9 +73,49 @@ def test_a_blurred_and_noisy_skeleton_decodes(resolution):
 def test_limbs_are_drawn_only_between_visible_joints():
     joints = make_skeleton(np.random.default_rng(1))
     joints[[9, 10, 15], 2] = 0
-    decoded = renderings.decode_pose(renderings.render_pose(joints[None], resolution=64))
+    decoded = renderings.decode_pose(draw(joints))
     assert (decoded[[9, 10, 15], 2] == 0).all()
     assert (decoded[[5, 6, 7, 8, 16], 2] > 0.5).all()
+
+
+def test_the_largest_person_is_in_front_whatever_the_order():
+    large, small = (make_skeleton(np.random.default_rng(seed)) for seed in (1, 2))
+    small[:, :2] = 0.5 + 0.3 * (small[:, :2] - 0.5)
+    both = draw(large, small)
+    np.testing.assert_array_equal(both, draw(small, large))
+    alone = draw(large)
+    drawn = (alone > 0).any(axis=-1)
+    assert (draw(small) > 0).any(axis=-1)[drawn].any()  # they overlap
+    whole = (alone.max(axis=-1) == 255) & (alone.min(axis=-1) == 0)  # no edge of a line
+    np.testing.assert_array_equal(both[whole], alone[whole])
+    assert (both != alone).any()
+
+
+def test_hidden_joints_are_drawn_and_unlabeled_ones_are_not():
+    joints = make_skeleton(np.random.default_rng(3))
+    everywhere = draw(joints)
+    joints[:, 2] = 2
+    joints[::2, 2] = 1
+    np.testing.assert_array_equal(draw(joints), everywhere)
+    nobody = np.zeros_like(joints)
+    np.testing.assert_array_equal(draw(joints, nobody), everywhere)
+    assert not draw(nobody).any()
+
+
+def test_lines_of_a_distant_person_are_thin():
+    joints = make_skeleton(np.random.default_rng(4))
+    covered = []
+    for scale in (1, 0.5, 0.1):
+        person = joints.copy()
+        person[:, :2] = 0.5 + scale * (person[:, :2] - 0.5)
+        covered.append((draw(person, height=256, width=256) > 0).any(axis=-1).mean() / scale**2)
+    assert covered[2] < 1.6 * covered[1]  # about the same share of its own size
+
+
+def test_a_skeleton_in_a_wide_picture_decodes():
+    joints = make_skeleton(np.random.default_rng(5))
+    decoded = renderings.decode_pose(draw(joints, height=48, width=80))
+    assert np.median(np.abs(decoded[:, :2] - joints[:, :2]) * [80, 48]) < 1.5
 
 
 def test_an_empty_picture_has_no_joints():
@@ -114,6 +158,23 @@ def test_unknown_depth_is_black_and_near_is_bright():
     np.testing.assert_array_equal(renderings.render_depth(depth)[0, :, 0], [0, 0, 0, 0, 255, 255])
 
 
+@settings(deadline=None)
+@given(known=hnp.arrays(np.uint8, (9, 12), elements=st.integers(0, 1)), seed=st.integers(0, 9))
+def test_what_is_unknown_is_filled_from_near(known, seed):
+    known[4, 5] = 1
+    picture = np.random.default_rng(seed).integers(0, 256, (9, 12, 3)).astype(np.uint8)
+    filled = renderings.fill_unknown(picture, known[..., None])
+    np.testing.assert_array_equal(filled[known > 0], picture[known > 0])
+    places = np.argwhere(known)
+    for y, x in np.argwhere(known == 0):
+        distances = np.hypot(*(places - [y, x]).T)
+        # OpenCV's mask of 5 pixels measures distances to 2%.
+        near = places[distances <= 1.02 * distances.min() + 1e-6]
+        assert any((filled[y, x] == picture[a, b]).all() for a, b in near)
+    other = np.where(known[..., None] > 0, picture, 255 - picture)
+    np.testing.assert_array_equal(renderings.fill_unknown(other, known[..., None]), filled)
+
+
 def test_a_mask_is_white_on_black_and_decodes_at_one_half():
     mask = np.array([[0, 1], [1, 0]], np.uint8)
     image = renderings.render_mask(mask)
@@ -125,7 +186,7 @@ def test_a_mask_is_white_on_black_and_decodes_at_one_half():
 
 def test_layout_draws_large_boxes_behind_small_ones():
     boxes = np.array([[0.25, 0.25, 0.5, 0.5], [0, 0, 0.75, 0.75]], np.float32)
-    canvas = renderings.render_layout(boxes, ["red", "blue"], resolution=8)
+    canvas = renderings.render_layout(boxes, ["red", "blue"], height=8, width=8)
     expected = np.full((8, 8, 3), renderings.GRAY, np.uint8)
     expected[0:6, 0:6] = renderings.PALETTE["blue"]
     expected[2:4, 2:4] = renderings.PALETTE["red"]

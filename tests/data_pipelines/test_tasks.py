@@ -138,7 +138,7 @@ def test_depth_pose_and_seg_are_read_off_the_image():
     assert depth.text == pose.text == ""
     np.testing.assert_array_equal(depth.target, renderings.render_depth(record["depth"]))
     np.testing.assert_array_equal(
-        pose.target, renderings.render_pose(record["joints"][None], resolution=SIZE)
+        pose.target, renderings.render_pose(record["joints"][None], height=SIZE, width=SIZE)
     )
     assert seg.text == "the apple"  # the only expression that is not empty
     np.testing.assert_array_equal(
@@ -223,6 +223,32 @@ BOX = np.array([[0.1, 0.1, 0.5, 0.5]], np.float32)
         ),
         ("lg", dict(phrases=["a pig"]), "field 'phrases' has 1 entries for 2 boxes"),
         ("seg", dict(expressions=["the pig"]), "field 'expressions' has 1 entries for 2 masks"),
+        (
+            "seg",
+            dict(expression_masks=[0, 1, 1]),
+            "field 'expression_masks' has 3 entries for 2 expressions",
+        ),
+        ("seg", dict(expression_masks=[0, 2]), "field 'expression_masks' has the index 2 for 2"),
+        (
+            "t2i",
+            dict(captions=["a pig"], caption_kinds=["short", "long"]),
+            "field 'caption_kinds' has 2 entries for 1 captions",
+        ),
+        (
+            "lg",
+            dict(captions=["a pig"], phrase_captions=[0, -1]),
+            "field 'phrase_captions' has the index -1 for 1 captions",
+        ),
+        (
+            "pose",
+            dict(ignore_mask=np.full((16, 16), 7, np.uint8)),
+            "field 'ignore_mask' has the value 7; expected 0 and 1",
+        ),
+        (
+            "pose",
+            dict(joints=np.full((2, 16, 3), 0.5, np.float32)),
+            "field 'joints' has shape (2, 16, 3), expected (people, 17, 3)",
+        ),
         ("lg", dict(boxes=BOX * np.nan, phrases=["a pig"]), "outside the image"),
     ],
 )

@@ -112,7 +112,8 @@ def make_config(batch_size: int = 8, seed: int = 0, **weights: float) -> ConfigD
 
 def make_collator(config: ConfigDict | None = None) -> Collator:
     data = Config.of(config or make_config()).data
-    return Collator(tokenizer=tokenize, shape=BatchShape.of(data))
+    shape, weights = BatchShape.of(data), data.caption_weights
+    return Collator(tokenizer=tokenize, shape=shape, caption_weights=weights)
 
 
 OPEN: list[Stream] = []  # conftest.py closes them after each test

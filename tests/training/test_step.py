@@ -46,6 +46,11 @@ def inputs(stage):
         task_names=TASK_NAMES,
     )
     batch = fake_batch(shape=BatchShape.of(config.data), batch_size=16)
+    # Every other row counts in parts, some cells of it not at all.
+    counts = np.random.default_rng(3).random(batch.loss_mask.shape) < 0.3
+    counts[:, : counts.shape[1] // 2] = False
+    counts[1::2] = True
+    batch = dataclasses.replace(batch, loss_mask=counts.astype(np.uint8))
     shapes = step.conditioner.encoded_spec(found.frozen, batch)
     x0, conditions = fill(shapes, jax.random.key(0))
     state = step.init(jax.random.key(1), found.frozen, batch)

@@ -115,8 +115,8 @@ def mean_pose(train: Cases) -> dict[str, AnswerFn]:
     """The skeleton of the mean training joints."""
     joints = np.mean([case.record["joints"] for case in train], axis=0, dtype=np.float32)
     joints[..., 2] = 1  # all visible
-    resolution = train[0].example.target.shape[0]
-    pose = renderings.render_pose(joints, resolution=resolution)
+    height, width = train[0].example.target.shape[:2]
+    pose = renderings.render_pose(joints, height=height, width=width)
     return {"the mean training pose": constant(pose)}
 
 

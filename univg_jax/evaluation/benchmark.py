@@ -71,7 +71,7 @@ class Cases(Sequence[Case]):
     def __getitem__(self, index: int) -> Case:
         task, where = tasks.TASKS[self.task], f"case {index} of task {self.task!r}"
         record = self.records[index]
-        record = tasks.check(record, (*task.needs, *self.fields), where=where)
+        record = task.check(record, where=where, extra=self.fields)
         record = transforms.resize_and_crop(record, resolution=self.resolution)
         rng = np.random.default_rng((self.seed, index))
         example = task.example(record, rng, self.resolution, where=where, center=True)

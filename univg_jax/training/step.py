@@ -66,15 +66,16 @@ class TrainStep:
 
     def loss_weights(
         self, x0: Float[Array, "b h w c"], source: Float[Array, "b h w c"], batch: Batch
-    ) -> Float[Array, "b h w 1"] | None:
-        """Weights of changed regions, for the tasks of `flow.weight_changes`; else None."""
+    ) -> Float[Array, "b h w 1"]:
+        """Weights of what counts, and of changed regions for the tasks of `flow.weight_changes`."""
+        weights = _valid_weights(x0, batch)
         tasks = [self.task_names.index(name) for name in self.config.flow.weight_changes]
         if not tasks:
-            return None
+            return weights
         chosen = jnp.isin(batch.task, jnp.array(tasks)) & batch.has_source
-        cell = batch.target.shape[1] // x0.shape[1]
-        changed = flow.changed_cells(batch.target, batch.source, cell=cell)
-        return flow.change_weights(x0, source, changed & chosen[:, None, None, None])
+        changed = flow.changed_cells(batch.target, batch.source, cell=_cell(x0, batch))
+        changed &= chosen[:, None, None, None]
+        return weights * flow.change_weights(x0, source, changed)
 
     def update(
         self, state: TrainState, frozen: PyTree, batch: Batch
@@ -144,12 +145,14 @@ class TrainStep:
         """Sums of each task's loss over eight fixed times, with noise fixed by the sample id."""
         key = jax.random.key(self.config.seed)
         x0, conditions = self.encode(frozen, batch)
+        weight = _valid_weights(x0, batch)
 
         def at_time(_: None, t: Float[Array, ""]) -> tuple[None, Float[Array, " b"]]:
             noise_key = jax.random.fold_in(key, (t * 1000).astype(jnp.int32))
             noise = flow.sample_noise(noise_key, batch.sample_id, x0.shape[1:])
             predict = lambda x_t, t: self.model.apply({"params": params}, x_t, t, conditions)  # noqa: E731
-            return None, flow.loss_at(predict, x0, noise=noise, t=jnp.full(batch.size, t))
+            t = jnp.full(batch.size, t)
+            return None, flow.loss_at(predict, x0, noise=noise, t=t, weight=weight)
 
         _, losses = jax.lax.scan(at_time, None, jnp.asarray(VALIDATION_TIMES, jnp.float32))
         return self.per_task(jnp.mean(losses, axis=0) * batch.valid, batch.valid, batch.task)
@@ -161,6 +164,15 @@ class TrainStep:
         k = len(self.task_names)
         count = jax.ops.segment_sum(valid.astype(jnp.float32), task, k)
         return {"loss_sum": jax.ops.segment_sum(losses, task, k), "count": count}
+
+
+def _cell(x0: Float[Array, "b h w c"], batch: Batch) -> int:
+    """Pixels a side of a latent cell."""
+    return batch.target.shape[1] // x0.shape[1]
+
+
+def _valid_weights(x0: Float[Array, "b h w c"], batch: Batch) -> Float[Array, "b h w 1"]:
+    return flow.valid_weights(jnp.asarray(batch.loss_mask), cell=_cell(x0, batch))
 
 
 def num_parameters(params: PyTree) -> int:
