@@ -377,7 +377,8 @@ class Parquet:
         if not os.path.isfile(self.file):
             raise NotFoundError(f"{self.file} is not a file: expected {self.what}")
         try:
-            # A buffer: otherwise all pictures of a row group would be in memory.
+            # With a buffer a row group of pictures is not held whole, but a page: 1,024 rows of
+            # pyarrow's default, fewer where Hugging Face writes.
             with pq.ParquetFile(self.file, buffer_size=2**22, pre_buffer=False) as file:
                 yield file
         except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:

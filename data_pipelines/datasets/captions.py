@@ -161,7 +161,8 @@ class Captions:
             yield Entry(key=key, raw=row, ids=tuple(ids))
 
     def _store(self, file: str) -> archives.Store:
-        return _open_store(self.folder or os.path.dirname(file) or ".")
+        path = self.folder or os.path.dirname(file) or "."
+        return _open_store(path, os.stat(path).st_mtime_ns if os.path.isfile(path) else 0)
 
     def _picture_column(self, table: Table) -> str:
         """The column of pictures. Raises UserError if that, or one of captions, is not there."""
@@ -286,7 +287,8 @@ def _file_names(value: str, number: int) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=4)
-def _open_store(path: str) -> archives.Store:
+def _open_store(path: str, changed: int) -> archives.Store:
+    """Kept open, since the names of a large archive take seconds to read."""
     return archives.Store(path)
 
 

@@ -38,8 +38,14 @@ class Places(Pictures):
     def entries(self, part: Archive | Files) -> Iterator[Entry]:
         """The pictures of a part with their category."""
         for name, data in read(part):
-            category = _category(name) or _labels(self.lists).get(os.path.basename(name), "")
+            category = _category(name) or _labels(
+                self.lists, *map(os.path.getmtime, self.lists)
+            ).get(os.path.basename(name), "")
             yield Entry(key=name, raw=(category, data), ids=names_of(name))
+
+    @property
+    def _labels(self) -> Mapping[str, str]:
+        return _read_labels(self.lists, *map(os.path.getmtime, self.lists))
 
     def make(self, raw: tuple[str, Any]) -> dict[str, Any]:
         """The picture, with a caption if its category is known."""
@@ -71,7 +77,7 @@ def _category(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _labels(lists: tuple[str, ...]) -> Mapping[str, str]:
+def _read_labels(lists: tuple[str, ...], *changed: float) -> Mapping[str, str]:
     """The category of each picture of val by its name: 36,500."""
     if len(lists) < 2:
         return {}
