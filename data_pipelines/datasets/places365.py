@@ -38,9 +38,7 @@ class Places(Pictures):
     def entries(self, part: Archive | Files) -> Iterator[Entry]:
         """The pictures of a part with their category."""
         for name, data in read(part):
-            category = _category(name) or _labels(
-                self.lists, *map(os.path.getmtime, self.lists)
-            ).get(os.path.basename(name), "")
+            category = _category(name) or self._labels.get(os.path.basename(name), "")
             yield Entry(key=name, raw=(category, data), ids=names_of(name))
 
     @property
