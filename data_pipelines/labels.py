@@ -115,7 +115,7 @@ def _depth(record: Record, field: str) -> None:
     some = some[np.isfinite(some) & (some > 0)]
     if len(some) and not _METERS[0] <= (median := np.median(some)) <= _METERS[1]:
         raise UserError(
-            f"has a median of {median:g} m; expected meters, in files as 16-bit millimeters"
+            f"has a median of {median:g} m; expected meters (depth_scale times 16-bit levels)"
         )
 
 
@@ -183,6 +183,11 @@ def _parallel(partner: str) -> Callable[[Record, str], None]:
     return check
 
 
+def _captions(record: Record, field: str) -> None:
+    if isinstance(record[field], str):
+        raise UserError(f"is one text, expected a list of them: {record[field][:50]!r}")
+
+
 def _kinds(record: Record, field: str) -> None:
     if len(record[field]):
         _parallel("captions")(record, field)
@@ -235,6 +240,7 @@ _CHECKS: dict[str, Callable[[Record, str], None]] = {
     "boxes": _boxes,
     "joints": _joints,
     "phrases": _parallel("boxes"),
+    "captions": _captions,
     "caption_kinds": _kinds,
     "phrase_captions": _index("captions", "phrases"),
     "expressions": _expressions,

@@ -1,5 +1,6 @@
 """Datasets on disk: found, opened and read in part, or refused in one line; fingerprints."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines import sources
+from data_pipelines import records, sources
 from data_pipelines.build import write_dataset
 from data_pipelines.datasets import emoji_scenes
 from data_pipelines.sources import MemorySource, open_source
@@ -35,6 +36,65 @@ def test_a_dataset_is_opened_by_its_name_or_path_and_read_in_part(tmp_path):
         open_source("scenes", "trian", data_dir=str(tmp_path))
     with pytest.raises(UserError, match="holds several datasets"):
         open_source(str(tmp_path), "train")
+
+
+def test_a_build_of_one_person_a_picture_is_still_read(tmp_path):
+    """In earlier builds joints were [17, 3], and depth was in millimeters."""
+    joints = np.full((17, 3), 0.5, np.float32)
+    depth = png_bytes(np.full((4, 4), 2500, np.uint16))
+    image = png_bytes(np.zeros((4, 4, 3), np.uint8))
+    record = dict(image=image, joints=joints[None], depth=depth)
+    write_dataset(tmp_path / "old", dict(train=[record]))
+    features = tmp_path / "old" / "features.json"
+    content = json.loads(features.read_text())
+    shape = content["featuresDict"]["features"]["joints"]["tensor"]["shape"]
+    assert shape["dimensions"] == ["-1", "17", "3"]
+    shape["dimensions"] = ["17", "3"]  # what is stored in the records is the same
+    features.write_text(json.dumps(content))
+    found = open_source("old", "train", data_dir=str(tmp_path)).read(0)
+    np.testing.assert_array_equal(found["joints"], joints[None])
+    np.testing.assert_array_equal(found["depth"], np.float32(2.5))
+
+
+def test_a_record_written_with_the_joints_of_one_person_has_one(tmp_path):
+    joints = np.full((17, 3), 0.5, np.float32)
+    image = png_bytes(np.zeros((4, 4, 3), np.uint8))
+    write_dataset(tmp_path / "mine", dict(train=[dict(image=image, joints=joints)]))
+    found = open_source("mine", "train", data_dir=str(tmp_path))
+    np.testing.assert_array_equal(found.read(0)["joints"], joints[None])
+
+
+def test_all_fields_of_real_datasets_are_stored_and_read(tmp_path):
+    image, plane = (png_bytes(np.zeros(shape, np.uint8)) for shape in ((4, 6, 3), (4, 6)))
+    full = dict(
+        image=image,
+        captions=["a pig", "pig"],
+        caption_kinds=["long", "short"],
+        **records.encode_depth(np.full((4, 6), 299.0)),
+        boxes=np.float32([[0, 0, 1, 1]] * 2),
+        phrases=["a pig", "pig"],
+        phrase_captions=np.array([0, 1]),
+        masks=[plane],
+        expressions=["pig", "sow"],
+        expression_masks=np.array([0, 0]),
+        joints=np.zeros((3, 17, 3), np.float32),
+        ignore_mask=plane,
+    )
+    empty = dict(captions=[], caption_kinds=[], phrases=[], expressions=[], masks=[])
+    empty |= {name: full[name][:0] for name in ("boxes", "phrase_captions", "expression_masks")}
+    empty |= dict(joints=full["joints"][:0])
+    write_dataset(tmp_path / "mine", dict(train=[full, full | empty]))
+    found = open_source("mine", "train", data_dir=str(tmp_path))
+    assert set(found.fields) == set(full) - {"depth_scale"}
+    first, second = found.read(0), found.read(1)
+    for name in ("captions", "caption_kinds", "phrases", "expressions"):
+        assert first[name] == full[name]
+    for name in ("boxes", "phrase_captions", "expression_masks", "joints"):
+        np.testing.assert_array_equal(first[name], full[name])
+    np.testing.assert_allclose(found.read(0, ("depth",))["depth"], 299, rtol=1e-6)
+    assert first["masks"].shape == (1, 4, 6)
+    assert first["ignore_mask"].shape == (4, 6)
+    assert all(len(second[name]) == 0 for name in empty)
 
 
 def test_a_dataset_is_looked_for_in_a_bucket(bucket):

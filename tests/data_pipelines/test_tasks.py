@@ -234,6 +234,7 @@ BOX = np.array([[0.1, 0.1, 0.5, 0.5]], np.float32)
             dict(captions=["a pig"], caption_kinds=["short", "long"]),
             "field 'caption_kinds' has 2 entries for 1 captions",
         ),
+        ("t2i", dict(captions="a pig"), "field 'captions' is one text, expected a list of them"),
         (
             "lg",
             dict(captions=["a pig"], phrase_captions=[0, -1]),

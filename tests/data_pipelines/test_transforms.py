@@ -80,6 +80,33 @@ def test_a_crop_hides_joints_and_empties_boxes_outside_it():
     assert not out["masks"].any()
 
 
+def test_people_keep_their_visibilities_and_move_with_the_picture():
+    joints = np.zeros((3, 17, 3), np.float32)
+    joints[0, 0], joints[1, 1], joints[2, 2] = [0.25, 0.5, 1], [0.4, 0.1, 2], [0.9, 0.5, 2]
+    record = make_record(40, 80, (0, 0, 10, 10)) | dict(joints=joints)
+    out = transforms.resize_and_crop(
+        transforms.crop(record, top=0, left=0, height=40, width=40), resolution=16
+    )["joints"]
+    np.testing.assert_allclose(out[0, 0], [0.5, 0.5, 1])
+    np.testing.assert_allclose(out[1, 1], [0.8, 0.1, 2], rtol=1e-6)
+    assert out[2, 2, 2] == 0
+    assert (out[..., 2] > 0).sum() == 2
+    none = record | dict(joints=joints[:0])
+    assert transforms.resize_and_crop(none, resolution=8)["joints"].shape == (0, 17, 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(8, 60), width=st.integers(8, 60), seed=st.integers(0, 999))
+def test_what_is_ignored_stays_ignored(height, width, seed):
+    rng = np.random.default_rng(seed)
+    ignored = (rng.random((height, width)) < 0.05).astype(np.uint8)
+    record = dict(image=np.zeros((height, width, 3), np.uint8), ignore_mask=ignored)
+    out = transforms.resize(record, height=8, width=8)["ignore_mask"]
+    assert set(np.unique(out)) <= {0, 1}
+    for y, x in np.argwhere(ignored):  # the pixel that has its center
+        assert out[int((y + 0.5) / height * 8), int((x + 0.5) / width * 8)]
+
+
 def test_a_crop_outside_the_image_is_an_error():
     with pytest.raises(ValueError, match="leaves the image of 40x80"):
         transforms.crop(make_record(40, 80, (0, 0, 10, 10)), top=10, left=0, height=40, width=40)
