@@ -49,6 +49,10 @@ class Collator:
     shape: BatchShape
     caption_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+    def resized(self, height: int, width: int) -> "Collator":
+        """That of batches with pictures of another size."""
+        return dataclasses.replace(self, shape=self.shape.resized(height, width))
+
     def row(self, example: Example, *, task: str, sample_id: int, **options: Any) -> Row:
         """An example as a row: its prompt tokenized, its face resized, its shapes checked.
 

@@ -146,10 +146,7 @@ class Stream:
             sum(len(found[b].records) for found in members.values()) for b in range(len(shapes))
         ]
         # Of each bucket, what makes its batches, and a reader of each component.
-        self._collators = {
-            shape: dataclasses.replace(collator, shape=collator.shape.resized(*shape))
-            for shape in shapes
-        }
+        self._collators = {shape: collator.resized(*shape) for shape in shapes}
         self._readers = [
             [Reader(c.task, c.source, collator=made) for c in self._components]
             for made in self._collators.values()
@@ -183,6 +180,16 @@ class Stream:
             for shape, share, count in zip(
                 self.shapes, self._order.shares, self._bucket_records, strict=True
             )
+        ]
+
+    def describe_buckets(self) -> list[str]:
+        """The histogram of the buckets, a line each."""
+        shares = self.bucket_shares()
+        most = max(bucket.share for bucket in shares)
+        return [
+            f"{b.shape[0]:5}x{b.shape[1]:<5}{b.share:7.2%}{b.records:12,} records "
+            + "#" * round(30 * b.share / most)
+            for b in shares
         ]
 
     def specs(self) -> list[Batch]:

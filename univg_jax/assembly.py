@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
@@ -12,7 +13,7 @@ from data_pipelines import fit_data
 from data_pipelines.cache import CachedTokenizer
 from data_pipelines.collate import Collator
 from data_pipelines.datasets import DATASETS
-from data_pipelines.held_out import HeldOut, HeldOutBatches
+from data_pipelines.held_out import HeldOut, HeldOutBatches, Hosts
 from data_pipelines.mixture import Stream
 from data_pipelines.sources import open_source
 from data_pipelines.tasks import TASKS
@@ -57,16 +58,28 @@ class Run:
         """What samples from the model in training."""
         return make_generator(self.config, self.step_fns.model, self.step_fns.conditioner)
 
-    def validation(self, *, num: int, batch_size: int) -> dict[str, HeldOutBatches]:
+    def validation(
+        self, *, num: int, batch_size: int, in_buckets: bool = False
+    ) -> dict[str, HeldOutBatches]:
         """This process's batches of the first `num` validation examples of each task.
 
-        There are none where `num` is 0, and the split then need not exist.
+        They are squares of `data.resolution`, or `in_buckets` of the shapes that the stream has.
+        There are none where `num` is 0, and the split then need not exist. All processes call it.
         """
         if not num:
             return {}
+        hosts = Hosts(index=jax.process_index(), count=jax.process_count(), agree=most_of_all)
         return {
             name: HeldOutBatches(
-                HeldOut(self.config, name, split="validation", num=num, collator=self.collator),
+                HeldOut(
+                    self.config,
+                    name,
+                    split="validation",
+                    num=num,
+                    collator=self.collator,
+                    shapes=self.stream.shapes if in_buckets else (),
+                    hosts=hosts,
+                ),
                 batch_size=batch_size,
                 collator=self.collator,
                 process_index=jax.process_index(),
@@ -83,7 +96,9 @@ class Run:
         Gives the workdir back to other processes.
         """
         c = self.config
-        validation = self.validation(num=c.train.eval_examples, batch_size=c.data.batch_size)
+        validation = self.validation(
+            num=c.train.eval_examples, batch_size=c.data.batch_size, in_buckets=True
+        )
         with self.lock, jax.set_mesh(self.mesh):
             state = loop.train(
                 self.step_fns,
@@ -96,6 +111,11 @@ class Run:
             )
         self.stream.close()
         return state
+
+
+def most_of_all(own: np.ndarray) -> np.ndarray:
+    """The elementwise maximum of all processes' arrays of one shape. All of them call it."""
+    return np.asarray(multihost_utils.process_allgather(own)).reshape(-1, *own.shape).max(axis=0)
 
 
 def make_run(config: Config, workdir: epath.PathLike) -> Run:
@@ -130,6 +150,8 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    if len(stream.shapes) > 1:
+        logging.info("%s", "\n".join(["buckets of the stream:", *stream.describe_buckets()]))
     lock = WorkdirLock(workdir, active=jax.process_index() == 0)
     try:
         begin_stream(config.init_from, stream, workdir=workdir)  # refuses data that has changed

@@ -1,11 +1,14 @@
 """Held-out examples: each once on any hosts, and read only as they are needed."""
 
+import concurrent.futures
 import dataclasses
+import errno
+import threading
 
 import numpy as np
 import pytest
 
-from data_pipelines.held_out import HeldOut, HeldOutBatches
+from data_pipelines.held_out import HeldOut, HeldOutBatches, Hosts
 from data_pipelines.sources import MemorySource
 from data_pipelines.tasks import TASKS
 from tests.data_pipelines.toy import (
@@ -22,7 +25,7 @@ from tests.data_pipelines.toy import (
     text_of,
     tokenize,
 )
-from univg_jax.errors import UserError
+from univg_jax.errors import UnreachableError, UserError
 from univg_jax.settings import Config
 
 
@@ -170,3 +173,102 @@ def test_sources_with_weights_follow_one_another_too():
     options = dict(split="test", collator=make_collator(), sources=given)
     made = HeldOut(Config.of(config), "t2i", num=3, **options)
     assert [r["caption"] for r in made] == ["pig 2", "pig 3", "pig 0"]
+
+
+# --- several processes ---
+
+
+def together(count: int, make_one) -> list:
+    """What `make_one(hosts)` gives on each of `count` hosts, which agree with one another."""
+    barrier, given = threading.Barrier(count), {}
+
+    def agree(own):
+        given[threading.get_ident()] = own
+        barrier.wait(20)
+        most = np.max(list(given.values()), axis=0)
+        barrier.wait(20)
+        return most
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        futures = [
+            pool.submit(make_one, Hosts(index=i, count=count, agree=agree)) for i in range(count)
+        ]
+        return [future.exception() or future.result() for future in futures]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_hosts_share_the_reading_and_find_the_same_records(count):
+    given = [CountingSource("scenes", SCENES) for _ in range(count)]
+    made = together(
+        count,
+        lambda hosts: make("seg", num=5, hosts=hosts, sources=dict(scenes=given[hosts.index])),
+    )
+    reads = [[index for index, _ in source.reads] for source in given]
+    # Each by one host.
+    assert sorted(index for own in reads for index in own) == list(range(10))
+    alone = make("seg", num=5)
+    for held_out in made:
+        assert [r["expressions"] for r in held_out] == [r["expressions"] for r in alone]
+        for i in range(5):
+            assert_same(held_out.row(i).prompt.tokens, alone.row(i).prompt.tokens)
+
+
+def test_hosts_agree_on_damage_that_one_of_them_has_read():
+    broken = dict(scenes=BrokenSource("scenes", SCENES, {0, 3}))
+    made = together(2, lambda hosts: make("t2i", hosts=hosts, sources=broken))
+    for held_out in made:
+        expected = [f"pig {k}" for k in range(NUM_RECORDS) if k not in (0, 3)]
+        assert [r["caption"] for r in held_out] == expected
+    broken = dict(scenes=BrokenSource("scenes", SCENES * 10, set(range(5, 230))))
+    for error in together(2, lambda hosts: make("t2i", hosts=hosts, sources=broken)):
+        assert isinstance(error, UserError)
+        assert "records read are unusable" in str(error)
+
+
+def test_no_host_waits_for_one_whose_storage_does_not_answer():
+    class Unreachable(MemorySource):
+        def read(self, index, fields=None):
+            if index == 3:
+                raise OSError(errno.EIO, "bucket does not answer")
+            return super().read(index, fields)
+
+    given = dict(scenes=Unreachable("scenes", SCENES))
+    errors = together(2, lambda hosts: make("t2i", hosts=hosts, sources=given))
+    assert [type(error) for error in errors] == [UnreachableError] * 2
+    assert "bucket does not answer" in str(errors[1])
+
+
+# --- buckets ---
+
+SHAPES = ((12, 8), (8, 8), (8, 12))
+TALL, SQUARE, WIDE = (
+    [scene | dict(image=np.full((*size, 3), k, np.uint8)) for k, scene in enumerate(SCENES[:n])]
+    for size, n in (((30, 18), 3), ((9, 10), 9), ((20, 31), 2))
+)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_batches_in_buckets_have_one_shape_each_and_cover_all(hosts):
+    mixed = [*SQUARE[:4], *WIDE, *TALL, *SQUARE[4:]]
+    given = dict(scenes=MemorySource("scenes", mixed))
+    held_out = make("t2i", sources=given, shapes=SHAPES)
+    parts = [
+        list(
+            HeldOutBatches(
+                held_out,
+                batch_size=8,
+                collator=make_collator(),
+                process_index=i,
+                process_count=hosts,
+            )
+        )
+        for i in range(hosts)
+    ]
+    whole = [join(pieces) for pieces in zip(*parts, strict=True)]
+    assert [batch.target.shape[1:3] for batch in whole] == [(12, 8), (8, 8), (8, 8), (8, 12)]
+    assert [int(batch.valid.sum()) for batch in whole] == [3, 8, 1, 2]
+    ids = np.concatenate([batch.sample_id[batch.valid] for batch in whole])
+    assert sorted(ids.tolist()) == list(range(14))
+    for batch in whole:
+        for i, texts in zip(batch.sample_id, batch.tokens, strict=True):
+            assert text_of(texts) == f"<t2i> {mixed[i]['caption']}"

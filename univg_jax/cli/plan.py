@@ -1,11 +1,13 @@
 """`univg plan`: will it fit, and how fast can it be, on a TPU that is not here."""
 
 import argparse
+import dataclasses
 import functools
 import json
 from typing import Any
 
 from experiments import pods
+from univg_jax.buckets import standard
 from univg_jax.cli import flags
 from univg_jax.cli.parser import Parser
 from univg_jax.errors import check_name
@@ -45,6 +47,12 @@ def add_arguments(parser: Parser) -> None:
         metavar="A,B",
         help="encoders (as part of the train step, as a run has them without data.text_cache), "
         "sampling, evaluation",
+    )
+    parser.add_argument(
+        "--buckets",
+        action="store_true",
+        help="plan the largest bucket of data.buckets, or of the standard ones of data.resolution "
+        "where it has none; a config in buckets is planned so anyway",
     )
     parser.add_argument(
         "--max-batch", action="store_true", help="also search the largest batch that fits"
@@ -87,6 +95,9 @@ def run(args: argparse.Namespace) -> None:
     names = [topology_name(name) for name in args.topology]
     names = [name if args.slices == 1 else f"{name}*{args.slices}" for name in names]
     config = configs.load(args.config, args.overrides)
+    if args.buckets and not config.data.buckets:
+        data = dataclasses.replace(config.data, buckets=standard(config.data.resolution))
+        config = dataclasses.replace(config, data=data)
     runtime.configure_jax()
     topologies = [open_topology(name) for name in names]
     compile_ = functools.partial(

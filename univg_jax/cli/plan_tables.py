@@ -77,6 +77,7 @@ def _plan_cells(plan: Plan) -> dict[str, str]:
         "optimizer, first moment": f"{plan.optimizer['name']}, {plan.optimizer['mu_dtype']}",
         "parameters": f"{plan.parameters / 1e9:.3f} B",
         "batch, rows a device": f"{plan.batch}, {plan.rows:g}",
+        "pictures": _pictures(plan),
         "whole on every device, over 4 MiB": ", ".join(plan.replicated) or "nothing",
     }
 
@@ -106,6 +107,12 @@ def _program_cells(plan: Plan, program: Program) -> dict[str, str]:
         "compiled in": f"{program.compile_seconds:.0f} s",
     }
     return {f"  {name}": cell for name, cell in cells.items()}
+
+
+def _pictures(plan: Plan) -> str:
+    height, width = plan.picture
+    others = f", the largest of {plan.buckets} buckets" if plan.buckets > 1 else ""
+    return f"{height}x{width} px{others}"
 
 
 def _mesh(plan: Plan) -> str:

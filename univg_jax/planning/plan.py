@@ -100,6 +100,8 @@ class Plan:
     optimizer: dict[str, str]  # name, mu_dtype
     parameters: int
     batch: int
+    picture: tuple[int, int] = (0, 0)  # height, width in training: those of the largest bucket
+    buckets: int = 1  # of training, each of which has a program of its own
     encoders: bool  # whether they are part of the train step
     replicated: tuple[str, ...]  # names of large leaves that every device holds whole
     programs: tuple[Program, ...]
@@ -144,8 +146,9 @@ def compile_plan(
     with_encoders: bool = False,
     quick: bool = False,
 ) -> Plan:
-    """Compiles `programs` of `config` for `topology`.
+    """Compiles `programs` of `config` for `topology`: of its buckets, those of the largest.
 
+    Of a config in buckets, training and evaluation are those of the largest.
     `with_encoders` says whether the frozen encoders are part of the train step; otherwise it begins
     from latents and embeddings. `quick` asks the compiler for less effort. It then takes a third of
     the time and gives the same products and collectives; memory and its traffic are off by some
@@ -203,14 +206,21 @@ class _Compiler:
             optimizer=dict(name=self.config.optim.name, mu_dtype=self.config.optim.mu_dtype),
             parameters=num_parameters(self.state.params),
             batch=self.config.data.batch_size,
+            picture=self.bucket.size,
+            buckets=len(BatchShape.buckets(self.config.data)),
             encoders=self.with_encoders,
             replicated=self._replicated(),
             programs=tuple(kinds[check_name(name, kinds, what="program")]() for name in programs),
         )
 
     @functools.cached_property
+    def bucket(self) -> BatchShape:
+        """The shape with the most pixels that training has: the first of several."""
+        return max(BatchShape.buckets(self.config.data), key=lambda s: s.height * s.width)
+
+    @functools.cached_property
     def train_batch(self) -> Batch:
-        return self._batch(self.config.data.batch_size)
+        return self._batch(self.config.data.batch_size, self.bucket)
 
     @functools.cached_property
     def encoded(self) -> tuple[jax.ShapeDtypeStruct, Conditions]:
@@ -265,18 +275,18 @@ class _Compiler:
         weights = jax.ShapeDtypeStruct((passes,), jnp.float32, sharding=whole)
         seeds = jax.ShapeDtypeStruct((rows,), jnp.uint32, sharding=split)
         evaluations = sampling.steps * (2 if sampling.solver == "heun" else 1)
-        model_flops = passes * evaluations * self._model_flops(train=False)
+        batch = self._batch(rows, BatchShape.of(self.config.data))  # samples are squares
+        model_flops = passes * evaluations * self._model_flops(train=False, batch=batch)
         return self._compile(
             "sampling",
             jax.jit(functools.partial(Generator.generate, generator)),
-            (self.state.ema, self.frozen, (self._batch(rows),) * passes, weights, seeds),
+            (self.state.ema, self.frozen, (batch,) * passes, weights, seeds),
             model_flops=rows / self.mesh.size * model_flops,
             ideal=evaluations * self._ideal_wire_bytes(train=False),
         )
 
-    def _batch(self, size: int) -> Batch:
-        shapes = BatchShape.of(self.config.data).spec(size)
-        return sharding.with_shardings(shapes, sharding.batch_sharding(self.mesh))
+    def _batch(self, size: int, shape: BatchShape) -> Batch:
+        return sharding.with_shardings(shape.spec(size), sharding.batch_sharding(self.mesh))
 
     def _replicated(self) -> tuple[str, ...]:
         if self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] == 1:
@@ -290,9 +300,11 @@ class _Compiler:
             if not any(leaf.spec)
         )
 
-    def _model_flops(self, *, train: bool) -> float:
-        """FLOPs of the model for one row at one time."""
+    def _model_flops(self, *, train: bool, batch: Batch | None = None) -> float:
+        """FLOPs of the model for one row of a batch (None: of training) at one time."""
         latents, conditions = self.encoded
+        if batch is not None:
+            latents, conditions = self.step.conditioner.encoded_spec(self.frozen, batch)
         _, height, width, _ = latents.shape
         return self.step.model.backbone.matmul_flops(
             height=height, width=width, num_tokens=conditions.text_emb.shape[1], train=train
