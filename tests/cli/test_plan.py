@@ -1,5 +1,6 @@
 """`univg plan`: the tables that it prints, the file that it writes, and what it refuses."""
 
+import contextlib
 import json
 
 import jax
@@ -7,8 +8,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import pods
+from univg_jax.buckets import standard
+from univg_jax.cli import plan_tables
 from univg_jax.cli.main import main
 from univg_jax.cli.plan import topology_name
+from univg_jax.planning import plan
 
 pytestmark = pytest.mark.xdist_group("libtpu")  # the compiler takes both cores: one after another
 
@@ -82,3 +86,24 @@ def test_bad_input_is_one_line(arguments, message, capsys):
     assert main([*COMMAND, *arguments]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
+
+
+def test_a_config_in_buckets_is_planned_by_its_largest(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    shapes = "((128,256),(320,192),(256,128))"
+    overrides = ["--config.model.overrides.depth=1", f"--config.data.buckets={shapes}"]
+    command = [*COMMAND, *overrides, "--topology=v5e:2x2", f"--json={out}", "--quick", "--buckets"]
+    assert main(command) == 0
+    assert "320x192 px, the largest of 3 buckets" in capsys.readouterr().out
+    (plan,) = json.loads(out.read_text())["plans"]
+    assert (plan["picture"], plan["buckets"]) == ([320, 192], 3)
+
+
+def test_without_buckets_of_its_own_the_standard_ones_are_planned(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(plan, "compile_plan", lambda config, *_, **__: seen.append(config))
+    monkeypatch.setattr(plan_tables, "print_plans", lambda plans: None)
+    for flags in ([], ["--buckets"]):
+        with contextlib.suppress(AttributeError):
+            main([*COMMAND, "--topology=v5e:2x2", *flags])
+    assert [config.data.buckets for config in seen] == [(), standard(256)]
