@@ -1,0 +1,49 @@
+"""A native dataset through its reader: to decoded records, and to a `Batch` of a task."""
+
+import numpy as np
+
+from data_pipelines import records
+from data_pipelines.collate import Collator
+from data_pipelines.tasks import TASKS
+from tests.data_pipelines import toy
+from univg_jax.batch import BatchShape
+from univg_jax.errors import UserError
+
+SIZE = 32
+
+
+def open_native(dataset, options: dict):
+    """The only family of a dataset."""
+    (native,) = dataset.open(dataset.make_options(options)).values()
+    return native
+
+
+def read(native, split: str) -> tuple[dict[str, dict], dict[str, str]]:
+    """The decoded records of a split by key, and why the others were left out."""
+    made, skipped = {}, {}
+    for part in native.parts(split):
+        for entry in native.entries(part):
+            assert entry.key not in made and entry.key not in skipped, entry.key
+            try:
+                if isinstance(entry.raw, UserError):
+                    raise entry.raw
+                stored = native.make(entry.raw)
+            except UserError as error:
+                assert "\n" not in str(error)
+                skipped[entry.key] = str(error)
+                continue
+            assert set(stored) == set(native.fields)
+            made[entry.key] = records.decode(stored)
+    return made, skipped
+
+
+def batch(decoded, task: str):
+    """The records as one batch of `task`."""
+    shape = BatchShape(height=SIZE, width=SIZE, num_tokens=80, face=16)
+    collator = Collator(tokenizer=toy.tokenize, shape=shape)
+    rng = np.random.default_rng(0)
+    rows = [
+        collator.row(TASKS[task].example(record, rng, SIZE), task=task, sample_id=k)
+        for k, record in enumerate(decoded)
+    ]
+    return collator(rows)
