@@ -8,7 +8,7 @@ import dataclasses
 import io
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data_pipelines import coco, tables
@@ -165,6 +165,15 @@ def open_subset(folder: str, name: str, partition: str = "") -> Subset | None:
                 refs = tuple(ref for file, split in files for ref in _google_refs(file, split))
                 return Subset(name, "google_refexp", refs, "\n".join(file for file, _ in files))
     return None
+
+
+def open_all(folder: str) -> Iterator[Subset]:
+    """Every partition of every subset that is below `folder`."""
+    for name, partitions in PARTITIONS.items():
+        for partition in partitions:
+            subset = open_subset(folder, name, partition)
+            if subset is not None:
+                yield subset
 
 
 # Google's own release: objects by their ids as texts.

@@ -1,5 +1,7 @@
 """A native dataset through its reader: to decoded records, and to a `Batch` of a task."""
 
+import pickle
+
 import numpy as np
 
 from data_pipelines import records
@@ -22,6 +24,9 @@ def read(native, split: str) -> tuple[dict[str, dict], dict[str, str]]:
     """The decoded records of a split by key, and why the others were left out."""
     made, skipped = {}, {}
     for part in native.parts(split):
+        # As in another process.
+        native, part = pickle.loads(pickle.dumps((native, part)))
+        assert "\n" not in str(part)
         for entry in native.entries(part):
             assert entry.key not in made and entry.key not in skipped, entry.key
             try:
@@ -32,7 +37,7 @@ def read(native, split: str) -> tuple[dict[str, dict], dict[str, str]]:
                 assert "\n" not in str(error)
                 skipped[entry.key] = str(error)
                 continue
-            assert set(stored) == set(native.fields)
+            assert tuple(stored) == native.fields
             made[entry.key] = records.decode(stored)
     return made, skipped
 
