@@ -79,7 +79,8 @@ def _coco_val(file: str) -> Iterator[int]:
 def _karpathy(file: str) -> Iterator[int]:
     for image in coco.read_list(file, "images", what="Karpathy's splits"):
         if image.get("split") in ("val", "test"):
-            yield _number(image, "cocoid", file)
+            # The id is in the name, too: COCO_val2014_000000522418.jpg.
+            yield _number(image, "cocoid" if "cocoid" in image else "filename", file)
 
 
 def _magicbrush(folder: str) -> Iterator[int]:

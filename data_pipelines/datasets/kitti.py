@@ -226,7 +226,9 @@ def _has_split(place: str, folder: str) -> bool:
     if os.path.isdir(place):
         drives = _listed(os.path.join(place, folder))
         return any(os.path.isdir(os.path.join(place, folder, d, "proj_depth")) for d in drives)
-    return any((m := _DEPTH.match(name)) and m["split"] == folder for name in _depth_names(place, ""))
+    return any(
+        (m := _DEPTH.match(name)) and m["split"] == folder for name in _depth_names(place, "")
+    )
 
 
 DATASET = Dataset(

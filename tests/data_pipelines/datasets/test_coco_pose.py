@@ -119,7 +119,10 @@ def test_a_file_of_another_kind_is_named(tmp_path, edit, message):
     ("edit", "message"),
     [
         (lambda c: c["annotations"][2].update(keypoints=[1] * 50), "expected 51 numbers"),
-        (lambda c: c["annotations"][2]["keypoints"].__setitem__(2, 7), "visibility of a joint is 7"),
+        (
+            lambda c: c["annotations"][2]["keypoints"].__setitem__(2, 7),
+            "visibility of a joint is 7",
+        ),
         (lambda c: c["annotations"][2]["keypoints"].__setitem__(0, 500), "outside its picture"),
         (lambda c: c["annotations"][3]["segmentation"]["counts"].append(9), "an RLE covers"),
         (lambda c: c["images"][1].update(width=97), "RLE is of size"),

@@ -132,7 +132,9 @@ def test_missing_and_foreign_files_are_named(options, tmp_path):
     with pytest.raises(UserError, match=r"scene_v1\.csv has no column 'camera_name'"):
         native.parts("train")
     splits.write_text(good.replace("ai_00", "ai_70"))
-    with pytest.raises(NotFoundError, match=r"has none of the 2 scenes of train: .*ai_701_001\.zip"):
+    with pytest.raises(
+        NotFoundError, match=r"has none of the 2 scenes of train: .*ai_701_001\.zip"
+    ):
         native.parts("train")
     splits.write_text(good.replace("cam_00", "../cam"))
     with pytest.raises(UserError, match=r"scene_v1\.csv row 0 is of 'ai_001_001 \.\./cam 0'"):

@@ -99,7 +99,10 @@ def test_what_is_wrong_with_one_depth_leaves_it_out(options, tmp_path):
     native = building.open_native(DATASET, options)
     path = tmp_path / "train" / DEPTH
     for content, message in [
-        (shapes.png(fixture.levels(124, 40, seed=5)), "124 x 38 pixels and its annotations are for"),
+        (
+            shapes.png(fixture.levels(124, 40, seed=5)),
+            "124 x 38 pixels and its annotations are for",
+        ),
         (shapes.png(np.zeros((38, 124), np.uint16)), "has no depth at all"),
         (shapes.png(np.zeros((38, 124), np.uint8)), "is not a 16-bit gray PNG"),
         (b"", "is not a readable image"),
@@ -119,7 +122,9 @@ def test_missing_and_foreign_folders_are_named(options, tmp_path):
         building.open_native(DATASET, dict(source=str(tmp_path / "raw")))
     shutil.rmtree(tmp_path / "raw")
     native = building.open_native(DATASET, options)
-    with pytest.raises(NotFoundError, match=r"raw release.*: expected .*2011_09_26/2011_09_26_drive"):
+    with pytest.raises(
+        NotFoundError, match=r"raw release.*: expected .*2011_09_26/2011_09_26_drive"
+    ):
         native.parts("train")
     with pytest.raises(NotFoundError, match=r"nowhere is not a folder: expected KITTI's raw"):
         building.open_native(DATASET, dict(options, raw=str(tmp_path / "nowhere")))

@@ -46,7 +46,9 @@ def test_objects_of_a_picture_once_with_all_that_is_said_of_them(options):
     union = record["masks"][0]
     assert union[15, 15] and union[45, 55] and union[25, 35] and not union[45, 15]
     assert union.sum() == 30 * 30 * 2 - 10 * 20
-    np.testing.assert_array_equal(np.argwhere(made["12"]["masks"][0])[[0, -1]], [[30, 20], [59, 49]])
+    np.testing.assert_array_equal(
+        np.argwhere(made["12"]["masks"][0])[[0, -1]], [[30, 20], [59, 49]]
+    )
 
 
 def test_splits_and_their_sizes(options):
