@@ -179,12 +179,6 @@ class Store:
             return os.path.isfile(os.path.join(self.path, local))
         return local in self._index
 
-    def names(self) -> list[str]:
-        """The names of all files, of an archive in stored order."""
-        if self._index is None:
-            return [name for name, _ in walk(self.path, None)]
-        return [name for name in self._index if _is_wanted(name, None)]
-
     def _inside(self, name: str) -> str:
         """The name within the store; an absolute one may begin with the store's own path."""
         root = self.path.rstrip("/") + "/"

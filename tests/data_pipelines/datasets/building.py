@@ -34,11 +34,11 @@ def read(native, split: str) -> tuple[dict[str, dict], dict[str, str]]:
                     raise entry.raw
                 stored = native.make(entry.raw)
             except UserError as error:
-                assert "\n" not in str(error)
                 skipped[entry.key] = str(error)
                 continue
             assert tuple(stored) == native.fields
             made[entry.key] = records.decode(stored)
+    assert not any("\n" in reason for reason in skipped.values())
     return made, skipped
 
 

@@ -35,28 +35,35 @@ def change(path: pathlib.Path, edit) -> None:
 
 def test_all_people_of_a_picture_with_their_joints(native):
     made, skipped = building.read(native, "train")
-    assert sorted(made) == ["1", "2", "3", "6"] and len(made) == fixture.RECORDS["train"]
-    assert list(skipped) == ["5"] and "no person with a labeled joint" in skipped["5"]
+    assert sorted(made) == ["1", "2", "3", "6"]
+    assert len(made) == fixture.RECORDS["train"]
+    assert list(skipped) == ["5"]
+    assert "no person with a labeled joint" in skipped["5"]
     joints = made["1"]["joints"]
     assert joints.shape == (2, 17, 3)
     x, y, w, h = fixture.BOX[1]
     # The nose is at pixel (x + w / 2, y + .08 h), and its middle half a pixel further.
     expected = [(x + round(0.5 * w) + 0.5) / 160, (y + round(0.08 * h) + 0.5) / 96, 2]
     np.testing.assert_allclose(joints[0, 0], expected, rtol=1e-6)
-    assert joints[0, 9, 2] == 1 and (joints[0, [3, 16]] == 0).all()
+    assert joints[0, 9, 2] == 1
+    assert (joints[0, [3, 16]] == 0).all()
     assert not made["1"]["ignore_mask"].any()
 
 
 def test_crowds_and_people_without_joints_are_ignored(native):
     made, _ = building.read(native, "train")
     crowd = made["2"]["ignore_mask"]
-    assert crowd.shape == (128, 96) and crowd[20:110, 50:90].all() and crowd.sum() == 90 * 40
+    assert crowd.shape == (128, 96)
+    assert crowd[20:110, 50:90].all()
+    assert crowd.sum() == 90 * 40
     assert made["2"]["joints"].shape == (1, 17, 3)
     lying = made["3"]["ignore_mask"]
-    assert lying[41:99, 71:99].all() and not lying[:, :69].any()
+    assert lying[41:99, 71:99].all()
+    assert not lying[:, :69].any()
     both = made["6"]["ignore_mask"]
     assert both[5:45, 48:68].all()  # compressed RLE
-    assert both[110:150, 40:72].all() and not both[45:109].any()  # a box over the border
+    assert both[110:150, 40:72].all()
+    assert not both[45:109].any()
 
 
 def test_entries_have_the_id_of_their_picture(native):
@@ -66,7 +73,8 @@ def test_entries_have_the_id_of_their_picture(native):
 
 def test_pictures_may_be_in_a_zip_and_have_the_names_of_2017(native, tmp_path):
     made, skipped = building.read(native, "validation")
-    assert list(made) == ["7"] and not skipped
+    assert list(made) == ["7"]
+    assert not skipped
     # The annotations of 2014 name the same pictures otherwise.
     path = annotations(tmp_path, "val")
     change(path, lambda c: c["images"][0].update(file_name="COCO_val2014_000000000007.jpg"))
@@ -134,7 +142,8 @@ def test_what_is_wrong_with_one_picture_leaves_it_out(tmp_path, edit, message):
     native = building.open_native(DATASET, fixture.write(tmp_path))
     change(annotations(tmp_path), edit)
     made, skipped = building.read(native, "train")
-    assert len(made) == 3 and message in skipped["2"]
+    assert len(made) == 3
+    assert message in skipped["2"]
 
 
 def test_missing_and_truncated_files_are_named(tmp_path):
@@ -175,7 +184,8 @@ def test_real_annotations_with_pictures_of_their_sizes(tmp_path):
         (tmp_path / "val2017" / image["file_name"]).write_bytes(fixture.shapes.jpeg(blank))
     options = dict(source=str(SAMPLES / "coco_keypoints"), pictures=str(tmp_path / "val2017"))
     made, skipped = building.read(building.open_native(DATASET, options), "validation")
-    assert made and len(made) + len(skipped) <= len(content["images"])
+    assert made
+    assert len(made) + len(skipped) <= len(content["images"])
     for key, record in made.items():
         anns = [a for a in content["annotations"] if a["image_id"] == int(key)]
         labeled = [a for a in anns if a["num_keypoints"] and not a["iscrowd"]]

@@ -74,7 +74,8 @@ def test_tone_mapping_makes_the_percentile_as_bright_as_it_should_be():
     broken = color.copy()
     broken[0, 0], broken[0, 1] = np.nan, np.inf
     shown = hypersim.tone_map(broken, np.ones((40, 50), bool))
-    assert (shown[0, 0] == 0).all() and (shown[0, 1] == 255).all()
+    assert (shown[0, 0] == 0).all()
+    assert (shown[0, 1] == 255).all()
 
 
 def test_the_stored_picture_is_close_to_the_tone_mapped_one(options):
@@ -103,7 +104,8 @@ def test_what_is_wrong_with_one_frame_leaves_it_out(options, tmp_path):
     ]:
         path.write_bytes(content)
         made, skipped = building.read(native, "train")
-        assert len(made) == 2 and message in skipped["ai_001_001/cam_00/0000"]
+        assert len(made) == 2
+        assert message in skipped["ai_001_001/cam_00/0000"]
 
 
 def test_cameras_that_are_empty_or_told_in_two_ways(options, tmp_path):
@@ -150,7 +152,8 @@ def test_the_real_depth_file():
     distance = hypersim.read_hdf5(content, name).astype(np.float32)
     assert distance.shape == (768, 1024)
     cameras = hypersim._read_cameras(str(folder / "metadata_camera_parameters.csv"))
-    assert len(cameras) == 242 and all(isinstance(c, tuple) for c in cameras.values())
+    assert len(cameras) == 242
+    assert all(isinstance(c, tuple) for c in cameras.values())
     planar = hypersim.planar_depth(distance, np.reshape(cameras["ai_037_002"], (3, 3)))
     assert np.nanmax(distance / planar) == pytest.approx(1.30, abs=0.005)
     x, y = np.meshgrid(np.arange(1024) - 511.5, np.arange(768) - 383.5)

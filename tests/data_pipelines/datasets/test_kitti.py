@@ -33,13 +33,15 @@ def test_each_depth_with_its_picture(options):
     assert native.splits == ("train", "validation")
     for split, count in fixture.RECORDS.items():
         made, skipped = building.read(native, split)
-        assert len(made) == count and not skipped
+        assert len(made) == count
+        assert not skipped
     made, _ = building.read(native, "train")
     assert sorted(made)[0] == f"{DRIVE}/image_02/0000000005"
     record = made[f"{DRIVE}/image_02/0000000005"]
     levels = fixture.levels(124, 38, seed=5)
     np.testing.assert_array_equal(record["depth"], levels.astype(np.float32) / 256)
-    assert 70 > record["depth"].max() > 50 and (record["depth"] == 0).mean() > 0.8
+    assert 70 > record["depth"].max() > 50
+    assert (record["depth"] == 0).mean() > 0.8
     np.testing.assert_array_equal(record["image"], shapes.ground(124, 38, seed=5))
     assert made["2011_09_28_drive_0002_sync/image_02/0000000005"]["image"].shape == (37, 122, 3)
 
@@ -72,7 +74,8 @@ def test_zips_as_downloaded(options, tmp_path):
     native = building.open_native(DATASET, options)
     assert native.splits == ("train", "validation")
     zipped, skipped = building.read(native, "train")
-    assert zipped.keys() == plain.keys() and not skipped
+    assert zipped.keys() == plain.keys()
+    assert not skipped
     for key in plain:
         np.testing.assert_array_equal(zipped[key]["depth"], plain[key]["depth"])
 
@@ -86,7 +89,8 @@ def test_lists_in_place_of_all(options, tmp_path):
     native = building.open_native(DATASET, dict(options, test_list=str(path)))
     assert native.splits == ("test",)
     made, skipped = building.read(native, "test")
-    assert [key.rsplit("/", 1)[1] for key in made] == ["0000000005", "0000000006"] and not skipped
+    assert [key.rsplit("/", 1)[1] for key in made] == ["0000000005", "0000000006"]
+    assert not skipped
     path.write_text("a b c d\n")
     with pytest.raises(UserError, match=r"eigen\.txt line 1 is 'a b c d': expected `rgb depth"):
         native.parts("test")
@@ -147,4 +151,5 @@ def test_real_lists(options, tmp_path):
         (tmp_path / root / name).write_bytes(shapes.png(pixels))
     native = building.open_native(DATASET, dict(options, val_list=str(path)))
     made, skipped = building.read(native, "validation")
-    assert len(made) >= 1 and len(made) + len(skipped) == 100
+    assert len(made) >= 1
+    assert len(made) + len(skipped) == 100

@@ -29,7 +29,8 @@ def test_a_record_of_each_picture_with_all_its_phrases(options):
     native = building.open_native(DATASET, options)
     for split, count in fixture.RECORDS.items():
         made, skipped = building.read(native, split)
-        assert len(made) == count and not skipped
+        assert len(made) == count
+        assert not skipped
     made, _ = building.read(native, "train")
     record = made["21"]
     assert record["expressions"] == ["red squares", "squares on the left", "corner"]
@@ -39,7 +40,8 @@ def test_a_record_of_each_picture_with_all_its_phrases(options):
     expected = np.zeros((80, 120), np.uint8)
     expected[10:31, 10:31] = expected[15:36, 20:41] = 1
     np.testing.assert_array_equal(union, expected)
-    assert corner[60:, 100:].all() and corner.sum() == 400
+    assert corner[60:, 100:].all()
+    assert corner.sum() == 400
 
 
 def test_polygons_are_scaled_to_the_file(options):
@@ -86,7 +88,8 @@ def test_a_batch_of_segmentations(options):
 def test_a_region_that_cannot_be_leaves_its_picture_out(options, tmp_path, polygons, message):
     change(tmp_path / "refer_train.json", lambda c: c[2].update(Polygons=polygons))
     made, skipped = building.read(building.open_native(DATASET, options), "train")
-    assert sorted(made) == ["21", "23"] and message in skipped["22"]
+    assert sorted(made) == ["21", "23"]
+    assert message in skipped["22"]
 
 
 def test_a_picture_of_another_shape_or_unknown_size_is_left_out(options, tmp_path):

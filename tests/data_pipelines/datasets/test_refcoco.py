@@ -13,7 +13,6 @@ from data_pipelines import refer
 from data_pipelines.datasets.refcoco import DATASET
 from tests.data_pipelines.datasets import building
 from tests.native import refcoco as fixture
-from tests.native import shapes
 from univg_jax.errors import NotFoundError, UserError
 
 SAMPLES = pathlib.Path(os.environ.get("UNIVG_SAMPLES", "."))
@@ -44,7 +43,10 @@ def test_objects_of_a_picture_once_with_all_that_is_said_of_them(options):
         ("darker", 1),  # of RefCOCO+
     ]
     union = record["masks"][0]
-    assert union[15, 15] and union[45, 55] and union[25, 35] and not union[45, 15]
+    assert union[15, 15]
+    assert union[45, 55]
+    assert union[25, 35]
+    assert not union[45, 15]
     assert union.sum() == 30 * 30 * 2 - 10 * 20
     np.testing.assert_array_equal(
         np.argwhere(made["12"]["masks"][0])[[0, -1]], [[30, 20], [59, 49]]
@@ -65,7 +67,8 @@ def test_splits_and_their_sizes(options):
 def test_raw_expressions_and_kept_leaks(options):
     native = building.open_native(DATASET, dict(options, expressions="raw", keep_leaks=True))
     made, skipped = building.read(native, "train")
-    assert not skipped and made["15"]["expressions"] == ["Red Box."]
+    assert not skipped
+    assert made["15"]["expressions"] == ["Red Box."]
     assert made["11"]["expressions"][0] == "Left square!"
 
 
@@ -172,7 +175,8 @@ def test_an_object_that_cannot_be_leaves_its_picture_out(options, tmp_path):
         content["annotations"][2]["segmentation"] = segmentation
         path.write_text(json.dumps(content))
         made, skipped = building.read(native, "train")
-        assert list(made) == ["11"] and message in skipped["12"]
+        assert list(made) == ["11"]
+        assert message in skipped["12"]
 
 
 @needs_samples
@@ -216,4 +220,5 @@ def test_googles_real_release():
     made, skipped = building.read(native, "train")
     assert len(made) + len(skipped) == 3
     for record in made.values():
-        assert record["expressions"] and record["masks"].any(axis=(1, 2)).all()
+        assert record["expressions"]
+        assert record["masks"].any(axis=(1, 2)).all()
