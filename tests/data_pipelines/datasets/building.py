@@ -28,7 +28,7 @@ def read(native, split: str) -> tuple[dict[str, dict], dict[str, str]]:
         native, part = pickle.loads(pickle.dumps((native, part)))
         assert "\n" not in str(part)
         for entry in native.entries(part):
-            assert entry.key not in made and entry.key not in skipped, entry.key
+            assert entry.key not in made | skipped, entry.key
             try:
                 if isinstance(entry.raw, UserError):
                     raise entry.raw
