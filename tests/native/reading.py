@@ -4,8 +4,14 @@ import pickle
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from data_pipelines import records
 from data_pipelines.native import Dataset
+from data_pipelines.reader import Reader
+from data_pipelines.sources import MemorySource
+from tests.data_pipelines.toy import make_collator, text_of
+from univg_jax.batch import Batch
 from univg_jax.errors import UserError
 
 Made = dict[str, dict[str, Any] | UserError]
@@ -63,3 +69,17 @@ def counts(dataset: Dataset, options: Mapping[str, Any]) -> dict[str, int]:
     """Records of each split."""
     (native,) = dataset.open(dataset.make_options(options)).values()
     return {split: len(good(read(dataset, options, split))) for split in native.splits}
+
+
+def batch_of(found: Made, task: str) -> Batch:
+    """The records as the rows of a batch of a task."""
+    decoded = [records.decode(record) for record in good(found).values()]
+    collator = make_collator()
+    reader = Reader(task, MemorySource("native/train", decoded), collator=collator)
+    rows = [reader.row(k, np.random.default_rng(k), sample_id=k) for k in range(len(decoded))]
+    return collator(rows)
+
+
+def prompts_of(batch: Batch) -> list[str]:
+    """The texts of its rows, as the tokenizer got them."""
+    return [text_of(tokens) for tokens in np.asarray(batch.tokens)]

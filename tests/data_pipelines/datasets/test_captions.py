@@ -10,7 +10,7 @@ from data_pipelines import captioned
 from data_pipelines.datasets.captions import DATASET
 from tests.native import captions as native
 from tests.native.drawing import picture, write_file, write_tar
-from tests.native.reading import bad, captions_of, counts, good, read
+from tests.native.reading import bad, batch_of, captions_of, counts, good, prompts_of, read
 from univg_jax.errors import NotFoundError, UserError
 
 SAMPLES = pathlib.Path(os.environ.get("UNIVG_SAMPLES", ""))
@@ -92,6 +92,14 @@ def test_null_and_missing_captions_are_left_out_by_name(tmp_path):
     reasons = bad(found)
     assert reasons["000000001"] == reasons["000000002"] == "it has no caption"
     assert reasons["000000004"].startswith("there is no '4.jpg' in ")
+
+
+def test_records_are_rows_of_text_to_image_and_inpainting(tmp_path):
+    found = read(DATASET, native.wit(tmp_path))
+    prompts = prompts_of(batch_of(found, "t2i"))
+    assert prompts[0] in ("<t2i> a yellow disk", "<t2i> alternative")
+    assert prompts[1:] == [f"<t2i> {text}" for text in native.CLEAN[1:]]
+    assert len(prompts_of(batch_of(found, "ip"))) == 5
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from data_pipelines.datasets.dalle3 import DATASET
 from tests.native import dalle3 as native
 from tests.native.drawing import picture, write_file, write_tar
-from tests.native.reading import bad, captions_of, counts, good, read
+from tests.native.reading import bad, batch_of, captions_of, counts, good, prompts_of, read
 from univg_jax.errors import NotFoundError, UserError
 
 
@@ -47,6 +47,12 @@ def test_what_is_left_out_is_named(options):
 def test_one_tar_is_a_source(options, tmp_path):
     found = good(read(DATASET, {"source": str(tmp_path / "data" / "data-000001.tar")}))
     assert list(found) == ["data-000001/000008"]
+
+
+def test_records_are_rows_of_text_to_image(options):
+    prompts = prompts_of(batch_of(read(DATASET, options), "t2i"))
+    assert prompts[3] == "<t2i> A lake."
+    assert prompts[5] == "<t2i> A road."
 
 
 def test_missing_and_foreign_files_are_named(options, tmp_path):

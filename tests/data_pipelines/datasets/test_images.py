@@ -3,12 +3,13 @@
 import os
 import pathlib
 
+import numpy as np
 import pytest
 
 from data_pipelines.datasets.images import DATASET
 from tests.native import images as native
 from tests.native.drawing import picture, write_file, write_tar
-from tests.native.reading import bad, counts, good, read
+from tests.native.reading import bad, batch_of, counts, good, prompts_of, read
 from univg_jax.errors import NotFoundError, UserError
 
 SAMPLES = pathlib.Path(os.environ.get("UNIVG_SAMPLES", ""))
@@ -46,6 +47,12 @@ def test_a_folder_of_one_split_or_an_archive_is_all_train(options, tmp_path):
     assert counts(DATASET, {"source": str(tmp_path / "train")}) == {"train": 9}
     assert counts(DATASET, {"source": str(tmp_path / "val")}) == {"train": 1}
     assert counts(DATASET, {"source": str(tmp_path / "train" / "nested.tar")}) == {"train": 5}
+
+
+def test_records_are_rows_of_inpainting(options):
+    batch = batch_of(read(DATASET, options), "ip")
+    assert set(prompts_of(batch)) == {"<ip>"}
+    assert np.asarray(batch.mask).any(axis=(1, 2, 3)).all()
 
 
 def test_missing_and_empty_sources_are_named(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from data_pipelines.datasets.journeydb import DATASET, clean_prompt
 from tests.native import journeydb as native
 from tests.native.drawing import picture, write_file, write_tar
-from tests.native.reading import bad, captions_of, counts, good, read
+from tests.native.reading import bad, batch_of, captions_of, counts, good, prompts_of, read
 from univg_jax.errors import NotFoundError, UserError
 
 
@@ -87,6 +87,14 @@ def test_damaged_annotations_cost_only_their_own_pictures(options, tmp_path):
 )
 def test_prompts_are_cleaned(prompt, cleaned):
     assert clean_prompt(prompt) == cleaned
+
+
+def test_records_are_rows_of_text_to_image(options):
+    found = read(DATASET, options)
+    for prompt, captions in zip(
+        prompts_of(batch_of(found, "t2i")), captions_of(found).values(), strict=True
+    ):
+        assert prompt in {f"<t2i> {text}"[:40] for _, text in captions}
 
 
 def test_missing_and_foreign_files_are_named(options, tmp_path):

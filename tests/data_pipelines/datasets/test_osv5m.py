@@ -5,7 +5,7 @@ import pytest
 from data_pipelines.datasets.osv5m import DATASET
 from tests.native import osv5m as native
 from tests.native.drawing import picture
-from tests.native.reading import bad, counts, good, read
+from tests.native.reading import bad, batch_of, counts, good, prompts_of, read
 from univg_jax.errors import NotFoundError, UserError
 
 
@@ -28,6 +28,11 @@ def test_an_entry_can_be_excluded_by_its_id(tmp_path):
     (dataset,) = DATASET.open(DATASET.make_options(native.write(tmp_path))).values()
     ids = [entry.ids for part in dataset.parts("test") for entry in dataset.entries(part)]
     assert ids == [("201.jpg", "201"), ("202.jpg", "202")]
+
+
+def test_records_are_rows_of_inpainting(tmp_path):
+    batch = batch_of(read(DATASET, native.write(tmp_path)), "ip")
+    assert prompts_of(batch) == ["<ip>"] * 5
 
 
 def test_missing_and_cut_files_are_named(tmp_path):

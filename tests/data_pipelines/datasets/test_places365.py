@@ -8,7 +8,7 @@ import pytest
 from data_pipelines.datasets.places365 import DATASET, caption_of
 from tests.native import places365 as native
 from tests.native.drawing import picture, write_file
-from tests.native.reading import bad, counts, good, read
+from tests.native.reading import bad, batch_of, counts, good, prompts_of, read
 from univg_jax.errors import NotFoundError, UserError
 
 SAMPLES = pathlib.Path(os.environ.get("UNIVG_SAMPLES", ""))
@@ -60,6 +60,15 @@ def test_unpacked_folders_are_read_too(tmp_path):
 
 def test_categories_in_words():
     assert caption_of("apartment_building/outdoor") == "an apartment building, outdoor"
+
+
+def test_records_are_rows_of_inpainting(options):
+    """Some of which are of the background, and have no text."""
+    prompts = prompts_of(batch_of(read(DATASET, options), "ip"))
+    allowed = {f"<ip> {caption}" for caption in native.CAPTIONS.values()}
+    assert set(prompts) <= allowed | {"<ip>"}
+    assert set(prompts) & allowed
+    assert prompts_of(batch_of(read(DATASET, options, "test"), "ip")) == ["<ip>"]
 
 
 def test_missing_and_damaged_files_are_named(options, tmp_path):
