@@ -36,7 +36,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64, Integer, UInt8, UInt16
-from PIL import Image
 from tensorflow_datasets import features
 
 from univg_jax import images
@@ -114,18 +113,18 @@ def family_features(names: Iterable[str]) -> features.FeaturesDict:
 
 
 def _rgb(data: Any, name: str) -> UInt8[np.ndarray, "h w 3"]:
-    return _read(data, name, images.to_rgb)
+    return _read(data, name, images.decode_rgb)
 
 
 def _mask(data: Any, name: str) -> UInt8[np.ndarray, "h w"]:
-    return _read(data, name, images.to_mask)
+    return _read(data, name, lambda data: images.to_mask(images.open_picture(data)))
 
 
-def _read(data: Any, name: str, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def _read(data: Any, name: str, convert: Callable[[bytes], np.ndarray]) -> np.ndarray:
     try:
         if not isinstance(data, bytes):
             raise UserError(f"is not a readable image: {type(data).__name__}, not bytes")
-        return convert(images.open_picture(data))
+        return convert(data)
     except UserError as error:
         raise UserError(f"record field {name!r} {error}") from error
 
@@ -142,7 +141,8 @@ def _levels(data: Any, name: str) -> Integer[np.ndarray, "h w"]:
     return _read(data, name, _integers)
 
 
-def _integers(picture: Image.Image) -> Integer[np.ndarray, "h w"]:
+def _integers(data: bytes) -> Integer[np.ndarray, "h w"]:
+    picture = images.open_picture(data)
     if (levels := images.to_integers(picture)) is None:
         raise UserError(f"has mode {picture.mode}; expected a 16-bit gray PNG")
     return levels

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import pathlib
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -13,7 +15,15 @@ from PIL import Image
 
 from univg_jax import images
 from univg_jax.errors import UserError
-from univg_jax.images import open_picture, to_integers, to_mask, to_rgb
+from univg_jax.images import (
+    decode_rgb,
+    open_picture,
+    size_of,
+    to_integers,
+    to_mask,
+    to_rgb,
+    verify,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
@@ -319,22 +329,138 @@ def test_any_two_valued_mask_is_itself(height, width, seed):
         np.testing.assert_array_equal(found, truth)
 
 
-SAMPLES = ROOT.parent / "shared" / "native_samples" / "images"
+SAMPLES = pathlib.Path(os.environ.get("UNIVG_SAMPLES", "")) / "images"
 
 
-@pytest.mark.skipif(not SAMPLES.exists(), reason="no folder of awkward pictures beside this one")
+@pytest.mark.skipif("UNIVG_SAMPLES" not in os.environ, reason="real files: not in the project")
 def test_awkward_pictures_of_other_projects():
     """Each is read as Pillow reads it alone, or refused in a line, as its EXPECTED.json says."""
     for name, expected in json.loads((SAMPLES / "EXPECTED.json").read_text())["files"].items():
         data = (SAMPLES / name).read_bytes()
         if not expected["readable"]:
-            with pytest.raises(UserError, match=r"^is not a readable image: "):
-                open_picture(data)
+            for read in (open_picture, decode_rgb, verify):
+                with pytest.raises(UserError, match=r"^is not a readable image: "):
+                    read(data)
             continue
         picture = open_picture(data)
         pixels = to_rgb(picture)
         assert list(pixels.shape[1::-1]) == expected["size_after_exif"], name
+        assert verify(data) == size_of(data) == pixels.shape[:2], name
+        np.testing.assert_array_equal(decode_rgb(data), pixels, name)
         is_opaque = "A" not in picture.getbands() and "transparency" not in picture.info
         if "rgb_mean" in expected and is_opaque:
             error = np.abs(pixels.mean((0, 1)) - expected["rgb_mean"]).max()
             assert error < 0.02, name  # the file says two decimals
+        if expected.get("rgb") == "convert would lose bits":
+            np.testing.assert_array_equal(to_integers(picture).max(), expected["array"][3], name)
+
+
+# --- decoding for training: the same pixels in less time ---
+
+
+def verdict(read, data: bytes):
+    """What `read` makes of a file, or None where it refuses it."""
+    try:
+        return read(data)
+    except UserError:
+        return None
+
+
+def assert_same(data: bytes) -> bool:
+    """Whether the file is read; by all ways alike."""
+    expected, found, size = (verdict(read, data) for read in (rgb, decode_rgb, verify))
+    assert (expected is None) == (found is None) == (size is None)
+    if expected is not None:
+        np.testing.assert_array_equal(found, expected)
+        assert size == size_of(data) == expected.shape[:2]
+    return expected is not None
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+SMOOTH = np.asarray(Image.fromarray(PIXELS).resize((60, 44), Image.Resampling.BICUBIC))
+JPEGS = {
+    "plain": dict(),
+    "progressive": dict(progressive=True),
+    "4:4:4": dict(subsampling=0),
+    "4:2:2": dict(subsampling=1),
+    "restarts": dict(restart_marker_blocks=2),
+    "comment": dict(comment=b"\xff\xda"),
+    "profile": dict(icc_profile=b"no profile" * 7000),
+    "XMP": dict(xmp=b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'),
+    **{f"orientation {k}": dict(exif=exif(k)) for k in range(10)},
+}
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_is_decoded_as_pillow_does(mode, options):
+    assert assert_same(file(Image.fromarray(SMOOTH).convert(mode), "JPEG", **options))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "AVIF", "TIFF", "JPEG2000"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_other_formats_are_verified_and_sized_upright(kind, orientation):
+    options = {} if kind == "JPEG2000" else dict(exif=exif(orientation))
+    assert assert_same(file(Image.fromarray(SMOOTH), kind, **options))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("JPEG", {}), ("JPEG", dict(progressive=True)), ("PNG", {}), ("WEBP", {}), ("GIF", {})],
+)
+def test_a_file_that_is_cut_anywhere_is_refused(kind, options):
+    data = file(Image.fromarray(SMOOTH).resize((30, 20)), kind, **options)
+    # The last bytes of these formats are no pixels, and of an old camera's file often missing.
+    tail = {"JPEG": 2, "PNG": 30, "GIF": 16, "WEBP": 2}[kind]
+    for size in range(len(data)):
+        assert not assert_same(data[:size]) or size >= len(data) - tail, size
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_header_is_judged_as_by_pillow(data):
+    whole = bytearray(file(Image.fromarray(SMOOTH), "JPEG", exif=exif(6)))
+    place = data.draw(st.integers(0, whole.index(b"\xff\xda") + 12))
+    whole[place] = data.draw(st.integers(0, 255))
+    assert_same(bytes(whole))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_may_be_decoded_smaller_but_has_what_is_asked(orientation):
+    few = Image.fromarray(PIXELS[:4, :6])
+    large = few.resize((400, 208), Image.Resampling.BICUBIC)
+    data = file(large, "JPEG", quality=95, exif=exif(orientation))
+    whole = rgb(data)
+    height, width = whole.shape[:2]
+    for least, factor in {(height, width): 1, (1, 1): 8, (52, 52): 4, (104, 104): 2}.items():
+        found = decode_rgb(data, least=least)
+        assert found.shape[:2] == (-(-height // factor), -(-width // factor))
+        expected = Image.fromarray(whole).resize(found.shape[1::-1], Image.Resampling.BOX)
+        assert np.abs(found - np.asarray(expected, np.float32)).mean() < 3
+
+
+def test_bombs_are_refused_by_their_header():
+    side = 65535
+    frame = (
+        b"\xff\xc0\x00\x11\x08" + side.to_bytes(2) * 2 + b"\x03\x01\x11\x00\x02\x11\x01\x03\x11\x01"
+    )
+    whole = file(PIXELS, "JPEG")
+    at = whole.index(b"\xff\xc0")
+    jpeg = whole[:at] + frame + whole[at + len(frame) :]
+    png = file(PIXELS)
+    header = b"IHDR" + (50_000).to_bytes(4) * 2 + png[24:29]
+    png = png[:12] + header + zlib.crc32(header).to_bytes(4) + png[33:]
+    for data in (jpeg, png):
+        for read in (decode_rgb, verify, size_of, open_picture):
+            with pytest.raises(UserError, match="taken for a decompression bomb"):
+                read(data)
+
+
+def test_a_phones_heic_file_is_told_from_garbage():
+    with pytest.raises(UserError, match="HEIC files need to be converted"):
+        decode_rgb(b"\x00\x00\x00\x18ftypheic" + bytes(40))

@@ -87,6 +87,7 @@ SMALL = {
     "trees": "names of a tree's leaves",
     "files": "a file whole, or not at all",
     "images": "pixels, PNG",
+    "jpeg": "plain JPEG, faster",
     "pages": "HTML from templates",
     "version": "version, revision",
     "progress": "bars, or lines in a log",

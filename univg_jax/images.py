@@ -1,8 +1,8 @@
 """Pictures: their files to arrays and back, between 0..255 and [-1, 1]. Loads without JAX.
 
 `open_picture` is the only place where a picture file is opened, but for the plain JPEG files that
-`decode_rgb` gives to OpenCV, which is faster and gives the same pixels, bit for bit. What the
-pixels of a file mean:
+`decode_rgb` gives to OpenCV (`univg_jax.jpeg`): faster, and the same pixels. What the pixels of a
+file mean:
 
 * A picture is RGB. 16-bit gray is 0..65535. Floats are black to white from 0 to 1 if they lie in
   [-0.1, 1.1], as resampling may leave them, and from 0 to 255 if the largest is above 10 and none
@@ -22,12 +22,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float, Integer, UInt8
 from PIL import Image
 
+from univg_jax import jpeg
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.files import write_whole
 
@@ -61,11 +61,6 @@ _TURNS_OF_ARRAYS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 _PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 _HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
-# Of a JPEG's header: Huffman and quantization tables, restart interval, comment, application's own.
-_TABLES = {bytes([0xFF, code]) for code in (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))}
-# OpenCV's flags: 16, 32 and 64 are a half, a quarter and an eighth of the sides.
-_COLOR, _REDUCED = cv2.IMREAD_COLOR_RGB, 16 | 32 | 64
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it refuses, Pillow tells
 
 
 def open_picture(data: bytes) -> Image.Image:
@@ -92,11 +87,10 @@ def decode_rgb(data: bytes, *, least: tuple[int, int] | None = None) -> UInt8[np
 
     Raises UserError as these do.
     """
-    if (jpeg := _plain_jpeg(data)) is not None:
-        height, width, orientation = jpeg
+    if (plain := _plain_jpeg(data)) is not None:
+        height, width, orientation = plain
         enough = least if least is None or orientation < 5 else least[::-1]
-        pixels = _decode_jpeg(data, height, width, _COLOR | _reduction(height, width, enough))
-        if pixels is not None:
+        if (pixels := jpeg.decode(data, height, width, least=enough)) is not None:
             return np.ascontiguousarray(_TURNS_OF_ARRAYS[orientation](pixels))
     return to_rgb(open_picture(data))
 
@@ -106,10 +100,9 @@ def verify(data: bytes) -> tuple[int, int]:
 
     Raises UserError as `open_picture` does.
     """
-    if (jpeg := _plain_jpeg(data)) is not None:
-        height, width, orientation = jpeg
-        # All of the file is read, but of each block only the mean is made.
-        if _decode_jpeg(data, height, width, cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None:
+    if (plain := _plain_jpeg(data)) is not None:
+        height, width, orientation = plain
+        if jpeg.is_whole(data):
             return (height, width) if orientation < 5 else (width, height)
     width, height = open_picture(data).size
     if (whole := size_of(data)) != (height, width):  # a large one, read smaller
@@ -122,13 +115,14 @@ def size_of(data: bytes) -> tuple[int, int]:
 
     Raises UserError as `open_picture` does, but not for damage behind the header.
     """
-    if (jpeg := _plain_jpeg(data)) is not None:
-        height, width, orientation = jpeg
+    if (plain := _plain_jpeg(data)) is not None:
+        height, width, orientation = plain
     else:
         with _refusing(data):
             picture = _open_header(data)
             width, height = picture.size
-            orientation = _orientation(picture)
+            # Pillow gives the upright size of a TIFF from the start.
+            orientation = 1 if picture.format == "TIFF" else _orientation(picture)
     return (height, width) if orientation < 5 else (width, height)
 
 
@@ -164,56 +158,16 @@ def _open_header(data: bytes) -> Image.Image:
 
 
 def _plain_jpeg(data: bytes) -> tuple[int, int, int] | None:
-    """Stored height and width and the orientation of a JPEG that OpenCV reads as Pillow does.
-
-    None for any other file: of another format, cut in its header, with other than 1 or 3
-    components of 8 bits, arithmetic, lossless, or too large to be read whole.
-    """
-    if data[:3] != b"\xff\xd8\xff":
-        return None
-    place, size, may_turn = 2, None, False
-    while True:
-        marker, length = data[place : place + 2], int.from_bytes(data[place + 2 : place + 4])
-        if marker[:1] != b"\xff" or length < 2:
-            return None
-        if marker == b"\xff\xda":  # the start of the scan, where the header ends
-            break
-        if marker in (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"):
-            frame = data[place + 4 : place + 10]
-            if size or len(frame) < 6 or frame[0] != 8 or frame[5] not in (1, 3):
-                return None
-            size = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
-        elif marker not in _TABLES:
-            return None
-        may_turn |= marker == b"\xff\xe1"  # where EXIF and XMP are
-        place += 2 + length
-    if size is None or not 0 < size[0] * size[1] <= WHOLE_PIXELS:
+    """Stored height and width and the orientation of a JPEG that OpenCV reads as Pillow does."""
+    if (header := jpeg.plain_header(data)) is None or header.height * header.width > WHOLE_PIXELS:
         return None
     orientation = 1
-    if may_turn:
+    if header.may_turn:
         try:
-            orientation = _orientation(Image.open(io.BytesIO(data), formats=("JPEG",)))
+            orientation = _orientation(_open_header(data))
         except Exception:  # of Pillow's parsers
             return None
-    return *size, orientation
-
-
-def _decode_jpeg(data: bytes, height: int, width: int, flags: int) -> np.ndarray | None:
-    """What OpenCV makes of a plain JPEG; None where it refuses."""
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
-        return None
-    is_whole = pixels is not None and pixels.shape[:2] == (height, width)
-    return pixels if is_whole or flags & _REDUCED else None
-
-
-def _reduction(height: int, width: int, least: tuple[int, int] | None) -> int:
-    """OpenCV's flag for the smallest size of a JPEG that is not below `least`."""
-    for flag in (cv2.IMREAD_REDUCED_GRAYSCALE_8, 32, 16):
-        if least and -(-height // (flag // 8)) >= least[0] and -(-width // (flag // 8)) >= least[1]:
-            return flag
-    return 0
+    return header.height, header.width, orientation
 
 
 def open_any(picture: Picture) -> Image.Image:
