@@ -17,7 +17,18 @@ OURS = ("univg_jax", "data_pipelines", "experiments")
 
 # Small rooms that any other may import. They know nothing of models, data or training.
 FOUNDATION = {
-    *("buckets", "errors", "fields", "files", "images", "pages", "progress", "settings", "trees"),
+    *(
+        "buckets",
+        "errors",
+        "fields",
+        "files",
+        "images",
+        "jpeg",
+        "pages",
+        "progress",
+        "settings",
+        "trees",
+    ),
     "version",
 }
 
@@ -31,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "fields": set(),
     "files": set(),
     "images": set(),
+    "jpeg": set(),
     "pages": set(),
     "progress": set(),
     "settings": set(),
