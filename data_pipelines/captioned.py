@@ -32,6 +32,8 @@ def record(picture: Any, captions: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     kinds: dict[str, str] = {}
     for kind, value in captions:
         for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, Mapping) and "raw" in text:  # of Karpathy's sentences
+                text = text["raw"]
             if text := text_of(text):
                 kinds.setdefault(text, kind)
     if not kinds:

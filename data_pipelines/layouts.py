@@ -44,8 +44,14 @@ def look_at(source: str) -> Layout:
     packed = [name for name in names if archives.is_archive(name)]
     pictures = [name for name in names if name.lower().endswith(archives.IMAGE_SUFFIXES)]
     described = {stem(name) for name in pictures} | {archives.without_suffix(n) for n in packed}
-    described |= {os.path.dirname(name) for name in pictures}  # 00000.parquet of 00000/
-    found = [name for name in names if _is_table(name) and stem(name) not in described]
+    folders = {os.path.dirname(name) for name in pictures}
+    found = [
+        name
+        for name in names
+        if _is_table(name)
+        and stem(name) not in described
+        and not (stem(name) in folders and name.endswith(".parquet"))  # img2dataset's
+    ]
     if packed and not found:
         return Layout("archives", source, packed)
     if found:

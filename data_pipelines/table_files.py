@@ -3,14 +3,11 @@
 `data_pipelines.tables` puts several files together and is what readers use.
 """
 
-import codecs
 import contextlib
-import csv
 import dataclasses
 import functools
 import gzip
 import io
-import itertools
 import json
 import os
 import zlib
@@ -20,10 +17,9 @@ from typing import Any, Protocol, runtime_checkable
 from univg_jax.errors import NotFoundError, UserError, needs_extra, quote
 
 PART_ROWS = 2000
-MAX_LINE_BYTES = 2**26  # pictures come in lines, too, as base64
 MAX_JSON_BYTES = 2**30
 _BATCH_BYTES = 2**25  # of a parquet file at a time
-_PEEK_ROWS, _PEEK_BYTES = 20, 2**20
+PEEK_ROWS = 20
 
 Row = dict[str, Any]
 
@@ -63,11 +59,12 @@ class Format(Protocol):
 
 
 def suffix_of(file: str) -> str:
+    """The suffix of a table's name, in lower case and without that of gzip."""
     return os.path.splitext(file.lower().removesuffix(".gz"))[1]
 
 
 @contextlib.contextmanager
-def _opened(file: str) -> Iterator[io.BufferedIOBase]:
+def opened(file: str) -> Iterator[io.BufferedIOBase]:
     """A file, unpacked if it is gzip. What is wrong with it is a UserError with its name."""
     if not os.path.isfile(file):
         raise NotFoundError(f"{file} is not a file")
@@ -82,147 +79,8 @@ def _opened(file: str) -> Iterator[io.BufferedIOBase]:
         raise UserError(f"{file} cannot be read: {error}") from error
 
 
-class _Lines:
-    """A file of lines, some of which are a record together."""
-
-    def __init__(self, file: str, what: str):
-        self.file, self.what = file, what
-
-    def parts(self) -> Iterator[Part]:
-        count = start = 0
-        with _opened(self.file) as file:
-            source = _Source(file, self.file, self._start(file))
-            start = source.position
-            for _ in self._records(source):
-                count += 1
-                if count == PART_ROWS:
-                    yield Part(self.file, 0, count, start)
-                    count, start = 0, source.position
-        if count:
-            yield Part(self.file, 0, count, start)
-
-    def rows(self, part: Part, columns: Sequence[str] | None) -> Iterator[Row | UserError]:
-        with _opened(self.file) as file:
-            self._start(file)  # also checks a file that has changed
-            file.seek(part.start)
-            yield from map(self._row, self._records(_Source(file, self.file, part.start)))
-
-
-class _Source:
-    """Lines as text, and the byte where the next one begins. What is not UTF-8 is surrogates."""
-
-    def __init__(self, file: io.BufferedIOBase, name: str, start: int = 0):
-        self._file, self._name, self.position = file, name, start
-        file.seek(start)
-
-    def __iter__(self) -> Iterator[str]:
-        while line := self._file.readline(MAX_LINE_BYTES + 1):
-            if len(line) > MAX_LINE_BYTES:
-                raise UserError(f"{self._name} has a line of more than {MAX_LINE_BYTES} bytes")
-            self.position += len(line)
-            yield line.decode("utf-8", "surrogateescape")
-
-
-def _after_mark(file: io.BufferedIOBase) -> int:
-    """Where the text begins: after a byte order mark."""
-    file.seek(0)
-    start = file.read(3)
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{file.name} is in UTF-16: expected UTF-8")
-    return 3 if start == codecs.BOM_UTF8 else 0
-
-
-def _check_utf8(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError("the row is not in UTF-8") from None
-
-
-class JsonLines(_Lines):
-    def columns(self) -> list[str]:
-        with _opened(self.file) as file:
-            source = _Source(file, self.file, self._start(file))
-            rows = [*map(self._row, itertools.islice(self._records(source), _PEEK_ROWS))]
-        if not any(isinstance(row, dict) for row in rows):
-            why = rows[0] if rows else "it is empty"
-            raise UserError(
-                f"{self.file} has no lines of JSON objects, expected {self.what}: {why}"
-            )
-        return list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
-
-    def _start(self, file: io.BufferedIOBase) -> int:
-        return _after_mark(file)
-
-    def _records(self, source: _Source) -> Iterator[str]:
-        return (line for line in source if line.strip())
-
-    def _row(self, line: str) -> Row | UserError:
-        try:
-            _check_utf8(line)
-            return _object(_parse(line))
-        except UserError as error:
-            return error
-
-
-class Csv(_Lines):
-    def __init__(self, file: str, what: str, header: tuple[str, ...]):
-        super().__init__(file, what)
-        self._delimiter = "\t" if suffix_of(file) == ".tsv" else ","
-        self._given = self._names = header
-
-    def columns(self) -> list[str]:
-        with _opened(self.file) as file:
-            self._start(file)
-        return list(self._names)
-
-    def _start(self, file: io.BufferedIOBase) -> int:
-        start = _after_mark(file)
-        if self._given:
-            return start
-        source = _Source(file, self.file, start)
-        first = next(self._records(source), None)
-        if not first or isinstance(first, UserError):
-            raise UserError(f"{self.file} has no header of columns, expected {self.what}")
-        self._names = tuple(name.strip() for name in first)
-        with_twice = [name for name in self._names if self._names.count(name) > 1]
-        try:
-            _check_utf8("".join(self._names))
-        except UserError:
-            with_twice = ["that is not in UTF-8"]
-        if with_twice:
-            raise UserError(
-                f"{self.file} has the column {quote(with_twice[0])} twice in its header"
-            )
-        return source.position
-
-    def _records(self, source: _Source) -> Iterator[list[str] | UserError]:
-        csv.field_size_limit(MAX_LINE_BYTES)
-        reader = csv.reader(iter(source), delimiter=self._delimiter)
-        while True:
-            try:
-                record = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                record = UserError(f"the row is not csv: {error}")
-            if record:  # not a blank line
-                yield record
-
-    def _row(self, record: list[str] | UserError) -> Row | UserError:
-        if isinstance(record, UserError):
-            return record
-        names = self._names
-        if len(record) != len(names):
-            return UserError(f"the row has {len(record)} fields, the header {len(names)}")
-        try:
-            _check_utf8("".join(record))
-        except UserError as error:
-            return error
-        return dict(zip(names, record, strict=True))
-
-
-def _parse(text: str) -> Any:
+def parse(text: str) -> Any:
+    """What JSON says. Raises UserError, which names no file."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -231,42 +89,31 @@ def _parse(text: str) -> Any:
         raise UserError(f"it is not JSON: {error}") from None
 
 
-def _object(value: Any) -> Row:
+def object_of(value: Any) -> Row:
+    """The value as a row. Raises UserError if it is no object."""
     if not isinstance(value, dict):
         raise UserError(f"the row is a {type(value).__name__}: expected a JSON object")
     return value
 
 
-def is_json_lines(file: str) -> bool:
-    """Whether a `.json` holds an object a line: the first line is one, and another one follows."""
-    with _opened(file) as opened:
-        opened.seek(_after_mark(opened))
-        first = opened.readline(_PEEK_BYTES)
-        if not first.endswith(b"\n") or not first.lstrip().startswith(b"{"):
-            return False
-        second = opened.read(_PEEK_BYTES).lstrip()
-    with contextlib.suppress(ValueError, RecursionError):
-        return second.startswith(b"{") and isinstance(json.loads(first), dict)
-    return False
-
-
 @functools.lru_cache(maxsize=1)
 def _load_json(file: str, key: str, what: str, changed: tuple[int, int]) -> list[Any] | Row:
     """The rows of a JSON file: a list, or a dict of lists that are its columns."""
-    with _opened(file) as opened:
-        content = opened.read(MAX_JSON_BYTES + 1)
+    with opened(file) as source:
+        content = source.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
         raise UserError(
             f"{file} has more than {MAX_JSON_BYTES} bytes of JSON: write an object a line (.jsonl)"
         )
     try:
-        value = _parse(content.decode("utf-8-sig"))
+        value = parse(content.decode("utf-8-sig"))
     except UserError as error:
         raise UserError(f"{file}: {error}; expected {what}") from None
     except UnicodeDecodeError:
         raise UserError(f"{file} is not in UTF-8; expected {what}") from None
     if isinstance(value, dict):
-        value = value.get(key) if key else _rows_within(value, file, what)
+        value = _rows_within(value, file, what) if not key else value.get(key)
+        value = None if key and isinstance(value, dict) else value
     if not isinstance(value, list | dict):
         named = f" named {quote(key)}" if key else ""
         raise UserError(f"{file} has no list{named} of rows; expected {what}")
@@ -274,8 +121,11 @@ def _load_json(file: str, key: str, what: str, changed: tuple[int, int]) -> list
 
 
 def _rows_within(value: Row, file: str, what: str) -> list[Any] | Row | None:
+    """The rows of an object: its one list, what COCO's two say together, columns, or by name."""
     lists = {name: one for name, one in value.items() if isinstance(one, list)}
     rows = {name: one for name, one in lists.items() if one and isinstance(one[0], dict)}
+    if {"images", "annotations"} <= rows.keys() and "caption" in rows["annotations"][0]:
+        return _with_captions(rows["images"], rows["annotations"])
     if len(rows) == 1:
         return next(iter(rows.values()))
     if rows:
@@ -285,20 +135,36 @@ def _rows_within(value: Row, file: str, what: str) -> list[Any] | Row | None:
         if len(set(lengths.values())) > 1:
             raise UserError(f"{file} has columns of different lengths: {quote(lengths, 200)}")
         return lists
+    if value and all(isinstance(one, dict) for one in value.values()):
+        return [{"file_name": name, **one} for name, one in value.items()]
     return None
+
+
+def _with_captions(images: list[Any], annotations: list[Any]) -> list[Any]:
+    """The rows of COCO's pictures, each with its `captions`."""
+    captions: dict[Any, list[Any]] = {}
+    for one in annotations:
+        if isinstance(one, dict) and isinstance(one.get("image_id"), int | str):
+            captions.setdefault(one["image_id"], []).append(one.get("caption"))
+    return [
+        {**one, "captions": captions.get(one.get("id"), [])}
+        if isinstance(one, dict) and isinstance(one.get("id"), int | str)
+        else one
+        for one in images
+    ]
 
 
 class Json:
     def __init__(self, file: str, what: str, key: str):
-        with _opened(file) as opened:
-            stat = os.fstat(opened.fileno())
+        with opened(file) as source:
+            stat = os.fstat(source.fileno())
         self.file = file
         self._value = _load_json(file, key, what, (stat.st_mtime_ns, stat.st_size))
 
     def columns(self) -> list[str]:
         if isinstance(self._value, dict):
             return list(self._value)
-        rows = [row for row in self._value[:_PEEK_ROWS] if isinstance(row, dict)]
+        rows = [row for row in self._value[:PEEK_ROWS] if isinstance(row, dict)]
         return list(dict.fromkeys(name for row in rows for name in row))
 
     def parts(self) -> Iterator[Part]:
@@ -313,7 +179,7 @@ class Json:
                 yield {name: values[k] for name, values in self._value.items()}
                 continue
             try:
-                yield _object(self._value[k])
+                yield object_of(self._value[k])
             except UserError as error:
                 yield error
 

@@ -24,17 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines import archives
-from data_pipelines.table_files import (
-    Csv,
-    Format,
-    Json,
-    JsonLines,
-    Parquet,
-    Part,
-    Row,
-    is_json_lines,
-    suffix_of,
-)
+from data_pipelines.table_files import Format, Json, Parquet, Part, Row, suffix_of
+from data_pipelines.table_lines import Csv, JsonLines, is_json_lines
 from univg_jax.errors import NotFoundError, UserError, quote, suggestion
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".json")  # the first there are wins

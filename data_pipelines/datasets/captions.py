@@ -39,6 +39,7 @@ PICTURES = (
 ADDRESSES = ("url", "image_url", "image_urls")
 KINDS = {
     **dict.fromkeys(("caption", "text", "captions", "txt", "sentence"), "original"),
+    **dict.fromkeys(("sentences", "comment"), "original"),
     **dict.fromkeys(("description", "raw_caption", "raw_text"), "original"),
     "caption_reference_description": "original",
     "caption_attribution_description": "attribution",
@@ -65,6 +66,7 @@ class Options(BaseOptions):
     captions: tuple[str, ...] = setting(
         (), "columns or suffixes of captions, each NAME or NAME=KIND; none: by their usual names"
     )
+    columns: tuple[str, ...] = setting((), "names of the columns of a csv or tsv without a header")
     folder: str = setting(
         "", "folder, zip or tar of the pictures that a table names; none: beside it", is_path=True
     )
@@ -90,6 +92,7 @@ class Captions:
     files: Mapping[str, tuple[str, ...]]
     image: str = ""
     captions: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     folder: str = ""
     fields: tuple[str, ...] = captioned.FIELDS
 
@@ -106,7 +109,8 @@ class Captions:
         files = self.files[split]
         if self.form == "archives":
             return files
-        table = open_table(files, what="rows with a picture and its captions")
+        what = "rows with a picture and its captions"
+        table = open_table(files, what=what, columns=self.columns)
         picture = self._picture_column(table)
         rows = table.parts()
         self._check_first_rows(table, picture, rows)
@@ -123,42 +127,57 @@ class Captions:
         else:
             samples = captioned.samples(part)
             prefix = archives.without_suffix(os.path.relpath(part, self.root or ".")) + "/"
+        has_pictures, others = False, ""
         for key, sample in samples:
+            has_pictures = has_pictures or captioned.picture_suffix(sample) is not None
+            others = others or f"{key}.{next(iter(sample))}"
             yield Entry(key=prefix + key, raw=sample, ids=(key, os.path.basename(key)))
+        if not has_pictures:
+            raise UserError(
+                f"{part} has no pictures in it, but {quote(others)}: expected samples such as "
+                "1.jpg and 1.txt; a table in an archive must be unpacked"
+            )
 
-    def make(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+    def make(self, raw: Any) -> dict[str, Any]:
         """The picture with its captions. Raises UserError where either is missing."""
-        is_sample = self.form != "table"
-        row = captioned.row_of(raw) if is_sample else raw
-        status = row.get("status", _DONE)
-        if status not in (_DONE, None, ""):
-            raise UserError(f"its status is {quote(status)}: it was not downloaded")
-        picture = self._picture_suffix(raw) if is_sample else row["."]
-        return captioned.record(picture, self._captions_of(row))
+        if self.form == "table":
+            picture, rows = raw
+        else:
+            picture, rows = None, [captioned.row_of(raw)]
+        for row in rows:
+            if (status := row.get("status")) not in (_DONE, None, ""):
+                raise UserError(f"its status is {quote(status)}: it was not downloaded")
+        if self.form != "table":
+            picture = self._picture_of(raw)
+        found = [pair for row in rows for pair in self._captions_of(row)]
+        return captioned.record(picture, found)
 
     # Tables
 
     def _rows(self, picture: str, part: tables.Part) -> Iterator[Entry]:
-        table = open_table(part.file)
+        table = open_table(part.file, columns=self.columns)
         columns = None
         if part.file.endswith(".parquet"):  # the others need not be read
             named = {item.partition("=")[0].partition(".")[0] for item in self.captions}
             wanted = {picture, *named, *NAMES, "status", *(() if named else KINDS)}
             columns = [name for name in table.columns if {name, name.lower()} & wanted]
         store = self._store(part.file)
-        for number, row in table.rows(part, columns):
-            key = f"{number:09d}"
-            if isinstance(row, UserError):
-                yield Entry(key=key, raw=row)
+        for name, group in itertools.groupby(
+            table.rows(part, columns), key=functools.partial(_name_of, picture)
+        ):
+            # Rows of one picture that follow one another are its captions.
+            numbers, rows = zip(*group, strict=True)
+            key = f"{numbers[0]:09d}"
+            if isinstance(rows[0], UserError):
+                yield Entry(key=key, raw=rows[0])
                 continue
-            names = {name: value for name, value in row.items() if name.lower() in NAMES}
+            names = {n: value for n, value in rows[0].items() if n.lower() in NAMES}
             ids = [str(value) for value in names.values() if isinstance(value, str | int)]
-            value = row.pop(picture, None)
-            path = value.get("path") if isinstance(value, Mapping) else value
-            if isinstance(path, str) and len(path) < 1000:
-                ids += [path, os.path.basename(path)]
-            row["."] = _picture(value, picture, store, number)
-            yield Entry(key=key, raw=row, ids=tuple(ids))
+            if isinstance(name, str):
+                ids += [name, os.path.basename(name)]
+            found = _picture(rows[0].get(picture), picture, store, numbers[0])
+            others = [{n: row[n] for n in row if n != picture} for row in rows]
+            yield Entry(key=key, raw=(found, others), ids=tuple(ids))
 
     def _store(self, file: str) -> archives.Store:
         path = self.folder or os.path.dirname(file) or "."
@@ -210,7 +229,7 @@ class Captions:
 
     # Samples
 
-    def _picture_suffix(self, sample: Mapping[str, bytes | UserError]) -> bytes | UserError:
+    def _picture_of(self, sample: Mapping[str, bytes | UserError]) -> bytes | UserError:
         suffix = self.image.lower().lstrip(".") or captioned.picture_suffix(sample)
         if suffix not in sample:
             raise UserError(
@@ -232,6 +251,14 @@ class Captions:
             kind = kind or KINDS.get(name.lower().rpartition(".")[2], "original")
             found.append((kind, _within(row, name.lstrip("."))))
         return found
+
+
+def _name_of(picture: str, numbered: tuple[int, Any]) -> Any:
+    """The name of a row's picture; for what has none, something that no other row has."""
+    number, row = numbered
+    value = row.get(picture) if isinstance(row, dict) else None
+    value = value.get("path") if isinstance(value, Mapping) and not value.get("bytes") else value
+    return value if isinstance(value, str) and 0 < len(value) < 1000 else number
 
 
 def _within(row: Mapping[str, Any], name: str) -> Any:
@@ -307,6 +334,7 @@ def open_dataset(options: Options) -> dict[str, Native]:
         files=files,
         image=options.image,
         captions=options.captions,
+        columns=options.columns,
         folder=options.folder,
     )
     return {"captions": native}

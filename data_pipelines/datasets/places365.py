@@ -112,6 +112,8 @@ def open_dataset(options: Options) -> dict[str, Native]:
     if not sources:  # the folder of one split, such as data_256 itself
         parent, base = os.path.split(os.path.abspath(source))
         sources = {split: found for split in _NAMES if (found := _find(parent, [base], split))}
+    if not sources and archives.is_archive(source):
+        sources = {TRAIN: (source,)}
     if not sources:
         raise NotFoundError(f"{source} has no pictures: expected {WHAT}")
     lists = tuple(path for name in (_LIST, _CATEGORIES) for path in _lists(folder, name)[:1])

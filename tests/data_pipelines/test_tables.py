@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import archives, table_files
+from data_pipelines import archives, table_files, table_lines
 from data_pipelines.tables import get, open_table, picture_bytes, text_of
 from univg_jax.errors import NotFoundError, UserError
 
@@ -89,7 +89,8 @@ def write(path, content):
 @pytest.mark.parametrize("rows_a_part", [1, 2, 2000])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_rows(form, rows_a_part, tmp_path, monkeypatch):
-    monkeypatch.setattr(table_files, "PART_ROWS", rows_a_part)
+    for module in (table_files, table_lines):
+        monkeypatch.setattr(module, "PART_ROWS", rows_a_part)
     table = open_table(write(tmp_path / form, FORMS[form](ROWS)))
     assert table.columns == ("file_name", "text", "country")
     assert read(table) == ROWS
@@ -197,6 +198,26 @@ def test_a_list_of_a_json_file_can_be_chosen(tmp_path):
     assert read(open_table(path, key="b")) == [{"x": 2}]
     with pytest.raises(UserError, match="no list named 'c'"):
         read(open_table(path, key="c"))
+
+
+def test_what_coco_says_of_captions_is_put_together(tmp_path):
+    images = [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}, 3]
+    annotations = [{"image_id": 2, "caption": "b"}, {"image_id": 2, "caption": "c"}, {"caption": 1}]
+    value = {"info": {}, "images": images, "annotations": annotations}
+    rows = read(open_table(write(tmp_path / "a.json", json.dumps(value).encode())))
+    assert [row.get("captions") for row in rows[:2]] == [[], ["b", "c"]]
+    assert isinstance(rows[2], UserError)
+    path = write(tmp_path / "b.json", b'{"1.jpg": {"text": "a"}, "2.jpg": {"text": "b"}}')
+    assert read(open_table(path)) == [
+        {"file_name": "1.jpg", "text": "a"},
+        {"file_name": "2.jpg", "text": "b"},
+    ]
+
+
+@pytest.mark.parametrize("mark", [",", ";", "|", "\t"])
+def test_other_marks_between_columns_are_found(mark, tmp_path):
+    content = csv_bytes(ROWS, mark)
+    assert read(open_table(write(tmp_path / "a.csv", content))) == ROWS
 
 
 @given(data=st.data())

@@ -76,6 +76,53 @@ def test_rows_can_be_excluded_by_names_and_ids(tmp_path):
     assert "http://static.flickr.com/26/2_b.jpg?zz=1" in entries[2].ids
 
 
+def test_rows_of_one_picture_are_its_captions(tmp_path):
+    """As in Flickr30k's table, whose columns are parted by pipes."""
+    write_file(
+        tmp_path / "results.csv",
+        "image_name| comment_number| comment\n"
+        + "".join(f"{k}.jpg| {n}|  the {n}. of {k} .\n" for k in range(2) for n in range(3)),
+    )
+    for k in range(2):
+        write_file(tmp_path / f"{k}.jpg", picture(k))
+    found = good(read(DATASET, {"source": str(tmp_path)}))
+    assert {key: record["captions"] for key, record in found.items()} == {
+        f"00000000{3 * k}": [f"the {n}. of {k} ." for n in range(3)] for k in range(2)
+    }
+
+
+def test_a_table_without_a_header_is_read_by_names_of_its_columns(tmp_path):
+    write_file(tmp_path / "cc3m.tsv", "a dog\thttp://a.b/1.jpg?x=2\na cat\thttp://a.b/2.jpg\n")
+    for k in (1, 2):
+        write_file(tmp_path / "images" / f"{k}.jpg", picture(k))
+    options = {"source": str(tmp_path / "cc3m.tsv"), "folder": str(tmp_path / "images")}
+    found = good(read(DATASET, {**options, "columns": ("caption", "url")}))
+    assert [record["captions"] for record in found.values()] == [["a dog"], ["a cat"]]
+
+
+def test_captions_of_coco_are_read(tmp_path):
+    images = [{"id": k, "file_name": f"COCO_{k}.jpg", "license": 1} for k in range(2)]
+    pairs = [(n, k) for n in (1, 2) for k in (0, 1)]
+    annotations = [{"image_id": k, "id": n, "caption": f"{n} of {k}\n"} for n, k in pairs]
+    value = {"info": {}, "images": images, "annotations": annotations, "licenses": [{"id": 1}]}
+    write_file(tmp_path / "captions_val2014.json", json.dumps(value))
+    for k in range(2):
+        write_file(tmp_path / "val2014" / f"COCO_{k}.jpg", picture(k))
+    source = str(tmp_path / "captions_val2014.json")
+    options = {"source": source, "folder": str(tmp_path / "val2014")}
+    found = good(read(DATASET, options))
+    assert [record["captions"] for record in found.values()] == [
+        ["1 of 0", "2 of 0"],
+        ["1 of 1", "2 of 1"],
+    ]
+
+
+def test_a_table_in_an_archive_is_to_be_unpacked(tmp_path):
+    write_tar(tmp_path / "sbu.tar.gz", {"sbu-captions-all.json": '{"captions": []}'}, "w:gz")
+    with pytest.raises(UserError, match=r"has no pictures in it, but 'sbu-captions-all\.json'"):
+        read(DATASET, {"source": str(tmp_path / "sbu.tar.gz")})
+
+
 def test_splits_are_told_by_names(tmp_path):
     assert counts(DATASET, native.imagefolder(tmp_path)) == {"train": 3, "test": 2}
     assert counts(DATASET, {"source": str(tmp_path / "test")}) == {"train": 2}
