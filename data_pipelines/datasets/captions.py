@@ -360,5 +360,5 @@ DATASET = Dataset(
         "null, empty and `None` captions are none; HTML in alt texts is removed",
         "splits are told by names (train-00000.parquet, val/...), else all is train: use hold_out",
     ),
-    example="--source=laion/*.tar --out=data",
+    example="--source=laion --out=data",
 )
