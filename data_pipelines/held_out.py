@@ -17,7 +17,7 @@ from data_pipelines.collate import Collator, Row
 from data_pipelines.order import host_rows
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.reader import SKIPPED, DamagedRecord, Reader, UnsuitableRecord
-from data_pipelines.sources import Source, open_source
+from data_pipelines.sources import Source, open_sources
 from data_pipelines.transforms import Record
 from univg_jax.batch import Batch
 from univg_jax.buckets import Shape
@@ -78,12 +78,10 @@ class HeldOut(Sequence):
     ):
         self.task = check_name(task, config.tasks, what="task of this config")
         self._seed, self._hosts = seed, hosts
-        opened = dict(sources or {})
-        for name in config.tasks[task].source_names:
-            if name not in opened:
-                opened[name] = open_source(name, split, data_dir=config.data.dir)
+        names = config.tasks[task].source_names
+        opened = open_sources(names, split, data_dir=config.data.dir, given=sources)
         self.shapes = tuple(shapes) or (collator.shape.size,)
-        self._sources = [opened[name] for name in config.tasks[task].source_names]
+        self._sources = [opened[name] for name in names]
         # Of each shape, a reader of each source.
         self._readers = [
             [

@@ -20,7 +20,7 @@ from data_pipelines import buckets, order
 from data_pipelines.collate import Collator, Drop, Row
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.reader import SKIPPED, DamagedRecord, Reader
-from data_pipelines.sources import Source, open_source
+from data_pipelines.sources import Source, open_sources
 from data_pipelines.tasks import TASKS
 from univg_jax import settings
 from univg_jax.batch import Batch, BatchShape
@@ -66,16 +66,18 @@ def components(
     """
     for name in task_settings:
         check_name(name, TASKS, what="task")
-    opened = dict(sources or {})
+    used = [task for task in task_settings.values() if task.weight]
+    names = dict.fromkeys(name for task in used for name in task.source_names)
+    # With its fingerprint, which `Stream` needs, while its files are open.
+    opened = open_sources(
+        names, "train", data_dir=data_dir, given=sources, then=lambda found: found.fingerprint()
+    )
     result = []
     for name in (name for name in TASKS if name in task_settings):
         task = task_settings[name]
         if task.weight == 0:
             _logger.info("task %r has weight 0 and is left out", name)
             continue
-        for source in task.source_names:
-            if source not in opened:
-                opened[source] = open_source(source, "train", data_dir=data_dir)
         weights = task.sources
         if not isinstance(weights, Mapping):
             weights = {source: len(opened[source]) for source in task.sources}

@@ -6,17 +6,17 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from google.protobuf import message
 from jaxtyping import UInt
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines import records, tfds_folder
+from data_pipelines.tfds_folder import in_parallel
 from data_pipelines.transforms import Record
 from univg_jax.errors import NotFoundError, UserError, suggestion
 from univg_jax.images import size_of
@@ -24,6 +24,7 @@ from univg_jax.progress import Bar
 
 HASHED_WHOLE = 64 * 2**20  # bytes of a split, up to which its fingerprint reads all records
 NUM_HASHED = 1024  # records of a larger split
+_SOURCES_AT_ONCE = 8
 SIZES = "{}.sizes.npy"  # the index of the sizes of a split, beside its shards
 
 Sizes = UInt[np.ndarray, "n 2"]
@@ -88,7 +89,7 @@ class TfdsSource:
         self.name, self._split = name, split
         # A scale is no field of its own: `records.decode` has it in `depth`.
         self.fields = tuple(name for name in split.features if name != "depth_scale")
-        self._data = ArrayRecordDataSource(split.shards)
+        self._data = split.records
 
     def fingerprint(self) -> str:
         """A checksum of the number of records, and of what is stored in them.
@@ -101,18 +102,23 @@ class TfdsSource:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        count, total = len(self), sum(s.path.stat().length for s in self._split.shards)
+        count = len(self)
+        total = sum(in_parallel(lambda shard: shard.path.stat().length, self._split.shards))
         digest = hashlib.blake2b(b"%d" % count, digest_size=16)
         hashed = count if total <= HASHED_WHOLE else min(count, NUM_HASHED)
-        for index in np.linspace(0, count - 1, hashed).astype(int).tolist():
-            try:
-                # A record is a map, whose order in the file is another one in each process.
-                stored = tf_example_pb2.Example.FromString(self._data[index])
-                part = stored.SerializeToString(deterministic=True)
-            except (RuntimeError, message.DecodeError):
-                part = b"damaged"
-            digest.update(b"%d " % len(part) + part)
+        spread = np.linspace(0, count - 1, hashed).astype(int)
+        for some in np.array_split(spread, max(1, hashed // NUM_HASHED)):
+            for part in in_parallel(self._canonical, some.tolist()):
+                digest.update(b"%d " % len(part) + part)
         return digest.hexdigest()
+
+    def _canonical(self, index: int) -> bytes:
+        """What is stored in a record. It is a map, whose order in the file may be any."""
+        try:
+            stored = tf_example_pb2.Example.FromString(self._data[index])
+            return stored.SerializeToString(deterministic=True)
+        except (RuntimeError, message.DecodeError):
+            return b"damaged"
 
     def __len__(self) -> int:
         return len(self._data)
@@ -152,14 +158,11 @@ class TfdsSource:
             except (RuntimeError, ValueError, KeyError, UserError):
                 return 0, 0  # whoever reads it will say what is wrong with it
 
-        found, chunk = np.zeros((len(self), 2), np.uint32), 64 * tfds_folder.THREADS
-        with (
-            concurrent.futures.ThreadPoolExecutor(tfds_folder.THREADS) as pool,
-            Bar(total=len(self), desc=f"sizes of {self.name}", unit="record") as bar,
-        ):
+        found, chunk = np.zeros((len(self), 2), np.uint32), 4096
+        with Bar(total=len(self), desc=f"sizes of {self.name}", unit="record") as bar:
             for start in range(0, len(self), chunk):
                 indices = range(len(self))[start : start + chunk]
-                found[start : start + chunk] = list(pool.map(size, indices))
+                found[start : start + chunk] = in_parallel(size, indices)
                 bar.update(len(indices))
         return found
 
@@ -200,6 +203,31 @@ def open_source(name: str, split: str, *, data_dir: str = "") -> Source:
         raise
     except OSError as error:  # no permission, a file where a folder should be, a dead disk
         raise UserError(f"cannot read the dataset {name} in {data_dir or '.'}: {error}") from None
+
+
+def open_sources(
+    names: Iterable[str],
+    split: str,
+    *,
+    data_dir: str = "",
+    given: Mapping[str, Source] | None = None,
+    then: Callable[[Source], Any] = lambda source: None,
+) -> dict[str, Source]:
+    """The datasets with these names, opened several at a time, but for those that are `given`.
+
+    `then` is called with each that was opened. Raises what `open_source` does, of the first.
+    """
+
+    def open_one(name: str) -> Source:
+        source = open_source(name, split, data_dir=data_dir)
+        then(source)
+        return source
+
+    opened = dict(given or {})
+    missing = [name for name in names if name not in opened]
+    with concurrent.futures.ThreadPoolExecutor(_SOURCES_AT_ONCE) as pool:
+        found = pool.map(open_one, missing)
+        return opened | dict(zip(missing, found, strict=True))
 
 
 def _find(name: str, data_dir: str) -> epath.Path:

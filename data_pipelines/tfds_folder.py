@@ -6,7 +6,6 @@ read when the dataset is opened, and features are made from an allow list alone.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -15,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 from etils import epath
 from google.protobuf import json_format, message
 from tensorflow_datasets.core.proto import dataset_info_pb2, feature_pb2
 
 from data_pipelines.records import FIELDS, family_features
+from data_pipelines.shards import Shard, Shards
 from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.files import read_json
 
@@ -30,25 +29,6 @@ THREADS = 64  # shards opened at a time: in a bucket each waits for the network
 
 _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shard:
-    """A file of records, in the form that `ArrayRecordDataSource` takes."""
-
-    filename: str
-    examples_in_shard: int
-    skip = 0
-
-    @property
-    def take(self) -> int:
-        """All of its records."""
-        return self.examples_in_shard
-
-    @property
-    def path(self) -> epath.Path:
-        """Where it lies."""
-        return epath.Path(self.filename)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +47,11 @@ class Split:
             for name, feature in self.features.items()
             if isinstance(feature, tfds.features.Image)
         }
+
+    @functools.cached_property
+    def records(self) -> Shards:
+        """All records, as they are stored."""
+        return Shards(self.shards)
 
     def parse(self, record: bytes) -> dict[str, Any]:
         """A record's fields in stored form (`data_pipelines.records`): images are bytes."""
@@ -99,7 +84,7 @@ def open_split(folder: epath.Path, split: str) -> Split:
     opened = Split(
         folder=folder, name=split, features=_features(folder / FEATURES), shards=splits[split]
     )
-    _in_parallel(lambda shard: _check_shard(shard, opened), opened.shards)
+    in_parallel(lambda shard: _check_shard(shard, opened), opened.shards)
     if not sum(shard.examples_in_shard for shard in opened.shards):
         raise UserError(f"split {split!r} of {folder} is empty")
     return opened
@@ -135,9 +120,7 @@ def _check_shard(shard: Shard, split: Split) -> None:
     """Raises UserError if a shard is not what `dataset_info.json` and `features.json` say."""
     if not shard.path.exists():
         raise NotFoundError(f"{shard.path} does not exist, but {INFO} names it")
-    reader = array_record_module.ArrayRecordReader(
-        shard.filename, options="readahead_buffer_size:0", file_reader_buffer_size=2**15
-    )
+    reader = split.records.reader(shard)
     if not reader.ok():
         try:
             reader.close()
@@ -146,16 +129,15 @@ def _check_shard(shard: Shard, split: Split) -> None:
             raise UserError(
                 f"{shard.path} is truncated, or no ArrayRecord file: {reason}"
             ) from None
-    with contextlib.closing(reader):
-        if (count := reader.num_records()) != shard.examples_in_shard:
-            raise UserError(
-                f"{shard.path} has {count} records, but {INFO} says {shard.examples_in_shard}: "
-                "of another dataset or build?"
-            )
-        try:
-            first = reader.read([0])[0] if count else None
-        except RuntimeError:
-            return  # one damaged record in a sound file: for whoever reads it to skip
+    if (count := reader.num_records()) != shard.examples_in_shard:
+        raise UserError(
+            f"{shard.path} has {count} records, but {INFO} says {shard.examples_in_shard}: "
+            "of another dataset or build?"
+        )
+    try:
+        first = reader.read([0])[0] if count else None
+    except RuntimeError:
+        return  # one damaged record in a sound file: for whoever reads it to skip
     try:
         is_ours = first is None or all(v is not None for v in split.parse(first).values())
     except Exception:  # whatever TFDS raises for a record without a field, or no record at all
@@ -217,9 +199,18 @@ def _class_names() -> str:
     return ", ".join(sorted(name.rpartition(".")[2] for name, _ in _KNOWN))
 
 
-def _in_parallel(function: Callable[[Shard], _T], shards: Sequence[Shard]) -> list[_T]:
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        try:
-            return list(pool.map(function, shards))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after an error, not all the others
+def in_parallel(function: Callable[[Any], _T], items: Sequence[Any]) -> list[_T]:
+    """`function` of each item, by threads that wait for files; raises what the first one did.
+
+    `function` must not call this itself: the threads are the same for all, and few.
+    """
+    # Handed out in runs: with local files, an item is done faster than a thread is told of it.
+    run = max(1, min(16, len(items) // THREADS))
+    runs = [items[start : start + run] for start in range(0, len(items), run)]
+    done = _threads().map(lambda some: [function(item) for item in some], runs)
+    return [result for results in done for result in results]
+
+
+@functools.cache
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="files")

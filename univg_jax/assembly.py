@@ -15,7 +15,7 @@ from data_pipelines.collate import Collator
 from data_pipelines.datasets import DATASETS
 from data_pipelines.held_out import HeldOut, HeldOutBatches, Hosts
 from data_pipelines.mixture import Stream
-from data_pipelines.sources import open_source
+from data_pipelines.sources import open_sources
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer, load_tokenizer
 from univg_jax import encoders, sharding, tpu
@@ -68,6 +68,9 @@ class Run:
         """
         if not num:
             return {}
+        sources = open_sources(
+            _source_names(self.config), "validation", data_dir=self.config.data.dir
+        )
         hosts = Hosts(index=jax.process_index(), count=jax.process_count(), agree=most_of_all)
         return {
             name: HeldOutBatches(
@@ -79,6 +82,7 @@ class Run:
                     collator=self.collator,
                     shapes=self.stream.shapes if in_buckets else (),
                     hosts=hosts,
+                    sources=sources,
                 ),
                 batch_size=batch_size,
                 collator=self.collator,
@@ -251,9 +255,13 @@ def check_data(config: Config, split: str) -> None:
 
     Raises UserError (NotFoundError) with the file that is missing or not what it should be.
     """
+    open_sources(_source_names(config), split, data_dir=config.data.dir)
+
+
+def _source_names(config: Config) -> list[str]:
+    """The sources that have a weight, each once."""
     tasks = [task for task in config.tasks.values() if task.weight]
-    for name in {name: None for task in tasks for name in task.source_names}:
-        open_source(name, split, data_dir=config.data.dir)
+    return list(dict.fromkeys(name for task in tasks for name in task.source_names))
 
 
 def make_tokenizer(config: Config) -> Tokenizer:
