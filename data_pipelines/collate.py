@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from data_pipelines import tasks, transforms
+from data_pipelines.cache import CachedLatents, RowLatents
 from data_pipelines.sources import Source
 from data_pipelines.tasks import TASKS, Example
 from data_pipelines.tokenizer import TokenizedText, Tokenizer
-from univg_jax.batch import Batch, BatchShape
+from univg_jax.batch import Batch, BatchShape, Latents
 from univg_jax.errors import UserError
 
 # The conditions that a row goes without. Training withholds some at random (condition dropout), and
@@ -48,6 +49,7 @@ class Collator:
     tokenizer: Tokenizer
     shape: BatchShape
     caption_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    latents: CachedLatents | None = None
 
     def resized(self, height: int, width: int) -> "Collator":
         """That of batches with pictures of another size."""
@@ -98,25 +100,46 @@ class Collator:
             task=np.array([names.index(row.task) for row in rows], np.int32),
             sample_id=np.array([row.sample_id % 2**32 for row in rows], np.uint32),
             valid=np.array([row.valid for row in rows]),
+            latents=self._latents(rows),
         )
         return self.drop_conditions(batch, [row.drop for row in rows])
+
+    def _latents(self, rows: Sequence[Row]) -> Latents | None:
+        """The latents of rows; None without a cache."""
+        if self.latents is None:
+            return None
+        found = []
+        for row in rows:
+            record = f"{row.origin[0].name}[{row.origin[1]}]" if row.origin else "a picture"
+            where = f"{record} for task {row.task!r}, sample {row.sample_id}"
+            found.append(self.latents.of(row.example, task=row.task, drop=row.drop, where=where))
+        return self.latents.stack(found, height=self.shape.height, width=self.shape.width)
 
     def spec(self, batch_size: int) -> Batch:
         """The abstract batch (shapes and dtypes, no data) of `batch_size` rows.
 
-        It has `text` where the tokenizer returns the embeddings of prompts with their tokens.
+        It has `text` where the tokenizer returns the embeddings of prompts with their tokens, and
+        `latents` where the collator has them.
 
         Raises UserError if the tokenizer cannot make `shape.num_tokens` tokens.
         """
-        text = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype),
-            self._any_tag().embedding,
-        )
+
+        def spec(example: Any) -> Any:
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), example
+            )
+
+        latents = None
+        if self.latents is not None:
+            blank = RowLatents(target=None, source=None, has_source=False)
+            size = dict(height=self.shape.height, width=self.shape.width)
+            latents = spec(self.latents.stack([blank], **size))
         # Inside eval_shape, because `Batch` takes arrays only, not their shapes.
         return jax.eval_shape(
-            lambda batch, text: dataclasses.replace(batch, text=text),
+            lambda batch, text, latents: dataclasses.replace(batch, text=text, latents=latents),
             self.shape.spec(batch_size),
-            text,
+            spec(self._any_tag().embedding),
+            latents,
         )
 
     def drop_conditions(self, batch: Batch, drop: Drop | Sequence[Drop]) -> Batch:

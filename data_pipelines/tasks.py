@@ -57,6 +57,8 @@ class Task:
     # Whether caption k of several can be the text.
     suits: Callable[[Record, int], bool] = lambda record, k: True
     inputs: tuple[str, ...] = ()  # the INPUTS that a user gives
+    # Whether the source is drawn anew for every row (holes, colors): no cache then has it.
+    draws_source: bool = False
     prompt: Literal["needed", "optional", "none"] = "needed"  # whether a user gives one
     prompt_says: str = "what to paint"
     prompt_example: str = "a pig on grass"
@@ -276,6 +278,7 @@ _TASKS = (
         uses=("caption", "masks"),
         make=examples.make_inpainting,
         inputs=("image", "mask"),
+        draws_source=True,
         prompt="optional",
         prompt_says="the whole picture; without one, background is filled in",
     ),
@@ -288,6 +291,7 @@ _TASKS = (
         make=examples.make_layout,
         suits=examples.layout_suits,
         inputs=("image",),
+        draws_source=True,
         prompt_says="what to paint, with '(red block)' after what stands in that block",
         prompt_example="a pig (red block) on grass",
     ),

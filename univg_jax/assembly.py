@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from data_pipelines import fit_data
-from data_pipelines.cache import CachedTokenizer
+from data_pipelines.cache import CachedLatents, CachedTokenizer
 from data_pipelines.collate import Collator
 from data_pipelines.datasets import DATASETS
 from data_pipelines.held_out import HeldOut, HeldOutBatches, Hosts
@@ -71,7 +71,6 @@ class Run:
         sources = open_sources(
             _source_names(self.config), "validation", data_dir=self.config.data.dir
         )
-        hosts = Hosts(index=jax.process_index(), count=jax.process_count(), agree=most_of_all)
         return {
             name: HeldOutBatches(
                 HeldOut(
@@ -81,7 +80,7 @@ class Run:
                     num=num,
                     collator=self.collator,
                     shapes=self.stream.shapes if in_buckets else (),
-                    hosts=hosts,
+                    hosts=hosts(),
                     sources=sources,
                 ),
                 batch_size=batch_size,
@@ -160,6 +159,8 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
     try:
         begin_stream(config.init_from, stream, workdir=workdir)  # refuses data that has changed
         found = prepare_encoders(config, workdir, mesh)
+        if collator.latents is not None:
+            collator.latents.check(encoders.codec_identity(workdir, found.conditioner.codec))
         return Run(
             config=config,
             workdir=workdir,
@@ -178,6 +179,11 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
     except BaseException:
         lock.release()
         raise
+
+
+def hosts() -> Hosts:
+    """The processes of this run, which read held-out examples together."""
+    return Hosts(index=jax.process_index(), count=jax.process_count(), agree=most_of_all)
 
 
 def is_finished(config: Config, workdir: epath.PathLike) -> bool:
@@ -278,12 +284,28 @@ def make_tokenizer(config: Config) -> Tokenizer:
 
 
 def make_collator(config: Config) -> Collator:
-    """What makes batches of a config's shape from rows, with `make_tokenizer`."""
+    """What makes batches of a config's shape from rows, with what the config has cached.
+
+    Whether cached latents are those of the run's codec is known once there is one (`make_run`).
+    """
+    data, latents = config.data, None
+    if data.latent_cache:
+        latents = CachedLatents(
+            data.latent_cache,
+            draws_sources=draws_sources(config),
+            encode_missing=data.encode_missing,
+        )
     return Collator(
         tokenizer=make_tokenizer(config),
-        shape=BatchShape.of(config.data),
-        caption_weights=config.data.caption_weights,
+        shape=BatchShape.of(data),
+        caption_weights=data.caption_weights,
+        latents=latents,
     )
+
+
+def draws_sources(config: Config) -> bool:
+    """Whether the run trains a task whose sources are drawn at random, which no cache has."""
+    return any(task.weight and TASKS[name].draws_source for name, task in config.tasks.items())
 
 
 def prepare_encoders(config: Config, workdir: epath.PathLike, mesh: jax.sharding.Mesh) -> Encoders:
@@ -297,18 +319,25 @@ def prepare_encoders(config: Config, workdir: epath.PathLike, mesh: jax.sharding
         return encoders.load(workdir, folder=folder, mesh=mesh, skip=skip)
 
     # Without a cache, which need not have the prompts of the rows that encoders are fitted on.
-    plain = dataclasses.replace(config, data=dataclasses.replace(config.data, text_cache=""))
+    plain = uncached(config)
     parent = find_parent(config.init_from)
     return encoders.prepare(
         config.conditioning,
         workdir=workdir,
-        init_from=parent and parent.encoders_from,
+        # A cache of latents keeps the codec that it was made with.
+        init_from=(parent and parent.encoders_from) or config.data.latent_cache or None,
         images=lambda: fit_data.targets(config, collator=make_collator(plain)),
         portraits=lambda: fit_data.portraits(config, collator=make_collator(plain)),
         mesh=mesh,
         skip=skip,
         anew=not is_claimed(workdir),
     )
+
+
+def uncached(config: Config) -> Config:
+    """The config of the same run without its caches."""
+    data = dataclasses.replace(config.data, text_cache="", latent_cache="")
+    return dataclasses.replace(config, data=data)
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:

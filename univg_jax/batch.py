@@ -51,6 +51,21 @@ class Text:
 
 
 @pytree_dataclass
+class Latents:
+    """Latents of a batch's pictures, as the codec gives them.
+
+    Those that are marked missing are zeros, and encoded in the step. A mark that is None says that
+    none are missing, and then the step need not hold the encoder: it is part of the structure, so
+    that it is known when the step is compiled.
+    """
+
+    target: Float[Array, "b h w c"]
+    source: Float[Array, "b h w c"]  # zeros where the batch has no source
+    target_missing: Bool[Array, " b"] | None = None
+    source_missing: Bool[Array, " b"] | None = None
+
+
+@pytree_dataclass
 class Batch:
     """Examples of any tasks, one a row. Images are RGB in [0, 255]; `mask` is 1 = generate, 0 =
     keep; `loss_mask` is 1 where the target counts in the loss.
@@ -70,6 +85,7 @@ class Batch:
     sample_id: UInt32[Array, " b"]  # keys noise and times: position in the stream that made the row
     valid: Bool[Array, " b"]  # False = padding, counts nowhere
     text: Text | None = None  # the tokens' embeddings, if they come from a cache
+    latents: Latents | None = None  # of target and source, if they come from a cache
 
     @property
     def size(self) -> int:

@@ -1,7 +1,7 @@
 """Frozen encoders: a `Batch` -> the target latents x0 and the model's `Conditions`.
 
     x0                   = codec(target)
-    cond_latents         = codec(source), zero without a source
+    cond_latents         = codec(source), zero without a source; both may come from a cache
     mask                 = maximum of the pixels' mask over each latent cell
     text_emb, pooled_emb = text(tokens)
     face_emb             = identity(face), zero without a face
@@ -9,16 +9,18 @@
 `Conditioner` holds modules only. Their parameters travel beside it as one pytree `frozen`,
 `{'text': ..., 'codec': ..., 'identity': ...}` (the last only if there is such an encoder), so that
 its methods are pure functions for use inside jit. `univg_jax.encoders` makes both. When batches
-carry text embeddings from a cache, the text encoder's parameters may be missing.
+carry text embeddings from a cache, the text encoder's parameters may be missing. Where they carry
+latents, only the pictures that are marked missing are encoded.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int32, PyTree, UInt8
 
+from univg_jax import sharding
 from univg_jax.batch import Array, Batch, Conditions, Text
 from univg_jax.errors import UserError
 from univg_jax.images import to_float
@@ -28,6 +30,7 @@ from univg_jax.models.text import ClipText, SD3Text, SentenceText
 
 Frozen = Mapping[str, PyTree]  # 'text', 'codec', 'identity' -> the parameters of that encoder
 TextEncoder = SentenceText | ClipText | SD3Text
+Codec = PatchCodec | KLCodec
 Images = UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]  # in [0, 255], or in [-1, 1]
 
 
@@ -39,7 +42,7 @@ class Conditioner:
     """
 
     text: TextEncoder
-    codec: PatchCodec | KLCodec
+    codec: Codec
     identity: IdentityEncoder | ClipIdentity | None = None
 
     @property
@@ -69,9 +72,7 @@ class Conditioner:
 
         Raises UserError if a side is not a multiple of `downsampling`.
         """
-        images = to_float(jnp.asarray(images))
-        latents = self.codec.apply({"params": frozen["codec"]}, images, method="encode")
-        return jax.lax.stop_gradient(latents)
+        return encode_images(self.codec, frozen["codec"], images)
 
     def decode(self, frozen: Frozen, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         """Latents -> images, clipped to [-1, 1]; what is not finite stays so, as NaN."""
@@ -100,7 +101,31 @@ class Conditioner:
 
     def target_latents(self, frozen: Frozen, batch: Batch) -> Float[Array, "b h w c"]:
         """x0: what the model learns to generate."""
-        return self.encode(frozen, batch.target)
+        if (latents := batch.latents) is None:
+            return self.encode(frozen, batch.target)
+        return self._completed(frozen, latents.target, latents.target_missing, batch.target)
+
+    def source_latents(self, frozen: Frozen, batch: Batch) -> Float[Array, "b h w c"]:
+        """The latents of the sources; those of rows without a source mean nothing."""
+        if (latents := batch.latents) is None:
+            return self.encode(frozen, batch.source)
+        missing = latents.source_missing
+        missing = None if missing is None else missing & batch.has_source
+        return self._completed(frozen, latents.source, missing, batch.source)
+
+    def _completed(
+        self,
+        frozen: Frozen,
+        latents: Float[Array, "b h w c"],
+        missing: Bool[Array, " b"] | None,
+        images: Images,
+    ) -> Float[Array, "b h w c"]:
+        """`latents`, with those of the images that are `missing` encoded."""
+        if missing is None:
+            return jnp.asarray(latents)
+        missing = jnp.asarray(missing)
+        encoded = _encode_some(lambda rows: self.encode(frozen, rows), images, missing)
+        return jnp.where(missing[:, None, None, None], encoded, latents)
 
     def conditions(self, frozen: Frozen, batch: Batch) -> Conditions:
         """All that the model is conditioned on."""
@@ -116,7 +141,7 @@ class Conditioner:
             face_emb = jnp.where(batch.has_face[:, None], self.identify(frozen, batch.face), 0)
         # "No source" is a zero latent, which differs from the latent of a black image.
         has_source = batch.has_source[:, None, None, None]
-        cond_latents = jnp.where(has_source, self.encode(frozen, batch.source), 0)
+        cond_latents = jnp.where(has_source, self.source_latents(frozen, batch), 0)
         # The maximum: a cell with a single pixel to generate is generated whole.
         cells = jnp.asarray(batch.mask).reshape(b, h // f, f, w // f, f, 1)
         return Conditions(
@@ -140,6 +165,43 @@ class Conditioner:
             return self.target_latents(frozen, batch), self.conditions(frozen, batch)
 
         return jax.eval_shape(encode, frozen, batch)
+
+
+def encode_images(codec: Codec, params: PyTree, images: Images) -> Float[Array, "b h2 w2 c"]:
+    """Images -> latents of about unit variance, by a codec's module and its parameters."""
+    images = to_float(jnp.asarray(images))
+    return jax.lax.stop_gradient(codec.apply({"params": params}, images, method="encode"))
+
+
+def _encode_some(
+    encode: Callable[[Images], Float[Array, "n h2 w2 c"]],
+    images: Images,
+    chosen: Bool[Array, " b"],
+) -> Float[Array, "b h2 w2 c"]:
+    """The latents of the chosen images; those of others may be zero.
+
+    Rounds encode one row of every device, those with chosen rows first. A round without any does
+    nothing: the encoder runs as often as the device with most chosen rows needs it, and holds the
+    activations of one row.
+    """
+    b = len(images)
+    n = sharding.num_rows_at_once(b)
+    images = sharding.constrain_rows(jnp.asarray(images).reshape(n, b // n, *images.shape[1:]))
+    chosen = chosen.reshape(n, b // n)
+    order = jnp.argsort(~chosen, axis=1, stable=True)
+    take = jax.vmap(lambda rows, index: rows[index])
+
+    def one_round(_: None, index: Int32[Array, " n"]) -> tuple[None, Float[Array, "n h2 w2 c"]]:
+        rows = sharding.constrain_rows(take(images, index))
+        shape = jax.eval_shape(encode, rows)
+        latents = jax.lax.cond(
+            take(chosen, index).any(), encode, lambda _: jnp.zeros(shape.shape, shape.dtype), rows
+        )
+        return None, sharding.constrain_rows(latents)
+
+    _, latents = jax.lax.scan(one_round, None, order.T)
+    latents = take(latents.swapaxes(0, 1), jnp.argsort(order, axis=1))
+    return latents.reshape(b, *latents.shape[2:])
 
 
 def _float32(text: Text) -> Text:

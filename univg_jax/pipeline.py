@@ -350,7 +350,8 @@ def load_config(
         raise NotFoundError(f"pretrained={pretrained} is not a folder")
     stored = checkpoint.load_config(path)
     stored["sampling"] = {**stored["sampling"], **(sampling or {})}
-    stored["data"]["text_cache"] = ""  # it has the prompts of the training only
+    # A cache has the prompts and the pictures of the training only.
+    stored["data"]["text_cache"] = stored["data"]["latent_cache"] = ""
     if pretrained is not None:
         stored["conditioning"]["folder"] = pretrained
     return Config.of(stored)

@@ -102,6 +102,15 @@ class Data:
         "folder of prompts' embeddings (univg data cache): the run then holds no text encoder",
         is_path=True,
     )
+    latent_cache: str = setting(
+        "",
+        "folder of pictures' latents (univg data cache --what=latents): the step then encodes only "
+        "sources that are drawn at random",
+        is_path=True,
+    )
+    encode_missing: bool = setting(
+        False, "encode in the step the pictures that `latent_cache` lacks; False: an error"
+    )
     batch_size: int = setting(512, "rows of a step, over all devices", least=1)
     read_threads: int = setting(2, "threads of a host that read; 0: none, the loop reads", least=0)
     prefetch: int = setting(8, "batches that a host holds ready", least=0)

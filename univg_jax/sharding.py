@@ -240,6 +240,12 @@ def rows_divisible(num_rows: int) -> bool:
     return not mesh.empty and num_rows % num_row_shards(mesh) == 0
 
 
+def num_rows_at_once(num_rows: int) -> int:
+    """Inside jit: rows of a batch of `num_rows` that all devices hold if each has one of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return num_row_shards(mesh) if rows_divisible(num_rows) else 1
+
+
 def platform() -> str:
     """Inside jit: what this is compiled for, "cpu", "tpu" or "gpu".
 

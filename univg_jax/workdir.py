@@ -29,7 +29,7 @@ CHECKPOINTS, CONFIG, ENCODERS = "checkpoints", "config.json", "encoders"
 MAY_CHANGE = (
     r"train\..*",
     r"sampling\..*",
-    r"data\.(dir|read_threads|prefetch|text_cache)",
+    r"data\.(dir|read_threads|prefetch|text_cache|latent_cache|encode_missing)",
     r"mesh\..*",
     r"model\.overrides\.(remat|scan|attention)",
     r"conditioning\.folder",

@@ -1,5 +1,6 @@
 """Embeddings from a cache are those of the encoder, of the right prompt, or an error."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -7,16 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines.cache import RECORD, CachedTokenizer, prompts, write_cache
+from data_pipelines.cache import TEXT, CachedTokenizer, text_key, text_writer
 from data_pipelines.collate import Collator
-from data_pipelines.datasets import emoji_scenes
-from data_pipelines.held_out import HeldOut, HeldOutBatches
-from data_pipelines.mixture import Stream
 from data_pipelines.tasks import Example, prompt
 from data_pipelines.tokenizer import load_tokenizer
 from univg_jax.batch import BatchShape, Text
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError
-from univg_jax.settings import Config
 
 TOKENIZER = load_tokenizer()
 NUM_TOKENS = 12
@@ -34,12 +31,22 @@ def embed(tokens, text_mask) -> Text:
     return Text(emb=emb.astype(np.float32), mask=text_mask, pooled=emb.sum(1).astype(np.float32))
 
 
+def write_cache(folder, rows, **options) -> int:
+    """The whole of a build: every row once, and the record."""
+    writer = text_writer(folder, **options)
+    for key, row in {text_key(row): row for row in rows}.items():
+        if key not in writer.done:
+            writer.add(key, row)
+    writer.flush()
+    return writer.finish()
+
+
 def write(folder) -> None:
     """Six prompts in files of four, in batches of two."""
     rows = [TOKENIZER(text, NUM_TOKENS) for text in TEXTS]
     row_bytes = NUM_TOKENS * (2 * 4 + 1) + 2 * 4 + 16 + 4
     options = dict(embed=embed, identity=IDENTITY, batch_size=2, file_bytes=4 * row_bytes)
-    assert write_cache(folder, rows, **options) == 6
+    assert write_cache(folder, rows, **options) == len(TEXTS)
     assert len(list(folder.glob("*.safetensors"))) == 2
 
 
@@ -101,7 +108,7 @@ def test_what_is_missing_stale_or_unfinished_is_an_error(folder, tmp_path):
     part.write_bytes(part.read_bytes()[:-8])
     with pytest.raises(UserError, match=r"00001\.safetensors is not a readable part"):
         CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
-    record = (folder / RECORD).read_text()
+    record = (folder / TEXT.record).read_text()
     for damaged, message in {
         record[:40]: "is not JSON",
         "[]": "is not a JSON object",
@@ -111,7 +118,7 @@ def test_what_is_missing_stale_or_unfinished_is_an_error(folder, tmp_path):
             dict(identity=IDENTITY, files=["00000.safetensors"])
         ): "no checksums: an earlier",
     }.items():
-        (folder / RECORD).write_text(damaged)
+        (folder / TEXT.record).write_text(damaged)
         with pytest.raises(UserError, match=message):
             CachedTokenizer(TOKENIZER, folder, identity=IDENTITY)
 
@@ -127,7 +134,7 @@ def test_no_flipped_bit_is_read_back(folder):
         for _ in range(60):
             flipped = bytearray(content)
             # Half of them in the header of a part, which is small beside its rows.
-            end = header if file.name != RECORD and rng.random() < 0.5 else len(content)
+            end = header if file.name != TEXT.record and rng.random() < 0.5 else len(content)
             flipped[rng.integers(end)] ^= 1 << rng.integers(8)
             file.write_bytes(flipped)
             try:
@@ -159,14 +166,65 @@ def test_an_embedding_that_is_not_finite_is_never_written(tmp_path, field, value
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_build_leaves_no_cache(tmp_path):
-    def killed(tokens, text_mask):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("after", range(4))
+def test_a_killed_build_leaves_no_cache_and_goes_on_to_the_same_bytes(folder, tmp_path, after):
+    rows, calls = [TOKENIZER(text, NUM_TOKENS) for text in TEXTS], []
+    row_bytes = NUM_TOKENS * (2 * 4 + 1) + 2 * 4 + 16 + 4
+    options = dict(identity=IDENTITY, batch_size=2, file_bytes=4 * row_bytes)
 
-    rows = [dataclasses.replace(TOKENIZER(TEXTS[0], NUM_TOKENS))]
-    with pytest.raises(KeyboardInterrupt):
-        write_cache(tmp_path, rows, embed=killed, identity=IDENTITY)
-    assert not (tmp_path / RECORD).exists()
+    def killed(tokens, text_mask):
+        if len(calls) == min(after, 3):
+            raise KeyboardInterrupt
+        calls.append(len(tokens))
+        return embed(tokens, text_mask)
+
+    if after < 3:  # the whole takes three calls
+        with pytest.raises(KeyboardInterrupt):
+            write_cache(tmp_path / "new", rows, embed=killed, **options)
+        with pytest.raises(NotFoundError, match="not a finished cache"):
+            CachedTokenizer(TOKENIZER, tmp_path / "new", identity=IDENTITY)
+    with (
+        pytest.raises(UserError, match="left of an unfinished cache")
+        if after >= 2
+        else (contextlib.nullcontext())
+    ):
+        if after == 3:
+            write_cache(tmp_path / "new", rows, embed=killed, **options)
+            (tmp_path / "new" / TEXT.record).unlink()
+        text_writer(tmp_path / "new", embed=embed, identity=dict(kind="clip"))
+    calls.clear()
+
+    def counted(tokens, text_mask):
+        calls.append(len(tokens))
+        return embed(tokens, text_mask)
+
+    write_cache(tmp_path / "new", rows, embed=counted, **options)
+    assert len(calls) == {0: 3, 1: 3, 2: 1, 3: 0}[after]  # what was written is not embedded again
+    for path in folder.iterdir():
+        assert (tmp_path / "new" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_processes_write_one_cache_and_others_may_go_on(folder, tmp_path):
+    rows = {text_key(row): row for row in (TOKENIZER(text, NUM_TOKENS) for text in TEXTS)}
+    options = dict(embed=embed, identity=IDENTITY, batch_size=2, file_bytes=1)
+    for count, chosen in ((2, slice(0, 4)), (3, slice(4, 6))):  # the first two were killed
+        share = [
+            text_writer(tmp_path, **options, process_index=i, process_count=count)
+            for i in range(count)
+        ]
+        assert len(share[0].done) == chosen.start
+        for number, (key, row) in enumerate([*rows.items()][chosen]):
+            share[number % count].add(key, row)
+        for writer in share:
+            writer.flush()
+    assert share[0].finish() == len(TEXTS)
+    one, many = (CachedTokenizer(TOKENIZER, f, identity=IDENTITY) for f in (folder, tmp_path))
+    for text in TEXTS:
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            one(text, NUM_TOKENS).embedding,
+            many(text, NUM_TOKENS).embedding,
+        )
 
 
 def test_a_cache_in_a_bucket_is_written_and_read_there(bucket):
@@ -180,34 +238,3 @@ def test_a_cache_in_a_bucket_is_written_and_read_there(bucket):
         write_cache(str(bucket / "new" / "cache"), [], embed=embed, identity=IDENTITY)
     with pytest.raises(NotFoundError, match=r"gs://bucket/other has no cache\.json"):
         CachedTokenizer(TOKENIZER, "gs://bucket/other", identity=IDENTITY)
-
-
-def follow_a_stage(stream):
-    stream.continue_from(stream.get_state() | dict(next=5))
-
-
-@pytest.mark.parametrize("begin", [lambda stream: None, follow_a_stage], ids=["first", "second"])
-def test_the_prompts_of_a_run_are_all_that_it_asks_for(tmp_path, begin):
-    options = emoji_scenes.Options(resolution=16, num_scenes=16, nouns=4)
-    emoji_scenes.build(tmp_path / "data", options)
-    tasks = dict(
-        t2i=dict(weight=1.0, sources=("scenes",), drop_text=0.5),
-        ie=dict(weight=1.0, sources=("edits",)),
-    )
-    data = dict(dir=str(tmp_path / "data"), resolution=16, num_tokens=32, batch_size=8)
-    config = Config.of(dict(tasks=tasks, data=data, train=dict(eval_examples=5)))
-    plain = Collator(tokenizer=TOKENIZER, shape=BatchShape.of(config.data))
-    rows = prompts(config, plain, steps=2, begin=begin)
-    write_cache(tmp_path / "cache", rows, embed=embed, identity={})
-    cached = CachedTokenizer(TOKENIZER, tmp_path / "cache", identity={})
-    collator = dataclasses.replace(plain, tokenizer=cached)
-    stream = Stream(config, collator=collator)
-    begin(stream)
-    for _ in range(2):
-        next(stream)
-    stream.close()
-    for name in tasks:
-        examples = HeldOut(config, name, split="validation", num=5, collator=collator)
-        (batch,) = HeldOutBatches(examples, batch_size=8, collator=collator)
-        assert batch.text is not None
-        collator.drop_conditions(batch, "text")

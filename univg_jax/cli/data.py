@@ -70,9 +70,11 @@ def add_arguments(parser: Parser) -> None:
 
     cache = actions.add_parser(
         "cache",
-        help="embed a run's prompts beforehand",
-        description="Embeds every prompt of a run's first steps, its validation and its samples; "
-        "with --config.data.text_cache=DIR the run then needs no text encoder.",
+        help="encode a run's prompts and pictures beforehand",
+        description="Encodes every prompt, or picture, of a run's first steps, its validation and "
+        "its samples. With --config.data.text_cache=DIR the run then needs no text encoder, with "
+        "--config.data.latent_cache=DIR the step encodes only sources that are drawn at random. "
+        "A build that was killed goes on; on several processes each encodes its share.",
     )
     flags.add_config(cache)
     cache.add_argument(
@@ -81,7 +83,13 @@ def add_arguments(parser: Parser) -> None:
         action=flags.Output,
         folder=True,
         metavar="DIR",
-        help="the run's data.text_cache",
+        help="the run's data.text_cache and data.latent_cache",
+    )
+    cache.add_argument(
+        "--what",
+        default="text",
+        metavar="A,B",
+        help="text (prompts), latents (of targets and sources), or both; default: text",
     )
     cache.add_argument(
         "--steps",
@@ -91,7 +99,11 @@ def add_arguments(parser: Parser) -> None:
         help="steps of the run; default: all of train.steps",
     )
     cache.add_example("--config=experiments/emoji.py:stage=3 --out=data/prompts --steps=100")
-    cache.set_defaults(run=cache_prompts)
+    cache.add_example(
+        "--config=experiments/emoji.py:stage=3 --out=data/cache --what=text,latents --steps=100"
+    )
+    flags.add_processes(cache)
+    cache.set_defaults(run=cache_run)
 
 
 def build(args: argparse.Namespace) -> None:
@@ -121,11 +133,18 @@ def inspect_config(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
-def cache_prompts(args: argparse.Namespace) -> None:
-    """Embeds the prompts of a run."""
+def cache_run(args: argparse.Namespace) -> None:
+    """Encodes the prompts and pictures of a run."""
+    import jax
+
     from univg_jax import configs, precompute
 
     configure(args)
-    config = configs.load(args.config, [*args.overrides, "data.text_cache="])
-    count = precompute.cache_prompts(config, args.out, steps=args.steps or config.train.steps)
-    print(f"{args.out} has the embeddings of {count} prompts")
+    config = configs.load(args.config, args.overrides)
+    what = list(dict.fromkeys(filter(None, args.what.split(","))))
+    steps = args.steps or config.train.steps
+    counts = precompute.cache_run(config, args.out, steps=steps, what=what)
+    if jax.process_index() == 0:
+        says = {"text": "the embeddings of {} prompts", "latents": "the latents of {} pictures"}
+        held = " and ".join(says[name].format(count) for name, count in counts.items())
+        print(f"{args.out} has {held}")

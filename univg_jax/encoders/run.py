@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from univg_jax import fields, sharding
-from univg_jax.conditioning import Conditioner, Frozen, TextEncoder
+from univg_jax.conditioning import Codec, Conditioner, Frozen, TextEncoder
 from univg_jax.encoders.kinds import (
     KINDS,
     FitData,
@@ -155,19 +155,69 @@ def load(
     for role, record in records.items():
         if record is None:
             continue
-        kind = kind_of(role, record)
-        if isinstance(kind, Pretrained):
-            networks = _open(role, record, folder)
-            _check_weights(networks, role, record, of=f"the run {workdir}")
-            modules[role] = _module(kind, networks)
-            if role not in skip:
-                frozen[role] = _read(networks, record, mesh)
-        else:
-            modules[role] = kind.module(**options_of(record))
-            params = safetensors.numpy.load(read_fitted(encoders, role, record))
-            shardings = None if mesh is None else sharding.tree_shardings(params, mesh)
-            frozen[role] = jax.device_put(params, shardings)
+        modules[role], params = _load_one(
+            role, record, encoders=encoders, folder=folder, mesh=mesh, skip=role in skip
+        )
+        if params is not None:
+            frozen[role] = params
     return Encoders(conditioner=Conditioner(**modules), frozen=frozen)
+
+
+def _load_one(
+    role: str,
+    record: Record,
+    *,
+    encoders: epath.Path,
+    folder: str,
+    mesh: Mesh | None,
+    skip: bool = False,
+) -> tuple[Any, PyTree | None]:
+    """The module and the parameters of one recorded encoder; `skip`: no pretrained parameters."""
+    kind = kind_of(role, record)
+    if isinstance(kind, Pretrained):
+        networks = _open(role, record, folder)
+        _check_weights(networks, role, record, of=f"the run {encoders.parent}")
+        return _module(kind, networks), None if skip else _read(networks, record, mesh)
+    params = safetensors.numpy.load(read_fitted(encoders, role, record))
+    shardings = None if mesh is None else sharding.tree_shardings(params, mesh)
+    return kind.module(**options_of(record)), jax.device_put(params, shardings)
+
+
+def prepare_codec(
+    conditioning: Conditioning,
+    *,
+    workdir: epath.PathLike,
+    init_from: epath.PathLike | None = None,
+    images: Callable[[], Images],
+    mesh: Mesh | None = None,
+) -> tuple[Codec, PyTree]:
+    """The codec alone, (module, parameters): obtained and recorded in `workdir` as by `prepare`.
+
+    A run that begins from this folder keeps a codec that was fitted here. Raises what `prepare`
+    raises.
+    """
+    encoders = epath.Path(workdir) / ENCODERS
+    if jax.process_index() == 0:
+        _obtain_missing(
+            {"codec": _chosen(conditioning)["codec"]},
+            folder=conditioning.folder,
+            encoders=encoders,
+            init_from=init_from,
+            data=FitData(images=images, portraits=lambda: ()),
+            anew=False,
+        )
+    multihost_utils.sync_global_devices("univg_jax.encoders.prepare_codec")
+    record = read_records(encoders)["codec"]
+    return _load_one("codec", record, encoders=encoders, folder=conditioning.folder, mesh=mesh)
+
+
+def codec_identity(workdir: epath.PathLike, codec: Codec) -> dict[str, Any]:
+    """All that a picture's latents depend on but the picture: the codec's kind, options, weights.
+
+    And what a latent is: its channels, and pixels a side of a cell.
+    """
+    record = read_records(epath.Path(workdir) / ENCODERS)["codec"]
+    return {**record, "channels": codec.latent_channels, "downsampling": codec.downsampling}
 
 
 def load_text(
