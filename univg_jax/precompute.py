@@ -6,7 +6,7 @@ process 0 the record that makes a cache of them once all are done.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jax.sharding import Mesh
 from data_pipelines import cache, fit_data, tasks
 from data_pipelines.cache_files import KEY_BYTES, Writer, check_unfinished
 from data_pipelines.collate import Collator, Row
+from data_pipelines.held_out import HeldOut
+from data_pipelines.mixture import Stream
 from data_pipelines.run_rows import rows_of_run
 from data_pipelines.tokenizer import TokenizedText
 from univg_jax import assembly, encoders, sharding
@@ -56,13 +58,8 @@ def cache_run(
     ledgers = {name: _Ledger(writer, width=builder.width(name)) for name, writer in writers.items()}
     if "text" in what:
         ledgers["text"].add(builder.tags())
-    rows = rows_of_run(
-        config,
-        builder.collator,
-        steps=steps,
-        begin=lambda stream: begin_stream(config.init_from, stream),
-        hosts=assembly.hosts(),
-    )
+    hosts, stream = assembly.hosts(), builder.stream()
+    rows = rows_of_run(config.data, stream, builder.held_out(stream), steps=steps, hosts=hosts)
     desc, is_main = f"cache {', '.join(what)}", jax.process_index() == 0
     with Bar(rows, desc, total=steps, unit="step", disable=not is_main) as bar:
         for found in bar:
@@ -86,6 +83,32 @@ class _Builder:
     config: Config
     out: epath.Path
     collator: Collator
+
+    def stream(self) -> Stream:
+        """The run's stream, where the run begins."""
+        stream = Stream(
+            self.config,
+            collator=self.collator,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        begin_stream(self.config.init_from, stream)
+        return stream
+
+    def held_out(self, stream: Stream) -> Iterator[HeldOut]:
+        """The run's held-out examples: for losses in the stream's shapes, for previews square."""
+        c = self.config.train
+        for num, shapes in ((c.eval_examples, stream.shapes), (c.sample_examples, ())):
+            for name in stream.shares if num else ():
+                yield HeldOut(
+                    self.config,
+                    name,
+                    split="validation",
+                    num=num,
+                    collator=self.collator,
+                    shapes=shapes,
+                    hosts=assembly.hosts(),
+                )
 
     @property
     def mesh(self) -> Mesh:
