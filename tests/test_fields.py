@@ -186,6 +186,7 @@ def test_paths_are_the_settings_that_name_files():
     assert named == {
         "data.dir",
         "data.text_cache",
+        "data.latent_cache",
         "conditioning.folder",
         "conditioning.fit_on",
         "init_from.path",

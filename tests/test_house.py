@@ -66,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     # Networks: ours, weights of others, and what encodes a batch.
     "models": {"batch", "sharding"},
     "interop": {"models", "pretrained", "sharding"},
-    "conditioning": {"batch", "models"},
+    "conditioning": {"batch", "models", "sharding"},
     "encoders": {"conditioning", "interop", "models", "pretrained", "sharding", "workdir"},
     "sampling": {"batch", "conditioning", "flow", "models", "sharding"},
     # Training never sees a dataset. Only training.initialize knows the weights of others.
@@ -88,7 +88,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "__init__": {"pipeline"},
     # What is done with them.
-    "precompute": {"assembly", "data_pipelines", "encoders", "training"},
+    "precompute": {
+        *("assembly", "conditioning", "data_pipelines", "encoders", "sharding", "training"),
+    },
     "previews": {"assembly", "pipeline", "training"},
     "evaluation": {
         *("assembly", "batch", "checkpoint", "conditioning", "data_pipelines", "pipeline"),

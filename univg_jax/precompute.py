@@ -25,7 +25,6 @@ from data_pipelines.tokenizer import TokenizedText
 from univg_jax import assembly, encoders, sharding
 from univg_jax.conditioning import encode_images
 from univg_jax.errors import check_name
-from univg_jax.models.mmdit import make_mmdit
 from univg_jax.progress import Bar
 from univg_jax.settings import Config
 from univg_jax.training.initialize import begin_stream, find_parent
@@ -113,10 +112,7 @@ class _Builder:
     @property
     def mesh(self) -> Mesh:
         """This process's own devices: processes encode different numbers of rows."""
-        model = make_mmdit(self.config.model.size, **self.config.model.overrides)
-        return sharding.make_mesh(
-            data=-1, fsdp=-1, width=model.hidden_dim, devices=jax.local_devices()
-        )
+        return sharding.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
 
     def text_writer(self) -> Writer:
         """Loads the text encoder."""
