@@ -14,6 +14,7 @@ import functools
 import io
 import lzma
 import os
+import re
 import tarfile
 import weakref
 import zipfile
@@ -32,6 +33,7 @@ ARCHIVE_SUFFIXES = (".zip", *TAR_SUFFIXES)
 MAX_FILE_BYTES = 2**28  # of one picture, or whatever else is read whole
 _MAX_RATIO = 1100  # deflate's best is 1032; a zip that says more has members over each other
 _MAX_DEPTH = 3  # of tars in tars
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _ZIP_ENTRY, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
 
 # What Python's own readers raise for damaged files.
@@ -112,8 +114,12 @@ def walk(
 
 
 def clean_name(name: str) -> str:
-    """A stored name without leading `./` or `/`, with `/` for a backslash, and as valid Unicode."""
-    return _local(name).encode("utf-8", "backslashreplace").decode()
+    """A stored name without leading `./` or `/`, with `/` for a backslash, in one line of UTF-8.
+
+    What is not UTF-8, and control characters, are escaped: names stay different.
+    """
+    name = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", _local(name))
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def is_archive(path: str | os.PathLike) -> bool:

@@ -262,4 +262,4 @@ def _rows_of(batch: Any) -> Iterator[Row | UserError]:
             try:
                 yield {name: batch.column(name)[k].as_py() for name in batch.schema.names}
             except (ValueError, OverflowError) as error:
-                yield UserError(f"the row cannot be read: {error}")
+                yield UserError(f"the row cannot be read: {quote(str(error))}")

@@ -20,7 +20,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines import archives
@@ -80,7 +80,7 @@ class Table:
             if column not in self.columns:
                 raise UserError(
                     f"{self.files[0]} has no column {quote(column)}, expected of {self.what}"
-                    f"{suggestion(column, self.columns)}"
+                    f"{suggestion(column, [_word(name) for name in self.columns])}"
                 )
 
     def parts(self) -> list[Part]:
@@ -131,7 +131,7 @@ def get(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], default
     if value is None or (value == "" and str not in kinds):
         if default is not ...:
             return default
-        raise UserError(f"there is no {quote(key)}{suggestion(key, tuple(row))}")
+        raise UserError(f"there is no {quote(key)}{suggestion(key, [_word(name) for name in row])}")
     for one in kinds:
         if one in (int, float) and isinstance(value, int | float | str):
             with contextlib.suppress(ValueError, OverflowError):
@@ -145,6 +145,17 @@ def get(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], default
             return value
     names = " or ".join(one.__name__ for one in kinds)
     raise UserError(f"{quote(key)} is {quote(value)}, a {type(value).__name__}: expected {names}")
+
+
+def listed(names: Iterable[Any], most: int = 20) -> str:
+    """Names of anybody's, for a message: in one line, and not too many."""
+    words = [_word(name) for name in itertools.islice(names, most + 1)]
+    return ", ".join(words[:most]) + (", ..." if len(words) > most else "") or "nothing"
+
+
+def _word(name: Any) -> str:
+    word = " ".join(str(name)[:60].split())
+    return word if word.isprintable() else repr(word)
 
 
 def text_of(value: Any) -> str:

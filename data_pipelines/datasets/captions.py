@@ -186,7 +186,7 @@ class Captions:
     def _picture_column(self, table: Table) -> str:
         """The column of pictures. Raises UserError if that, or one of captions, is not there."""
         names = {name.lower(): name for name in reversed(table.columns)}
-        has = f"(it has {', '.join(table.columns)})"
+        has = f"(it has {tables.listed(table.columns)})"
         for item in self.captions:
             table.require(item.partition("=")[0].partition(".")[0])
         if not self.captions and not KINDS.keys() & names.keys():
@@ -233,7 +233,7 @@ class Captions:
         suffix = self.image.lower().lstrip(".") or captioned.picture_suffix(sample)
         if suffix not in sample:
             raise UserError(
-                f"it has no picture{f' .{suffix}' if suffix else ''}, but {_list(sample)}"
+                f"it has no picture{f' .{suffix}' if suffix else ''}, but {tables.listed(sample)}"
             )
         return sample[suffix]
 
@@ -243,7 +243,7 @@ class Captions:
             short = {name: name.rpartition(".")[2].lower() for name in row}
             found = [(KINDS[short[name]], row[name]) for name in row if short[name] in KINDS]
             if not found:
-                raise UserError(f"it has no caption, but {_list(row)}")
+                raise UserError(f"it has no caption, but {tables.listed(row)}")
             return found
         found = []
         for item in self.captions:
@@ -268,10 +268,6 @@ def _within(row: Mapping[str, Any], name: str) -> Any:
     outer, _, inner = name.partition(".")
     value = row.get(outer)
     return _within(value, inner) if isinstance(value, Mapping) else None
-
-
-def _list(row: Mapping[str, Any]) -> str:
-    return ", ".join(list(map(str, row))[:20]) or "nothing"
 
 
 def _picture(value: Any, column: str, store: archives.Store, number: int) -> bytes | UserError:

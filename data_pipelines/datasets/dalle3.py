@@ -12,6 +12,7 @@ from typing import Any
 
 from data_pipelines import archives, captioned
 from data_pipelines.native import TRAIN, Dataset, Entry, Native, Options
+from data_pipelines.tables import listed
 from univg_jax.errors import NotFoundError, UserError
 
 KINDS = {
@@ -60,9 +61,9 @@ class Dalle3:
         """The picture with all its captions."""
         suffix = captioned.picture_suffix(raw)
         if suffix is None:
-            raise UserError(f"it has no picture, but {', '.join(raw)}")
+            raise UserError(f"it has no picture, but {listed(raw)}")
         if "json" not in raw:
-            raise UserError(f"it has no .json with captions, but {', '.join(raw)}")
+            raise UserError(f"it has no .json with captions, but {listed(raw)}")
         row = captioned.row_of(raw)
         return captioned.record(
             raw[suffix], [(kind, row.get(name)) for name, kind in KINDS.items()]

@@ -119,11 +119,11 @@ def test_links_in_tars_are_not_followed(tmp_path):
 def test_names_that_are_not_utf8_are_made_valid_and_stay_different(tmp_path):
     path = write(tmp_path / "files.tar", b"")
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
-        for name in ("\udce9.jpg", "\udcea.jpg"):
+        for name in ("\udce9.jpg", "\udcea.jpg", "a\nb.jpg"):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     names = [name for name, _ in archives.members(path)]
-    assert len(set(names)) == 2
-    assert all(name.encode() for name in names)
+    assert len(set(names)) == 3
+    assert all(name.encode() and name.isprintable() for name in names)
 
 
 @pytest.mark.parametrize("form", ["files.tar", "files.tgz", "files.zip", "files.tar.xz"])

@@ -214,6 +214,16 @@ def test_what_coco_says_of_captions_is_put_together(tmp_path):
     ]
 
 
+def test_names_in_messages_are_one_line(tmp_path):
+    path = write(tmp_path / "a.csv", b'"a\nb","c\x1b[2J"\n1,2\n')
+    with pytest.raises(UserError, match="has no column 'text'") as caught:
+        open_table(path).require("text")
+    assert str(caught.value).isprintable()
+    with pytest.raises(UserError, match="there is no 'x'") as caught:
+        get({"a\nb": 1}, "x", str)
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("mark", [",", ";", "|", "\t"])
 def test_other_marks_between_columns_are_found(mark, tmp_path):
     content = csv_bytes(ROWS, mark)
