@@ -53,8 +53,8 @@ _STOPS = _words("""
 _PLURAL_BEFORE = _words("""
     two three four five six seven eight several many few these
 """)
-_WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*|[^\w\s]", re.UNICODE)
-_POSSESSIVE = re.compile(r"['’]s?$")
+_WORD = re.compile(r"[^\W_]+(?:[-'\u2019][^\W_]+)*|[^\w\s]", re.UNICODE)
+_POSSESSIVE = re.compile(r"['\u2019]s?$")
 _MAX_MODIFIERS = 5
 
 

@@ -264,8 +264,8 @@ DATASET = Dataset(
     where="your own pictures, or the three from their publishers",
     layout=(
         "a folder (or zip) for each person; CelebA's lists beside img_align_celeba[.zip]; "
-        "VGGFace2's train, test and bb_landmark; or csv, tsv, jsonl, parquet with picture, person, caption "
-        "and box, or a text file of `picture person`"
+        "VGGFace2's train, test and bb_landmark; or csv, tsv, jsonl, parquet with picture, person, "
+        "caption and box, or a text file of `picture person`"
     ),
     quirks=(
         "the face is of another picture of the person than the one to make, always the same one",

@@ -24,7 +24,7 @@ from data_pipelines.person_captions import rewrite
         ("Smiling, a boy runs", "Smiling, <p> runs"),
         ("a smiling girl", "<p>"),
         ("a man's face", "<p>'s face"),
-        ("close-up of a woman’s hands", "close-up of <p>’s hands"),
+        ("close-up of a woman\u2019s hands", "close-up of <p>\u2019s hands"),
         ("a woman doctor at work", "<p> at work"),
         ("a baby boy sleeps", "<p> sleeps"),
         ("an elderly man with a dog", "<p> with a dog"),
