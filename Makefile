@@ -8,7 +8,7 @@ export JAX_PLATFORMS ?= cpu
 # XLA's temporaries are mapped and unmapped every step; in huge pages that is 27 times fewer page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart test parity lint lock clean
+.PHONY: install quickstart test parity datasets lint lock clean
 
 install: .venv/installed
 
@@ -39,6 +39,10 @@ parity: .venv-parity/installed
 	.venv-parity/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock -r requirements-parity.lock
 	.venv-parity/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
+
+# Every dataset of the recipe in miniature, from its native files to trained steps.
+datasets: install
+	.venv/bin/python -m tools.datasets runs/datasets
 
 lint: install
 	.venv/bin/ruff check .

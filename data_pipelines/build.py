@@ -1,124 +1,71 @@
-"""What all dataset builds share: records -> ArrayRecord folders, made by all cores, resumable.
+"""Builds: the entries of native files -> folders of ArrayRecord shards, resumable, by all cores.
 
-`write_dataset` writes records of one's own. `build_families` writes one folder a family (records of
-the same fields) below its output folder, and can be killed at any time and started again:
+A build has two phases, which run side by side on one pool of processes:
 
-* `build.json` says by which arguments the folder was claimed; other arguments are refused.
-* A dataset is written beside its final place, into a folder of this process's own, and moved there
-  when it is complete. So one that has a `dataset_info.json` is complete, and is not built again. Of
-  two builds at once, the second to be complete keeps what the first has put there.
-* A record depends on its split and index alone, so the files do not depend on the number of
-  processes.
+1. Each part of a split (`data_pipelines.native`) becomes a staged file of serialized records, with
+   a note of their lengths and of the entries that were left out.
+2. The records of all parts, in order, are cut into shards of about SHARD_BYTES, and what is packed
+   is deleted.
 
-TFDS writes local files only. For a bucket it writes into a temporary local folder, from where the
-files are copied, `dataset_info.json` last.
+Both are functions of the native files alone, and every file is written aside and then named. So a
+build may be killed at any time, by anything: started again it goes on, and ends byte for byte as if
+it had not been. The number of processes changes nothing either. Staged files lie in
+`OUT/.NAME.build`, and the complete folder gets its place `OUT/NAME` by one rename.
 """
 
+import collections
 import concurrent.futures
 import contextlib
-import dataclasses
-import functools
-import io
+import fcntl
+import hashlib
 import itertools
 import json
-import multiprocessing
+import logging
 import os
-import re
-import socket
+import pathlib
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import tensorflow_datasets as tfds
 from etils import epath
 
-from data_pipelines import records, tfds_folder
+from data_pipelines import tfds_folder
+from data_pipelines.dataset_files import BUILD, SKIPPED, Piece, describe, shard_name, write_shard
+from data_pipelines.native import Dataset, Entry, Part
+from data_pipelines.processes import Pool, available_cores, open_pool
 from data_pipelines.sources import open_source
+from data_pipelines.staging import NOTE, SHARD_BYTES, Packing, Plan, Staged, stage
 from univg_jax.errors import AlreadyExistsError, UserError
-from univg_jax.files import read_json, write_whole
+from univg_jax.files import format_bytes, read_json, write_whole
 from univg_jax.progress import Bar
 
-CHUNK = 64  # records that a process makes at a time: enough to hide the cost of handing them over
-CLAIM = "build.json"
-DONE = tfds_folder.INFO  # TFDS's own file, which a complete dataset has
+DONE = "done"  # in the staging folder: what will be the dataset
+PENDING = 4  # parts that each process may be ahead of the packing
 
-OrderedMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """A folder of records to write.
-
-    `make(split, indices)` returns the records of these indices, in stored form
-    (`data_pipelines.records`). It is called in other processes, so it must be picklable.
-    """
-
-    name: str
-    fields: Sequence[str]
-    counts: Mapping[str, int]  # records of each split
-    make: Callable[[str, range], list[dict[str, Any]]]
+_logger = logging.getLogger(__name__)
 
 
-class _Writer(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
-    """TFDS's writer of (key, record) pairs, with a license, and without TensorFlow.
-
-    The original asks TensorFlow whether it is given tensors.
-    """
-
-    def __init__(self, *, license: str, **kwargs: Any):
-        self._license = license
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        info = super()._info()
-        info.redistribution_info.license = self._license
-        return info
-
-    def _create_builder_config(self, builder_config: Any, version: Any) -> Any:
-        return builder_config  # without TFDS's warning that it is not a registered one
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        return dict(self._split_datasets)
-
-
-def build_families(
+def build(
+    dataset: Dataset,
     out: epath.PathLike,
-    families: Sequence[Family],
+    options: Any,
     *,
-    dataset: str,
-    version: str,
-    description: str,
-    license: str,
-    arguments: Mapping[str, Any],
     processes: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes the families that are not complete yet, each into `out/NAME`.
+    """Builds the families of a dataset that are not complete yet, each into `out/FAMILY`.
 
-    `arguments` and `version` are all that the records depend on. `dataset` begins the names of the
-    files, and `description` and `license` are stored beside them. `processes`: None is one a core.
+    `options` is of `dataset.options`. `processes`: None is one a core. `out` may be a bucket.
 
-    Raises UserError if `out` was claimed by other arguments.
+    Raises UserError for native files that are not what they should be, if no entry can be used, and
+    if there is a build by other options.
     """
-    out, arguments = epath.Path(out), {**arguments, "version": version}
-    claim(out, arguments)
-    missing = [family for family in families if not is_complete(out, family.name)]
-    # A process takes a second to start, so each should have some chunks to make.
-    useful = sum(sum(family.counts.values()) for family in missing) // (4 * CHUNK) + 1
-    about = dict(name=dataset, version=version, description=description, license=license)
-    with _pool(min(processes or _available_cores(), useful)) as ordered_map:
-        for family in missing:
-            total = sum(family.counts.values())
-            with (
-                Bar(total=total, desc=f"build {family.name}", unit="") as bar,
-                _written(
-                    out / family.name,
-                    family.fields,
-                    {split: _examples(family, split, ordered_map, bar) for split in family.counts},
-                    **about,
-                ) as written,
-            ):
-                claim(out, arguments)  # another build may have claimed it since
-                _publish(written, out / family.name)
+    out = epath.Path(out)
+    for name, native in dataset.open(options).items():
+        plan = Plan.of(dataset, name, native, options, shard_bytes=shard_bytes)
+        if not is_complete(out, name, plan.arguments):
+            _build_family(plan, out / name, processes=processes)
 
 
 def write_dataset(
@@ -130,181 +77,350 @@ def write_dataset(
     `sources` of its tasks. `splits` has the records of "train", of "validation" for the validation
     loss, and of "test" for evaluation. All records have the same fields, in stored form
     (`data_pipelines.records`): a picture is the bytes of its PNG or JPEG file. They are read as
-    they come, decoded once to be sure of them, and never all in memory.
+    they come, and never all in memory.
 
-    Raises UserError for a record that cannot be decoded or has other fields than the first one, by
+    Raises UserError for a record that cannot be read or has other fields than the first one, by
     its split and place, and AlreadyExistsError if `folder` has other records.
     """
-    final, readers = epath.Path(folder), {}
-    fields: tuple[str, ...] = ()
-    for split, split_records in splits.items():
-        rest = iter(split_records)
-        if (first := next(rest, None)) is None:
-            raise UserError(f"split {split!r} has no records")
-        fields = fields or tuple(first)
-        readers[split] = _checked(itertools.chain([first], rest), fields, split)
-    if not readers:
-        raise UserError('no records: expected a mapping such as {"train": records}')
-    about = dict(name="records", version="1.0.0", description="", license=license)
-    with _written(final, fields, readers, **about) as written:
-        if not _publish(written, final):
+    final = epath.Path(folder)
+    given = _Given(splits)
+    plan = Plan(
+        dataset="records",
+        family=final.name,
+        native=given,
+        arguments={},
+        version="1.0.0",
+        description="",
+        license=license,
+        splits=given.splits,
+        is_strict=True,
+    )
+    parts = {split: given.parts(split) for split in given.splits}
+    base = None if "://" in os.fspath(final) else final.parent
+    if base is not None:
+        base.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=base, prefix=f".{final.name}.") as name:
+        staging = pathlib.Path(name)
+        with open_pool(plan, 1) as pool:
+            _Work(plan, parts, staging, pool).run()
+        if not publish(staging / DONE, final):
             for split in splits:
-                ours, theirs = (open_source(os.fspath(f), split) for f in (written, final))
+                ours, theirs = (open_source(os.fspath(f), split) for f in (staging / DONE, final))
                 if ours.fingerprint() != theirs.fingerprint():
                     raise AlreadyExistsError(
                         f"{final} has other records; choose another folder, or remove it"
                     )
 
 
-def is_complete(out: epath.PathLike, family: str) -> bool:
-    """Whether the family was written to its end."""
-    return (epath.Path(out) / family / DONE).exists()
+class _Given:
+    """Records that a caller has, as a `Native` of one part a split, read once."""
+
+    def __init__(self, splits: Mapping[str, Iterable[Mapping[str, Any]]]):
+        self._rest: dict[str, Iterator[Mapping[str, Any]]] = {}
+        self.fields: tuple[str, ...] = ()
+        for split, given in splits.items():
+            rest = iter(given)
+            if (first := next(rest, None)) is None:
+                raise UserError(f"split {split!r} has no records")
+            self.fields = self.fields or tuple(first)
+            self._rest[split] = itertools.chain([first], rest)
+        if not self._rest:
+            raise UserError('no records: expected a mapping such as {"train": records}')
+        self.splits = tuple(self._rest)
+
+    def parts(self, split: str) -> Sequence[Part]:
+        return (split,)
+
+    def entries(self, part: Part) -> Iterator[Entry]:
+        for index, record in enumerate(self._rest[part]):
+            where = f"{part}[{index}]"
+            if set(record) != set(self.fields):
+                raise UserError(
+                    f"{where} has the fields {', '.join(record)}; "
+                    f"the first record has {', '.join(self.fields)}"
+                )
+            yield Entry(key=where, raw=record)
+
+    def make(self, raw: Any) -> Mapping[str, Any]:
+        return raw
 
 
-def claim(out: epath.PathLike, arguments: Mapping[str, Any]) -> None:
-    """Writes the arguments of a build into `out`, or compares them with those already there.
+def is_complete(out: epath.PathLike, family: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether the family was built to its end.
 
-    Raises UserError if `out` holds a build by other arguments, or cannot be written to.
+    Raises UserError if it was by other arguments.
     """
-    path = epath.Path(out) / CLAIM
-    if not path.exists():
-        write_whole(path, json.dumps(dict(arguments), indent=2) + "\n")
-        return
+    folder = epath.Path(out) / family
+    if not (folder / tfds_folder.INFO).exists():
+        return False
+    _check_same(folder, _arguments_of(folder), arguments)
+    return True
+
+
+def _build_family(plan: Plan, final: epath.Path, *, processes: int | None) -> None:
+    staging = _staging(final)
     try:
-        found = read_json(path)
-    except UserError as error:
-        raise UserError(f"{error}; remove {out} and build again") from None
-    different = [name for name in arguments if found.get(name) != arguments[name]]
+        staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{staging} cannot be written: {error.strerror or error}") from None
+    with _locked(staging):
+        if is_complete(final.parent, final.name, plan.arguments):  # by another process meanwhile
+            shutil.rmtree(staging)
+            return
+        parts = {split: plan.native.parts(split) for split in plan.native_splits}
+        _claim(staging, plan, parts)
+        total = sum(len(each) for each in parts.values())
+        with open_pool(plan, min(processes or available_cores(), total)) as pool:
+            _Work(plan, parts, staging, pool).run()
+        publish(staging / DONE, final)
+        shutil.rmtree(staging)
+
+
+class _Work:
+    """One family on its way: submits parts, packs what is staged, and describes the result."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        parts: Mapping[str, Sequence[Part]],
+        staging: pathlib.Path,
+        pool: Pool,
+    ):
+        self._plan, self._parts, self._staging, self._pool = plan, parts, staging, pool
+        self._done = staging / DONE
+        self._done.mkdir(exist_ok=True)
+        for file in self._done.glob(".*"):  # of a process that was killed while it wrote
+            file.unlink()
+        # What earlier attempts wrote. Shards get their last names when their number is known.
+        self._there = {file.name.partition("-of-")[0] for file in self._done.iterdir()}
+        self._packings = {
+            output: Packing(plan)
+            for split in parts
+            for output in plan.outputs(split)
+            if output in plan.splits
+        }
+        self._writing: dict[concurrent.futures.Future, set[str]] = {}  # shards, and what they need
+        self._taken: set[str] = set()  # staged files that are not deleted yet
+        self._skipped: list[dict[str, str]] = []
+
+    def run(self) -> None:
+        """Builds all into the folder DONE of the staging folder."""
+        total = sum(len(parts) for parts in self._parts.values())
+        with Bar(total=total, desc=f"build {self._plan.family}", unit="part") as bar:
+            for split, parts in self._parts.items():
+                outputs = {k: self._packings[k] for k in self._outputs(split)}
+                for part, file in self._staged(split, parts):
+                    self._take(split, part, file)
+                    bar.set_postfix_str(self._so_far(), refresh=False)
+                    bar.update()
+                for output, packing in outputs.items():
+                    if packing.has_rest:
+                        self._write(output, packing.finish())
+            self._wait(0)
+            bar.total = bar.n  # a limit may have left out the last parts
+        self._describe()
+
+    def _so_far(self) -> str:
+        packings = self._packings.values()
+        written = format_bytes(sum(p.num_bytes for p in packings))
+        return f"{sum(p.num_records for p in packings):,} records, {written}"
+
+    def _outputs(self, split: str) -> list[str]:
+        return [output for output in self._plan.outputs(split) if output in self._packings]
+
+    def _staged(self, split: str, parts: Sequence[Part]) -> Iterator[tuple[Part, str]]:
+        """The parts of a split and their staged files, in order, made by the pool ahead of need."""
+        packings = [self._packings[output] for output in self._outputs(split)]
+        ahead: collections.deque[tuple[Part, str, concurrent.futures.Future | None]]
+        ahead = collections.deque()
+        rest = iter(enumerate(parts))
+        while not all(packing.is_full for packing in packings):
+            for number, part in itertools.islice(rest, PENDING * self._pool.size - len(ahead)):
+                file = str(self._staging / f"{split}-{number:06d}")
+                is_there = os.path.exists(file + NOTE)
+                future = None if is_there else self._pool.submit(stage, split, part, file)
+                ahead.append((part, file, future))
+            if not ahead:
+                return
+            part, file, future = ahead.popleft()
+            if future is not None:
+                self._pool.result(future)
+            yield part, file
+        for *_, future in ahead:
+            if future is not None:
+                future.cancel()
+
+    def _take(self, split: str, part: Part, file: str) -> None:
+        staged = Staged.load(file + NOTE)
+        where = dict(dataset=self._plan.dataset, split=split, part=str(part))
+        self._skipped += [dict(**where, key=key, reason=reason) for key, reason in staged.skipped]
+        self._taken.add(file)
+        for index, output in enumerate(self._plan.outputs(split)):
+            if output in self._packings:
+                for pieces in self._packings[output].add(file, staged, index):
+                    self._write(output, pieces)
+        self._wait(2 * self._pool.size)
+
+    def _write(self, output: str, pieces: list[Piece]) -> None:
+        """Has the newest shard written, if an earlier attempt did not do so."""
+        number = len(self._packings[output].shards) - 1
+        named = shard_name(self._plan.dataset, output, number, 0).removesuffix("-of-00000")
+        file = self._done / f"{output}-{number:05d}.shard"
+        if not self._there & {file.name, named}:
+            future = self._pool.submit(_write_shard, pieces, str(file))
+            self._writing[future] = {piece.file for piece in pieces}
+
+    def _wait(self, most: int) -> None:
+        """Waits until at most so many shards are being written; deletes what none needs now."""
+        while len(self._writing) > most:
+            done, _ = concurrent.futures.wait(
+                self._writing, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                self._pool.result(future)
+                del self._writing[future]
+        needed = set().union(*self._writing.values())
+        needed |= {file for packing in self._packings.values() for file in packing.files}
+        for file in self._taken - needed:
+            pathlib.Path(file).unlink(missing_ok=True)
+        self._taken &= needed
+
+    def _describe(self) -> None:
+        plan = self._plan
+        contents = {output: packing.contents() for output, packing in self._packings.items()}
+        for output, found in contents.items():
+            if not found.shards:
+                shutil.rmtree(self._staging)  # or what is staged would be taken for good later
+                raise UserError(f"{plan.family}: {self._why_empty(output)}")
+            for number in range(len(found.shards)):
+                file = self._done / f"{output}-{number:05d}.shard"
+                if file.exists():  # or it was named before a kill
+                    name = shard_name(plan.dataset, output, number, len(found.shards))
+                    file.rename(self._done / name)
+        if self._skipped:
+            lines = [json.dumps(row) + "\n" for row in self._skipped]
+            write_whole(self._done / SKIPPED, "".join(lines))
+        records = {output: sum(found.shards) for output, found in contents.items()}
+        describe(
+            epath.Path(self._done),
+            contents,
+            family=plan.family,
+            dataset=plan.dataset,
+            fields=plan.native.fields,
+            version=plan.version,
+            description=plan.description,
+            license=plan.license,
+            about=dict(arguments=plan.arguments, records=records, skipped=len(self._skipped)),
+        )
+        if self._skipped:
+            _logger.warning(
+                "%s: %d of %d entries were left out and are listed in %s: %s",
+                *(plan.family, len(self._skipped), len(self._skipped) + sum(records.values())),
+                *(SKIPPED, self._reasons()),
+            )
+
+    def _why_empty(self, output: str) -> str:
+        (split,) = (split for split in self._parts if output in self._plan.outputs(split))
+        if not (reasons := self._reasons(split)):
+            return f"the native files have no entry of split {output!r}"
+        return f"no entry of split {output!r} can be used; {reasons}"
+
+    def _reasons(self, *splits: str) -> str:
+        counts = collections.Counter(
+            row["reason"] for row in self._skipped if not splits or row["split"] in splits
+        )
+        return "; ".join(f"{reason} ({n}x)" for reason, n in counts.most_common(3))
+
+
+def _staging(final: epath.Path) -> pathlib.Path:
+    """The local folder of a build's unfinished files: the same one for each attempt."""
+    if "://" in (name := os.fspath(final)):
+        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        return pathlib.Path(tempfile.gettempdir()) / f"univg_build_{final.name}_{digest}"
+    return pathlib.Path(final.parent) / f".{final.name}.build"
+
+
+def _write_shard(plan: Plan, pieces: Sequence[Piece], file: str) -> None:
+    """What a process of the pool does with a shard."""
+    write_shard(pieces, file)
+
+
+@contextlib.contextmanager
+def _locked(staging: pathlib.Path) -> Iterator[None]:
+    """Holds the folder: another build of the same family waits until this one has ended."""
+    file = os.open(staging / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _logger.warning("another process builds %s: waiting for it", staging)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+def _claim(staging: pathlib.Path, plan: Plan, parts: Mapping[str, Sequence[Part]]) -> None:
+    """Makes the folder this plan's; raises UserError if an unfinished build is another one."""
+    names = json.dumps({split: [str(part) for part in each] for split, each in parts.items()})
+    own = dict(
+        arguments=plan.arguments,
+        shard_bytes=plan.shard_bytes,
+        parts=hashlib.blake2b(names.encode(errors="surrogatepass"), digest_size=16).hexdigest(),
+    )
+    file = staging / BUILD
+    if not file.exists():
+        write_whole(file, json.dumps(own, indent=1) + "\n")
+        return
+    found = read_json(file)
+    _check_same(staging, found.get("arguments", {}), plan.arguments)
+    if found != own:
+        raise UserError(
+            f"{staging} is an unfinished build of other native files: "
+            "bring those back, or remove it"
+        )
+
+
+def _arguments_of(folder: epath.Path) -> Mapping[str, Any]:
+    """By which arguments a complete family was built."""
+    for file in (folder / BUILD, folder.parent / BUILD):  # older versions wrote it beside
+        if file.exists():
+            try:
+                found = read_json(file)
+            except UserError as error:
+                raise UserError(f"{error}; remove {folder} and build again") from None
+            return found.get("arguments", found)
+    raise UserError(f"{folder} has no {BUILD}: it is not a build of ours; choose another folder")
+
+
+def _check_same(folder: os.PathLike, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    # What an older build does not name had no other value than the default.
+    different = [name for name in wanted if name in found and found[name] != wanted[name]]
     if different:
         raise UserError(
-            f"{out} was built with "
-            f"{', '.join(f'{name}={found.get(name)}' for name in different)}, not "
-            f"{', '.join(str(arguments[name]) for name in different)}: "
+            f"{folder} was built with "
+            f"{', '.join(f'{name}={found[name]}' for name in different)}, not "
+            f"{', '.join(str(wanted[name]) for name in different)}: "
             "choose another directory, or remove it, or ask for what it has (data.build)"
         )
 
 
-def _available_cores() -> int:
-    """The cores that this process may use: fewer than the machine's where a container limits it."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _pool(processes: int) -> Iterator[OrderedMap]:
-    """`map` over so many processes, which gives its results in order; the builtin for one."""
-    if processes == 1:
-        yield map
-        return
-    # Spawned, not forked: the caller may hold threads of JAX, which a fork would leave locked.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        try:
-            yield pool.map
-        finally:
-            # After an error, do not make the chunks that are still queued.
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _written(
-    final: epath.Path,
-    fields: Iterable[str],
-    splits: Mapping[str, Iterator[tuple[int, Mapping[str, Any]]]],
-    **about: str,
-) -> Iterator[epath.Path]:
-    """A local folder, of this process alone, with the dataset that is to go to `final`."""
-    staging = _staging(final)
-    try:
-        builder = _Writer(
-            **about,
-            config=final.name,
-            features=records.family_features(fields),
-            split_datasets=splits,
-            data_dir=staging,
-            file_format=tfds_folder.SUFFIX,
-        )
-        tfds.disable_progress_bar()  # it counts shards; ours counts records
-        # TFDS prints that it downloads, which it does not.
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_dir=staging / "downloads")
-        yield epath.Path(builder.data_dir)
-    finally:
-        staging.rmtree(missing_ok=True)
-
-
-def _staging(final: epath.Path) -> epath.Path:
-    """A new folder that no other process writes to; removes those that killed ones have left.
-
-    It is on the disk of `final`, since a rename cannot cross file systems, but for a bucket.
-    """
-    if "://" in os.fspath(final):
-        return epath.Path(tempfile.mkdtemp())
-    host = socket.gethostname()
-    pattern = rf"\.{re.escape(final.name)}\.{re.escape(host)}-(\d+)-\w+\.unfinished"
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for left in final.parent.iterdir():
-        found = re.fullmatch(pattern, left.name)
-        if found and not _is_alive(int(found[1])):
-            left.rmtree(missing_ok=True)
-    prefix = f".{final.name}.{host}-{os.getpid()}-"
-    return epath.Path(tempfile.mkdtemp(prefix=prefix, suffix=".unfinished", dir=final.parent))
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
-
-
-def _publish(written: epath.Path, final: epath.Path) -> bool:
+def publish(written: pathlib.Path, final: epath.Path) -> bool:
     """Puts a complete dataset in its place; False if another build has put one there."""
-    is_bucket = "://" in os.fspath(final)
-    if (final / DONE).exists():
+    if (final / tfds_folder.INFO).exists():
         return False
-    if final.exists() and not is_bucket:
+    if "://" in os.fspath(final):
+        final.mkdir(parents=True, exist_ok=True)
+        files = sorted(epath.Path(written).iterdir(), key=lambda f: f.name == tfds_folder.INFO)
+        for file in files:
+            file.copy(final / file.name, overwrite=True)
+        return True
+    if final.exists():
         final.rmtree()  # nobody is writing it: a local dataset comes there by a rename
     try:
-        if is_bucket:
-            final.mkdir(parents=True, exist_ok=True)
-            for file in sorted(written.iterdir(), key=lambda file: file.name == DONE):
-                file.copy(final / file.name, overwrite=True)
-        else:
-            written.rename(final)
+        written.rename(final)
     except OSError:
-        if (final / DONE).exists():
+        if (final / tfds_folder.INFO).exists():
             return False
         raise
     return True
-
-
-def _checked(
-    split_records: Iterable[Mapping[str, Any]], fields: tuple[str, ...], split: str
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The records with their places; raises UserError for one that cannot be used."""
-    for index, record in enumerate(split_records):
-        if set(record) != set(fields):
-            raise UserError(
-                f"{split}[{index}] has the fields {', '.join(record)}; "
-                f"the first record has {', '.join(fields)}"
-            )
-        try:
-            records.decode(record)
-        except UserError as error:
-            raise UserError(f"{split}[{index}]: {error}") from None
-        yield index, records.encodable(record)
-
-
-def _examples(
-    family: Family, split: str, ordered_map: OrderedMap, bar: Bar
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of a split by their indices."""
-    indices = range(family.counts[split])
-    chunks = [indices[start : start + CHUNK] for start in indices[::CHUNK]]
-    made = ordered_map(functools.partial(family.make, split), chunks)
-    for chunk, chunk_records in zip(chunks, made, strict=True):
-        yield from zip(chunk, chunk_records, strict=True)
-        bar.update(len(chunk))

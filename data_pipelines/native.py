@@ -17,7 +17,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from etils import epath
+
 from univg_jax import fields
+from univg_jax.errors import UserError
 from univg_jax.fields import setting
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
@@ -69,6 +72,12 @@ class Options:
     )
     limit: int | None = setting(None, "records of a split, at most", least=1, none="all")
     exclude_ids: str = setting("", "file of keys or ids, one a line, to leave out", is_path=True)
+    hold_out: float = setting(
+        0.0,
+        "share of the training split that becomes the validation split, where the files have none",
+        least=0,
+        below=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +95,7 @@ class Dataset:
     options: type = Options
     families: tuple[str, ...] = ()  # () is one family of the dataset's name
     open: Callable[[Any], Mapping[str, Native]]
+    version: str = "1.0.0"  # of the records: any change of what an entry gives moves it
     # For docs/datasets.md.
     size: str = ""  # such as "4.2M pictures, 3.1 TB"
     license: str = ""  # also stored beside the records
@@ -101,3 +111,19 @@ class Dataset:
         nearest one, and for a value of another type or out of range.
         """
         return fields.make(self.options, values, where)
+
+    @staticmethod
+    def excluded(options: Any) -> frozenset[str]:
+        """The keys and ids that `options` leave out. Raises UserError for a file without any."""
+        if not (path := getattr(options, "exclude_ids", "")):
+            return frozenset()
+        try:
+            text = epath.Path(path).read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise UserError(f"exclude_ids={path}: {error.strerror or error}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"exclude_ids={path}: expected a text, an id in each line") from None
+        found = frozenset(line.strip() for line in text.splitlines()) - {""}
+        if not found:
+            raise UserError(f"exclude_ids={path} has no ids: expected one in each line")
+        return found

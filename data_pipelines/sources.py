@@ -16,6 +16,7 @@ from jaxtyping import UInt
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines import records, tfds_folder
+from data_pipelines.datasets import DATASETS
 from data_pipelines.tfds_folder import in_parallel
 from data_pipelines.transforms import Record
 from univg_jax.errors import NotFoundError, UserError, suggestion
@@ -244,7 +245,13 @@ def _find(name: str, data_dir: str) -> epath.Path:
                 inside = ", ".join(sorted(d.name for d in datasets))
                 raise UserError(f"{folder} holds several datasets ({inside}): name one of them")
             return max(found, key=_version)
-    raise NotFoundError(f"no dataset at {folders[0]}: {_why_missing(folders[0])}")
+    command = ""
+    for dataset in DATASETS.values():
+        if folders[0].name in (dataset.families or (dataset.name,)):
+            out = folders[0].parent
+            made_by = f"univg data build --dataset={dataset.name} --source=DIR --out={out}"
+            command = f"; it is made by: {made_by}"
+    raise NotFoundError(f"no dataset at {folders[0]}: {_why_missing(folders[0])}{command}")
 
 
 def _why_missing(folder: epath.Path) -> str:
@@ -257,7 +264,7 @@ def _why_missing(folder: epath.Path) -> str:
     if not parent.is_dir():
         return f"{parent} is a file, expected a folder of datasets"
     inside = sorted(path.name for path in parent.iterdir())
-    if any(path.startswith(f".{folder.name}.") for path in inside):
+    if f".{folder.name}.build" in inside:
         return "its build is not finished: build it again"
     siblings = [name for name in inside if name[0] != "." and (parent / name).is_dir()]
     if not siblings:

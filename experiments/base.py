@@ -6,6 +6,34 @@ from collections.abc import Mapping, Sequence
 from ml_collections import ConfigDict
 
 from univg_jax import settings
+from univg_jax.errors import check_name
+
+# What each task reads: the embedded dataset's families, or the builds of the paper's datasets
+# (docs/datasets.md), where `captions` stands for its internal pairs of pictures and captions. The
+# sources of a task share its weight by their number of records, so that every record comes equally
+# often; the paper's shares within a task are not published.
+SOURCES = dict(
+    embedded=dict(
+        t2i=("scenes",),
+        ie=("edits",),
+        ip=("scenes",),
+        lg=("scenes",),
+        depth=("scenes",),
+        pose=("puppets",),
+        seg=("scenes",),
+        id=("persons",),
+    ),
+    recipe=dict(
+        t2i=("captions", "journeydb", "dalle3"),
+        ie=("instructpix2pix", "ultraedit", "seed_data_edit"),
+        ip=("places365", "osv5m"),
+        lg=("flickr30k_entities", "grounded_sbu"),
+        depth=("kitti", "hypersim"),
+        pose=("coco_pose",),
+        seg=("refcoco", "phrasecut"),
+        id=("identity",),
+    ),
+)
 
 
 def task(weight: float, *sources: str | Mapping[str, float], **dropout: float) -> ConfigDict:
@@ -22,27 +50,55 @@ def get_config() -> ConfigDict:
     return ConfigDict(settings.Config().to_dict())
 
 
-def multitask(scale: float = 1.0) -> dict[str, ConfigDict]:
+def text_to_image(data: str = "embedded") -> dict[str, ConfigDict]:
+    """Stage I's task, with the sources of `data`, a name in SOURCES."""
+    return dict(t2i=task(1.0, *_sources(data)["t2i"]))
+
+
+def multitask(scale: float = 1.0, data: str = "embedded") -> dict[str, ConfigDict]:
     """Stage II's tasks in the paper's shares. It publishes one for the three auxiliary tasks; their
     equal split is our choice.
 
     Depth, pose and segmentation are sampled without guidance, so they need no dropout.
     """
+    sources = _sources(data)
     always = dict(drop_text=0.0, drop_image=0.0, drop_both=0.0)
     return dict(
-        t2i=task(0.28 * scale, "scenes"),
-        ie=task(0.47 * scale, "edits"),
-        ip=task(0.20 * scale, "scenes"),
-        lg=task(0.02 * scale, "scenes"),
-        depth=task(0.01 * scale, "scenes", **always),
-        pose=task(0.01 * scale, "puppets", **always),
-        seg=task(0.01 * scale, "scenes", **always),
+        t2i=task(0.28 * scale, *sources["t2i"]),
+        ie=task(0.47 * scale, *sources["ie"]),
+        ip=task(0.20 * scale, *sources["ip"]),
+        lg=task(0.02 * scale, *sources["lg"]),
+        depth=task(0.01 * scale, *sources["depth"], **always),
+        pose=task(0.01 * scale, *sources["pose"], **always),
+        seg=task(0.01 * scale, *sources["seg"], **always),
     )
 
 
-def with_identity() -> dict[str, ConfigDict]:
+def with_identity(data: str = "embedded") -> dict[str, ConfigDict]:
     """Stage III's tasks: identity beside all of Stage II, one to one."""
-    return dict(**multitask(0.5), id=task(0.5, "persons"))
+    return dict(**multitask(0.5, data), id=task(0.5, *_sources(data)["id"]))
+
+
+def use_folder(config: ConfigDict, folder: str) -> None:
+    """Trains on a folder of one's own, in place: pictures, each with its caption.
+
+    It is whatever `univg data build --dataset=captions` takes, and is built on demand. Of the tasks
+    those remain that such pictures serve, text-to-image and in/outpainting. One of fifty records is
+    held out for validation.
+    """
+    name = folder.strip("~/.").replace("/", "_") or "here"
+    config.data.dataset = "captions"
+    config.data.dir = f"runs/data/{name}"
+    config.data.build = dict(source=folder, hold_out=0.02)
+    served = ("t2i", "ip")
+    config.tasks = {
+        kind: task(config.tasks[kind].weight, "captions") for kind in served if kind in config.tasks
+    }
+    config.conditioning.fit_on = {}
+
+
+def _sources(data: str) -> dict[str, tuple[str, ...]]:
+    return SOURCES[check_name(data, SOURCES, what="data=")]
 
 
 def by_rows(

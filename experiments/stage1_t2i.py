@@ -15,6 +15,8 @@ def get_config(
     size: str = "xl",
     res: int = 256,
     encoders: str = "embedded",
+    data: str = "embedded",
+    folder: str = "",
     pod: str = "",
     buckets: bool = False,
 ) -> ConfigDict:
@@ -24,6 +26,9 @@ def get_config(
 
     encoders: `embedded` (MiniLM and a linear codec: nothing to download), or `sd3` (Stable
     Diffusion 3's three text encoders and VAE, from the pipeline's folder `conditioning.folder`).
+    data: `embedded` (drawings that are built on demand) or `recipe` (the paper's datasets, each
+    built into `data.dir` by `univg data build`).
+    folder: pictures of one's own with captions, instead of `data`.
     pod: a name of `pods.TOPOLOGIES`, whose memory is then used as recommended; without one, what
     fits most.
     """
@@ -38,8 +43,11 @@ def get_config(
     c.data.dir = f"runs/data/emoji_{res}px"
     c.data.build = dict(resolution=res, num_scenes=10_000, seed=0, nouns=0)
     c.conditioning.codec.patch = 8
+    c.tasks = base.text_to_image(data)
+    if data == "recipe":
+        c.data.dataset, c.data.dir, c.data.build = "recipe", "data", {}
     # The codec is fitted once, for all three stages.
-    stages = (c.tasks, base.multitask(), base.with_identity())
+    stages = (c.tasks, base.multitask(data=data), base.with_identity(data))
     c.conditioning.fit_on = base.by_rows(stages, steps=(1.0, 1.0, 0.1))
     if encoders == "sd3":
         text = dict(kind="sd3", dtype="float32" if size == "tiny" else "bfloat16")
@@ -49,6 +57,8 @@ def get_config(
         c.data.num_tokens = 77 + 77  # CLIP's positions, then T5's
     if size != "tiny":
         c.model.overrides = dict(dtype="bfloat16", remat="full")
+    if folder:
+        base.use_folder(c, folder)
     if pod:
         pods.fit(c, pod)
     c.flow.shift = max(1.0, res / 256)

@@ -11,9 +11,11 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from data_pipelines.datasets import DATASETS
 from tests.test_sharding import unused_rules
 from univg_jax import assembly, configs, encoders, sharding
 from univg_jax.batch import BatchShape
+from univg_jax.errors import NotFoundError
 from univg_jax.settings import Config
 from univg_jax.training.step import TrainState, TrainStep, num_parameters
 from univg_jax.trees import flatten
@@ -108,3 +110,34 @@ def test_the_mixtures_are_the_papers():
         sum(task.weight for name, task in three.tasks.items() if name != "id")
     )
     assert three.train.steps * 10 == two.train.steps
+
+
+@pytest.mark.parametrize("stage", ["stage1_t2i", "stage2_multitask", "stage3_identity"])
+def test_the_recipe_reads_datasets_that_can_be_built(stage):
+    recipe, embedded = load(f"{stage}.py:data=recipe"), load(f"{stage}.py")
+    families = {
+        family: dataset
+        for dataset in DATASETS.values()
+        for family in dataset.families or (dataset.name,)
+    }
+    assert recipe.tasks.keys() == embedded.tasks.keys()
+    for name, task in recipe.tasks.items():
+        assert task.weight == embedded.tasks[name].weight
+        for source in task.sources:
+            assert name in families[source].tasks, f"{source} does not serve {name}"
+
+
+def test_a_missing_dataset_of_the_recipe_is_named_with_the_command_that_makes_it(tmp_path):
+    config = configs.load("experiments/stage1_t2i.py:data=recipe", [f"data.dir={tmp_path}"])
+    with pytest.raises(NotFoundError, match=r"univg data build --dataset=captions .*--out="):
+        assembly.check_data(config, "train")
+
+
+@pytest.mark.parametrize(
+    ("stage", "tasks"), [("stage1_t2i", ["t2i"]), ("stage2_multitask", ["t2i", "ip"])]
+)
+def test_one_argument_takes_a_folder_of_ones_own(stage, tasks):
+    config = load(f"{stage}.py:size=tiny,folder=/my/pictures")
+    assert sorted(config.tasks) == sorted(tasks)
+    assert config.data.dataset == "captions"
+    assert config.data.build["source"] == "/my/pictures"

@@ -9,7 +9,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from data_pipelines import fit_data
+from data_pipelines import build, fit_data
 from data_pipelines.cache import CachedLatents, CachedTokenizer
 from data_pipelines.collate import Collator
 from data_pipelines.datasets import DATASETS
@@ -213,8 +213,8 @@ def check_config(config: Config) -> None:
     if dataset is None and not epath.Path(config.data.dir).exists():
         raise NotFoundError(
             f"data.dir={config.data.dir!r} does not exist, and data.dataset="
-            f"{config.data.dataset!r} is none of the embedded datasets ({', '.join(DATASETS)}) "
-            "that are built on demand"
+            f"{config.data.dataset!r} is none of the datasets that are built on demand "
+            f"({', '.join(DATASETS)})"
         )
     if dataset is not None:
         dataset.make_options(config.data.build)
@@ -223,7 +223,8 @@ def check_config(config: Config) -> None:
         check_name(name, TASKS, what="task")
         for source in sources:
             if dataset is not None and not epath.Path(source).exists():
-                check_name(source, dataset.families, what=f"source of task {name}:")
+                families = dataset.families or (dataset.name,)
+                check_name(source, families, what=f"source of task {name}:")
     for name in config.flow.weight_changes:
         check_name(name, TASKS, what="task in flow.weight_changes:")
     for name in config.sampling.guidance:
@@ -246,13 +247,13 @@ def check_config(config: Config) -> None:
 
 
 def prepare_data(config: Config) -> None:
-    """Process 0 builds an embedded dataset that is not there yet; the others wait."""
+    """Process 0 builds `data.dataset` where it is not there yet; the others wait."""
     if (dataset := DATASETS.get(config.data.dataset)) is None:
         return
     if jax.process_index() == 0:
         if not epath.Path(config.data.dir).is_dir():
             check_output(config.data.dir, flag="data.dir", folder=True)
-        dataset.build(config.data.dir, dataset.make_options(config.data.build))
+        build.build(dataset, config.data.dir, dataset.make_options(config.data.build))
     multihost_utils.sync_global_devices("univg_jax.prepare_data")
 
 

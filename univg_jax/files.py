@@ -10,8 +10,8 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -40,6 +40,27 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
         if isinstance(error, OSError):
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
         raise
+
+
+def write_streamed(path: epath.PathLike, write: Callable[[BinaryIO], None]) -> None:
+    """As `write_whole`, of a local file whose content `write(file)` writes as it comes.
+
+    `file.name` is where it is until then. Raises UserError where the system refuses.
+    """
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    partial = os.path.join(folder, f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+        os.replace(partial, path)
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
 
 
 def check_output(

@@ -49,7 +49,7 @@ def empty(data):
 
 def unfinished(data):
     write(data)
-    (data / "mine").rename(data / ".mine.host-7-abc.unfinished")
+    (data / "mine").rename(data / ".mine.build")
 
 
 def without_info(data):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import mixture
+from data_pipelines.build import build
 from data_pipelines.datasets import emoji_scenes
 from data_pipelines.sources import MemorySource
 from data_pipelines.tasks import TASKS
@@ -305,7 +306,7 @@ def test_dropout_must_be_a_probability():
 
 def test_records_on_disk_serve_every_task(tmp_path):
     options = emoji_scenes.Options(resolution=16, num_scenes=16, nouns=4)
-    emoji_scenes.build(tmp_path, options, processes=1)
+    build(emoji_scenes.DATASET, tmp_path, options, processes=1)
     config = make_config(batch_size=16, **dict.fromkeys(TASKS, 1.0))
     config.data.update(dict(dir=str(tmp_path), resolution=16, read_threads=2, prefetch=2))
     for name, task in config.tasks.items():

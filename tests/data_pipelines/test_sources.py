@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import records, sources
-from data_pipelines.build import write_dataset
+from data_pipelines.build import build, write_dataset
 from data_pipelines.datasets import emoji_scenes
 from data_pipelines.sources import MemorySource, open_source
 from univg_jax.errors import NotFoundError, UserError
@@ -26,7 +26,7 @@ def test_a_missing_dataset_suggests_the_nearest(tmp_path):
 
 def test_a_dataset_is_opened_by_its_name_or_path_and_read_in_part(tmp_path):
     options = emoji_scenes.Options(resolution=16, num_scenes=16, nouns=4)
-    emoji_scenes.build(tmp_path, options, processes=1)
+    build(emoji_scenes.DATASET, tmp_path, options, processes=1)
     scenes = open_source("scenes", "train", data_dir=str(tmp_path))
     assert len(scenes) == 16
     assert set(scenes.read(3, ("image", "caption"))) == {"image", "caption"}
@@ -108,7 +108,7 @@ def test_a_dataset_is_looked_for_in_a_bucket(bucket):
 WRITE = """
 import sys
 import numpy as np
-from data_pipelines.build import write_dataset
+from data_pipelines.build import build, write_dataset
 from univg_jax.images import png_bytes
 image = png_bytes(np.zeros((2, 2, 3), np.uint8))
 records = [dict(image=image, caption=f"{k}", instruction="", source=image) for k in range(40)]

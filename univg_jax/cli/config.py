@@ -55,10 +55,16 @@ def settings_page() -> str:
 def _options() -> dict[str, tuple[type, Collection[str]]]:
     """What a config passes on: classes of settings, and those of them that it must not set."""
     from data_pipelines.datasets import DATASETS
+    from data_pipelines.native import Options
     from univg_jax.encoders.kinds import KINDS  # loads JAX
     from univg_jax.models.mmdit import FROM_ENCODERS, MMDiT
 
-    found = {f"`data.build` of {name}": (d.options, ()) for name, d in DATASETS.items()}
+    general = [field.name for field in fields.settings_of(Options)]
+    found: dict[str, tuple[type, Collection[str]]]
+    found = {"`data.build` of every dataset of native files": (Options, ())}
+    for name, dataset in DATASETS.items():
+        if any(f.name not in general for f in fields.settings_of(dataset.options)):
+            found[f"`data.build` of {name}, beside these"] = (dataset.options, general)
     kinds: dict[type, list[str]] = {}
     for role, of_role in KINDS.items():
         for name, kind in of_role.items():

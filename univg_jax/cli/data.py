@@ -1,52 +1,18 @@
 """`univg data`: build datasets, look at what a config trains on, embed its prompts."""
 
 import argparse
-import dataclasses
-import shlex
 
-from data_pipelines.datasets import DATASETS
-from univg_jax import fields
-from univg_jax.cli import flags
+from univg_jax.cli import datasets, flags
 from univg_jax.cli.main import configure
 from univg_jax.cli.parser import Parser
-from univg_jax.errors import check_name
 
 
 def add_arguments(parser: Parser) -> None:
-    """The command's actions and their flags. A dataset's flags are the fields of its options."""
+    """The command's actions and their flags."""
     actions = parser.add_commands(dest="action")
-    build_ = actions.add_parser(
-        "build",
-        help="write the records of a dataset",
-        description="Writes the records of a dataset. What is complete already stays as it is.",
-    )
-    build_.add_argument(
-        "--dataset", required=True, metavar="|".join(DATASETS), help="one of those listed below"
-    )
-    build_.add_argument(
-        "--out",
-        required=True,
-        action=flags.Output,
-        folder=True,
-        metavar="DIR",
-        help="a config's data.dir",
-    )
-    added: set[str] = set()
-    for dataset in DATASETS.values():
-        group = build_.add_argument_group(dataset.name, dataset.summary)
-        for field in dataclasses.fields(dataset.options):
-            if field.name not in added:
-                summary = f"{fields.rule_of(field).help} (default: {field.default})"
-                group.add_argument(
-                    f"--{field.name}",
-                    action=flags.Number,
-                    rule=fields.rule_of(field),
-                    metavar="N",
-                    help=summary,
-                )
-                added.add(field.name)
-    build_.add_example("--dataset=emoji_scenes --resolution=64 --out=data/emoji_64px")
-    build_.set_defaults(run=build)
+    datasets.add_build(actions)
+    datasets.add_list(actions)
+    datasets.add_verify(actions)
 
     look = actions.add_parser(
         "inspect",
@@ -104,19 +70,6 @@ def add_arguments(parser: Parser) -> None:
     )
     flags.add_processes(cache)
     cache.set_defaults(run=cache_run)
-
-
-def build(args: argparse.Namespace) -> None:
-    """Writes a dataset's records."""
-    dataset = DATASETS[check_name(args.dataset, DATASETS, what="dataset")]
-    every = {field.name for d in DATASETS.values() for field in dataclasses.fields(d.options)}
-    given = {name: value for name in every if (value := getattr(args, name)) is not None}
-    options = dataset.make_options(given)
-    dataset.build(args.out, options)
-    wanted = dict(dir=args.out, dataset=args.dataset)
-    wanted |= {f"build.{name}": value for name, value in dataclasses.asdict(options).items()}
-    config = shlex.join(f"--config.data.{name}={value}" for name, value in wanted.items())
-    print(f"{args.dataset} is in {args.out}. To train on it: {config}")
 
 
 def inspect_config(args: argparse.Namespace) -> None:

@@ -6,10 +6,10 @@ its options are known where the artwork is not installed.
 """
 
 import dataclasses
-import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from etils import epath
-
+from data_pipelines.native import Dataset, Entry, Native
 from univg_jax.errors import needs_extra
 from univg_jax.fields import setting
 
@@ -24,6 +24,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "persons": ("image", "caption", "face", "person"),
 }
 PICTURES = 4  # of each person
+PART = 64  # records that a process draws at a time; whole persons
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,37 +50,56 @@ class Options:
         return max(16, self.num_scenes // {"scenes": 1, "edits": 2, "puppets": 5}[family])
 
 
-def build(
-    out: epath.PathLike, options: Options = Options(), *, processes: int | None = None
-) -> None:
-    """Builds the families that are not complete yet, each into a folder of its name below `out`.
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A family, whose records are drawn from their numbers."""
 
-    The records do not depend on `processes` (None: one a core).
+    options: Options
+    family: str
+    splits: tuple[str, ...] = SPLITS
 
-    Raises UserError for options out of range, and if `out` holds a build by other options.
-    """
-    from data_pipelines.build import Family, build_families  # imports TFDS
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Those of FAMILIES."""
+        return FAMILIES[self.family]
 
-    with needs_extra("quickstart", "to build emoji_scenes"):
+    def parts(self, split: str) -> Sequence[tuple[str, int, int]]:
+        """Ranges of numbers."""
+        count = self.options.count(self.family, split)
+        return [(split, k, min(count, k + PART)) for k in range(0, count, PART)]
+
+    def entries(self, part: tuple[str, int, int]) -> Iterator[Entry]:
+        """The numbers of a range."""
+        split, start, stop = part
+        for index in range(start, stop):
+            yield Entry(key=f"{split}/{index}", raw=(split, index))
+
+    def make(self, raw: tuple[str, int]) -> Mapping[str, Any]:
+        """Draws a record."""
         from data_pipelines.datasets.emoji_scenes import examples  # imports the artwork
 
+        return examples.example(self.options, self.family, *raw)
+
+
+def open_families(options: Options) -> dict[str, Native]:
+    """The families by name. Raises UserError for options out of range."""
+    with needs_extra("quickstart", "to build emoji_scenes"):
+        from data_pipelines.datasets.emoji_scenes import examples
+
     options = examples.check(options)
-    families = [
-        Family(
-            name=name,
-            fields=fields,
-            counts={split: options.count(name, split) for split in SPLITS},
-            make=functools.partial(examples.make_records, options, name),
-        )
-        for name, fields in FAMILIES.items()
-    ]
-    build_families(
-        out,
-        families,
-        dataset="emoji_scenes",
-        version=VERSION,
-        description="Scenes, edits, puppets and persons from Twemoji and DiceBear artwork.",
-        license="artwork: Twemoji, CC BY 4.0; Personas by Draftbit, CC BY 4.0",
-        arguments=dataclasses.asdict(options),
-        processes=processes,
-    )
+    return {family: Drawn(options, family) for family in FAMILIES}
+
+
+DATASET = Dataset(
+    name="emoji_scenes",
+    summary="composed scenes with exact labels for every task; needs no files",
+    tasks=("t2i", "ie", "ip", "lg", "depth", "pose", "seg", "id"),
+    options=Options,
+    families=tuple(FAMILIES),
+    open=open_families,
+    version=VERSION,
+    size="10,000 scenes by default",
+    license="artwork: Twemoji, CC BY 4.0; Personas by Draftbit, CC BY 4.0",
+    where="drawn here, from artwork that comes by pip (extra quickstart)",
+    example="--resolution=64",
+)

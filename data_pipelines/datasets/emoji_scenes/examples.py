@@ -46,11 +46,6 @@ def check(options: Options) -> Options:
     return options
 
 
-def make_records(options: Options, family: str, split: str, indices: range) -> list[dict[str, Any]]:
-    """The records of `indices`: what one process makes at a time."""
-    return [example(options, family, split, index) for index in indices]
-
-
 def example(options: Options, family: str, split: str, index: int) -> dict[str, Any]:
     """The record, in stored form (`data_pipelines.records`)."""
     return {"scenes": _scene, "edits": _edit, "puppets": _puppet, "persons": _person}[family](

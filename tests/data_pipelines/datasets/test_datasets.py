@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from data_pipelines.build import build
 from data_pipelines.datasets import DATASETS
+from data_pipelines.tasks import TASKS
 from univg_jax import fields
 from univg_jax.errors import UserError
 
@@ -15,12 +17,24 @@ from univg_jax.errors import UserError
 def test_each_dataset_says_what_flags_and_configs_need(name):
     dataset = DATASETS[name]
     assert dataset.name == name
-    assert dataset.summary
-    assert dataset.families
+    for text in (dataset.summary, dataset.size, dataset.license, dataset.where, dataset.example):
+        assert text
+        assert "\n" not in text
+    assert dataset.tasks
+    assert set(dataset.tasks) <= set(TASKS)
     for field in dataclasses.fields(dataset.options):
         assert fields.rule_of(field).help
-        assert isinstance(field.default, field.type)
     assert dataset.make_options({}) == dataset.options()
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "emoji_scenes"])
+def test_each_dataset_of_native_files_names_what_is_missing(name, tmp_path):
+    dataset = DATASETS[name]
+    for source in ("", str(tmp_path / "nowhere"), str(tmp_path)):
+        with pytest.raises(UserError) as error:
+            build(dataset, tmp_path / "out", dataset.make_options(dict(source=source)))
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out" / name).exists()
 
 
 def test_options_come_from_a_config_or_are_refused_by_name():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines import records
+from data_pipelines.build import build
 from data_pipelines.datasets import DATASETS, emoji_scenes
 from data_pipelines.datasets.emoji_scenes import (
     FAMILIES,
@@ -291,7 +293,7 @@ TINY = Options(resolution=16, num_scenes=8, nouns=4)
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("emoji")
-    emoji_scenes.build(data_dir, BUILT, processes=1)
+    build(emoji_scenes.DATASET, data_dir, BUILT, processes=1)
     return data_dir
 
 
@@ -311,31 +313,40 @@ def test_build_reads_back_through_tfds(built):
 
 
 def test_build_does_not_depend_on_processes(built, tmp_path):
-    emoji_scenes.build(tmp_path, BUILT, processes=2)
+    build(emoji_scenes.DATASET, tmp_path, BUILT, processes=2)
     files = sorted(path.relative_to(built) for path in built.rglob("*array_record*"))
     assert len(files) == len(FAMILIES) * len(SPLITS)
     for file in files:
         assert (built / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
 
-def test_a_build_of_before_is_complete(built):
-    """Its record of arguments is compared key by key."""
-    expected = dict(resolution=24, num_scenes=80, seed=0, nouns=8, version="1.0.0")
-    assert json.loads((built / "build.json").read_text()) == expected
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_build_of_before_is_complete(built, tmp_path, is_old):
+    """Its record of arguments is compared key by key; older builds have it beside the families."""
+    if is_old:
+        arguments = json.loads((built / "scenes" / "build.json").read_text())["arguments"]
+        built = shutil.copytree(built, tmp_path / "old")
+        for family in FAMILIES:
+            (built / family / "build.json").unlink()
+        (built / "build.json").write_text(json.dumps(arguments))
+        with pytest.raises(UserError, match="num_scenes=80, not 81"):
+            build(emoji_scenes.DATASET, built, dataclasses.replace(BUILT, num_scenes=81))
     stamps = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
-    emoji_scenes.build(built, BUILT)
+    build(emoji_scenes.DATASET, built, BUILT)
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == stamps
 
 
 def test_another_build_is_refused(built):
     with pytest.raises(UserError, match="num_scenes=80, not 81"):
-        emoji_scenes.build(built, dataclasses.replace(BUILT, num_scenes=81))
-    assert json.loads((built / "build.json").read_text())["num_scenes"] == 80
+        build(emoji_scenes.DATASET, built, dataclasses.replace(BUILT, num_scenes=81))
+    arguments = json.loads((built / "scenes" / "build.json").read_text())["arguments"]
+    assert arguments == dict(resolution=24, num_scenes=80, seed=0, nouns=8, version="1.0.0")
 
 
 def test_all_nouns_are_the_default(tmp_path):
-    emoji_scenes.build(tmp_path, dataclasses.replace(TINY, nouns=0))
-    assert json.loads((tmp_path / "build.json").read_text())["nouns"] == len(sprites.WHITELIST)
+    build(emoji_scenes.DATASET, tmp_path, dataclasses.replace(TINY, nouns=0))
+    found = json.loads((tmp_path / "scenes" / "build.json").read_text())["arguments"]
+    assert found["nouns"] == len(sprites.WHITELIST)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +356,7 @@ def test_all_nouns_are_the_default(tmp_path):
 def test_options_out_of_range_name_themselves(tmp_path, field, value):
     dataset = DATASETS["emoji_scenes"]
     with pytest.raises(UserError, match=rf"{field}( is |=){value}"):
-        dataset.build(tmp_path, dataset.make_options({field: value}))
+        build(dataset, tmp_path, dataset.make_options({field: value}))
     assert not list(tmp_path.iterdir())
 
 
