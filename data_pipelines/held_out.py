@@ -92,8 +92,8 @@ class HeldOut(Sequence):
         ]
         ends = np.cumsum([len(source) for source in self._sources])
         self._starts = [0, *ends.tolist()]
-        self._places = self._find(num)
-        self._shape_numbers = self._nearest()
+        self._places = np.array(self._find(num), np.int64)
+        self._shape_numbers = self._nearest(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -117,7 +117,7 @@ class HeldOut(Sequence):
         source = int(np.searchsorted(self._starts, place, side="right")) - 1
         return source, place - self._starts[source]
 
-    def _row(self, place: int, index: int, *, shape: int = 0) -> Row:
+    def _row(self, place: int, index: int, *, shape: int) -> Row:
         source, stored = self._locate(place)
         reader = self._readers[shape][source]
         return reader.row(stored, self._rng(place), sample_id=index, center=True)
@@ -125,19 +125,19 @@ class HeldOut(Sequence):
     def _rng(self, place: int) -> np.random.Generator:
         return np.random.default_rng((self._seed, place))
 
-    def _nearest(self) -> UInt16[np.ndarray, " n"]:
-        """The number of each record's shape."""
-        numbers = np.zeros(len(self._places), np.uint16)
+    def _nearest(self, places: Int64[np.ndarray, " n"]) -> UInt16[np.ndarray, " n"]:
+        """The number of the shape of each record."""
+        numbers = np.zeros(len(places), np.uint16)
         if len(self.shapes) == 1:
             return numbers
-        owners = np.searchsorted(self._starts, self._places, side="right") - 1
+        owners = np.searchsorted(self._starts, places, side="right") - 1
         for source in np.unique(owners):
             mine = owners == source
-            sizes = self._sources[source].sizes()[self._places[mine] - self._starts[source]]
+            sizes = self._sources[source].sizes()[places[mine] - self._starts[source]]
             numbers[mine] = buckets.numbers_of(sizes, self.shapes)
         return numbers
 
-    def _find(self, num: int | None) -> Int64[np.ndarray, " n"]:
+    def _find(self, num: int | None) -> list[int]:
         """The places of the usable records."""
         untried = iter(range(self._starts[-1]))
         found: list[int] = []
@@ -159,15 +159,16 @@ class HeldOut(Sequence):
             raise UserError(
                 f"no record of {names} can serve task {self.task!r}; the last: {reason}"
             )
-        return np.array(found, np.int64)
+        return found
 
     def _try(self, window: list[int]) -> list[DamagedRecord | UnsuitableRecord | None]:
         """What is wrong with each of these records, the same on all hosts."""
         errors: dict[int, Exception] = {}
+        shapes = self._nearest(np.array(window, np.int64)).tolist()
         verdicts = np.full(len(window), _UNTRIED, np.uint8)
         for i in range(self._hosts.index, len(window), self._hosts.count):
             try:
-                self._row(window[i], window[i])
+                self._row(window[i], window[i], shape=shapes[i])
                 verdicts[i] = _USABLE
             except SKIPPED as error:
                 errors[i] = error

@@ -272,3 +272,15 @@ def test_batches_in_buckets_have_one_shape_each_and_cover_all(hosts):
     for batch in whole:
         for i, texts in zip(batch.sample_id, batch.tokens, strict=True):
             assert text_of(texts) == f"<t2i> {mixed[i]['caption']}"
+
+
+def test_a_record_is_tried_in_its_own_shape():
+    """Of a box at the left of a wide picture nothing is left in a tall window."""
+    boxes, phrases = np.float32([[0.02, 0.3, 0.1, 0.6]]), ["a pig"]
+    wide = [scene | dict(caption="a pig", boxes=boxes, phrases=phrases) for scene in WIDE]
+    config = Config.of(make_config(lg=1.0))
+    options = dict(split="validation", sources=dict(scenes=MemorySource("scenes", wide)))
+    options |= dict(collator=make_collator())
+    assert len(HeldOut(config, "lg", shapes=SHAPES, **options)) == len(wide)
+    with pytest.raises(UserError, match="no record of scenes can serve task 'lg'"):
+        HeldOut(config, "lg", shapes=SHAPES[:1], **options)

@@ -40,6 +40,7 @@ from data_pipelines.collate import Collator
 from data_pipelines.held_out import HeldOut
 from data_pipelines.reader import Reader
 from data_pipelines.sources import open_source
+from univg_jax import assembly
 from univg_jax.errors import UserError, needs_extra
 from univg_jax.evaluation import answers, metrics
 from univg_jax.evaluation.benchmark import (
@@ -72,7 +73,14 @@ def cases(config: Config, task: str, *, split: str, num: int, collator: Collator
     """The first `num` records of a split that serve the task. Raises UserError if it has none."""
     fields = BENCHMARK.tasks[task].needs_fields
     records = HeldOut(
-        config, task, split=split, num=num, collator=collator, seed=config.seed, fields=fields
+        config,
+        task,
+        split=split,
+        num=num,
+        collator=collator,
+        seed=config.seed,
+        fields=fields,
+        hosts=assembly.hosts(),
     )
     return Cases(task, records, resolution=config.data.resolution, seed=config.seed, fields=fields)
 
