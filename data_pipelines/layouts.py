@@ -16,6 +16,8 @@ _SPLITS = {
     **{"train": TRAIN, "training": TRAIN, "val": VALIDATION, "valid": VALIDATION},
     **{"validation": VALIDATION, "dev": VALIDATION, "test": TEST},
 }
+# What tools leave beside the files of a collection.
+_ABOUT = ("dataset_infos.json", "info.json", "sizes.json", "shards.json", "state.json")
 _TEXTS = (".txt", ".caption", ".json")
 
 
@@ -97,7 +99,7 @@ def stem(name: str) -> str:
 
 def _is_table(name: str) -> bool:
     base = os.path.basename(name).lower()
-    is_about = base.endswith("_stats.json") or base in ("dataset_info.json", "dataset_infos.json")
+    is_about = base.endswith(("_stats.json", "index.json", "_info.json")) or base in _ABOUT
     return tables.suffix_of(base) in tables.SUFFIXES and not is_about
 
 

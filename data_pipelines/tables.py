@@ -167,7 +167,12 @@ def text_of(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"{quote(value)} is not in UTF-8: expected a text") from None
+    if isinstance(value, UserError):
+        raise value
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):

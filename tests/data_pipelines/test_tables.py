@@ -273,7 +273,7 @@ def test_cleaned_texts_are_one_line_of_unicode(text):
 
 
 def test_what_is_no_text_is_refused():
-    for value in (["a"], {"a": 1}, True):
+    for value in (["a"], {"a": 1}, True, b"caf\xe9"):
         with pytest.raises(UserError, match="expected a text"):
             text_of(value)
 

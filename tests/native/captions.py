@@ -58,6 +58,7 @@ def write(root: pathlib.Path) -> dict:
     write_tar(root / "00001.tar", files)
     _parquet(root / "00000.parquet", [*rows[::2], failed])
     _parquet(root / "00001.parquet", rows[1::2])
+    write_file(root / "sizes.json", json.dumps({"00000.tar": 3, "00001.tar": 2}))
     write_file(root / "00000_stats.json", json.dumps({"count": 3, "successes": 2}))
     return {"source": str(root)}
 
