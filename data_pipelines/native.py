@@ -81,6 +81,17 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CocoOptions(Options):
+    """The options of a dataset of COCO's pictures, whose entries have the ids of these."""
+
+    exclude: str = setting(
+        "",
+        "pictures of benchmarks to leave out, NAME:PATH with commas: refcoco:DIR, coco_val:FILE, "
+        "karpathy:FILE, magicbrush:DIR",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
     """A dataset that can be built: `DATASETS` has one of each module in `data_pipelines/datasets`.
 
@@ -115,8 +126,13 @@ class Dataset:
     @staticmethod
     def excluded(options: Any) -> frozenset[str]:
         """The keys and ids that `options` leave out. Raises UserError for a file without any."""
+        leaks = frozenset()
+        if spec := getattr(options, "exclude", ""):
+            from data_pipelines import exclusions  # which reads native files
+
+            leaks = exclusions.ids(spec)
         if not (path := getattr(options, "exclude_ids", "")):
-            return frozenset()
+            return leaks
         try:
             text = epath.Path(path).read_text(encoding="utf-8-sig")
         except OSError as error:
@@ -126,4 +142,4 @@ class Dataset:
         found = frozenset(line.strip() for line in text.splitlines()) - {""}
         if not found:
             raise UserError(f"exclude_ids={path} has no ids: expected one in each line")
-        return found
+        return found | leaks

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.native import TRAIN, VALIDATION, Dataset, Entry, Options
+from data_pipelines.native import TRAIN, VALIDATION, CocoOptions, Dataset, Entry
 from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.fields import setting
 
@@ -21,7 +21,7 @@ _YEARS = ("2017", "2014", "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CocoPoseOptions(Options):
+class CocoPoseOptions(CocoOptions):
     """Where the annotations and the pictures are."""
 
     year: str = setting("", "release to take; empty: 2017 if it is there", names=("", *_YEARS[:2]))

@@ -46,7 +46,12 @@ class IdentityOptions(Options):
     face_column: str = setting("", "column of a table with the face's box; empty: a usual name")
 
     def check(self, where: str) -> None:
-        """Raises UserError for a template without a place for the person."""
+        """Raises UserError for a template without the person, and for persons held out in part."""
+        if self.hold_out:
+            raise UserError(
+                f"{where}.hold_out={self.hold_out:g} would hold out single pictures of persons: "
+                "val_persons holds out persons"
+            )
         if "<p>" not in self.template:
             raise UserError(f"{where}.template={self.template!r} has no <p>, the person's place")
 

@@ -5,15 +5,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines.native import SPLITS, TEST, TRAIN, Dataset, Entry, Options
-from univg_jax.errors import NotFoundError, UserError
+from data_pipelines.native import SPLITS, TEST, TRAIN, CocoOptions, Dataset, Entry
+from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.fields import setting
 
 _SUBSETS = ("refcoco", "refcoco+", "refcocog")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RefCocoOptions(Options):
+class RefCocoOptions(CocoOptions):
     """What is built of the three."""
 
     subsets: tuple[str, ...] = setting(
@@ -112,9 +112,11 @@ class RefCoco:
                 if where != split or (where == TEST and ref.split not in self.options.test):
                     continue
                 if ref.image_id not in images or ref.ann_id not in segmentations:
+                    files = " and ".join(subset.instances.split("\n"))
                     raise UserError(
-                        f"{subset.instances} has not picture {ref.image_id} with annotation "
-                        f"{ref.ann_id}, of {subset.name} ({subset.partition}): it is of other refs"
+                        f"{files} has not picture {quote(ref.image_id)} with annotation "
+                        f"{quote(ref.ann_id)}, of {subset.name} ({subset.partition}): it is "
+                        "of other refs"
                     )
                 rows.setdefault(ref.image_id, {"id": ref.image_id, **images[ref.image_id]})
                 # Two refs, also of two subsets, may be of one object.

@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import exclusions
+from data_pipelines.build import build
+from data_pipelines.datasets import coco_pose as coco_pose_dataset
 from tests.native import coco_pose, refcoco
 from univg_jax.errors import NotFoundError, UserError
 
@@ -73,6 +75,22 @@ def test_what_is_wrong_is_said(tmp_path):
     path.write_text(json.dumps(dict(images=[dict(id="a")])))
     with pytest.raises(UserError, match=r"x\.json: 'id' is 'a'"):
         exclusions.ids(f"coco_val:{path}")
+
+
+def test_a_build_leaves_them_out(tmp_path):
+    options = coco_pose.write(tmp_path)
+    (tmp_path / "ids.txt").write_text("3\n")
+    dataset = coco_pose_dataset.DATASET
+    val = tmp_path / "annotations" / "person_keypoints_val2017.json"
+    content = json.loads(val.read_text())
+    content["images"].append(dict(content["images"][0], id=1))
+    val.write_text(json.dumps(content))
+    given = dict(options, exclude=f"coco_val:{val}", exclude_ids=str(tmp_path / "ids.txt"))
+    made = dataset.make_options(dict(given, split=("train",)))
+    assert dataset.excluded(made) == {"1", "3", "7"}
+    build(dataset, tmp_path / "out", made)
+    info = json.loads(next((tmp_path / "out").rglob("dataset_info.json")).read_text())
+    assert [split["shardLengths"] for split in info["splits"]] == [["2"]]
 
 
 @needs_samples
