@@ -16,8 +16,8 @@ from tests.helpers import (
     unused,
 )
 from tests.sd3_folder import write_image_encoder, write_sd3
-from univg_jax import encoders
-from univg_jax.batch import BatchShape
+from univg_jax import encoders, sharding
+from univg_jax.batch import BatchShape, Latents
 from univg_jax.errors import UserError
 from univg_jax.settings import Conditioning
 
@@ -98,6 +98,68 @@ def test_bytes_and_floats_encode_alike_and_decode_stays_in_range(run):
     a, b = c.encode(frozen, x), c.encode(frozen, jnp.asarray(x, jnp.float32) / 127.5 - 1)
     np.testing.assert_array_equal(a, b)
     assert np.abs(c.decode(frozen, 100 * a)).max() == 1
+
+
+def with_latents(c, frozen, batch, *, target_missing=None, source_missing=None):
+    """The batch with latents from a cache; those that are missing there are no numbers."""
+
+    def stored(images, missing):
+        latents = np.array(c.encode(frozen, images))
+        latents[np.zeros(len(images), bool) if missing is None else missing] = np.nan
+        return latents
+
+    latents = Latents(
+        target=stored(batch.target, target_missing),
+        source=stored(batch.source, source_missing),
+        target_missing=target_missing,
+        source_missing=source_missing,
+    )
+    return dataclasses.replace(batch, latents=latents)
+
+
+def num_of(batch, seed):
+    return np.random.default_rng(seed).random(batch.size) < 0.5
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("seed", [0, None, "all"])
+def test_what_a_cache_lacks_is_encoded_on_any_devices(run, devices, seed):
+    """Two rows a device or eight on one, whichever of them are missing."""
+    c, frozen = run
+    batch = fake_batch(shape=SHAPE, batch_size=8)
+    missing = np.full(8, seed == "all") if isinstance(seed, str | None) else num_of(batch, seed)
+    given = with_latents(c, frozen, batch, target_missing=missing, source_missing=missing)
+
+    def encode(batch):
+        shown = jnp.asarray(batch.has_source)[:, None, None, None]
+        source = jnp.where(shown, c.source_latents(frozen, batch), 0)
+        return c.target_latents(frozen, batch), source
+
+    want = jax.jit(encode)(batch)
+    mesh = sharding.make_mesh(data=devices, devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        found = jax.jit(encode)(sharding.shard_batch(given, mesh))
+    # One row at a time is another product than all of them: float32 sums in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, want)
+
+
+def test_a_step_of_which_all_is_cached_has_no_encoder(run, batch):
+    """It takes neither the codec's parameters nor the pixels."""
+    c, frozen = run
+    given = with_latents(c, frozen, batch)
+    given = dataclasses.replace(given, text=c.embed_text(frozen, batch.tokens, batch.text_mask))
+
+    def encode(codec, target, source, batch):
+        batch = dataclasses.replace(batch, target=target, source=source)
+        return c.target_latents({"codec": codec}, batch), c.source_latents({"codec": codec}, batch)
+
+    program = jax.jit(encode, keep_unused=False)
+    text = program.lower(frozen["codec"], batch.target, batch.source, given).as_text()
+    assert "dot_general" not in text
+    assert "ui8" not in text
+    drawn = with_latents(c, frozen, batch, source_missing=np.ones(4, bool))
+    text = program.lower(frozen["codec"], batch.target, batch.source, drawn).as_text()
+    assert text.count("dot_general") == 1  # of the sources, one row at a time
 
 
 def test_encoders_are_frozen(run, batch):

@@ -116,10 +116,10 @@ class Conditioner:
     def _completed(
         self,
         frozen: Frozen,
-        latents: Float[Array, "b h w c"],
+        latents: Float[Array, "b h2 w2 c"],
         missing: Bool[Array, " b"] | None,
         images: Images,
-    ) -> Float[Array, "b h w c"]:
+    ) -> Float[Array, "b h2 w2 c"]:
         """`latents`, with those of the images that are `missing` encoded."""
         if missing is None:
             return jnp.asarray(latents)

@@ -49,6 +49,13 @@ def add_arguments(parser: Parser) -> None:
         "sampling, evaluation",
     )
     parser.add_argument(
+        "--cached",
+        default="",
+        metavar="A,B",
+        help="text, latents: the step with encoders beside the one that has these from a cache "
+        "(univg data cache), and what that saves; no cache need be there",
+    )
+    parser.add_argument(
         "--buckets",
         action="store_true",
         help="plan the largest bucket of data.buckets, or of the standard ones of data.resolution "
@@ -82,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
     from univg_jax import configs, runtime
     from univg_jax.cli import plan_tables
     from univg_jax.planning import search
+    from univg_jax.planning.cached import CACHED
     from univg_jax.planning.plan import compile_plan
     from univg_jax.planning.topology import open_topology
 
@@ -92,6 +100,10 @@ def run(args: argparse.Namespace) -> None:
         check_name(name, INCLUDE, what="name in --include:")
         for name in filter(None, args.include.split(","))
     ]
+    cached = [
+        check_name(name, CACHED, what="name in --cached:")
+        for name in filter(None, args.cached.split(","))
+    ]
     names = [topology_name(name) for name in args.topology]
     names = [name if args.slices == 1 else f"{name}*{args.slices}" for name in names]
     config = configs.load(args.config, args.overrides)
@@ -101,7 +113,10 @@ def run(args: argparse.Namespace) -> None:
     runtime.configure_jax()
     topologies = [open_topology(name) for name in names]
     compile_ = functools.partial(
-        compile_plan, with_encoders="encoders" in include, quick=args.quick
+        compile_plan,
+        with_encoders="encoders" in include or bool(cached),
+        cached=cached,
+        quick=args.quick,
     )
     report: dict[str, Any] = {"config": config.to_dict()}
     if args.sweep:
@@ -113,8 +128,10 @@ def run(args: argparse.Namespace) -> None:
         programs = ("train", *(name for name in include if name != "encoders"))
         plans = []
         for topology in topologies:
-            with timed(f"compiling for {topology.name}"):
-                plans.append(compile_(config, topology, programs=programs))
+            for parts in [[], cached] if cached else [[]]:
+                whose = f" from cached {', '.join(parts)}" if parts else ""
+                with timed(f"compiling for {topology.name}{whose}"):
+                    plans.append(compile_(config, topology, programs=programs, cached=parts))
         plan_tables.print_plans(plans)
         report["plans"] = [p.to_json() for p in plans]
     if args.max_batch:

@@ -1,6 +1,7 @@
 """The tables that `univg plan` prints."""
 
 import collections
+import itertools
 import os
 
 from rich import box
@@ -18,7 +19,8 @@ def print_plans(plans: list[Plan]) -> None:
     table = _table(f"{plans[0].config}, a step of one device")
     table.add_column("")
     for plan in plans:
-        table.add_column(plan.topology, justify="right")
+        whose = f"\ncached {', '.join(plan.cached)}" if plan.cached else ""
+        table.add_column(plan.topology + whose, justify="right")
     _add_rows(table, [_plan_cells(plan) for plan in plans])
     for i, program in enumerate(plans[0].programs):
         table.add_section()
@@ -30,6 +32,9 @@ def print_plans(plans: list[Plan]) -> None:
         for program in plan.programs:
             if not program.fits:
                 print(search.advice(plan, program))
+    for before, after in itertools.pairwise(plans):
+        if after.cached:
+            print(_savings(before, after))
     print(f"Peaks: {tpu.SOURCE}.")
 
 
@@ -107,6 +112,19 @@ def _program_cells(plan: Plan, program: Program) -> dict[str, str]:
         "compiled in": f"{program.compile_seconds:.0f} s",
     }
     return {f"  {name}": cell for name, cell in cells.items()}
+
+
+def _savings(before: Plan, after: Plan) -> str:
+    """What a cache saves in a training step: `after` has it."""
+    old, new = before.programs[0], after.programs[0]
+    held = f"{format_bytes(old.peak)} of HBM to {format_bytes(new.peak)}"
+    counted = ""
+    if old.fits and new.fits:
+        less = 1 - new.flops / old.flops
+        counted = f"{old.flops:.4g} FLOPs to {new.flops:.4g} ({less:.1%} less), "
+        counted += f"{_seconds(old.roofline)} to {_seconds(new.roofline)} at least, "
+    parts = " and ".join(after.cached)
+    return f"{after.topology}: cached {parts} take a step from {counted}{held}"
 
 
 def _pictures(plan: Plan) -> str:

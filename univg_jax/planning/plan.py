@@ -17,7 +17,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from univg_jax import assembly, encoders, sharding, tpu
 from univg_jax.batch import Batch, BatchShape, Conditions
 from univg_jax.errors import UserError, check_name
 from univg_jax.planning import hlo, traffic
+from univg_jax.planning.cached import with_cached
 from univg_jax.planning.topology import Topology
 from univg_jax.sampling import Generator, guidance_weights
 from univg_jax.settings import Config
@@ -103,6 +104,7 @@ class Plan:
     picture: tuple[int, int] = (0, 0)  # height, width in training: those of the largest bucket
     buckets: int = 1  # of training, each of which has a program of its own
     encoders: bool  # whether they are part of the train step
+    cached: tuple[str, ...] = ()  # what batches bring from a cache: text, latents
     replicated: tuple[str, ...]  # names of large leaves that every device holds whole
     programs: tuple[Program, ...]
 
@@ -144,15 +146,16 @@ def compile_plan(
     *,
     programs: Iterable[str] = ("train",),
     with_encoders: bool = False,
+    cached: Iterable[str] = (),
     quick: bool = False,
 ) -> Plan:
-    """Compiles `programs` of `config` for `topology`: of its buckets, those of the largest.
+    """Compiles `programs` of `config` for `topology`; of its buckets training has the largest.
 
-    Of a config in buckets, training and evaluation are those of the largest.
     `with_encoders` says whether the frozen encoders are part of the train step; otherwise it begins
-    from latents and embeddings. `quick` asks the compiler for less effort. It then takes a third of
-    the time and gives the same products and collectives; memory and its traffic are off by some
-    percent. Raises UserError for a mesh or a batch that does not fit the devices.
+    from latents and embeddings. With `cached` (of `planning.cached`) batches bring what a cache
+    holds, and only the rest is encoded. `quick` asks the compiler for less effort. It then takes a
+    third of the time and gives the same products and collectives; memory and its traffic are off by
+    some percent. Raises UserError for a mesh or a batch that does not fit the devices.
     """
     found = encoders.abstract(config.conditioning)
     model = assembly.make_model(config, found.conditioner)
@@ -173,6 +176,7 @@ def compile_plan(
         step=step,
         frozen=sharding.with_shardings(found.frozen, sharding.tree_shardings(found.frozen, mesh)),
         with_encoders=with_encoders,
+        cached=tuple(cached),
         quick=quick,
     )
     with jax.set_mesh(mesh):
@@ -189,6 +193,7 @@ class _Compiler:
     step: TrainStep
     frozen: PyTree
     with_encoders: bool
+    cached: tuple[str, ...]
     quick: bool
 
     def plan(self, programs: Iterable[str]) -> Plan:
@@ -209,6 +214,7 @@ class _Compiler:
             picture=self.bucket.size,
             buckets=len(BatchShape.buckets(self.config.data)),
             encoders=self.with_encoders,
+            cached=self.cached,
             replicated=self._replicated(),
             programs=tuple(kinds[check_name(name, kinds, what="program")]() for name in programs),
         )
@@ -220,7 +226,7 @@ class _Compiler:
 
     @functools.cached_property
     def train_batch(self) -> Batch:
-        return self._batch(self.config.data.batch_size, self.bucket)
+        return self._batch(self.config.data.batch_size, self.bucket, cached=self.cached)
 
     @functools.cached_property
     def encoded(self) -> tuple[jax.ShapeDtypeStruct, Conditions]:
@@ -285,8 +291,11 @@ class _Compiler:
             ideal=evaluations * self._ideal_wire_bytes(train=False),
         )
 
-    def _batch(self, size: int, shape: BatchShape) -> Batch:
-        return sharding.with_shardings(shape.spec(size), sharding.batch_sharding(self.mesh))
+    def _batch(self, size: int, shape: BatchShape, *, cached: Sequence[str] = ()) -> Batch:
+        drawn = assembly.draws_sources(self.config)
+        known = dict(conditioner=self.step.conditioner, frozen=self.frozen, draws_sources=drawn)
+        batch = with_cached(shape.spec(size), cached, **known)
+        return sharding.with_shardings(batch, sharding.batch_sharding(self.mesh))
 
     def _replicated(self) -> tuple[str, ...]:
         if self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] == 1:
