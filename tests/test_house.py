@@ -97,8 +97,8 @@ ALLOWED: dict[str, set[str]] = {
         *("progress", "sharding", "version", "writers"),
     },
     "planning": {
-        *("assembly", "batch", "data_pipelines", "encoders", "models", "sampling", "sharding"),
-        *("tpu", "training"),
+        *("assembly", "batch", "conditioning", "data_pipelines", "encoders", "models"),
+        *("sampling", "sharding", "tpu", "training"),
     },
     "__main__": {"cli"},
 }
