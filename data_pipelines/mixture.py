@@ -14,7 +14,9 @@ from typing import Any
 
 import cv2
 import grain
+import jax
 import numpy as np
+from etils import epath
 
 from data_pipelines import buckets, order
 from data_pipelines.collate import Collator, Drop, Row
@@ -111,10 +113,14 @@ class Stream:
 
     Raises:
       UserError: an unknown task, a source that lacks a field which its task needs or of which no
-        record that is tried can be used, a batch that does not divide by the hosts; from `next`:
-        more than 1% of the records are unusable (`data_pipelines.quarantine`).
+        record that is tried can be used, a batch that does not divide by the hosts.
       NotFoundError: a source that does not exist.
-      UnreachableError: from `next`, the storage does not answer.
+
+    The data may also end the stream later: by a share of unusable records that is above
+    `data.max_bad_fraction` (`data_pipelines.quarantine`), by MAX_ATTEMPTS of them in succession, or
+    by a storage that does not answer (UnreachableError). `next` then raises where this process is
+    the only one. Where there are several it does not: see `failure`. The unusable records go to
+    the file `quarantine`.
     """
 
     def __init__(
@@ -125,6 +131,7 @@ class Stream:
         process_index: int = 0,
         process_count: int = 1,
         sources: Mapping[str, Source] | None = None,
+        quarantine: epath.PathLike | None = None,
     ):
         # Rows are the unit of parallelism; OpenCV's own threads would contend with XLA for the
         # cores.
@@ -153,8 +160,11 @@ class Stream:
             [Reader(c.task, c.source, collator=made) for c in self._components]
             for made in self._collators.values()
         ]
-        self._quarantine = Quarantine()
-        self._counts = dict.fromkeys(EVENTS, 0)
+        self._quarantine = Quarantine(tolerance=config.data.max_bad_fraction, file=quarantine)
+        names = dict.fromkeys(c.source.name for c in self._components)
+        self._counts = dict.fromkeys((*EVENTS, *(f"quarantined/{name}" for name in names)), 0)
+        self._failure: Exception | None = None
+        self._is_alone = process_count == 1
         self._host_rows = order.host_rows(
             config.data.batch_size, process_index=process_index, process_count=process_count
         )
@@ -201,7 +211,7 @@ class Stream:
     def counters(self) -> dict[str, int]:
         """How many records this host's batches came across so far, since the stream was made.
 
-        quarantined: could not be used, and were replaced by others
+        quarantined: could not be used, and were replaced by others; also of each dataset
         unsuitable: are sound but hold nothing for the task, and were replaced by others
         truncated: have a prompt of more than `data.num_tokens` tokens, which was cut
 
@@ -214,13 +224,35 @@ class Stream:
         return self
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
+        if self._iterator is None and self._failure is None:
             self._iterator = self._start(self._next)
-        batch, events = next(self._iterator)
-        for event in events:
-            self._counts[event] += 1
+        if self._failure is None:
+            batch, events, self._failure = next(self._iterator)
+            self._counts.update({e: self._counts[e] + n for e, n in events.items()})
+            self._quarantine.flush()
+            if self._failure is not None:
+                self.close()
+        if self._failure is not None:
+            if self._is_alone:
+                raise self._failure
+            batch = self._padding(self._next)
         self._next += self._config.data.batch_size
         return batch
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why this host of several cannot go on: its batches then have no valid row.
+
+        If it raised instead, the other hosts would wait for it in the next step. So all of them
+        see in that step's metrics that rows are missing, and end together.
+        """
+        return self._failure
+
+    def _padding(self, position: int) -> Batch:
+        """A batch of the right shape for this host in the step at `position`, of no valid rows."""
+        collator = list(self._collators.values())[self._order[position].bucket]
+        spec = collator.spec(len(self._host_rows))
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), spec)
 
     def _start(self, start: int) -> Any:
         """Starts the threads that read, from a global position on."""
@@ -228,16 +260,29 @@ class Stream:
         positions = grain.MapDataset.range(_MAX_POSITION // data.batch_size * len(rows)).map(
             lambda i: start + i // len(rows) * data.batch_size + rows[i % len(rows)]
         )
-        batches = positions.map(self.row).batch(
+        batches = positions.map(self._row_or_failure).batch(
             len(rows), drop_remainder=True, batch_fn=self._collate
         )
         # Without options grain would keep 500 elements (here: batches) ready, from 16 threads.
         read = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch)
         return iter(batches.to_iter_dataset(read_options=read))
 
-    def _collate(self, rows: Sequence[Row]) -> tuple[Batch, list[str]]:
+    def _row_or_failure(self, position: int) -> Row | Exception:
+        try:
+            return self.row(position)
+        except Exception as error:  # also a bug's: the other hosts wait for this one all the same
+            return error
+
+    def _collate(
+        self, rows: Sequence[Row | Exception]
+    ) -> tuple[Batch | None, collections.Counter[str], Exception | None]:
+        """The batch of these rows and their events; or why there is none."""
+        for row in rows:
+            if isinstance(row, Exception):
+                return None, collections.Counter(), row
         collator = self._collators[rows[0].example.target.shape[:2]]
-        return collator(rows), [event for row in rows for event in row.events]
+        events = collections.Counter(event for row in rows for event in row.events)
+        return collator(rows), events, None
 
     def row(self, position: int) -> Row:
         """The row at a global position, the same on every host; safe to call from several threads.
@@ -263,10 +308,11 @@ class Stream:
                 row = reader.row(index, rng, sample_id=position, drop=drop)
             except SKIPPED as error:
                 reason = error
-                self._quarantine.skip(error, is_new=is_new)
-                if is_new:
-                    is_damaged = isinstance(error, DamagedRecord)
-                    events.append("quarantined" if is_damaged else "unsuitable")
+                self._quarantine.skip(error, task=reader.task, is_new=is_new)
+                if is_new and isinstance(error, DamagedRecord):
+                    events += ["quarantined", f"quarantined/{reader.source.name}"]
+                elif is_new:
+                    events.append("unsuitable")
                 continue
             if is_new:
                 self._quarantine.accept()
@@ -290,7 +336,7 @@ class Stream:
                 try:
                     reader.example(index, np.random.default_rng(0))
                 except SKIPPED as error:
-                    self._quarantine.skip(error, is_new=False)
+                    self._quarantine.skip(error, task=reader.task, is_new=False)
                     if isinstance(error, DamagedRecord):
                         damaged.append(error)
             if len(damaged) == len(indices):

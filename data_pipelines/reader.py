@@ -5,6 +5,7 @@ Training, held-out examples, the fits of encoders, `univg data` and evaluation a
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,12 +22,23 @@ class MissingFieldError(UserError):
     """A source whose records have not all fields that are asked of them."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a record is: its dataset and number there, and its shard and place in the shard."""
+
+    dataset: str
+    index: int
+    shard: str
+    key: int
+
+
 class DamagedRecord(UserError):
     """A record that cannot be read, breaks the schema, or has a prompt that cannot be tokenized."""
 
-    def __init__(self, record: str, message: str):
+    def __init__(self, record: str, message: str, *, place: Place | None = None):
         super().__init__(message)
         self.record = record  # its task and place, which name it
+        self.place = place
 
 
 # What `Reader` raises about one record: whoever reads many goes on with the next.
@@ -124,7 +136,8 @@ class Reader:
             message = f"{where} for task {self.task!r}: {kind}{text}"
             if isinstance(error, UnsuitableRecord):
                 raise UnsuitableRecord(message) from error
-            raise DamagedRecord(f"{where} for {self.task}", message) from error
+            place = Place(self.source.name, index, *self.source.where(index))
+            raise DamagedRecord(f"{where} for {self.task}", message, place=place) from error
 
 
 def _is_of_storage(error: Exception) -> bool:

@@ -48,6 +48,10 @@ class Source(Protocol):
         """The decoded record, or only some of its fields."""
         ...
 
+    def where(self, index: int) -> tuple[str, int]:
+        """The file that holds the record, and its place in the file."""
+        ...
+
     def sizes(self) -> Sizes:
         """Height and width of each record's picture as it is shown; they decide its bucket."""
         ...
@@ -76,6 +80,10 @@ class MemorySource:
 
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
         return _select(self._items[index], fields)
+
+    def where(self, index: int) -> tuple[str, int]:
+        """Of no file: the place in the list."""
+        return "", index
 
     def sizes(self) -> Sizes:
         """Those of the pictures in memory; 0 where a record has none."""
@@ -127,6 +135,14 @@ class TfdsSource:
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
         stored = None if fields is None else records.stored_fields(fields)
         return records.decode(_select(self._split.parse(self._data[index]), stored))
+
+    def where(self, index: int) -> tuple[str, int]:
+        """The name of the record's shard, and the record's place in it."""
+        for shard in self._split.shards:
+            if index < shard.examples_in_shard:
+                return shard.path.name, index
+            index -= shard.examples_in_shard
+        raise IndexError(index)
 
     def sizes(self) -> Sizes:
         """The index that was built beside the shards, or else what the pictures' headers say.

@@ -112,6 +112,8 @@ class CountingStream:
     def specs(self) -> list[Batch]:
         return [SHAPE.spec(self.size)]
 
+    failure = None
+
     def counters(self) -> dict[str, int]:
         """As if every batch had met a damaged record."""
         return {"quarantined": len(self.seen) // self.size}

@@ -15,6 +15,7 @@ from data_pipelines.collate import Collator
 from data_pipelines.datasets import DATASETS
 from data_pipelines.held_out import HeldOut, HeldOutBatches, Hosts
 from data_pipelines.mixture import Stream
+from data_pipelines.quarantine import quarantine_file
 from data_pipelines.sources import open_sources
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer, load_tokenizer
@@ -32,6 +33,7 @@ from univg_jax.settings import Config
 from univg_jax.training import loop
 from univg_jax.training.initialize import begin_stream, find_parent
 from univg_jax.training.step import TrainState, TrainStep
+from univg_jax.training.together import raise_together
 from univg_jax.workdir import is_claimed, newest_step, resume
 
 
@@ -144,15 +146,7 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
         parent.check()
         encoders.check(config.conditioning, init_from=parent.encoders_from)
     prepare_data(config)
-    if config.train.eval_examples or config.train.sample_examples:
-        check_data(config, "validation")
-    collator = make_collator(config)
-    stream = Stream(  # opens the data, and tries some of it
-        config,
-        collator=collator,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    collator, stream = _open_stream(config, workdir)
     if len(stream.shapes) > 1:
         logging.info("%s", "\n".join(["buckets of the stream:", *stream.describe_buckets()]))
     lock = WorkdirLock(workdir, active=jax.process_index() == 0)
@@ -184,6 +178,22 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
 def hosts() -> Hosts:
     """The processes of this run, which read held-out examples together."""
     return Hosts(index=jax.process_index(), count=jax.process_count(), agree=most_of_all)
+
+
+def _open_stream(config: Config, workdir: epath.Path) -> tuple[Collator, Stream]:
+    """Opens the data, and tries some of it; raises on all processes what goes wrong on one."""
+    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    collator = stream = failure = None
+    try:
+        if config.train.eval_examples or config.train.sample_examples:
+            check_data(config, "validation")
+        collator = make_collator(config)
+        file = quarantine_file(workdir, **process)
+        stream = Stream(config, collator=collator, quarantine=file, **process)
+    except Exception as error:
+        failure = error
+    raise_together(failure)
+    return collator, stream
 
 
 def is_finished(config: Config, workdir: epath.PathLike) -> bool:

@@ -63,6 +63,26 @@ def write_streamed(path: epath.PathLike, write: Callable[[BinaryIO], None]) -> N
             os.unlink(partial)
 
 
+def append_lines(path: epath.PathLike, lines: Sequence[str]) -> None:
+    """Adds lines to a text file, which begin on a line of their own; makes it and its folder.
+
+    A bucket cannot append: the file is written anew there. Raises UserError where the system
+    refuses.
+    """
+    path, text = epath.Path(path), "".join(f"{line}\n" for line in lines)
+    try:
+        if "://" in os.fspath(path):
+            write_whole(path, (path.read_text() if path.exists() else "") + text)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            is_torn = file.read(1) not in (b"", b"\n")  # half a line, of a full disk
+            file.write((b"\n" if is_torn else b"") + text.encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def check_output(
     path: str | os.PathLike, *, flag: str, folder: bool = False, suffixes: Sequence[str] = ()
 ) -> None:

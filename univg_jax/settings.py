@@ -112,6 +112,12 @@ class Data:
         False, "encode in the step the pictures that `latent_cache` lacks; False: an error"
     )
     batch_size: int = setting(512, "rows of a step, over all devices", least=1)
+    max_bad_fraction: float = setting(
+        0.01,
+        "share of unusable records that a run puts up with; one whose data surely has more ends",
+        least=0,
+        most=1,
+    )
     read_threads: int = setting(2, "threads of a host that read; 0: none, the loop reads", least=0)
     prefetch: int = setting(8, "batches that a host holds ready", least=0)
 

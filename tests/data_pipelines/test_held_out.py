@@ -155,7 +155,7 @@ def test_a_split_without_one_usable_record_is_refused():
 
 def test_far_too_many_damaged_records_are_refused_before_all_are_read():
     broken = dict(scenes=BrokenSource("scenes", SCENES * 10, set(range(5, 230))))
-    with pytest.raises(UserError, match=r"of \d+ records read are unusable \(more than 1%\)"):
+    with pytest.raises(UserError, match=r"records read are unusable \(more than data.max_bad_frac"):
         make("t2i", sources=broken)
 
 

@@ -13,6 +13,7 @@ import pytest
 from data_pipelines import mixture
 from data_pipelines.build import build
 from data_pipelines.datasets import emoji_scenes
+from data_pipelines.quarantine import read_quarantine
 from data_pipelines.sources import MemorySource
 from data_pipelines.tasks import TASKS
 from tests.data_pipelines.toy import (
@@ -171,14 +172,17 @@ def test_a_corrupt_record_is_replaced_by_the_next_and_counted(caplog):
     a, b = next(broken), next(whole)
     differ = (a.target != b.target).any(axis=(1, 2, 3))
     assert (a.target[differ, 0, 0, 0], b.target[differ, 0, 0, 0]) == (78, 77)
-    assert broken.counters() == dict(quarantined=1, unsuitable=0, truncated=0)
+    assert broken.counters() == {
+        **dict(quarantined=1, unsuitable=0, truncated=0),
+        "quarantined/scenes": 1,
+    }
     assert "quarantined scenes[77] for task 't2i': ValueError: truncated image" in caplog.text
 
 
 def test_too_many_corrupt_records_end_the_run():
     scenes = [make_scene(k % 250) for k in range(500)]
     config = make_config(batch_size=500, t2i=1.0)
-    with pytest.raises(UserError, match=r"of \d+ records read are unusable \(more than 1%\)"):
+    with pytest.raises(UserError, match=r"records read are unusable \(more than data.max_bad_frac"):
         next(
             stream(
                 config, sources=dict(scenes=BrokenSource("scenes", scenes, set(range(0, 500, 20))))
@@ -221,6 +225,45 @@ def a_set_with_every_fault() -> dict:
     return dict(scenes=MemorySource("scenes", scenes))
 
 
+def test_a_host_that_cannot_go_on_gives_batches_of_no_valid_rows():
+    """It must not leave the others waiting: they see the missing rows in the step's metrics."""
+    scenes = [make_scene(k % 250) for k in range(500)]
+    config = make_config(batch_size=8, t2i=1.0)
+    sound = MemorySource("scenes", scenes)
+    broken = BrokenSource("scenes", scenes, set(range(1, 499)))
+    broken.fingerprint = sound.fingerprint
+    hosts = [
+        stream(config, sources=dict(scenes=source), process_index=index, process_count=2)
+        for index, source in enumerate((sound, broken))
+    ]
+    for _ in range(3):
+        good, bad = (next(host) for host in hosts)
+        assert good.valid.all()
+        assert not bad.valid.any()
+        for a, b in zip(jax.tree.leaves(good), jax.tree.leaves(bad), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert hosts[0].failure is None
+    assert "in succession of scenes cannot serve task" in str(hosts[1].failure)
+    assert hosts[0].get_state() == hosts[1].get_state()
+
+
+def test_what_is_quarantined_is_written_once_also_after_a_resume(tmp_path):
+    scenes = [make_scene(k) for k in range(250)]
+    config = make_config(batch_size=50, t2i=0.5, ip=0.5)
+    file = tmp_path / "quarantine.jsonl"
+    for _ in range(2):
+        broken = BrokenSource("scenes", scenes, {77, 140})
+        made = stream(config, sources=dict(scenes=broken), quarantine=file)
+        for _ in range(12):
+            next(made)
+    rows = read_quarantine(tmp_path)
+    assert sorted(row["index"] for row in rows) == [77, 140]
+    for row in rows:
+        assert (row["dataset"], row["shard"], row["key"]) == ("scenes", "", row["index"])
+        assert row["task"] in ("t2i", "ip")
+        assert row["reason"].endswith("ValueError: truncated image")
+
+
 def picky(text: str, num_tokens: int):
     if text.count("word") == 20:
         raise UserError("cut to num_tokens it would lose <p>")
@@ -241,7 +284,10 @@ def test_what_was_quarantined_or_cut_is_counted_once_and_the_same_on_any_hosts(h
     for name in ("quarantined", "truncated"):
         series = [total[name] for total in counts]
         assert series == sorted(series)
-    assert counts[-1] == dict(quarantined=5, unsuitable=0, truncated=1)
+    assert counts[-1] == {
+        **dict(quarantined=5, unsuitable=0, truncated=1),
+        "quarantined/scenes": 5,
+    }
 
     # A second attempt goes on where the first one was, whatever that had read ahead.
     again = stream(config, **options | dict(process_count=1))
@@ -254,7 +300,8 @@ def test_what_was_quarantined_or_cut_is_counted_once_and_the_same_on_any_hosts(h
 def test_records_that_hold_nothing_for_the_task_are_counted():
     made = stream(make_config(batch_size=NUM_RECORDS, seg=1.0))
     next(made)
-    assert made.counters() == dict(quarantined=0, unsuitable=12, truncated=0)
+    assert made.counters()["unsuitable"] == 12
+    assert made.counters()["quarantined"] == 0
 
 
 def test_a_storage_that_does_not_answer_is_no_damaged_record():

@@ -5,8 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from data_pipelines.quarantine import ALPHA, MAX_LOGGED, Quarantine, log_evidence
-from data_pipelines.reader import DamagedRecord, UnsuitableRecord
+from data_pipelines.quarantine import (
+    ALPHA,
+    MAX_LOGGED,
+    Quarantine,
+    log_evidence,
+    quarantine_file,
+    read_quarantine,
+)
+from data_pipelines.reader import DamagedRecord, Place, UnsuitableRecord
 from univg_jax.errors import UserError
 
 
@@ -86,7 +93,7 @@ def test_repeated_epochs_are_no_new_evidence():
 def test_the_end_says_how_many_and_which():
     quarantine = Quarantine()
     quarantine.accept()
-    message = r"^4 of 5 records read are unusable \(more than 1%\); the last: scenes\[3\] for task"
+    message = r"^4 of 5 .* \(more than data.max_bad_fraction=0.01\); the last: scenes\[3\] for task"
     for k in range(3):
         quarantine.skip(damaged(k))
     with pytest.raises(UserError, match=message):
@@ -99,3 +106,58 @@ def test_a_record_that_does_not_suit_is_sound():
         quarantine.skip(UnsuitableRecord("scenes[0]: no visible joint"))
     quarantine.skip(damaged(1))
     quarantine.skip(damaged(2))
+
+
+def test_the_limits_of_the_tolerance():
+    """0: one damaged record ends the run; 1: none ever does."""
+    strict, patient = Quarantine(tolerance=0.0), Quarantine(tolerance=1.0)
+    for _ in range(1000):
+        strict.accept()
+        patient.skip(damaged(1))
+    with pytest.raises(UserError, match="1 of 1001 records read are unusable"):
+        strict.skip(damaged(1))
+
+
+@pytest.mark.parametrize("tolerance", [0.001, 0.1, 0.5])
+def test_another_tolerance(tolerance):
+    rng = np.random.default_rng(0)
+    for share, ends in ((tolerance, False), (min(1, 3 * tolerance), True)):
+        is_damaged = rng.random(20_000) < share
+        found = any(
+            log_evidence(k, int(index) + 1, tolerance=tolerance) >= -math.log(ALPHA)
+            for k, index in enumerate(np.flatnonzero(is_damaged), start=1)
+        )
+        assert found == ends
+
+
+def placed(index: int) -> DamagedRecord:
+    place = Place(dataset="faces/train", index=index, shard="faces-00001", key=index - 100)
+    return DamagedRecord(f"faces/train[{index}] for id", "is not a readable image", place=place)
+
+
+def test_the_file_names_each_record_once_over_processes_and_attempts(tmp_path):
+    for attempt in range(3):  # by one, two and again two processes
+        count = min(2, attempt + 1)
+        for process in range(count):
+            file = quarantine_file(tmp_path / "run", process_index=process, process_count=count)
+            quarantine = Quarantine(file=file)
+            for index in (101, 102, 101, 103 + attempt):
+                quarantine.skip(placed(index), task="id", is_new=False)
+                quarantine.flush()
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["quarantine-00000.jsonl", "quarantine.jsonl"]
+    rows = read_quarantine(tmp_path / "run")
+    assert sorted(row["index"] for row in rows) == [101, 102, 103, 104, 105]
+    assert rows[-1] == dict(
+        **dict(dataset="faces/train", index=103, shard="faces-00001", key=3, task="id"),
+        reason="is not a readable image",
+    )
+
+
+def test_half_a_line_of_a_killed_run_is_left_out_and_does_not_spoil_the_next(tmp_path):
+    file = tmp_path / "quarantine.jsonl"
+    file.write_text('{"dataset": "faces/train", "ind')
+    quarantine = Quarantine(file=file)
+    quarantine.skip(placed(101), is_new=False)
+    quarantine.flush()
+    assert [row["index"] for row in read_quarantine(tmp_path)] == [101]

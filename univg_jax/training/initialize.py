@@ -34,6 +34,11 @@ class DataStream(Protocol):
         """What this host's batches came across since the stream was made; they only grow."""
         ...
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why this host cannot go on, once its batches have no valid rows."""
+        ...
+
     def get_state(self) -> Json: ...
     def set_state(self, state: Json) -> None:
         """Goes on at a position of this stream."""

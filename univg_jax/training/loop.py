@@ -30,6 +30,7 @@ from univg_jax.training.initialize import DataStream, initial_state
 from univg_jax.training.preemption import PreemptionNotice
 from univg_jax.training.profiling import Trace
 from univg_jax.training.step import TrainState, TrainStep, num_parameters
+from univg_jax.training.together import raise_together
 from univg_jax.workdir import check_not_past, claim_workdir, newest_step
 
 Preview = Callable[[PyTree, epath.Path], dict[str, np.ndarray]]
@@ -41,21 +42,26 @@ class PendingMetrics:
     They are fetched one step late, so that the host prepares a step while the device computes.
     """
 
-    def __init__(self, history: History) -> None:
-        self._history = history
+    def __init__(self, history: History, stream: DataStream, *, batch_size: int) -> None:
+        self._history, self._stream, self._batch_size = history, stream, batch_size
         self._newest: tuple[int, dict[str, Array]] | None = None
 
     def put(self, step: int, metrics: dict[str, Array]) -> None:
         """Takes the metrics of the step just dispatched; fetches those of the step before."""
         before, self._newest = self._newest, (step, metrics)
         if before is not None:
-            self._history.add(*before)
+            self._add(*before)
 
     def fetch(self) -> None:
         """Waits for the newest step, if its metrics were not fetched yet."""
         if self._newest is not None:
-            self._history.add(*self._newest)
-            self._newest = None
+            newest, self._newest = self._newest, None
+            self._add(*newest)
+
+    def _add(self, step: int, metrics: dict[str, Array]) -> None:
+        # The metrics are the same on all hosts, so all of them come here at the same step.
+        if self._history.add(step, metrics) < self._batch_size:
+            raise_together(self._stream.failure)
 
     @property
     def is_computing(self) -> bool:
@@ -179,7 +185,8 @@ def _train(
         )
         write_whole(workdir / "parameters.txt", overview)
 
-    config, clock, pending = step_fns.config, history.clock, PendingMetrics(history)
+    config, clock = step_fns.config, history.clock
+    pending = PendingMetrics(history, stream, batch_size=config.data.batch_size)
     schedule = optim.make_schedule(config.optim, total_steps=c.steps)
     writer = writers.create_writer(workdir, resume_step=start, rows=rows, active=is_main)
     trace = Trace(workdir / "profile", steps=profile, start=start)
