@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 def test_damage_on_one_host_ends_all_with_one_line_each(data, when):
     folder, workdir = data / when, data / f"run {when}"
     shutil.copytree(data / "sound", folder)
-    damage(folder, *((0.0, 0.97) if when == "at the start" else (0.2, 0.8)))
+    damage(folder, *((0.0, 0.97) if when == "at the start" else (0.1, 0.4)))
     command = ["train", *CONFIG, f"--config.data.dir={data / 'sound'}", f"--workdir={workdir}"]
     bad = f"--config.data.dir={folder}"
     with running([1, 1], *command, first=[bad]) as processes:
@@ -62,7 +62,7 @@ def test_damage_on_one_host_ends_all_with_one_line_each(data, when):
     if when == "later":
         assert "scenes/train" in own
     assert "process 0 of 2 cannot go on" in others
-    assert not list_steps(workdir)
+    assert not workdir.exists() or not list_steps(workdir)
     if when == "later":
         rows = read_quarantine(workdir)
         assert {row["dataset"] for row in rows} == {"scenes/train"}
