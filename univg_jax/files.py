@@ -75,7 +75,7 @@ def append_lines(path: epath.PathLike, lines: Sequence[str]) -> None:
             write_whole(path, (path.read_text() if path.exists() else "") + text)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
+        with open(path, "ab+") as file:
             file.seek(max(0, file.tell() - 1))
             is_torn = file.read(1) not in (b"", b"\n")  # half a line, of a full disk
             file.write((b"\n" if is_torn else b"") + text.encode())

@@ -51,17 +51,18 @@ def test_damage_on_one_host_ends_all_with_one_line_each(data, when):
     folder, workdir = data / when, data / f"run {when}"
     shutil.copytree(data / "sound", folder)
     damage(folder, *((0.0, 0.97) if when == "at the start" else (0.1, 0.4)))
-    command = ["train", *CONFIG, f"--config.data.dir={data / 'sound'}", f"--workdir={workdir}"]
-    bad = f"--config.data.dir={folder}"
-    with running([1, 1], *command, first=[bad]) as processes:
+    command = ["train", *CONFIG, f"--config.data.dir={folder}", f"--workdir={workdir}"]
+    sound = f"--config.data.dir={data / 'sound'}"
+    with running([1, 1], *command, first=[sound]) as processes:
         codes = [process.popen.wait(timeout=200) for process in processes]
         logs = [process.log.read_text() for process in processes]
     assert codes == [1, 1], "\n".join(logs)
-    (own,), (others,) = (lines_of(log) for log in logs)
+    assert [len(lines_of(log)) for log in logs] == [1, 1], logs
+    (others,), (own,) = (lines_of(log) for log in logs)
     assert "Traceback" not in "".join(logs)
     if when == "later":
         assert "scenes/train" in own
-    assert "process 0 of 2 cannot go on" in others
+    assert "process 1 of 2 cannot go on" in others
     assert not workdir.exists() or not list_steps(workdir)
     if when == "later":
         rows = read_quarantine(workdir)
