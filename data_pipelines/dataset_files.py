@@ -56,10 +56,9 @@ class Serializer:
         for name in _PICTURES:
             if name in record:
                 try:
-                    picture = images.open_picture(record[name])
+                    sizes[name] = images.verify(record[name])
                 except UserError as error:
                     raise UserError(f"record field {name!r} {error}") from None
-                sizes[name] = (picture.height, picture.width)
         try:
             encoded = self._features.encode_example(records.encodable(record))
             example = self._serializer.get_tf_example(encoded)
