@@ -60,7 +60,7 @@ def members(
         for name, file in walk(path, suffixes):
             yield name, _file_bytes(file, name)
         return
-    with _opened(path) as file, _readable(path):
+    with _opened(path) as file, readable(path):
         if _is_zip(file):
             yield from _zip_members(file, suffixes)
         else:
@@ -74,7 +74,7 @@ def lines(path: str | os.PathLike, suffix: str) -> Iterator[bytes]:
     read, has no such file, or a line of more than MAX_FILE_BYTES.
     """
     path = os.fspath(path)
-    with _opened(path) as file, _readable(path), contextlib.ExitStack() as stack:
+    with _opened(path) as file, readable(path), contextlib.ExitStack() as stack:
         if path.lower().endswith(TAR_SUFFIXES):
             archive, infos = stack.enter_context(tars.opened(file, seekable=True))
             info = next((i for i in infos if _is_wanted(clean_name(i.name), (suffix,))), None)
@@ -200,7 +200,7 @@ class Store:
             return None
         file = open(self.path, "rb")  # noqa: SIM115 (stays open as long as the store)
         weakref.finalize(self, file.close)
-        with _readable(self.path):
+        with readable(self.path):
             if _is_zip(file):
                 archive = _open_zip(file)
                 return {
@@ -236,12 +236,13 @@ def _opened(path: str) -> Iterator[io.BufferedIOBase]:
     if not os.path.isfile(path):  # a pipe would wait
         kind = "is not a file" if os.path.exists(path) else "does not exist"
         raise NotFoundError(f"{path} {kind}: expected a folder, a zip or a tar")
-    with _readable(path), open(path, "rb") as file:
+    with readable(path), open(path, "rb") as file:
         yield file
 
 
 @contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
+def readable(path: str) -> Iterator[None]:
+    """Makes a UserError that names the archive of what readers of archives raise for damage."""
     try:
         yield
     except UserError:

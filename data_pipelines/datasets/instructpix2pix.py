@@ -1,13 +1,14 @@
-"""InstructPix2Pix: generated edits, as folders of prompts and pictures, zips of them, or parquet."""
+"""InstructPix2Pix: generated edits, as folders of prompts and pictures, zips, or parquet."""
 
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_pipelines import archives, tables
+from data_pipelines import archives
 from data_pipelines.edits import FIELDS, Columns, PairTable, record, tables_of
 from data_pipelines.native import SPLITS, TRAIN, Dataset, Entry, Native, Options
+from data_pipelines.table_files import parse
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.files import parse_json
 
@@ -100,12 +101,16 @@ class InstructPix2Pix:
         """The seeds of the prompts of a split, in the order of seeds.json; None without one."""
         if not os.path.isfile(self._seeds_file):
             return None
-        table = tables.read_list(self._seeds_file)
+        content = b"".join(archives.lines(self._seeds_file, ".json"))
         try:
-            listed = [(str(name), tuple(map(str, seeds))) for name, seeds in table]
-        except (TypeError, ValueError):
+            listed = [
+                (str(name), tuple(str(seed) for seed in seeds))
+                for name, seeds in parse(content.decode())
+            ]
+        except (TypeError, ValueError) as error:  # a UserError and UnicodeDecodeError, too
             raise UserError(
-                f"{self._seeds_file} is not InstructPix2Pix's: expected [[name, [seed, ...]], ...]"
+                f"{self._seeds_file} is not InstructPix2Pix's: expected [[name, [seed, ...]], ...] "
+                f"({' '.join(str(error).split())[:100]})"
             ) from None
         ends = [round(share * len(listed)) for share in (0.0, *SHARES)]
         number = SPLITS.index(split)
@@ -156,7 +161,7 @@ DATASET = Dataset(
     summary="InstructPix2Pix: generated edits with instructions",
     tasks=("ie",),
     open=open_dataset,
-    size="451,990 prompts of up to 4 pairs, 727 GB (random sample); 313,010, 436 GB (CLIP-filtered)",
+    size="313,010 prompts of up to 4 pairs, 436 GB (CLIP-filtered); 451,990, 727 GB (random)",
     license="MIT; pictures under Stable Diffusion's terms",
     where="timothybrooks/instruct-pix2pix; Hugging Face: timbrooks/instructpix2pix-clip-filtered",
     layout="NAME/prompt.json, NAME/SEED_0.jpg, NAME/SEED_1.jpg and seeds.json; the zips of them; "

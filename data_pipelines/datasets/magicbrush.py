@@ -1,13 +1,13 @@
 """MagicBrush: edits by hand of COCO's pictures, in several turns, as parquet."""
 
 from data_pipelines.edits import Columns, PairTable, tables_of
-from data_pipelines.native import TEST, Dataset, Native, Options
+from data_pipelines.native import TEST, CocoOptions, Dataset, Native
 from univg_jax.errors import UserError
 
 WHAT = "MagicBrush's rows (img_id, source_img, mask_img, instruction, target_img)"
 
 
-def open_dataset(options: Options) -> dict[str, Native]:
+def open_dataset(options: CocoOptions) -> dict[str, Native]:
     """The one family. Raises UserError for the test split, which is not to be trained on."""
     files = tables_of(options.source, what=WHAT)
     if TEST in files or TEST in options.split:
@@ -22,15 +22,14 @@ def open_dataset(options: Options) -> dict[str, Native]:
         mask=("mask_img",),
         ids=("img_id",),
     )
-    return {
-        "magicbrush": PairTable(what=WHAT, files=files, columns=columns, mask_is="transparent")
-    }
+    return {"magicbrush": PairTable(what=WHAT, files=files, columns=columns, mask_is="transparent")}
 
 
 DATASET = Dataset(
     name="magicbrush",
     summary="MagicBrush: instructions and edits by hand of COCO's pictures, in several turns",
     tasks=("ie",),
+    options=CocoOptions,
     open=open_dataset,
     size="8,807 edits of train, 528 of dev; 22 GB",
     license="CC BY 4.0; the test split must not be trained on or put online",

@@ -259,8 +259,8 @@ DATASET = Dataset(
     size="3.7M edits; multi-turn pictures 46.5 GB, real ones 2.5 GB",
     license="parts 2 and 3 CC BY-NC 4.0; part 1 that of its pictures",
     where="Hugging Face: AILab-CVC/SEED-Data-Edit",
-    layout="{auto_editing/*,real_editing,multi_turn_editing}/annotations/*.jsonl, and images beside "
-    "them: unpacked, or images.tar.gz, or multi_turn.tar.gz.part-*",
+    layout="{auto_editing/*,real_editing,multi_turn_editing}/annotations/*.jsonl, and images "
+    "beside them: unpacked, or images.tar.gz, or multi_turn.tar.gz.part-*",
     quirks=(
         "an archive that was cut in pieces is read as one, as a stream; a pair is made as soon as "
         "both of its pictures have come",
