@@ -148,6 +148,8 @@ def make_depth(record: Record, rng: np.random.Generator) -> Example:
     if not is_known.any():
         raise UnsuitableRecord("no known depth")
     target = renderings.render_depth(record["depth"])
+    if "ignore_mask" in record:
+        is_known &= record["ignore_mask"] == 0
     return Example(target=target, source=record["image"], loss_mask=_loss_mask(is_known))
 
 

@@ -61,10 +61,15 @@ def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError, with the field's name, if it is unknown, unreadable or of the wrong shape.
     """
-    record = {
-        name: FIELDS[check_name(name, FIELDS, what="record field")].decode(stored, name)
-        for name, stored in raw.items()
-    }
+    record = {}
+    for name, stored in raw.items():
+        field = FIELDS[check_name(name, FIELDS, what="record field")]
+        try:
+            record[name] = field.decode(stored, name)
+        except UserError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:  # of Python's and numpy's types
+            raise UserError(f"record field {name!r} is of the wrong type: {error}") from None
     scale = record.pop("depth_scale", None)
     if "depth" in record:
         record["depth"] = _meters(record["depth"], scale)
@@ -171,6 +176,8 @@ def _text(data: Any, name: str) -> str:
 
 
 def _texts(data: Any, name: str) -> list[str]:
+    if isinstance(data, str | bytes):
+        raise UserError(f"record field {name!r} is one text; expected a list of them")
     return [_text(item, name) for item in data]
 
 

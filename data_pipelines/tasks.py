@@ -16,8 +16,8 @@ All tasks share one input format (UniVG, arXiv 2503.12652): a target image, a so
 
 A task is served by any record that has its `needs` (`data_pipelines.records` lists the fields),
 and reads its `uses` where they are there. Several `captions` serve as a `caption`: one is drawn.
-What of the target counts in the loss is the loss mask: depth where it is known, pose and seg
-outside the `ignore_mask`, and all of the other tasks' targets.
+What of the target counts in the loss is the loss mask: depth where it is known; depth, pose and seg
+outside the `ignore_mask`; and all of the other tasks' targets.
 """
 
 import dataclasses
@@ -299,6 +299,7 @@ _TASKS = (
         name="depth",
         title="depth estimation",
         needs=("image", "depth"),
+        uses=("ignore_mask",),
         make=examples.make_depth,
         inputs=("image",),
         prompt="none",

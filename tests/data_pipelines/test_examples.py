@@ -41,6 +41,10 @@ def test_unknown_depth_does_not_count_and_far_depth_does():
     assert made.loss_mask[1:].all()
     np.testing.assert_array_equal(made.target[0, 4:6], 0)  # known, and black like 80 m
     assert example("depth", depth=METERS).loss_mask is None
+    ignored = np.zeros((SIZE, SIZE), np.uint8)
+    ignored[20:] = 1
+    both = example("depth", depth=depth, ignore_mask=ignored).loss_mask
+    np.testing.assert_array_equal(both[..., 0], made.loss_mask[..., 0] * (1 - ignored))
     with pytest.raises(UnsuitableRecord, match=r"^toy\[7\]: no known depth"):
         example("depth", depth=np.full_like(METERS, np.nan))
 

@@ -4,6 +4,8 @@ import io
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipelines import records
@@ -64,6 +66,23 @@ def test_decode_names_what_is_wrong():
             records.decode({"depth_scale": scale})
     with pytest.raises(UserError, match="'expression_masks' is float64"):
         records.decode({"expression_masks": np.zeros(2)})
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(sorted(records.FIELDS)), value=JUNK)
+def test_any_value_is_decoded_or_refused_in_one_line(name, value):
+    try:
+        records.decode({name: value})
+    except UserError as error:
+        assert name in str(error)  # noqa: PT017
+        assert "\n" not in str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize("farthest", [3, 80, 300])
