@@ -91,27 +91,35 @@ def make_layout(record: Record, rng: np.random.Generator) -> Example:
     height, width = record["image"].shape[:2]
     text = _BLOCKS.sub(r"\1", text)  # a caption must not name a block that is none
     sides = boxes[:, 2:] - boxes[:, :2]
-    places = _places(text, record["phrases"])
+    ends = places(text, record["phrases"])
     # The crop may have cut a box away, or down to less than half a pixel.
     shown = [
         k
         for k in range(len(boxes))
-        if (sides[k] * [width, height] >= 0.5).all() and places[k] is not None
+        if (sides[k] * [width, height] >= 0.5).all() and ends[k] is not None
     ]
     if not shown:
         raise UnsuitableRecord("no box inside the image whose phrase stands in the caption")
-    # A color names one block. Of more boxes than colors the largest are shown, in stored order.
-    shown = sorted(sorted(shown, key=lambda k: -sides[k].prod())[: len(renderings.PALETTE)])
-    colors = rng.permutation(list(renderings.PALETTE))[: len(shown)].tolist()
+    # A color names one block, and equal boxes ("a girl", "her") are one. Of more blocks than colors
+    # the largest are shown, in stored order.
+    by_size = sorted(shown, key=lambda k: -sides[k].prod())
+    largest = list(dict.fromkeys(tuple(boxes[k]) for k in by_size))[: len(renderings.PALETTE)]
+    shown = [k for k in shown if tuple(boxes[k]) in largest]
+    blocks = list(dict.fromkeys(tuple(boxes[k]) for k in shown))
+    colors = rng.permutation(list(renderings.PALETTE))[: len(blocks)].tolist()
     named: dict[int, list[str]] = {}
-    for k, color in zip(shown, colors, strict=True):
-        named.setdefault(places[k], []).append(color)
+    for k in shown:
+        color, others = colors[blocks.index(tuple(boxes[k]))], named.setdefault(ends[k], [])
+        if color not in others:
+            others.append(color)
     # From the end of the caption to its start, so that an insertion moves no later place.
     for end in sorted(named, reverse=True):
         *others, last = named[end]
         block = f"{', '.join(others)} and {last} blocks" if others else f"{last} block"
         text = f"{text[:end]} ({block}){text[end:]}"
-    canvas = renderings.render_layout(boxes[shown], colors, height=height, width=width)
+    canvas = renderings.render_layout(
+        np.array(blocks, np.float32), colors, height=height, width=width
+    )
     return Example(target=record["image"], source=canvas, text=text)
 
 
@@ -119,10 +127,10 @@ def layout_suits(record: Record, k: int) -> bool:
     """Whether a phrase of a box stands in caption k."""
     if len(record.get("phrase_captions", ())):
         return k in record["phrase_captions"]
-    return any(place is not None for place in _places(record["captions"][k], record["phrases"]))
+    return any(place is not None for place in places(record["captions"][k], record["phrases"]))
 
 
-def _places(caption: str, phrases: list[str]) -> list[int | None]:
+def places(caption: str, phrases: list[str]) -> list[int | None]:
     """Where in the caption each phrase ends, None for a phrase that is not there.
 
     Longer phrases take their places first: "a dog" must not take the start of "a dog house". Equal

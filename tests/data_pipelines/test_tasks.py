@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from absl import logging
@@ -113,6 +115,15 @@ def test_lg_finds_each_phrase_in_the_caption(caption, phrases, expected):
     number = sum(f"{{{i}}}" in expected for i in (0, 1))
     colors = np.random.default_rng(0).permutation(list(renderings.PALETTE))[:number]
     assert e.text == expected.format(*colors)
+
+
+def test_lg_gives_equal_boxes_one_block():
+    boxes = np.array([[0, 0, 0.5, 1], [0.5, 0.5, 1, 1], [0, 0, 0.5, 1]], np.float32)
+    phrases = ["a girl", "a dog", "her"]
+    found = example("lg", caption="a girl and a dog of her", boxes=boxes, phrases=phrases)
+    girl, dog, her = re.findall(r"\((\w+) block\)", found.text)
+    assert girl == her != dog
+    assert (found.source[2, 2] == renderings.PALETTE[girl]).all()
 
 
 def test_lg_leaves_out_what_a_crop_cut_away():
