@@ -6,7 +6,6 @@ run-length encoded by columns: with `counts` as integers (crowds) or as COCO's c
 
 import dataclasses
 import functools
-import io
 import json
 import os
 import re
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from data_pipelines import archives, tables
 from univg_jax import images
@@ -165,13 +163,9 @@ def _opened(place: str, *state: int) -> archives.Store:
 def size_of(data: bytes) -> tuple[int, int]:
     """(height, width) of a picture's file as it is shown. Raises UserError for what is none."""
     try:
-        with Image.open(io.BytesIO(data), formats=images.FORMATS) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the picture is not a readable image: {reason}") from None
-    return (width, height) if turned else (height, width)
+        return images.size_of(data)
+    except UserError as error:
+        raise UserError(f"the picture {error}") from None
 
 
 def check_size(data: bytes, height: int, width: int) -> None:
