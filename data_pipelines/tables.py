@@ -131,6 +131,8 @@ def get(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], default
     if value is None or (value == "" and str not in kinds):
         if default is not ...:
             return default
+        if key in row:
+            raise UserError(f"{quote(key)} is {'empty' if value == '' else 'null'}")
         raise UserError(f"there is no {quote(key)}{suggestion(key, [_word(name) for name in row])}")
     for one in kinds:
         if one in (int, float) and isinstance(value, int | float | str):

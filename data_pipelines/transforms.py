@@ -56,9 +56,9 @@ def center_square(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3
 
 
 def tell_crop(what: str, picture: UInt8[np.ndarray, "h w 3"], *, at_random: bool = False) -> None:
-    """Logs the first picture that is not square, of which only a square is used."""
+    """Logs the first picture that is not square, where only a square of it is used."""
     height, width = picture.shape[:2]
-    if height != width:
+    if min(height, width) < 0.9 * max(height, width):  # less is not worth a line
         side, place = min(height, width), "at a random place" if at_random else "at its center"
         logging.log_first_n(
             logging.WARNING,

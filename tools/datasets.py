@@ -21,7 +21,7 @@ from tests import native
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 20
-BUCKETS = "((64,64),(48,80),(80,48))"
+BUCKETS = "((64,64),(48,80))"  # each is a program to compile
 STAGES = ("stage1_t2i", "stage2_multitask", "stage3_identity")
 
 

@@ -98,7 +98,7 @@ def build(args: argparse.Namespace) -> None:
     given = {
         f.name: value
         for f in dataclasses.fields(options)
-        if (value := getattr(options, f.name)) != f.default or f.name not in _GENERAL
+        if (value := getattr(options, f.name)) != fields.default_of(f)
     }
     wanted = dict(dir=args.out, dataset=args.dataset)
     wanted |= {f"build.{name}": value for name, value in given.items()}
