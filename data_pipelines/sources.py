@@ -134,7 +134,7 @@ class TfdsSource:
 
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
         stored = None if fields is None else records.stored_fields(fields)
-        return records.decode(_select(self._split.parse(self._data[index]), stored))
+        return records.decode(self._split.parse(self._data[index], stored))
 
     def where(self, index: int) -> tuple[str, int]:
         """The name of the record's shard, and the record's place in it."""
@@ -171,8 +171,8 @@ class TfdsSource:
 
         def size(index: int) -> tuple[int, int]:
             try:
-                return size_of(self._split.parse(self._data[index])["image"])
-            except (RuntimeError, ValueError, KeyError, UserError):
+                return size_of(self._split.parse(self._data[index], ("image",))["image"])
+            except (RuntimeError, KeyError, UserError):
                 return 0, 0  # whoever reads it will say what is wrong with it
 
         found, chunk = np.zeros((len(self), 2), np.uint32), 4096

@@ -18,6 +18,7 @@ from etils import epath
 from google.protobuf import json_format, message
 from tensorflow_datasets.core.proto import dataset_info_pb2, feature_pb2
 
+from data_pipelines import tf_examples
 from data_pipelines.records import FIELDS, family_features
 from data_pipelines.shards import Shard, Shards
 from univg_jax.errors import NotFoundError, UserError, check_name
@@ -41,21 +42,20 @@ class Split:
     shards: tuple[Shard, ...]
 
     @functools.cached_property
-    def _decoders(self) -> dict[str, tfds.decode.Decoder]:
-        return {
-            name: tfds.decode.SkipDecoding()
-            for name, feature in self.features.items()
-            if isinstance(feature, tfds.features.Image)
-        }
+    def _layouts(self) -> dict[str, tf_examples.Layout]:
+        return {name: tf_examples.Layout.of(feature) for name, feature in self.features.items()}
 
     @functools.cached_property
     def records(self) -> Shards:
         """All records, as they are stored."""
         return Shards(self.shards)
 
-    def parse(self, record: bytes) -> dict[str, Any]:
-        """A record's fields in stored form (`data_pipelines.records`): images are bytes."""
-        return self.features.deserialize_example_np(record, decoders=self._decoders)
+    def parse(self, record: bytes, fields: Sequence[str] | None = None) -> dict[str, Any]:
+        """A record's fields, or some, in stored form (`data_pipelines.records`): images are bytes.
+
+        Raises UserError for a record that is damaged or has not these fields.
+        """
+        return tf_examples.parse(record, self._layouts, fields)
 
 
 def open_split(folder: epath.Path, split: str) -> Split:
@@ -139,14 +139,13 @@ def _check_shard(shard: Shard, split: Split) -> None:
     except RuntimeError:
         return  # one damaged record in a sound file: for whoever reads it to skip
     try:
-        is_ours = first is None or all(v is not None for v in split.parse(first).values())
-    except Exception:  # whatever TFDS raises for a record without a field, or no record at all
-        is_ours = False
-    if not is_ours:
+        if first is not None:
+            split.parse(first)
+    except UserError:
         raise UserError(
             f"{shard.path}: its first record has not the fields of {FEATURES} "
             f"({', '.join(split.features)}): of another dataset?"
-        )
+        ) from None
 
 
 # --- features ---
@@ -190,9 +189,17 @@ def _features(file: epath.Path) -> tfds.features.FeaturesDict:
     if proto_class not in _KNOWN:
         raise UserError(f"{file} is a {proto.python_class_name[:100]!r}; expected a FeaturesDict")
     try:
-        return tfds.features.FeaturesDict.from_proto(proto)
+        features = tfds.features.FeaturesDict.from_proto(proto)
+        layouts = {name: tf_examples.Layout.of(feature) for name, feature in features.items()}
     except Exception as error:  # whatever TFDS raises for a feature without its parts
         raise UserError(f"{file} is damaged: {str(error).partition(chr(10))[0][:200]}") from None
+    for name, layout in layouts.items():
+        if layout is None:
+            raise UserError(
+                f"{file}: field {name!r} is not stored as its values are, but compressed or in "
+                "lists of lists, which are not read"
+            )
+    return features
 
 
 def _class_names() -> str:
