@@ -34,9 +34,9 @@ class Layout:
         is_known = isinstance(stored, tfds_features.TensorInfo) and stored.sequence_rank <= 1
         if not is_known or stored.shape.count(None) > 1:
             return None
-        if not isinstance(feature, tfds_features.Image):  # nor of one that is compressed
-            if (stored.shape, stored.np_dtype) != (shown.shape, shown.np_dtype):
-                return None
+        is_as_shown = (stored.shape, stored.np_dtype) == (shown.shape, shown.np_dtype)
+        if not is_as_shown and not isinstance(feature, tfds_features.Image):  # it is compressed
+            return None
         dtype = np.dtype(stored.np_dtype)
         kinds = {"O": "bytes_list", "S": "bytes_list", "f": "float_list", "i": "int64_list"}
         if dtype.kind not in kinds:
