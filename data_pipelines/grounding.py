@@ -16,7 +16,9 @@ from data_pipelines.tables import text_of
 from univg_jax.errors import UserError, quote
 
 FIELDS = ("image", "captions", "caption_kinds", "boxes", "phrases", "phrase_captions")
-Box = tuple[float, float, float, float]  # x0 y0 x1 y1, continuous pixels from the top left corner
+_Number = int | float
+# x0 y0 x1 y1, continuous pixels from the top left corner.
+Box = tuple[_Number, _Number, _Number, _Number]
 
 
 @dataclasses.dataclass(frozen=True)

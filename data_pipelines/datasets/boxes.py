@@ -22,7 +22,10 @@ _SPLIT = re.compile(r"(?:^|[_\-.])(train|val|valid|validation|dev|test)(?:\d{4})
 _NATIVE_SPLITS = {"train": TRAIN, "test": TEST}  # the others are validation
 # What COCO has beside instances and captions.
 _OTHERS = ("captions_", "person_keypoints_", "image_info_", "stuff_", "panoptic_")
-_FOLDERS = [f"{split}{year}" for year in ("2017", "2014", "") for split in ("train", "val", "test")]
+_FOLDERS = [
+    *(f"{split}{year}" for year in ("2017", "2014", "") for split in ("train", "val", "test")),
+    *("flickr30k-images", "VG_100K", "VG_100K_2"),
+]
 _ORIGINAL = ("original_img_id", "original_id")  # the ids of MDETR's pictures are its own
 
 
@@ -80,7 +83,10 @@ class Boxes:
             if (image_id := _id(image, "id", file)) in things:
                 said = captions.get(image_id, []) + _captions(image)
                 found = [_named(thing, names) for thing in things[image_id]]
-                row = {key: image.get(key) for key in ("file_name", "height", "width", *_ORIGINAL)}
+                row = {key: image.get(key) for key in ("height", "width", *_ORIGINAL)}
+                # LVIS names COCO's pictures by their addresses alone.
+                address = str(image.get("coco_url") or "").rpartition("/")[2]
+                row["file_name"] = image.get("file_name") or address or None
                 rows.append({"id": image_id, **row, "captions": said, "things": found})
         if not rows:
             raise UserError(f"{file} has no boxes of its images: expected annotations with bbox")
@@ -161,7 +167,7 @@ def _names(file: str, things: Mapping[str, list[dict[str, Any]]]) -> dict[Any, s
     names = {}
     for category in coco.read_list(file, "categories"):
         try:
-            name = tables.text_of(tables.get(category, "name", str))
+            name = tables.text_of(tables.get(category, "name", str).replace("_", " "))
             names[tables.get(category, "id", int)] = name
         except UserError as error:
             raise UserError(f"{file}: a category: {error}") from None
@@ -299,6 +305,7 @@ DATASET = Dataset(
         "a box with several spans has each as a phrase; spans side by side are one",
         "crowds are left out, and boxes that leave the picture by more than a pixel",
         "a phrase that would be found elsewhere in its caption than it stands is left out",
+        "an underline in a category's name is a space",
         "a picture has the ids image id and original_img_id, for exclusions",
     ),
     example="--source=coco --exclude=refcoco:refer/data",

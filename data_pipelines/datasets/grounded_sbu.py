@@ -67,7 +67,7 @@ class GroundedSbu:
                 yield Entry(key=name, raw=row)
                 continue
             where = f"{os.path.basename(part.file)}:{start}"
-            yield Entry(key=where, raw=UserError(f"its line is no key, tab and JSON ({where})"))
+            yield Entry(key=where, raw=UserError("its line is no key, tab and JSON"))
 
     def make(self, raw: bytes) -> Mapping[str, Any]:
         from data_pipelines import coco

@@ -100,6 +100,21 @@ def test_files_may_be_named(options, tmp_path):
     assert found["0"]["captions"] == usual["0"]["captions"]
 
 
+def test_pictures_by_address_and_names_with_underlines(options, tmp_path):
+    """As in LVIS."""
+
+    def edit(content):
+        for image in content["images"]:
+            image["coco_url"] = f"a/train2017/{image.pop('file_name')}"
+        content["categories"][3]["name"] = "dining_table"
+
+    usual = reading.read(DATASET, options)
+    change(tmp_path / TRAIN, edit)
+    found = reading.read(DATASET, options)
+    assert list(reading.good(found)) == list(reading.good(usual))
+    assert found["1"]["phrases"] == ["Dining Table", "dog"]
+
+
 def test_a_batch_of_layouts(options):
     found = {"4": reading.read(DATASET, options, "validation")["4"]}
     (prompt,) = reading.prompts_of(reading.batch_of(found, "lg"))

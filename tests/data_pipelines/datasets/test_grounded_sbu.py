@@ -47,8 +47,9 @@ def test_boxes_are_clipped_or_left_out(options):
     assert boxes_of(found, "0003") == [[0, 0, 19.5, 80]]
     bad = reading.bad(found)
     assert bad["0006"] == "no phrase of its captions has a box inside the picture"
-    assert len(bad) == 2
-    assert "its line is no key, tab and JSON (train-0000.tsv:" in str(bad)
+    (other,) = bad.keys() - {"0006"}
+    assert other.startswith("train-0000.tsv:")
+    assert bad[other] == "its line is no key, tab and JSON"
 
 
 @pytest.mark.parametrize("part_bytes", [997, 5000, 30_000])
