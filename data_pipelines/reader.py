@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipelines import transforms
 from data_pipelines.collate import Collator, Drop, Row
-from data_pipelines.sources import Source
+from data_pipelines.sources import ReducingSource, Source
 from data_pipelines.tasks import TASKS, Example, UnsuitableRecord
 from data_pipelines.transforms import Record
 from univg_jax.errors import NotFoundError, UnreachableError, UserError
@@ -41,6 +41,11 @@ class DamagedRecord(UserError):
         self.place = place
 
 
+# Fields beside which an `image` may be decoded smaller, as nothing of them lies on it; and to how
+# many times the target's size: what is left to the resize to the target is then antialiased.
+_APART_FROM_IMAGE = {"image", "caption", "captions", "caption_kinds", "face", "person"}
+_OVERSAMPLING = 2
+
 # What `Reader` raises about one record: whoever reads many goes on with the next.
 SKIPPED = (DamagedRecord, UnsuitableRecord)
 
@@ -49,7 +54,9 @@ class Reader:
     """Reads a source's records for one task, in the shape of the rows that `collator` makes.
 
     `fields` are those needed beside the task's, and captions are drawn by the weights of
-    `collator`. Raises MissingFieldError if the source lacks a field. Every method may raise
+    `collator`. Of a task that takes no picture but a face, large JPEG files are decoded at a part
+    of their size, twice that of the row or more; `record` has them whole. Raises MissingFieldError
+    if the source lacks a field. Every method may raise
 
       DamagedRecord: nobody can use the record, whatever is wrong with it.
       UnsuitableRecord: it is sound, but holds nothing for this task.
@@ -68,6 +75,9 @@ class Reader:
                 f"task {task!r} cannot read {source.name}: no field {missing[0]!r} "
                 f"(has {', '.join(source.fields)})"
             )
+        # Where a picture is the task's source, too, geometry may come to lie on it later.
+        is_alone = "image" not in TASKS[task].inputs and _APART_FROM_IMAGE.issuperset(self._fields)
+        self._is_reduced = is_alone and isinstance(source, ReducingSource)
 
     def record(self, index: int, rng: np.random.Generator | None = None) -> Record:
         """The checked fields of a record, center-cropped to the size of the target.
@@ -107,7 +117,7 @@ class Reader:
         self, index: int, rng: np.random.Generator, *, center: bool, where: str
     ) -> Example:
         return TASKS[self.task].example(
-            self._checked(index, where),
+            self._checked(index, where, may_reduce=True),
             rng,
             self._collator.shape.size,
             caption_weights=self._collator.caption_weights,
@@ -115,8 +125,13 @@ class Reader:
             center=center,
         )
 
-    def _checked(self, index: int, where: str) -> Record:
-        record = self.source.read(index, self._fields)
+    def _checked(self, index: int, where: str, *, may_reduce: bool = False) -> Record:
+        if may_reduce and self._is_reduced:
+            height, width = self._collator.shape.size
+            least = (_OVERSAMPLING * height, _OVERSAMPLING * width)
+            record = self.source.read_reduced(index, self._fields, least=least)
+        else:
+            record = self.source.read(index, self._fields)
         return TASKS[self.task].check(record, where=where, extra=self._extra)
 
     @contextlib.contextmanager

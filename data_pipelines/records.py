@@ -31,6 +31,7 @@ All records of a family have the same fields; what one of them lacks is an empty
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -54,10 +55,12 @@ class Field:
     decode: Callable[[Any, str], Any]
 
 
-def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
+def decode(raw: Mapping[str, Any], *, least: tuple[int, int] | None = None) -> dict[str, Any]:
     """Decodes a stored record: encoded bytes, as TFDS reads it with image decoding skipped.
 
-    `depth_scale` goes into `depth`: the decoded record has no field of that name.
+    `depth_scale` goes into `depth`: the decoded record has no field of that name. With `least`, a
+    height and width that are enough of `image`, a JPEG may be decoded smaller, as
+    `images.decode_rgb` does it: where no other field lies on the picture.
 
     Raises UserError, with the field's name, if it is unknown, unreadable or of the wrong shape.
     """
@@ -65,7 +68,11 @@ def decode(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name, stored in raw.items():
         field = FIELDS[check_name(name, FIELDS, what="record field")]
         try:
-            record[name] = field.decode(stored, name)
+            if name == "image" and least is not None:
+                smaller = functools.partial(images.decode_rgb, least=least)
+                record[name] = _read(stored, name, smaller)
+            else:
+                record[name] = field.decode(stored, name)
         except UserError:
             raise
         except (TypeError, ValueError, OverflowError) as error:  # of Python's and numpy's types
@@ -162,10 +169,11 @@ def _meters(
 
 
 def _scale(data: Any, name: str) -> np.float32:
-    scale = np.float32(data)
-    if not 0 < scale < np.inf:
-        raise UserError(f"record field {name!r} is {scale:g}; expected the meters of a level")
-    return scale
+    scale = _float32(data)
+    if scale.shape != () or not 0 < scale < np.inf:
+        found = f"{scale:g}" if scale.shape == () else f"of shape {scale.shape}"
+        raise UserError(f"record field {name!r} is {found}; expected the meters of a level")
+    return scale[()]
 
 
 def _text(data: Any, name: str) -> str:
@@ -186,13 +194,13 @@ def _boxes(data: Any, name: str) -> Float32[np.ndarray, "k 4"]:
 
 
 def _joints(data: Any, name: str) -> Float32[np.ndarray, "p 17 3"]:
-    values = np.asarray(data, np.float32)
+    values = _float32(data)
     return _numbers(values[None] if values.ndim == 2 else values, name, shape=(17, 3))
 
 
 def _numbers(data: Any, name: str, *, shape: tuple[int, ...]) -> Float32[np.ndarray, "k ..."]:
     """Any number of arrays of a shape."""
-    values = np.asarray(data, np.float32)
+    values = _float32(data)
     if values.shape == (0,):
         values = values.reshape(0, *shape)
     if values.shape[1:] != shape or not values.ndim:
@@ -201,6 +209,12 @@ def _numbers(data: Any, name: str, *, shape: tuple[int, ...]) -> Float32[np.ndar
     if not np.isfinite(values).all():
         raise UserError(f"record field {name!r} has a value that is not finite")
     return values
+
+
+def _float32(data: Any) -> Float32[np.ndarray, "..."]:
+    """What is beyond float32 is infinite, and for the caller to refuse."""
+    with np.errstate(over="ignore"):
+        return np.asarray(data, np.float32)
 
 
 def _indices(data: Any, name: str) -> Int64[np.ndarray, " k"]:

@@ -57,6 +57,18 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class ReducingSource(Source, Protocol):
+    """A source that need not decode its pictures whole."""
+
+    def read_reduced(self, index: int, fields: Sequence[str], *, least: tuple[int, int]) -> Record:
+        """What `read` gives, but `image` may be smaller: it has at least this height and width.
+
+        Nothing that lies on the picture, such as masks or boxes, may be among the fields.
+        """
+        ...
+
+
 class MemorySource:
     """Records in a list: to try a task or a model on a few examples without writing a dataset.
 
@@ -135,6 +147,10 @@ class TfdsSource:
     def read(self, index: int, fields: Sequence[str] | None = None) -> Record:
         stored = None if fields is None else records.stored_fields(fields)
         return records.decode(self._split.parse(self._data[index], stored))
+
+    def read_reduced(self, index: int, fields: Sequence[str], *, least: tuple[int, int]) -> Record:
+        """As `read`; a JPEG of at least twice the size is decoded at a half, a quarter or less."""
+        return records.decode(self._split.parse(self._data[index], fields), least=least)
 
     def where(self, index: int) -> tuple[str, int]:
         """The name of the record's shard, and the record's place in it."""
