@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jaxtyping import Bool, UInt8
 
 from data_pipelines import tasks, transforms
 from data_pipelines.cache import CachedLatents, RowLatents
@@ -78,9 +79,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         height, width, face = self.shape.height, self.shape.width, self.shape.face
-        no_source = np.zeros((height, width, 3), np.uint8)
-        all_ones = np.ones((height, width, 1), np.uint8)
-        no_face = np.zeros((face, face, 3), np.uint8)
+        picture, plane = (height, width, 3), (height, width, 1)
         names = list(TASKS)
         examples = [row.example for row in rows]
         has_face = np.array([e.face is not None for e in examples])
@@ -89,12 +88,10 @@ class Collator:
         batch = Batch(
             **texts,
             target=np.stack([e.target for e in examples]),
-            source=np.stack([no_source if e.source is None else e.source for e in examples]),
-            mask=np.stack([all_ones if e.mask is None else e.mask for e in examples]),
-            loss_mask=np.stack(
-                [all_ones if e.loss_mask is None else e.loss_mask for e in examples]
-            ),
-            face=np.stack([no_face if e.face is None else e.face for e in examples]),
+            source=_filled([e.source for e in examples], picture, 0),
+            mask=_filled([e.mask for e in examples], plane, 1),
+            loss_mask=_filled([e.loss_mask for e in examples], plane, 1),
+            face=_filled([e.face for e in examples], (face, face, 3), 0),
             has_source=np.array([e.source is not None for e in examples]),
             has_face=has_face,
             task=np.array([names.index(row.task) for row in rows], np.int32),
@@ -157,14 +154,13 @@ class Collator:
             tags = _stack([self._tag(names[task]) for task in batch.task[rows]])
             for array, tag in zip(jax.tree.leaves(texts), jax.tree.leaves(tags), strict=True):
                 array[rows] = tag
-        has_image = (~no_image)[:, None, None, None]
         return dataclasses.replace(
             batch,
             **texts,
-            face=np.where(no_text[:, None, None, None], np.uint8(0), batch.face),
+            face=_withheld(batch.face, no_text, 0),
             has_face=batch.has_face & ~no_text,
-            source=np.where(has_image, batch.source, np.uint8(0)),
-            mask=np.where(has_image, batch.mask, np.uint8(1)),
+            source=_withheld(batch.source, no_image, 0),
+            mask=_withheld(batch.mask, no_image, 1),
             has_source=batch.has_source & ~no_image,
         )
 
@@ -181,6 +177,29 @@ class Collator:
             with contextlib.suppress(UserError):
                 return self._tag(task)
         return self._tag(last)
+
+
+def _filled(
+    rows: Sequence[np.ndarray | None], shape: tuple[int, ...], blank: int
+) -> UInt8[np.ndarray, "b ..."]:
+    """The rows in one array, where what is None is `blank`."""
+    # Most rows of text-to-image are blank: memory of zeros is not touched before it is read.
+    size = (len(rows), *shape)
+    stacked = np.full(size, blank, np.uint8) if blank else np.zeros(size, np.uint8)
+    for k, row in enumerate(rows):
+        if row is not None:
+            stacked[k] = row
+    return stacked
+
+
+def _withheld(
+    pixels: UInt8[Any, "b ..."], rows: Bool[np.ndarray, " b"], blank: int
+) -> UInt8[Any, "b ..."]:
+    """The pixels, of these rows `blank`."""
+    if rows.any():
+        pixels = np.array(pixels)
+        pixels[rows] = blank
+    return pixels
 
 
 def _stack(prompts: Sequence[TokenizedText]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and any number of hosts may continue it.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ from univg_jax.settings import Config
 # dataset, and a row that tried on and on would look like a hang.
 MAX_ATTEMPTS = 100
 PROBED_RECORDS = 8  # of each component, before a model is built
+_PROBES_AT_ONCE = 8
 EVENTS = ("quarantined", "unsuitable", "truncated")  # what `Stream.counters` counts
 
 _MAX_POSITION = 1 << 62  # the end of the "endless" stream: grain wants a length that fits int64
@@ -328,20 +330,21 @@ class Stream:
 
         Raises UserError if none of them is sound. A few damaged ones are no reason to stop.
         """
-        for reader in self._readers[0]:  # in any bucket: a record can be cropped to each
-            spread = np.linspace(0, len(reader.source) - 1, PROBED_RECORDS).astype(int)
-            indices = np.unique(spread).tolist()
+        with concurrent.futures.ThreadPoolExecutor(_PROBES_AT_ONCE) as pool:
+            readers = self._readers[0]  # in any bucket: a record can be cropped to each
+            found = []
+            for reader in readers:
+                spread = np.linspace(0, len(reader.source) - 1, PROBED_RECORDS).astype(int)
+                found.append(pool.map(reader.why_skipped, np.unique(spread).tolist()))
+        for reader, errors in zip(readers, map(list, found), strict=True):
             damaged = []
-            for index in indices:
-                try:
-                    reader.example(index, np.random.default_rng(0))
-                except SKIPPED as error:
-                    self._quarantine.skip(error, task=reader.task, is_new=False)
-                    if isinstance(error, DamagedRecord):
-                        damaged.append(error)
-            if len(damaged) == len(indices):
+            for error in filter(None, errors):
+                self._quarantine.skip(error, task=reader.task, is_new=False)
+                if isinstance(error, DamagedRecord):
+                    damaged.append(error)
+            if len(damaged) == len(errors):
                 raise UserError(
-                    f"none of {len(indices)} records tried of {reader.source.name} can serve task "
+                    f"none of {len(errors)} records tried of {reader.source.name} can serve task "
                     f"{reader.task!r}; the first: {damaged[0]}"
                 )
 

@@ -96,6 +96,14 @@ class Reader:
         with self._naming(index) as where:
             return self._example(index, rng, center=center, where=where)
 
+    def why_skipped(self, index: int) -> DamagedRecord | UnsuitableRecord | None:
+        """What is wrong with a record for this task; None if it can be used."""
+        try:
+            self.example(index, np.random.default_rng(0))
+        except SKIPPED as error:
+            return error
+        return None
+
     def row(
         self,
         index: int,
