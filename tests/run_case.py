@@ -9,7 +9,7 @@ import runpy
 import sys
 import types
 
-from data_pipelines import mixture
+from data_pipelines import cache, mixture
 from data_pipelines.collate import Collator
 from univg_jax import images, workdir
 from univg_jax.batch import BatchShape
@@ -42,6 +42,15 @@ def claim_workdir(folder, config):
     workdir.claim_workdir(folder, Config.of(config).to_dict())
 
 
+def write_cache(folder, rows, **options):
+    """All of a cache of prompts at once."""
+    writer = cache.text_writer(folder, **options)
+    for row in rows:
+        writer.add(cache.text_key(row), row)
+    writer.flush()
+    return writer.finish()
+
+
 def module(name, **attributes):
     """A module of the earlier tree."""
     made = types.ModuleType(name)
@@ -53,6 +62,7 @@ def module(name, **attributes):
 
 if __name__ == "__main__":
     mixture.make_stream = OldStream
+    cache.write_cache = write_cache
     module("univg_jax.optim", make_schedule=make_schedule)
     module("univg_jax.checkpoint", claim_workdir=claim_workdir)
     module("univg_jax.cli.assembly", to_uint8=images.to_uint8)

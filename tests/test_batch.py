@@ -34,8 +34,9 @@ def test_a_tree_of_anything_may_take_the_arrays_place():
         lambda path, x: jax.tree_util.keystr(path, simple=True), spec
     )
     assert names.target == "target"
-    assert names.text is None  # no embeddings from a cache
-    assert len(jax.tree.leaves(names)) == len(dataclasses.fields(Batch)) - 1
+    absent = (names.text, names.latents)  # nothing from a cache
+    assert absent == (None, None)
+    assert len(jax.tree.leaves(names)) == len(dataclasses.fields(Batch)) - len(absent)
 
 
 def test_arrays_are_checked():

@@ -203,9 +203,11 @@ def command_parsers():
 @pytest.mark.parametrize("parser", list(command_parsers()), ids=lambda parser: parser.prog)
 def test_help_explains_every_flag_and_its_example_parses(parser):
     assert not [action.dest for action in parser._actions if not action.help]
-    _, example = parser.epilog.split("example:\n")
-    program, *arguments = shlex.split(example)
-    args = parse(arguments)
-    assert program == "univg"
-    if hasattr(args, "config"):
-        configs.load(args.config, args.overrides)
+    _, *examples = parser.epilog.split("example:\n")
+    assert examples
+    for example in examples:
+        program, *arguments = shlex.split(example)
+        args = parse(arguments)
+        assert program == "univg"
+        if hasattr(args, "config"):
+            configs.load(args.config, args.overrides)

@@ -117,7 +117,7 @@ def test_cameras_that_are_empty_or_told_in_two_ways(options, tmp_path):
     assert "has two cameras of ai_001_001" in skipped["ai_001_001/cam_00/0000"]
     path.write_text("\n".join([lines[0], lines[1].replace("0.6", ""), *lines[2:4]]))
     _, skipped = building.read(native, "train")
-    assert "there is no 'M_cam_from_uv_00'" in skipped["ai_001_001/cam_00/0000"]
+    assert "'M_cam_from_uv_00' is empty" in skipped["ai_001_001/cam_00/0000"]
     path.write_text("\n".join([lines[0], *lines[2:4]]))
     _, skipped = building.read(native, "train")
     assert "has no camera of the scene" in skipped["ai_001_001/cam_00/0000"]
