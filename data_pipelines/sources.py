@@ -24,7 +24,7 @@ from univg_jax.images import size_of
 from univg_jax.progress import Bar
 
 HASHED_WHOLE = 64 * 2**20  # bytes of a split, up to which its fingerprint reads all records
-NUM_HASHED = 128  # records of a larger split: of 40 sources in a bucket still a matter of seconds
+NUM_HASHED = 1024  # records of a larger split; another number is another fingerprint
 _SOURCES_AT_ONCE = 8
 SIZES = "{}.sizes.npy"  # the index of the sizes of a split, beside its shards
 
