@@ -94,7 +94,7 @@ def example(**fields) -> bytes:
     made = tf_example_pb2.Example()
     for name, (kind, values) in fields.items():
         getattr(made.features.feature[name], kind).value.extend(values)
-    return made.SerializeToString()
+    return made.SerializeToString(deterministic=True)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,7 @@ def example(**fields) -> bytes:
             r"'boxes' has 5 values; expected \(any number, 4\)",
         ),
     ],
+    ids=["no example", "empty", "a field missing", "another type", "two values", "another shape"],
 )
 def test_what_is_no_such_record_is_said_by_field(record, message):
     layouts = layouts_of(records.family_features(("caption", "boxes")))
