@@ -16,32 +16,38 @@ it had not been. The number of processes changes nothing either. Staged files li
 import collections
 import concurrent.futures
 import contextlib
-import fcntl
-import hashlib
 import itertools
 import json
 import logging
 import os
-import pathlib
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from data_pipelines import tfds_folder
-from data_pipelines.dataset_files import BUILD, SKIPPED, Piece, describe, shard_name, write_shard
+from data_pipelines.build_folders import (
+    arguments_of,
+    check_same,
+    claim,
+    locked,
+    publish,
+    staging_folder,
+)
+from data_pipelines.dataset_files import SKIPPED, Piece, describe, shard_name, write_shard
 from data_pipelines.native import Dataset, Entry, Part
-from data_pipelines.processes import Pool, available_cores, open_pool
+from data_pipelines.processes import Workers, available_cores, open_pool
 from data_pipelines.sources import open_source
 from data_pipelines.staging import NOTE, SHARD_BYTES, Packing, Plan, Staged, stage
 from univg_jax.errors import AlreadyExistsError, UserError
-from univg_jax.files import format_bytes, read_json, write_whole
+from univg_jax.files import format_bytes, write_whole
 from univg_jax.progress import Bar
 
 DONE = "done"  # in the staging folder: what will be the dataset
 PENDING = 4  # parts that each process may be ahead of the packing
+
+OpenWorkers = Callable[[Plan, epath.Path], contextlib.AbstractContextManager[Workers]]
 
 _logger = logging.getLogger(__name__)
 
@@ -53,10 +59,13 @@ def build(
     *,
     processes: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    open_workers: OpenWorkers | None = None,
 ) -> None:
     """Builds the families of a dataset that are not complete yet, each into `out/FAMILY`.
 
     `options` is of `dataset.options`. `processes`: None is one a core. `out` may be a bucket.
+    `open_workers(plan, folder)` opens other workers than processes of this machine, all of which
+    see the folder (`data_pipelines.beam`).
 
     Raises UserError for native files that are not what they should be, if no entry can be used, and
     if there is a build by other options.
@@ -65,7 +74,7 @@ def build(
     for name, native in dataset.open(options).items():
         plan = Plan.of(dataset, name, native, options, shard_bytes=shard_bytes)
         if not is_complete(out, name, plan.arguments):
-            _build_family(plan, out / name, processes=processes)
+            _build_family(plan, out / name, processes, open_workers)
 
 
 def write_dataset(
@@ -100,7 +109,7 @@ def write_dataset(
     if base is not None:
         base.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=base, prefix=f".{final.name}.") as name:
-        staging = pathlib.Path(name)
+        staging = epath.Path(name)
         with open_pool(plan, 1) as pool:
             _Work(plan, parts, staging, pool).run()
         if not publish(staging / DONE, final):
@@ -153,27 +162,33 @@ def is_complete(out: epath.PathLike, family: str, arguments: Mapping[str, Any]) 
     folder = epath.Path(out) / family
     if not (folder / tfds_folder.INFO).exists():
         return False
-    _check_same(folder, _arguments_of(folder), arguments)
+    check_same(folder, arguments_of(folder), arguments)
     return True
 
 
-def _build_family(plan: Plan, final: epath.Path, *, processes: int | None) -> None:
-    staging = _staging(final)
+def _build_family(
+    plan: Plan, final: epath.Path, processes: int | None, open_workers: OpenWorkers | None
+) -> None:
+    staging = staging_folder(final, is_shared=open_workers is not None)
     try:
         staging.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{staging} cannot be written: {error.strerror or error}") from None
-    with _locked(staging):
+    with locked(staging):
         if is_complete(final.parent, final.name, plan.arguments):  # by another process meanwhile
-            shutil.rmtree(staging)
+            staging.rmtree()
             return
         parts = {split: plan.native.parts(split) for split in plan.native_splits}
-        _claim(staging, plan, parts)
+        claim(staging, plan, parts)
         total = sum(len(each) for each in parts.values())
-        with open_pool(plan, min(processes or available_cores(), total)) as pool:
-            _Work(plan, parts, staging, pool).run()
+        if open_workers is not None:
+            opened = open_workers(plan, staging)
+        else:
+            opened = open_pool(plan, min(processes or available_cores(), total))
+        with opened as workers:
+            _Work(plan, parts, staging, workers).run()
         publish(staging / DONE, final)
-        shutil.rmtree(staging)
+        staging.rmtree()
 
 
 class _Work:
@@ -183,10 +198,10 @@ class _Work:
         self,
         plan: Plan,
         parts: Mapping[str, Sequence[Part]],
-        staging: pathlib.Path,
-        pool: Pool,
+        staging: epath.Path,
+        workers: Workers,
     ):
-        self._plan, self._parts, self._staging, self._pool = plan, parts, staging, pool
+        self._plan, self._parts, self._staging, self._workers = plan, parts, staging, workers
         self._done = staging / DONE
         self._done.mkdir(exist_ok=True)
         for file in self._done.glob(".*"):  # of a process that was killed while it wrote
@@ -235,16 +250,16 @@ class _Work:
         ahead = collections.deque()
         rest = iter(enumerate(parts))
         while not all(packing.is_full for packing in packings):
-            for number, part in itertools.islice(rest, PENDING * self._pool.size - len(ahead)):
-                file = str(self._staging / f"{split}-{number:06d}")
-                is_there = os.path.exists(file + NOTE)
-                future = None if is_there else self._pool.submit(stage, split, part, file)
+            for number, part in itertools.islice(rest, PENDING * self._workers.size - len(ahead)):
+                file = os.fspath(self._staging / f"{split}-{number:06d}")
+                is_there = epath.Path(file + NOTE).exists()
+                future = None if is_there else self._workers.submit(stage, split, part, file)
                 ahead.append((part, file, future))
             if not ahead:
                 return
             part, file, future = ahead.popleft()
             if future is not None:
-                self._pool.result(future)
+                self._workers.result(future)
             yield part, file
         for *_, future in ahead:
             if future is not None:
@@ -259,7 +274,7 @@ class _Work:
             if output in self._packings:
                 for pieces in self._packings[output].add(file, staged, index):
                     self._write(output, pieces)
-        self._wait(2 * self._pool.size)
+        self._wait(2 * self._workers.size)
 
     def _write(self, output: str, pieces: list[Piece]) -> None:
         """Has the newest shard written, if an earlier attempt did not do so."""
@@ -267,22 +282,19 @@ class _Work:
         named = shard_name(self._plan.dataset, output, number, 0).removesuffix("-of-00000")
         file = self._done / f"{output}-{number:05d}.shard"
         if not self._there & {file.name, named}:
-            future = self._pool.submit(_write_shard, pieces, str(file))
+            future = self._workers.submit(_write_shard, pieces, os.fspath(file))
             self._writing[future] = {piece.file for piece in pieces}
 
     def _wait(self, most: int) -> None:
         """Waits until at most so many shards are being written; deletes what none needs now."""
         while len(self._writing) > most:
-            done, _ = concurrent.futures.wait(
-                self._writing, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            for future in done:
-                self._pool.result(future)
-                del self._writing[future]
+            future = next(iter(self._writing))
+            self._workers.result(future)
+            del self._writing[future]
         needed = set().union(*self._writing.values())
         needed |= {file for packing in self._packings.values() for file in packing.files}
         for file in self._taken - needed:
-            pathlib.Path(file).unlink(missing_ok=True)
+            epath.Path(file).unlink(missing_ok=True)
         self._taken &= needed
 
     def _describe(self) -> None:
@@ -290,7 +302,7 @@ class _Work:
         contents = {output: packing.contents() for output, packing in self._packings.items()}
         for output, found in contents.items():
             if not found.shards:
-                shutil.rmtree(self._staging)  # or what is staged would be taken for good later
+                self._staging.rmtree()  # or what is staged would be taken for good later
                 raise UserError(f"{plan.family}: {self._why_empty(output)}")
             for number in range(len(found.shards)):
                 file = self._done / f"{output}-{number:05d}.shard"
@@ -302,7 +314,7 @@ class _Work:
             write_whole(self._done / SKIPPED, "".join(lines))
         records = {output: sum(found.shards) for output, found in contents.items()}
         describe(
-            epath.Path(self._done),
+            self._done,
             contents,
             family=plan.family,
             dataset=plan.dataset,
@@ -332,95 +344,6 @@ class _Work:
         return "; ".join(f"{reason} ({n}x)" for reason, n in counts.most_common(3))
 
 
-def _staging(final: epath.Path) -> pathlib.Path:
-    """The local folder of a build's unfinished files: the same one for each attempt."""
-    if "://" in (name := os.fspath(final)):
-        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-        return pathlib.Path(tempfile.gettempdir()) / f"univg_build_{final.name}_{digest}"
-    return pathlib.Path(final.parent) / f".{final.name}.build"
-
-
 def _write_shard(plan: Plan, pieces: Sequence[Piece], file: str) -> None:
     """What a process of the pool does with a shard."""
     write_shard(pieces, file)
-
-
-@contextlib.contextmanager
-def _locked(staging: pathlib.Path) -> Iterator[None]:
-    """Holds the folder: another build of the same family waits until this one has ended."""
-    file = os.open(staging / "lock", os.O_CREAT | os.O_RDWR)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _logger.warning("another process builds %s: waiting for it", staging)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(file)
-
-
-def _claim(staging: pathlib.Path, plan: Plan, parts: Mapping[str, Sequence[Part]]) -> None:
-    """Makes the folder this plan's; raises UserError if an unfinished build is another one."""
-    names = json.dumps({split: [str(part) for part in each] for split, each in parts.items()})
-    own = dict(
-        arguments=plan.arguments,
-        shard_bytes=plan.shard_bytes,
-        parts=hashlib.blake2b(names.encode(errors="surrogatepass"), digest_size=16).hexdigest(),
-    )
-    file = staging / BUILD
-    if not file.exists():
-        write_whole(file, json.dumps(own, indent=1) + "\n")
-        return
-    found = read_json(file)
-    _check_same(staging, found.get("arguments", {}), plan.arguments)
-    if found != own:
-        raise UserError(
-            f"{staging} is an unfinished build of other native files: "
-            "bring those back, or remove it"
-        )
-
-
-def _arguments_of(folder: epath.Path) -> Mapping[str, Any]:
-    """By which arguments a complete family was built."""
-    for file in (folder / BUILD, folder.parent / BUILD):  # older versions wrote it beside
-        if file.exists():
-            try:
-                found = read_json(file)
-            except UserError as error:
-                raise UserError(f"{error}; remove {folder} and build again") from None
-            return found.get("arguments", found)
-    raise UserError(f"{folder} has no {BUILD}: it is not a build of ours; choose another folder")
-
-
-def _check_same(folder: os.PathLike, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    # What an older build does not name had no other value than the default.
-    different = [name for name in wanted if name in found and found[name] != wanted[name]]
-    if different:
-        raise UserError(
-            f"{folder} was built with "
-            f"{', '.join(f'{name}={found[name]}' for name in different)}, not "
-            f"{', '.join(str(wanted[name]) for name in different)}: "
-            "choose another directory, or remove it, or ask for what it has (data.build)"
-        )
-
-
-def publish(written: pathlib.Path, final: epath.Path) -> bool:
-    """Puts a complete dataset in its place; False if another build has put one there."""
-    if (final / tfds_folder.INFO).exists():
-        return False
-    if "://" in os.fspath(final):
-        final.mkdir(parents=True, exist_ok=True)
-        files = sorted(epath.Path(written).iterdir(), key=lambda f: f.name == tfds_folder.INFO)
-        for file in files:
-            file.copy(final / file.name, overwrite=True)
-        return True
-    if final.exists():
-        final.rmtree()  # nobody is writing it: a local dataset comes there by a rename
-    try:
-        written.rename(final)
-    except OSError:
-        if (final / tfds_folder.INFO).exists():
-            return False
-        raise
-    return True

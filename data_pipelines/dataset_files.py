@@ -84,7 +84,7 @@ def write_shard(pieces: Iterable[Piece], file: epath.PathLike) -> None:
         writer = array_record_module.ArrayRecordWriter(partial.name, OPTIONS)
         try:
             for piece in pieces:
-                with open(piece.file, "rb") as staged:
+                with epath.Path(piece.file).open("rb") as staged:
                     staged.seek(piece.offset)
                     for length in piece.lengths:
                         if len(content := staged.read(length)) != length:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from univg_jax.errors import UserError
 
@@ -31,6 +31,21 @@ def _begin(context: Any) -> None:
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(_context, *arguments)
+
+
+@runtime_checkable
+class Workers(Protocol):
+    """What calls `function(context, *arguments)`: a `Pool`, or machines (`beam`)."""
+
+    size: int  # calls at once, about
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future:
+        """The call's future."""
+        ...
+
+    def result(self, future: concurrent.futures.Future) -> Any:
+        """Waits for it. Raises what the call raised."""
+        ...
 
 
 class Pool:

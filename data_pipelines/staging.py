@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int64
 
 from data_pipelines.dataset_files import Contents, Piece, Serializer
@@ -109,7 +110,7 @@ class Staged:
     @classmethod
     def load(cls, file: str) -> "Staged":
         """Reads what `save` wrote."""
-        with np.load(file) as arrays:
+        with epath.Path(file).open("rb") as stored, np.load(stored) as arrays:
             found = {name: arrays[name] for name in ("lengths", "sizes", "outputs")}
             return cls(
                 **found, skipped=[tuple(row) for row in json.loads(arrays["skipped"].tobytes())]
@@ -213,7 +214,7 @@ class Packing:
         self.shards.append(self._records)
         self.num_bytes += self._bytes
         self._bytes = self._records = 0
-        return pieces
+        return _joined(pieces)
 
     @property
     def has_rest(self) -> bool:
@@ -231,3 +232,16 @@ class Packing:
         return Contents(
             shards=tuple(self.shards), num_bytes=self.num_bytes, sizes=sizes.astype(np.uint32)
         )
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """The same records: those that follow one another in a file as one piece."""
+    groups: list[tuple[Piece, list[int]]] = []
+    end = 0
+    for piece in pieces:
+        if groups and groups[-1][0].file == piece.file and end == piece.offset:
+            groups[-1][1].extend(piece.lengths)
+        else:
+            groups.append((piece, list(piece.lengths)))
+        end = piece.offset + sum(piece.lengths)
+    return [dataclasses.replace(first, lengths=tuple(lengths)) for first, lengths in groups]

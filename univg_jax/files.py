@@ -43,11 +43,22 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
 
 
 def write_streamed(path: epath.PathLike, write: Callable[[BinaryIO], None]) -> None:
-    """As `write_whole`, of a local file whose content `write(file)` writes as it comes.
+    """As `write_whole`, of a file whose content `write(file)` writes as it comes.
 
-    `file.name` is where it is until then. Raises UserError where the system refuses.
+    `file.name` is where it is until then: a local file, also for `gs://`, of which there must be
+    space in the temporary folder. Raises UserError where the system refuses.
     """
     path = os.fspath(path)
+    if "://" in path:
+        with tempfile.TemporaryDirectory() as folder:
+            local = os.path.join(folder, os.path.basename(path))
+            write_streamed(local, write)
+            try:
+                epath.Path(local).copy(path, overwrite=True)
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"{path} cannot be written: {reason}") from error
+        return
     folder, name = os.path.split(path)
     partial = os.path.join(folder, f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     try:

@@ -1,6 +1,7 @@
 """`univg data build|list|verify`, and the page of datasets."""
 
 import pathlib
+import sys
 
 import pytest
 
@@ -42,6 +43,27 @@ def test_a_folder_becomes_records_that_can_be_verified(tmp_path, capsys):
     assert f"{shard.name} has another checksum; build it again" in capsys.readouterr().err
     assert main([*command, "--limit=1"]) == 1
     assert "was built with limit=None, not 1" in capsys.readouterr().err
+
+
+def test_beam_makes_the_same_records(tmp_path, capsys, monkeypatch):
+    options = captions.write(tmp_path / "native")
+    command = ["data", "build", "--dataset=captions"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    assert main([*command, f"--out={tmp_path / 'local'}", "--processes=1"]) == 0
+    beam = [*command, f"--out={tmp_path / 'beam'}", "--beam_runner=DirectRunner"]
+    workers = "--beam_options=--direct_num_workers=1 --direct_running_mode=in_memory"
+    assert main([*beam, workers]) == 0
+    local, ours = (sorted((tmp_path / name / "captions").iterdir()) for name in ("local", "beam"))
+    assert [file.name for file in local] == [file.name for file in ours]
+    assert [file.read_bytes() for file in local] == [file.read_bytes() for file in ours]
+    capsys.readouterr()
+    assert main([*beam, "--processes=2"]) == 1
+    assert "Beam's runners have flags of their own" in capsys.readouterr().err
+    assert main([*beam[:-1], workers]) == 1
+    assert "--beam_options needs --beam_runner" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    assert main(beam) == 1
+    assert "needs the package apache_beam: pip install 'univg_jax[beam]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

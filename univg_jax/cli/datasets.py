@@ -45,6 +45,15 @@ def add_build(actions: Any) -> None:
     parser.add_argument(
         "--processes", action=flags.Number, least=1, metavar="N", help="default: one a core"
     )
+    group = parser.add_argument_group("many machines", "by Apache Beam (BUILD.md)")
+    group.add_argument(
+        "--beam_runner",
+        metavar="NAME",
+        help="DirectRunner, DataflowRunner, SparkRunner, FlinkRunner (default: this machine alone)",
+    )
+    group.add_argument(
+        "--beam_options", metavar="FLAGS", help='flags of the runner: "--region=R --project=P"'
+    )
     group = parser.add_argument_group("datasets of native files")
     added = set()
     for field in dataclasses.fields(Options):
@@ -94,7 +103,17 @@ def build(args: argparse.Namespace) -> None:
     configure(args)
     dataset = DATASETS[check_name(args.dataset, DATASETS, what="dataset")]
     options = _options(args, dataset)
-    builds.build(dataset, args.out, options, processes=args.processes)
+    if args.beam_runner:
+        from data_pipelines import beam
+
+        if args.processes:
+            raise UserError("--processes: Beam's runners have flags of their own (--beam_options)")
+        flags = beam.read_flags(args.beam_options or "")
+        beam.build(dataset, args.out, options, runner=args.beam_runner, pipeline_options=flags)
+    elif args.beam_options is not None:
+        raise UserError("--beam_options needs --beam_runner, such as DataflowRunner")
+    else:
+        builds.build(dataset, args.out, options, processes=args.processes)
     given = {
         f.name: value
         for f in dataclasses.fields(options)
