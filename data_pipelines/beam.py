@@ -10,6 +10,7 @@ the graph of the pipeline, whose size some runners limit.
 import concurrent.futures
 import contextlib
 import functools
+import io
 import os
 import pickle
 import shlex
@@ -43,25 +44,13 @@ def build(
     see `out` and the native files by the same paths, and have this package and its extras `data`
     and `beam`.
 
-    Raises UserError as that does, and for a runner that there is not.
+    Raises UserError as that does, and for a runner or flags that cannot be.
     """
-    with needs_extra("beam", f"--beam_runner={runner}"):
-        import apache_beam
-        from apache_beam.runners import create_runner
-    try:
-        create_runner(runner)
-    except (ValueError, ImportError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--beam_runner={runner}: {reason}; known are DirectRunner, DataflowRunner (which "
-            "needs apache-beam[gcp]), SparkRunner, FlinkRunner"
-        ) from None
+    make_pipeline = _pipelines(runner, list(pipeline_options))
 
     @contextlib.contextmanager
     def open_workers(plan: Plan, folder: epath.Path) -> Iterator[_Workers]:
-        flags = apache_beam.options.pipeline_options.PipelineOptions(list(pipeline_options))
-        make = functools.partial(apache_beam.Pipeline, runner=runner, options=flags)
-        yield _Workers(plan, folder, make)
+        yield _Workers(plan, folder, make_pipeline)
 
     path = os.fspath(out)
     out = path if "://" in path else os.path.abspath(path)  # workers are elsewhere
@@ -77,6 +66,32 @@ def read_flags(text: str) -> list[str]:
     if flags and not flags[0].startswith("--"):
         raise UserError(f"--beam_options={text}: expected flags such as --region=europe-west4")
     return flags
+
+
+def _pipelines(runner: str, flags: list[str]) -> Callable[[], Any]:
+    """Makes pipelines. Raises UserError in one line for what Beam would tell in pages."""
+    with needs_extra("beam", f"--beam_runner={runner}"):
+        import apache_beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+        from apache_beam.runners import create_runner
+    try:
+        create_runner(runner)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise UserError(
+            f"--beam_runner={runner}: {' '.join(str(error).split())[:200]}; known are "
+            "DirectRunner, DataflowRunner (which needs apache-beam[gcp]), SparkRunner, FlinkRunner"
+        ) from None
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            options = PipelineOptions(flags)
+            options.get_all_options()
+            apache_beam.Pipeline(runner=runner, options=options)
+    except (ValueError, SystemExit) as error:  # argparse exits
+        lines = (str(error) if isinstance(error, ValueError) else told.getvalue()).splitlines()
+        reason = " ".join(lines if isinstance(error, ValueError) else lines[-1:])
+        raise UserError(f"--beam_options={shlex.join(flags)}: {reason}") from None
+    return lambda: apache_beam.Pipeline(runner=runner, options=PipelineOptions(flags))
 
 
 class _Workers:

@@ -101,6 +101,9 @@ def test_what_cannot_be_used_is_one_line(tmp_path):
         run(tmp_path, bad=tuple(range(40)))
     with pytest.raises(UserError, match=r"--beam_runner=DirctRunner: .*; known are DirectRunner, "):
         beam.build(DATASET, tmp_path, DATASET.make_options({}), runner="DirctRunner")
+    flags = ["--direct_num_workers=x"]
+    with pytest.raises(UserError, match=r"^--beam_options=--direct_num_workers=x: .*invalid int"):
+        beam.build(DATASET, tmp_path, DATASET.make_options({}), pipeline_options=flags)
     assert names(tmp_path) == []
 
 
