@@ -22,7 +22,7 @@ from tensorflow_datasets.core.proto import dataset_info_pb2
 from data_pipelines import records, tfds_folder
 from data_pipelines.sources import SIZES
 from univg_jax import images
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, quote
 from univg_jax.files import read_json, write_streamed, write_whole
 
 BUILD = "build.json"
@@ -168,10 +168,18 @@ def verify(folder: epath.PathLike) -> Iterator[tuple[str, str]]:
     if not isinstance(files := about.get("files"), dict):
         raise UserError(f"{folder / BUILD} has no checksums: an earlier version wrote it")
     for name, expected in files.items():
-        if not (folder / name).exists():
+        is_name = name.isprintable() and name == os.path.basename(name)
+        if not is_name or not isinstance(expected, dict):
+            raise UserError(f"{folder / BUILD} is damaged: {quote(name)} in it is no file's entry")
+        try:
+            found = _file(folder / name)["checksum"]
+        except FileNotFoundError:
             yield name, "is missing"
-        elif _file(folder / name)["checksum"] != expected.get("checksum"):
-            yield name, "has another checksum"
+        except OSError as error:  # a folder, no permission
+            yield name, f"cannot be read: {error.strerror or error}"
+        else:
+            if found != expected.get("checksum"):
+                yield name, "has another checksum"
 
 
 def _save(array: np.ndarray, file: BinaryIO) -> None:

@@ -251,6 +251,17 @@ def test_a_damaged_file_is_found(tmp_path):
         (file.name, "has another checksum"),
         ("test.sizes.npy", "is missing"),
     ]
+    (folder / "test.sizes.npy").mkdir()
+    assert ("test.sizes.npy", "cannot be read: Is a directory") in dataset_files.verify(folder)
+
+
+@pytest.mark.parametrize("entry", [{"../x": {}}, {"a\0b": {}}, {"a\nb": {}}, {"a": 3}])
+def test_an_entry_of_no_file_is_refused(tmp_path, entry):
+    (tmp_path / "build.json").write_text(json.dumps({"files": entry}))
+    with pytest.raises(
+        UserError, match=r"^.*build\.json is damaged: '.*' in it is no file's entry$"
+    ):
+        list(dataset_files.verify(tmp_path))
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):

@@ -1,6 +1,13 @@
-"""Damages files: bytes flipped, cut out or doubled, and values of JSON swapped for other types."""
+"""Damages files: bytes flipped, cut out or doubled, and values of JSON swapped for other types.
 
+Or a file is empty, another dataset's, gone, or a folder.
+"""
+
+import contextlib
 import json
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +29,44 @@ OTHERS = (
     {},
     {"a": 1},
 )
+KINDS = (*["bytes"] * 4, *["picture"] * 2, "empty", "other", "gone", "folder")
+_PICTURE = re.compile(rb"\xff\xd8\xff.*?\xff\xd9|\x89PNG\r\n.*?IEND", re.DOTALL)
+
+
+@contextlib.contextmanager
+def damaged(path: pathlib.Path, rng: np.random.Generator, others: Sequence[bytes]) -> Iterator[str]:
+    """One kind of damage to a file while it lasts; gives its name. `others` are foreign files."""
+    kind = KINDS[int(rng.integers(len(KINDS)))]
+    whole = path.read_bytes()
+    if kind == "picture" and (found := damage_picture(whole, rng)) != whole:
+        path.write_bytes(found)
+    elif kind in ("gone", "folder"):
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+    elif kind in ("empty", "other"):
+        path.write_bytes(others[int(rng.integers(len(others)))] if kind == "other" else b"")
+    else:
+        kind = "bytes"
+        while (found := damage(whole, rng)) == whole:
+            pass
+        path.write_bytes(found)
+    try:
+        yield kind
+    finally:
+        if path.is_dir():
+            path.rmdir()
+        path.write_bytes(whole)
+
+
+def damage_picture(content: bytes, rng: np.random.Generator) -> bytes:
+    """The content with a stretch of one of its JPEG or PNG pictures overwritten, if it has one."""
+    if not (spans := [found.span() for found in _PICTURE.finditer(content)]):
+        return content
+    start, stop = spans[int(rng.integers(len(spans)))]
+    start = int(rng.integers(start, stop))
+    stop = min(stop, start + int(rng.integers(1, 60)))
+    return content[:start] + rng.bytes(stop - start) + content[stop:]
 
 
 def damage(content: bytes, rng: np.random.Generator) -> bytes:
