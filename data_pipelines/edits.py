@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from data_pipelines import archives, layouts, tables, transforms
 from data_pipelines.native import Entry
@@ -20,8 +21,9 @@ from univg_jax.errors import UserError, quote
 
 FIELDS = ("image", "source", "instruction", "caption")
 MASKED = (*FIELDS, "edit_mask")
-# What a mask marks by: it is light, dark, or transparent where the picture changes.
-MaskIs = Literal["white", "black", "transparent"]
+# What a mask is where the picture changes. "colored" is any color but black; of a palette, any
+# index but 0.
+MaskIs = Literal["white", "black", "transparent", "opaque", "colored"]
 
 
 def record(
@@ -35,8 +37,9 @@ def record(
 ) -> dict[str, Any]:
     """The record of an edit; with `mask_is` it has a mask, all white where `mask` is None.
 
-    Raises UserError if a picture or the instruction is missing, and if the pictures have different
-    sizes: whether one was cropped or stretched, nobody says.
+    A source of another scale gets the target's size. Raises UserError if a picture or the
+    instruction is missing, and if the pictures have different shapes: whether one was cropped or
+    stretched, nobody says.
     """
     made = {
         "image": check(after),
@@ -48,9 +51,13 @@ def record(
         raise UserError("it has no instruction")
     sizes = [images.size_of(made[name]) for name in ("source", "image")]
     if sizes[0] != sizes[1]:
-        raise UserError(
-            "the picture has {1}x{0} pixels before and {3}x{2} after".format(*sizes[0], *sizes[1])
-        )
+        if not _is_scaled(*sizes):
+            raise UserError(
+                "the picture has {1}x{0} pixels before and {3}x{2} after".format(
+                    *sizes[0], *sizes[1]
+                )
+            )
+        made["source"] = _resized(made["source"], *sizes[1])
     if mask_is is None:
         return made
     changed = np.ones(sizes[1], np.uint8)
@@ -66,14 +73,36 @@ def record(
 def _read_mask(data: bytes, mask_is: MaskIs) -> UInt8[np.ndarray, "h w"]:
     """1 where it marks; its soft edges belong to it from the middle on."""
     picture = images.open_picture(check(data))
-    if mask_is == "transparent":
-        if not {"A", "a"} & set(picture.getbands()) and "transparency" not in picture.info:
-            raise UserError(f"the mask has mode {picture.mode}: expected one that is transparent")
-        return (np.asarray(picture.convert("RGBA"))[..., 3] < 128).astype(np.uint8)
+    has_alpha = {"A", "a"} & set(picture.getbands()) or "transparency" in picture.info
+    if mask_is in ("transparent", "opaque"):
+        if not has_alpha:
+            raise UserError(f"the mask has mode {picture.mode}: expected one with transparency")
+        clear = np.asarray(picture.convert("RGBA"))[..., 3] < 128
+        return (clear == (mask_is == "transparent")).astype(np.uint8)
+    if mask_is == "colored" and picture.mode == "P":
+        return (np.asarray(picture) > 0).astype(np.uint8)
+    # What cannot be seen is not marked, whatever color hides there.
+    behind = "white" if mask_is == "black" else "black"
+    if has_alpha:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, behind), picture)
+    if mask_is == "colored":
+        return (np.asarray(picture.convert("RGB")).max(axis=-1) > 0).astype(np.uint8)
     gray = np.asarray(picture.convert("L"))
     if gray.max() == 1:  # 0 and 1
         gray = gray * np.uint8(255)
     return ((gray > 127) == (mask_is == "white")).astype(np.uint8)
+
+
+def _is_scaled(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether (height, width) are those of `other` at another scale, rounded to whole pixels."""
+    (h, w), (height, width) = size, other
+    return abs(h * width - w * height) <= max(h, w, height, width)
+
+
+def _resized(data: bytes, height: int, width: int) -> bytes:
+    pixels = transforms.resize_image(images.decode_rgb(data), height=height, width=width)
+    return images.png_bytes(pixels)
 
 
 def _fit(mask: UInt8[np.ndarray, "h w"], height: int, width: int) -> UInt8[np.ndarray, "h2 w2"]:

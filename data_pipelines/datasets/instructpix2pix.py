@@ -13,7 +13,7 @@ from univg_jax.errors import NotFoundError, UserError
 from univg_jax.files import parse_json
 
 WHAT = "InstructPix2Pix's rows (original_image, edit_prompt, edited_image)"
-SHARES = (0.9, 0.95, 1.0)  # where train, validation and test end in the order of seeds.json
+ENDS = (90, 95, 100)  # percent of seeds.json where train, validation and test end
 PART_NAMES = 500
 _PROMPT, _BEFORE, _AFTER = "prompt.json", "_0.jpg", "_1.jpg"
 
@@ -112,7 +112,7 @@ class InstructPix2Pix:
                 f"{self._seeds_file} is not InstructPix2Pix's: expected [[name, [seed, ...]], ...] "
                 f"({' '.join(str(error).split())[:100]})"
             ) from None
-        ends = [round(share * len(listed)) for share in (0.0, *SHARES)]
+        ends = [percent * len(listed) // 100 for percent in (0, *ENDS)]
         number = SPLITS.index(split)
         return dict(listed[ends[number] : ends[number + 1]])
 

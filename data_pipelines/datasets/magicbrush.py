@@ -1,7 +1,12 @@
 """MagicBrush: edits by hand of COCO's pictures, in several turns, as parquet."""
 
-from data_pipelines.edits import Columns, PairTable, tables_of
-from data_pipelines.native import TEST, CocoOptions, Dataset, Native
+import os
+import re
+from collections.abc import Mapping
+
+from data_pipelines import tables
+from data_pipelines.edits import Columns, PairTable
+from data_pipelines.native import TEST, TRAIN, VALIDATION, CocoOptions, Dataset, Native
 from univg_jax.errors import UserError
 
 WHAT = "MagicBrush's rows (img_id, source_img, mask_img, instruction, target_img)"
@@ -9,8 +14,8 @@ WHAT = "MagicBrush's rows (img_id, source_img, mask_img, instruction, target_img
 
 def open_dataset(options: CocoOptions) -> dict[str, Native]:
     """The one family. Raises UserError for the test split, which is not to be trained on."""
-    files = tables_of(options.source, what=WHAT)
-    if TEST in files or TEST in options.split:
+    files = {} if _is_sessions(options.source) else _by_split(options.source)
+    if not files or TEST in files or TEST in options.split:
         raise UserError(
             f"{options.source} has MagicBrush's test split, whose terms forbid to train on it or "
             "to put it online: give the parquet files of train and dev"
@@ -23,6 +28,26 @@ def open_dataset(options: CocoOptions) -> dict[str, Native]:
         ids=("img_id",),
     )
     return {"magicbrush": PairTable(what=WHAT, files=files, columns=columns, mask_is="transparent")}
+
+
+def _is_sessions(source: str) -> bool:
+    """Whether it is the test split as published: a zip, or what that holds."""
+    is_zip = os.path.isfile(source) and source.lower().endswith(".zip")
+    return is_zip or os.path.isfile(os.path.join(source, "edit_sessions.json"))
+
+
+def _by_split(source: str) -> Mapping[str, tuple[str, ...]]:
+    """The tables of each split, by their own names; of other names, by the folders they are in."""
+    files: dict[str, list[str]] = {}
+    for file in tables.open_table(source, what=WHAT).files:
+        *folders, base = os.path.abspath(file).lower().split(os.sep)
+        word = re.split(r"[-_.]", base)[0]
+        if word == "test" or (word not in ("train", "dev") and "test" in folders[-2:]):
+            split = TEST
+        else:
+            split = VALIDATION if word == "dev" else TRAIN
+        files.setdefault(split, []).append(file)
+    return {split: tuple(files[split]) for split in (TRAIN, VALIDATION, TEST) if split in files}
 
 
 DATASET = Dataset(
@@ -39,6 +64,7 @@ DATASET = Dataset(
         "every turn is an edit: the source of turn k is the target of turn k-1",
         "the mask is a picture that is transparent where to edit, with soft edges (half is the "
         "limit), and may have another size than its source",
+        "a source of another size (500x500) gets the target's",
         "older revisions (input_img, output_img, no mask): all of the picture may change",
         "img_id is the picture's id in COCO, by which exclusions find it",
     ),

@@ -1,8 +1,9 @@
 """Any edits: a table with a picture before, one after, an instruction, and perhaps a mask."""
 
 import dataclasses
+from typing import get_args
 
-from data_pipelines.edits import Columns, PairTable, tables_of
+from data_pipelines.edits import Columns, MaskIs, PairTable, tables_of
 from data_pipelines.native import Dataset, Native
 from data_pipelines.native import Options as BaseOptions
 from univg_jax.fields import setting
@@ -30,7 +31,7 @@ class Options(BaseOptions):
     instruction: str = setting("", "column of the instruction; none: by its usual names")
     mask: str = setting("", "column of the mask; none: by its usual names, if there is one")
     mask_is: str = setting(
-        "white", "where the picture changes, a mask is", names=("white", "black", "transparent")
+        "white", "what a mask is where the picture changes", names=get_args(MaskIs)
     )
     folder: str = setting(
         "", "folder, zip or tar of the pictures that a table names; none: beside it", is_path=True
@@ -69,8 +70,10 @@ DATASET = Dataset(
     layout="a csv, tsv, jsonl, json or parquet with pictures, or with their names (folder=)",
     quirks=(
         "columns are found by their usual names, or given by before=, after=, instruction=, mask=",
-        "masks are white, black or transparent where the picture changes (mask_is=)",
-        "pairs of different sizes are left out by name",
+        "masks are white, black, transparent, opaque or colored (of a palette: any index but 0) "
+        "where the picture changes (mask_is=)",
+        "a source of another scale gets the target's size; pairs of different shapes are left out "
+        "by name",
     ),
     example="--source=pairs.csv --folder=pictures --hold_out=0.02 --out=data",
 )

@@ -5,6 +5,7 @@ import dataclasses
 import glob
 import io
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -42,13 +43,13 @@ class Folder:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A part: a compressed archive of pictures, in pieces, and the annotations of them."""
+    """A part: compressed archives of pictures, each in pieces, and the annotations of them."""
 
-    pieces: tuple[str, ...]
+    archives: tuple[tuple[str, ...], ...]
     annotations: tuple[str, ...]
 
     def __str__(self) -> str:
-        return self.pieces[0]
+        return self.archives[0][0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +70,8 @@ class SeedDataEdit:
             by_folder[os.path.dirname(path)].append(path)
         parts: list[Folder | Packed] = []
         for folder, annotations in by_folder.items():
-            if pieces := _pieces(folder):
-                parts.append(Packed(tuple(pieces), tuple(annotations)))
+            if packed := _packed(folder):
+                parts.append(Packed(packed, tuple(annotations)))
             else:
                 table = tables.open_table(annotations, what="rows of SEED-Data-Edit")
                 parts += [Folder(part) for part in table.parts()]
@@ -112,11 +113,12 @@ class SeedDataEdit:
     def _of_row(self, row: dict[str, Any]) -> Iterator[tuple[str, Pair]]:
         first = tables.get(row, "source_image", str)
         if "target_image" in row:
-            instruction = tables.get(row, "instruction", str)
+            # `instruction_new` is the instruction as rewritten (annotations_GPT4V).
+            instruction = row.get("instruction_new") or tables.get(row, "instruction", str)
             yield "", (first, tables.get(row, "target_image", str), instruction)
             return
         turns = []
-        while f"edit_image_{len(turns) + 1}" in row and len(turns) < MAX_TURNS:
+        while row.get(f"edit_image_{len(turns) + 1}") is not None and len(turns) < MAX_TURNS:
             k = len(turns) + 1
             picture = tables.get(row, f"edit_image_{k}", str)
             texts = [row.get(f"{name}_{k}") for name in ("instruction", "inverse_instruction")]
@@ -137,7 +139,7 @@ class SeedDataEdit:
                         yield f"/{i}-{j}", (pictures[i], pictures[j], joined)
 
     def _streamed(self, part: Packed) -> Iterator[Entry]:
-        """Pairs as soon as an archive that can only be streamed has given both pictures.
+        """Pairs as soon as archives that can only be streamed have given both pictures.
 
         The same picture may be in several pairs; it is kept until the last of them.
         """
@@ -153,7 +155,7 @@ class SeedDataEdit:
                     for name in pair[:2]:
                         waiting[_short(name)].append(key)
         kept: dict[str, bytes | UserError] = {}
-        for name, data in _members(part.pieces):
+        for name, data in _in_turn([_members(pieces) for pieces in part.archives]):
             if (name := _match(name, waiting)) is None:
                 continue
             kept[name] = data
@@ -173,12 +175,31 @@ class SeedDataEdit:
             yield Entry(key=key, raw=UserError(f"its pictures are not both in {part}"))
 
 
-def _pieces(annotations: str) -> list[str]:
-    """The compressed archive beside a folder of annotations, if there is one."""
+def _packed(annotations: str) -> tuple[tuple[str, ...], ...]:
+    """The compressed archives beside a folder of annotations, if they are not unpacked.
+
+    Each is a file or the pieces of one, such as source_images.tar.gz.part-aa.
+    """
     folder = os.path.join(os.path.dirname(annotations), "images")
-    packed = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar.gz*")))
-    unpacked = os.path.isdir(folder) and next(archives.walk(folder), None)
-    return [] if unpacked else packed
+    if os.path.isdir(folder) and next(archives.walk(folder), None):
+        return ()
+    found: dict[str, list[str]] = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar.gz*"))):
+        if whole := re.fullmatch(r"(.*\.tar\.gz)(\.part-?\w+)?", path, re.DOTALL):
+            found.setdefault(whole[1], []).append(path)
+    # A file that was put together of its pieces may lie beside them.
+    return tuple((path,) if path in pieces else tuple(pieces) for path, pieces in found.items())
+
+
+def _in_turn(streams: Sequence[Iterator[Any]]) -> Iterator[Any]:
+    """One of each, again and again: pictures before and after may be in archives of their own."""
+    rest = list(streams)
+    while rest:
+        for stream in list(rest):
+            try:
+                yield next(stream)
+            except StopIteration:
+                rest.remove(stream)
 
 
 def _roots(annotations: str, source: str) -> list[archives.Store]:
@@ -262,11 +283,12 @@ DATASET = Dataset(
     layout="{auto_editing/*,real_editing,multi_turn_editing}/annotations/*.jsonl, and images "
     "beside them: unpacked, or images.tar.gz, or multi_turn.tar.gz.part-*",
     quirks=(
-        "an archive that was cut in pieces is read as one, as a stream; a pair is made as soon as "
-        "both of its pictures have come",
+        "an archive that was cut in pieces is read as one, as a stream; source_images and "
+        "target_images side by side; a pair is made as soon as both of its pictures have come",
         "T turns are T edits forwards and T backwards (backward=False: only forwards); "
         "combined=True adds those over several turns",
-        "rows without an instruction or a picture are left out by name",
+        "an instruction that was rewritten (instruction_new) is taken in place of the first one",
+        "rows without an instruction or a picture are left out by name; turns end at a null",
         "no validation split: use hold_out",
     ),
     example="--source=SEED-Data-Edit --hold_out=0.001 --out=data",

@@ -76,9 +76,32 @@ def write(root: pathlib.Path, *, pieces: int = 3) -> dict:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    packed = gzip.compress(buffer.getvalue(), mtime=0)
-    size = -(-len(packed) // pieces)
-    for k in range(pieces):
-        part = packed[k * size : (k + 1) * size]
-        write_file(multi / "images" / f"multi_turn.tar.gz.part-a{'abcdefgh'[k]}", part)
+    _cut(multi / "images" / "multi_turn.tar.gz", gzip.compress(buffer.getvalue(), mtime=0), pieces)
     return {"source": str(root)}
+
+
+def two_archives(root: pathlib.Path, *, pieces: int) -> dict:
+    """Part 1 as it is downloaded, with instructions that were written anew in a second folder."""
+    auto = root / "auto_editing" / "openimages"
+    names = [(f"source_images/{k}.jpg", f"target_images/{k}.jpg") for k in range(3)]
+    rows = [
+        {"source_image": first, "target_image": second, "instruction": f"darker {k}"}
+        for k, (first, second) in enumerate(names)
+    ]
+    write_file(auto / "annotations" / "split_0001.jsonl", _lines(rows))
+    anew = [rows[0] | {"instruction_new": "please, darker", "response": "done"}]
+    write_file(auto / "annotations_GPT4V" / "split_0001.jsonl", _lines(anew))
+    for side, picture in enumerate((before, after)):
+        files = {pair[side]: jpg(picture(k)) for k, pair in enumerate(names)}
+        archive = auto / "images" / f"{('source', 'target')[side]}_images.tar.gz"
+        write_tar(archive, files, "w:gz")
+        _cut(archive, archive.read_bytes(), pieces)
+        archive.unlink()
+    return {"source": str(root)}
+
+
+def _cut(archive: pathlib.Path, content: bytes, pieces: int) -> None:
+    size = -(-len(content) // pieces)
+    for k in range(pieces):
+        part = content[k * size : (k + 1) * size]
+        write_file(archive.with_name(f"{archive.name}.part-a{'abcdefgh'[k]}"), part)

@@ -1,10 +1,14 @@
 """Datasets of edits: InstructPix2Pix, UltraEdit, SEED-Data-Edit, MagicBrush and any pairs."""
 
 import importlib
+import io
+import json
 import pathlib
 
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipelines import records
 from data_pipelines.build import build
@@ -14,7 +18,7 @@ from data_pipelines.sources import open_source
 from tests.data_pipelines.toy import make_collator
 from tests.native import instructpix2pix, magicbrush, pairs, seed_data_edit, ultraedit
 from tests.native.damage import damage
-from tests.native.edits import CENTER, after, before
+from tests.native.edits import CENTER, after, before, png, struct, white_mask, write_parquet
 from tests.native.reading import bad, counts, good, read
 from univg_jax.errors import UserError
 
@@ -59,7 +63,7 @@ def test_magicbrush_masks_are_where_it_is_transparent_whatever_their_size(tmp_pa
     np.testing.assert_array_equal(second["image"], after(0, 2))
     reasons = bad(found)
     assert reasons["000000003"] == "it has no instruction"
-    assert "the mask has mode RGB: expected one that is transparent" in reasons["000000005"]
+    assert "the mask has mode RGB: expected one with transparency" in reasons["000000005"]
     assert len(reasons) == 3
 
 
@@ -71,13 +75,48 @@ def test_magicbrush_rows_are_known_by_their_coco_id(tmp_path):
     assert {e.ids for e in entries[:3]} == {("100",), ("101",)}
 
 
-def test_magicbrush_test_split_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "place",
+    [
+        "data/test-00000-of-00001.parquet",  # beside train
+        "alone/test-00000-of-00001.parquet",
+        "test/part-0.parquet",
+        "unpacked/edit_sessions.json",
+        "test.zip",
+    ],
+)
+def test_magicbrush_test_split_is_refused_in_every_form(place, tmp_path):
     magicbrush.write(tmp_path)
-    data = tmp_path / "data"
-    (data / "dev-00000-of-00001.parquet").rename(data / "test-00000-of-00001.parquet")
+    source = (tmp_path / place).parent
+    source.mkdir(exist_ok=True)
+    (tmp_path / "data" / "dev-00000-of-00001.parquet").rename(tmp_path / place)
+    if place.endswith(".zip"):
+        source = tmp_path / place
     dataset = DATASETS["magicbrush"]
     with pytest.raises(UserError, match="test split, whose terms forbid to train on it"):
-        dataset.open(dataset.make_options(dict(source=str(data))))
+        dataset.open(dataset.make_options(dict(source=str(source))))
+
+
+def test_magicbrush_dev_alone_is_no_train(tmp_path):
+    magicbrush.write(tmp_path)
+    source = str(tmp_path / "data" / "dev-*.parquet")
+    assert counts(DATASETS["magicbrush"], {"source": source}) == {"validation": 2}
+
+
+def test_a_source_of_another_scale_gets_the_size_of_its_target(tmp_path):
+    """The first turns of MagicBrush: 500x500 before, 1024x1024 after."""
+    large = cv2.resize(after(0), None, fx=2, fy=2)
+    height, width = large.shape[:2]
+    row = magicbrush.row(0, 1, target_img=struct(png(large)))
+    write_parquet(tmp_path / "train-0.parquet", [row])
+    record = decoded(read(DATASETS["magicbrush"], {"source": str(tmp_path)}), "000000000")
+    np.testing.assert_array_equal(record["image"], large)
+    assert record["source"].shape == (height, width, 3)
+    small = cv2.resize(record["source"], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    assert np.abs(small.astype(int) - before(0)).mean() < 4
+    rows, columns = (slice(2 * s.start, 2 * s.stop) for s in CENTER)
+    assert record["edit_mask"][rows, columns].all()
+    assert record["edit_mask"].sum() == pytest.approx(4 * 20 * 20, rel=0.15)
 
 
 def test_ultraedit_has_masks_where_it_edits_regions(tmp_path):
@@ -135,6 +174,33 @@ def test_an_archive_in_pieces_is_the_same_as_its_files(tmp_path):
     assert good(packed) == good(loose)
 
 
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_pictures_before_and_after_in_archives_of_their_own(pieces, tmp_path):
+    """Part 1 as downloaded: source_images and target_images, each in pieces."""
+    found = read(DATASETS["seed_data_edit"], seed_data_edit.two_archives(tmp_path, pieces=pieces))
+    assert not bad(found)
+    instructions = {key.split("/")[-3]: [] for key in found}
+    for key, record in found.items():
+        instructions[key.split("/")[-3]].append(record["instruction"])
+        np.testing.assert_array_equal(
+            records.decode(record)["image"].shape, after(int(key[-1])).shape
+        )
+    # What GPT-4V wrote anew stands in place of what it was.
+    assert sorted(instructions["annotations"]) == ["darker 0", "darker 1", "darker 2"]
+    assert instructions["annotations_GPT4V"] == ["please, darker"]
+
+
+def test_turns_end_at_a_null_and_those_before_are_kept(tmp_path):
+    options = seed_data_edit.write(tmp_path, pieces=0)
+    file = tmp_path / "multi_turn_editing" / "annotations" / "split_0001.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    whole = good(read(DATASETS["seed_data_edit"], options))
+    names = ("edit_image_3", "instruction_3", "inverse_instruction_3")
+    rows[0] |= dict.fromkeys(names)
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert good(read(DATASETS["seed_data_edit"], options)) == whole
+
+
 def test_a_missing_piece_is_one_line(tmp_path):
     options = seed_data_edit.write(tmp_path)
     images = tmp_path / "multi_turn_editing" / "images"
@@ -158,6 +224,54 @@ def test_pairs_of_ones_own(tmp_path):
     (native,) = dataset.open(wrong).values()
     with pytest.raises(UserError, match=r"has no column 'first', expected of rows of edits"):
         native.parts("train")
+
+
+def _picture_of(mode: str) -> bytes:
+    """A mask of the center that is none to a fixed limit of gray."""
+    mask = white_mask(0) > 127
+    if mode == "palette":
+        picture = Image.fromarray(mask.astype(np.uint8)).convert("P")
+        picture.putpalette([0, 0, 0, 128, 0, 0] + [0] * 762)  # VOC's dark red
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        return buffer.getvalue()
+    color = dict(red=(90, 0, 0), hidden=(255, 255, 255), hole=(255, 255, 255), ink=(0, 0, 0))[mode]
+    rgb = np.full((*mask.shape, 3), color, np.uint8)
+    if mode == "red":
+        return png(rgb * mask[..., None])
+    return png(np.dstack([rgb, np.where(mask == (mode != "hole"), 255, 0).astype(np.uint8)]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "mask_is"),
+    [
+        ("palette", "colored"),
+        ("red", "colored"),
+        ("hidden", "white"),
+        ("hidden", "opaque"),
+        ("hole", "transparent"),
+        ("ink", "black"),
+    ],
+)
+def test_masks_of_any_kind_are_what_they_are_said_to_be(mode, mask_is, tmp_path):
+    row = dict(source=png(before(0)), target=png(after(0)), instruction="darker")
+    write_parquet(tmp_path / "pairs.parquet", [row | {"mask": _picture_of(mode)}])
+    options = {"source": str(tmp_path / "pairs.parquet"), "mask_is": mask_is}
+    found = decoded(read(DATASETS["pairs"], options), "000000000")["edit_mask"]
+    np.testing.assert_array_equal(found, white_mask(0) > 127)
+
+
+def test_instructpix2pix_ends_splits_as_its_authors_do(tmp_path):
+    """At the whole number below 90 and 95%: of 13 prompts, 11, 1 and 1."""
+    options = instructpix2pix.write(tmp_path)
+    seeds = json.loads((tmp_path / "seeds.json").read_text())
+    (tmp_path / "seeds.json").write_text(json.dumps(seeds[:13]))
+    last = {
+        split: list(read(DATASETS["instructpix2pix"], options, split))
+        for split in ("validation", "test")
+    }
+    assert {key.rpartition("/")[0] for key in last["validation"]} == {instructpix2pix.NAMES[11]}
+    assert {key.rpartition("/")[0] for key in last["test"]} == {instructpix2pix.NAMES[12]}
 
 
 @pytest.mark.parametrize("name", NAMES)
