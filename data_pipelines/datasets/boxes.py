@@ -12,9 +12,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines import grounding
-from data_pipelines.grounding import Region
-from data_pipelines.native import SPLITS, TEST, TRAIN, VALIDATION, CocoOptions, Dataset, Entry
+from data_pipelines.native import (
+    SPLITS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    CocoOptions,
+    Dataset,
+    Entry,
+    grounding,
+)
+from data_pipelines.native.grounding import Region
 from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.fields import setting
 
@@ -63,7 +71,7 @@ class Boxes:
         return tuple(self.files)
 
     def parts(self, split: str) -> Sequence[Any]:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         file, captions_file = self.files[split]
         things: dict[str, list[dict[str, Any]]] = {}
@@ -105,7 +113,7 @@ class Boxes:
             yield Entry(key=row["id"], raw=row, ids=tuple(dict.fromkeys([row["id"], *others])))
 
     def make(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        from data_pipelines import coco, tables
+        from data_pipelines.native import coco, tables
 
         places = tuple(place for place in self._places() if os.path.exists(place))
         image = coco.Pictures(places).read(tables.get(raw, "file_name", str))
@@ -142,7 +150,7 @@ class Boxes:
 
 
 def _id(item: Mapping, key: str, file: str) -> str:
-    from data_pipelines import tables
+    from data_pipelines.native import tables
 
     try:
         return str(tables.get(item, key, (int, str)))
@@ -160,7 +168,7 @@ def _thing(ann: Mapping) -> dict[str, Any]:
 
 def _names(file: str, things: Mapping[str, list[dict[str, Any]]]) -> dict[Any, str]:
     """The names of categories by id, where an annotation needs one."""
-    from data_pipelines import coco, tables
+    from data_pipelines.native import coco, tables
 
     if all("spans" in thing for found in things.values() for thing in found):
         return {}

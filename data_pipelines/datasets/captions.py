@@ -21,11 +21,10 @@ import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines import archives, captioned, layouts, tables
-from data_pipelines.native import Dataset, Entry, Native
+from data_pipelines.native import Dataset, Entry, Native, archives, captioned, layouts, tables
 from data_pipelines.native import Options as BaseOptions
-from data_pipelines.pictures import Files
-from data_pipelines.tables import Table, open_table
+from data_pipelines.native.pictures import Files
+from data_pipelines.native.tables import Table, open_table
 from univg_jax.errors import UserError, quote
 from univg_jax.fields import setting
 

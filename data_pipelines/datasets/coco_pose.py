@@ -43,7 +43,7 @@ class CocoPose:
         return tuple(self.files)
 
     def parts(self, split: str) -> Sequence[Any]:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         file = self.files[split]
         category, order = _category(file)
@@ -66,7 +66,7 @@ class CocoPose:
             yield Entry(key=str(row["id"]), raw=row, ids=(str(row["id"]),))
 
     def make(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        from data_pipelines import coco, tables
+        from data_pipelines.native import coco, tables
 
         height, width = coco.image_size(raw)
         joints, ignore = [], np.zeros((height, width), np.uint8)
@@ -107,7 +107,7 @@ class CocoPose:
 
 def _category(file: str) -> tuple[int, list[int]]:
     """The id of the category of people, and where each of JOINTS stands in its keypoints."""
-    from data_pipelines import coco
+    from data_pipelines.native import coco
 
     named = []
     for category in coco.read_list(file, "categories"):
@@ -122,7 +122,7 @@ def _category(file: str) -> tuple[int, list[int]]:
 
 
 def _id(item: Mapping, key: str, file: str) -> int:
-    from data_pipelines import tables
+    from data_pipelines.native import tables
 
     try:
         return tables.get(item, key, int)
@@ -159,7 +159,7 @@ def _joints(keypoints: Any, height: int, width: int) -> np.ndarray:
 
 def _region(person: Mapping, height: int, width: int) -> np.ndarray:
     """Where a person without joints is: the segment or, without one, the box."""
-    from data_pipelines import coco
+    from data_pipelines.native import coco
 
     if person["segmentation"]:
         return coco.segment(person["segmentation"], height, width)

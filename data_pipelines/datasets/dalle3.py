@@ -10,9 +10,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines import archives, captioned
-from data_pipelines.native import TRAIN, Dataset, Entry, Native, Options
-from data_pipelines.tables import listed
+from data_pipelines.native import TRAIN, Dataset, Entry, Native, Options, archives, captioned
+from data_pipelines.native.tables import listed
 from univg_jax.errors import NotFoundError, UserError
 
 KINDS = {

@@ -6,8 +6,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines import archives, grounding
-from data_pipelines.native import TEST, TRAIN, VALIDATION, Dataset, Entry, Options
+from data_pipelines.native import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Dataset,
+    Entry,
+    Options,
+    archives,
+    grounding,
+)
 from univg_jax.errors import NotFoundError, UserError, needs_extra, quote
 from univg_jax.fields import setting
 
@@ -50,7 +58,7 @@ class Flickr30kEntities:
     fields: tuple[str, ...] = grounding.FIELDS
 
     def parts(self, split: str) -> Sequence[Part]:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         ids = self._ids(split)
         names = [f"{name}.jpg" for name in ids]
@@ -68,7 +76,7 @@ class Flickr30kEntities:
             yield Entry(key=name, raw=(name, unrelated), ids=(f"{name}.jpg",))
 
     def make(self, raw: tuple[str, Sequence[int]]) -> Mapping[str, Any]:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         name, unrelated = raw
         store = coco.open_store(self.annotations)
@@ -137,7 +145,7 @@ def read_boxes(xml: bytes) -> tuple[tuple[int, int], dict[int, list[grounding.Bo
     with needs_extra("data", "reading annotations of Flickr30k Entities"):
         from defusedxml import ElementTree
 
-    from data_pipelines import coco
+    from data_pipelines.native import coco
 
     try:
         root = ElementTree.fromstring(xml)
@@ -163,7 +171,7 @@ def read_boxes(xml: bytes) -> tuple[tuple[int, int], dict[int, list[grounding.Bo
 
 
 def _number(bndbox: Any, side: str) -> float:
-    from data_pipelines import tables
+    from data_pipelines.native import tables
 
     return tables.get({side: bndbox.findtext(side)}, side, float)
 

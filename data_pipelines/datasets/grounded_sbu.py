@@ -12,9 +12,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines import archives, grounding, layouts
-from data_pipelines.native import SPLITS, Dataset, Entry, Options
-from data_pipelines.tables import get, text_of
+from data_pipelines.native import SPLITS, Dataset, Entry, Options, archives, grounding, layouts
+from data_pipelines.native.tables import get, text_of
 from univg_jax.errors import NotFoundError, UserError, quote
 
 PART_BYTES = 2**28
@@ -70,7 +69,7 @@ class GroundedSbu:
             yield Entry(key=where, raw=UserError("its line is no key, tab and JSON"))
 
     def make(self, raw: bytes) -> Mapping[str, Any]:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         row = _parsed(raw)
         caption = get(row, "caption", str)

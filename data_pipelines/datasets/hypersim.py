@@ -87,7 +87,8 @@ class Hypersim:
             yield Entry(key=f"{part.name}/{camera}/{frame:04d}", raw=raw, ids=(part.name,))
 
     def make(self, raw: tuple[str, str, int, tuple[float, ...]]) -> Mapping[str, Any]:
-        from data_pipelines import coco, records
+        from data_pipelines import records
+        from data_pipelines.native import coco
 
         scene, camera, frame, matrix = raw
         store = coco.open_store(_scene_place(self.source, scene))
@@ -184,7 +185,7 @@ def _scene_place(source: str, scene: str) -> str:
 
 
 def _rows(file: str, columns: Sequence[str], what: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    from data_pipelines import tables
+    from data_pipelines.native import tables
 
     table = tables.open_table(file, what=what)
     table.require(*columns)
@@ -197,7 +198,7 @@ def _rows(file: str, columns: Sequence[str], what: str) -> Iterator[tuple[int, d
 
 def _read_frames(file: str, split: str) -> dict[str, list[tuple[str, int]]]:
     """The frames of a split by scene, without those that the release drops as broken."""
-    from data_pipelines import tables
+    from data_pipelines.native import tables
 
     columns = (
         *("scene_name", "camera_name", "frame_id"),
@@ -222,7 +223,7 @@ def _read_frames(file: str, split: str) -> dict[str, list[tuple[str, int]]]:
 
 def _read_cameras(file: str) -> dict[str, tuple[float, ...] | str]:
     """M_cam_from_uv by scene; where it is empty, or told twice in two ways, why it is unknown."""
-    from data_pipelines import tables
+    from data_pipelines.native import tables
 
     names = [f"M_cam_from_uv_{row}{column}" for row in range(3) for column in range(3)]
     cameras: dict[str, tuple[float, ...] | str] = {}

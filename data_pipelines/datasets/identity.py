@@ -67,7 +67,7 @@ class Identity:
     fields: tuple[str, ...] = ("image", "caption", "face", "person")
 
     def parts(self, split: str) -> Sequence[Any]:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         parts, rows, photos = [], [], 0
         place = self.places.get(split) or self.places[""]
@@ -81,7 +81,7 @@ class Identity:
         return parts + coco.slices(f"{name}, the last", rows)
 
     def entries(self, part: Any) -> Iterator[Entry]:
-        from data_pipelines import people
+        from data_pipelines.native import people
 
         persons = [
             (person, place, [people.Photo.of(*photo) for photo in photos])
@@ -109,7 +109,7 @@ class Identity:
                 yield Entry(key=key, raw=raw, ids=(person,))
 
     def make(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        from data_pipelines import faces, people, person_captions
+        from data_pipelines.native import faces, people, person_captions
         from univg_jax import images
 
         image, face = (self._read(raw, name) for name in ("image", "face"))
@@ -132,7 +132,7 @@ class Identity:
         )
 
     def _persons(self, split: str) -> Iterator[Any]:
-        from data_pipelines import people
+        from data_pipelines.native import people
 
         if self.layout == "celeba":
             celeba = people.Celeba.find(self.options.source, self.options.pictures)
@@ -155,7 +155,7 @@ class Identity:
 
     def _of_share(self, persons: Iterator[Any], split: str) -> Iterator[Any]:
         """Persons, never single pictures of them, are held out."""
-        from data_pipelines import people
+        from data_pipelines.native import people
 
         for person, photos in persons:
             held_out = people.share_of(person) < self.options.val_persons
@@ -163,14 +163,14 @@ class Identity:
                 yield person, photos
 
     def _regions(self, place: str) -> Any:
-        from data_pipelines import people
+        from data_pipelines.native import people
 
         files = people.folder_regions(self.options.source, place)
         files = [self.options.faces] if self.options.faces else files
         return people.Regions(files) if files else None
 
     def _table(self) -> tuple[Any, Any]:
-        from data_pipelines import people, tables
+        from data_pipelines.native import people, tables
 
         table = tables.open_table(self.options.source, what="pictures of persons")
         names = ("image", "person", "caption", "face")
@@ -181,7 +181,7 @@ class Identity:
         """The pictures of rows of a table: their bytes, or their names in a folder."""
         if not wanted:
             return {}
-        from data_pipelines import coco, tables
+        from data_pipelines.native import coco, tables
 
         table, columns = self._table()
         store = coco.open_store(self.places[""])
@@ -200,7 +200,7 @@ class Identity:
         return found
 
     def _read(self, raw: Mapping[str, Any], name: str) -> bytes:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         if isinstance(raw[name], bytes):
             return raw[name]
@@ -213,7 +213,7 @@ def _with_faces(persons: Iterator[Any], regions: Any) -> Iterator[Any]:
 
 
 def _open(options: IdentityOptions) -> dict[str, Identity]:
-    from data_pipelines import people
+    from data_pipelines.native import people
 
     source = options.source
     if not source or not os.path.exists(source):
@@ -248,7 +248,7 @@ def _open(options: IdentityOptions) -> dict[str, Identity]:
 
 
 def _is_table(source: str) -> bool:
-    from data_pipelines import table_files, tables
+    from data_pipelines.native import table_files, tables
 
     if os.path.isdir(source):
         # Folders of persons may have lists beside them; a folder of tables has no other folders.

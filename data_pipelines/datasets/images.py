@@ -4,9 +4,8 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from data_pipelines import layouts
-from data_pipelines.native import TRAIN, Dataset, Native, Options
-from data_pipelines.pictures import Pictures, look_into
+from data_pipelines.native import TRAIN, Dataset, Native, Options, layouts
+from data_pipelines.native.pictures import Pictures, look_into
 from univg_jax.errors import NotFoundError
 
 WHAT = "pictures, in a folder, a zip or a tar"

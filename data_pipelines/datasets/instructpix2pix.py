@@ -5,10 +5,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_pipelines import archives
-from data_pipelines.edits import FIELDS, Columns, PairTable, record, tables_of
-from data_pipelines.native import SPLITS, TRAIN, Dataset, Entry, Native, Options
-from data_pipelines.table_files import parse
+from data_pipelines.native import SPLITS, TRAIN, Dataset, Entry, Native, Options, archives
+from data_pipelines.native.edits import FIELDS, Columns, PairTable, record, tables_of
+from data_pipelines.native.table_files import parse
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.files import parse_json
 

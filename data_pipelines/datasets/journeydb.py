@@ -14,9 +14,18 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_pipelines import archives, captioned
-from data_pipelines.native import TEST, TRAIN, VALIDATION, Dataset, Entry, Native, Options
-from data_pipelines.tables import get, text_of
+from data_pipelines.native import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Dataset,
+    Entry,
+    Native,
+    Options,
+    archives,
+    captioned,
+)
+from data_pipelines.native.tables import get, text_of
 from univg_jax.errors import NotFoundError, UserError
 
 FOLDERS = {TRAIN: ("train",), VALIDATION: ("valid", "val", "validation"), TEST: ("test",)}

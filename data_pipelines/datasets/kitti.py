@@ -77,7 +77,8 @@ class Kitti:
             yield Entry(key="/".join(match.groups()) if match else depth, raw=(rgb, depth))
 
     def make(self, raw: tuple[str, str]) -> Mapping[str, Any]:
-        from data_pipelines import coco, records
+        from data_pipelines import records
+        from data_pipelines.native import coco
         from univg_jax import images
 
         rgb, depth = raw
@@ -102,7 +103,7 @@ class Kitti:
         return sorted(pairs, key=lambda pair: pair[1])
 
     def _read_depth(self, name: str) -> bytes:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         store = coco.open_store(self.depth)
         for candidate in (name, *(f"{folder}/{name}" for folder in _FOLDERS.values())):
@@ -118,7 +119,7 @@ class Kitti:
 
     def _locate(self, name: str) -> tuple[Any, str] | None:
         """The store and name of a picture, which may have become a JPEG, or be in a drive's zip."""
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         stem = name.rsplit(".", 1)[0]
         drive = next((p for p in stem.split("/") if p.endswith("_sync")), "")
@@ -144,7 +145,7 @@ class Kitti:
 
 def _depth_names(place: str, folder: str) -> list[str]:
     """The names of depth images; of a folder without looking into the pictures beside them."""
-    from data_pipelines import coco
+    from data_pipelines.native import coco
 
     if not os.path.isdir(place):
         return coco.open_store(place).names()

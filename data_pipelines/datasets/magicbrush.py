@@ -4,9 +4,8 @@ import os
 import re
 from collections.abc import Mapping
 
-from data_pipelines import tables
-from data_pipelines.edits import Columns, PairTable
-from data_pipelines.native import TEST, TRAIN, VALIDATION, CocoOptions, Dataset, Native
+from data_pipelines.native import TEST, TRAIN, VALIDATION, CocoOptions, Dataset, Native, tables
+from data_pipelines.native.edits import Columns, PairTable
 from univg_jax.errors import UserError
 
 WHAT = "MagicBrush's rows (img_id, source_img, mask_img, instruction, target_img)"

@@ -8,7 +8,7 @@ test.csv are not read.
 import os
 
 from data_pipelines.native import TEST, TRAIN, Dataset, Native, Options
-from data_pipelines.pictures import Pictures
+from data_pipelines.native.pictures import Pictures
 from univg_jax.errors import NotFoundError
 
 WHAT = "images/train/00.zip (or unpacked) of OSV-5M, with pictures ID.jpg"

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import get_args
 
-from data_pipelines.edits import Columns, MaskIs, PairTable, tables_of
 from data_pipelines.native import Dataset, Native
 from data_pipelines.native import Options as BaseOptions
+from data_pipelines.native.edits import Columns, MaskIs, PairTable, tables_of
 from univg_jax.fields import setting
 
 WHAT = "rows of edits (source, target, instruction)"

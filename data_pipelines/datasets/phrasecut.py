@@ -38,7 +38,7 @@ class PhraseCut:
     fields: tuple[str, ...] = ("image", "masks", "expressions", "expression_masks")
 
     def parts(self, split: str) -> Sequence[Any]:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         file = os.path.join(self.options.source, _file(self.options, split))
         phrases: dict[int, list[Any]] = {}
@@ -61,7 +61,7 @@ class PhraseCut:
             yield Entry(key=str(row["id"]), raw=row, ids=(str(row["id"]),))
 
     def make(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        from data_pipelines import coco, tables
+        from data_pipelines.native import coco, tables
 
         if raw["size"] is None:
             raise UserError(f"{' or '.join(_IMAGE_FILES)} has no picture {raw['id']}")
@@ -97,7 +97,7 @@ class PhraseCut:
         return [place + suffix for place in inside for suffix in ("", ".zip")]
 
     def _miniv(self) -> frozenset[int]:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         file = os.path.join(self.options.source, _MINIV)
         if not os.path.isfile(file):
@@ -106,7 +106,7 @@ class PhraseCut:
         return frozenset(_image_id(task, file) for task in tasks)
 
     def _sizes(self, wanted: Mapping[int, Any]) -> dict[int, dict[str, Any]]:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         paths = [os.path.join(self.options.source, name) for name in _IMAGE_FILES]
         there = [path for path in paths if os.path.isfile(path)]
@@ -174,7 +174,7 @@ def _scale(stated: tuple[int, int], found: tuple[int, int]) -> tuple[float, floa
 
 
 def _image_id(task: Mapping, where: str) -> int:
-    from data_pipelines import tables
+    from data_pipelines.native import tables
 
     try:
         return tables.get(task, "image_id", int)

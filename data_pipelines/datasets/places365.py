@@ -12,10 +12,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipelines import archives
-from data_pipelines.captioned import FIELDS
-from data_pipelines.native import TEST, TRAIN, VALIDATION, Dataset, Entry, Native, Options
-from data_pipelines.pictures import Archive, Files, Pictures, check, names_of, read
+from data_pipelines.native import TEST, TRAIN, VALIDATION, Dataset, Entry, Native, Options, archives
+from data_pipelines.native.captioned import FIELDS
+from data_pipelines.native.pictures import Archive, Files, Pictures, check, names_of, read
 from univg_jax.errors import NotFoundError, UserError, quote
 
 WHAT = (

@@ -47,7 +47,7 @@ class RefCoco:
     splits: tuple[str, ...] = SPLITS
 
     def parts(self, split: str) -> Sequence[Any]:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         rows = self._rows(split)
         coco.Pictures.find(
@@ -61,7 +61,7 @@ class RefCoco:
             yield Entry(key=str(row["id"]), raw=raw, ids=(str(row["id"]),))
 
     def make(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        from data_pipelines import coco
+        from data_pipelines.native import coco
 
         height, width = coco.image_size(raw)
         image = coco.Pictures(tuple(self._there())).read(raw["file_name"])
@@ -98,7 +98,7 @@ class RefCoco:
 
     def _rows(self, split: str) -> list[dict[str, Any]]:
         """A picture each: its id, name and size, and its objects as (texts, segmentation)."""
-        from data_pipelines import refer
+        from data_pipelines.native import refer
 
         rows: dict[int, dict[str, Any]] = {}
         objects: dict[int, dict[int, tuple[list[str], Any]]] = {}
@@ -135,7 +135,7 @@ class RefCoco:
 
 def _subsets(options: RefCocoOptions) -> list[Any]:
     """The `refer.Subset`s to build, with their refs. Raises UserError for one that is missing."""
-    from data_pipelines import refer
+    from data_pipelines.native import refer
 
     found = []
     for name in options.subsets or _SUBSETS:
@@ -161,7 +161,7 @@ def _subsets(options: RefCocoOptions) -> list[Any]:
 
 
 def _open(options: RefCocoOptions) -> dict[str, RefCoco]:
-    from data_pipelines import refer
+    from data_pipelines.native import refer
 
     there = {refer.split_of(ref.split) for subset in _subsets(options) for ref in subset.refs}
     return {"refcoco": RefCoco(options, splits=tuple(s for s in SPLITS if s in there))}

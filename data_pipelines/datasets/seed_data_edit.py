@@ -9,10 +9,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from data_pipelines import archives, layouts, tables, tars
-from data_pipelines.edits import FIELDS, record
-from data_pipelines.native import TRAIN, Dataset, Entry, Native
+from data_pipelines.native import TRAIN, Dataset, Entry, Native, archives, layouts, tables, tars
 from data_pipelines.native import Options as BaseOptions
+from data_pipelines.native.edits import FIELDS, record
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.fields import setting
 

@@ -1,7 +1,7 @@
 """UltraEdit: generated edits, free or within a region, as parquet or JSON lines."""
 
-from data_pipelines.edits import Columns, PairTable, tables_of
 from data_pipelines.native import Dataset, Native, Options
+from data_pipelines.native.edits import Columns, PairTable, tables_of
 
 WHAT = "UltraEdit's rows (source_image, edited_image, edit_prompt, mask_image)"
 

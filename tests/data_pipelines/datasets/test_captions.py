@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 
-from data_pipelines import captioned
 from data_pipelines.datasets.captions import DATASET
+from data_pipelines.native import captioned
 from tests.native import captions as native
 from tests.native.drawing import picture, write_file, write_tar
 from tests.native.reading import bad, batch_of, captions_of, counts, good, prompts_of, read

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipelines import people
 from data_pipelines.datasets.identity import DATASET
+from data_pipelines.native import people
 from tests.data_pipelines.datasets import building
 from tests.native import identity as fixture
 from tests.native import shapes

@@ -9,8 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipelines import refer
 from data_pipelines.datasets.refcoco import DATASET
+from data_pipelines.native import refer
 from tests.data_pipelines.datasets import building
 from tests.native import refcoco as fixture
 from univg_jax.errors import NotFoundError, UserError

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from data_pipelines import archives, tables
+from data_pipelines.native import archives, tables
 from univg_jax import images
 from univg_jax.errors import NotFoundError, UserError, needs_extra, quote
 

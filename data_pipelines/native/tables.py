@@ -23,9 +23,9 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines import archives
-from data_pipelines.table_files import Format, Json, Parquet, Part, Row, suffix_of
-from data_pipelines.table_lines import Csv, JsonLines, is_json_lines
+from data_pipelines.native import archives
+from data_pipelines.native.table_files import Format, Json, Parquet, Part, Row, suffix_of
+from data_pipelines.native.table_lines import Csv, JsonLines, is_json_lines
 from univg_jax.errors import NotFoundError, UserError, quote, suggestion
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".json")  # the first there are wins

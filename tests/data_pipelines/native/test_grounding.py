@@ -5,7 +5,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from data_pipelines import examples, grounding
+from data_pipelines import examples
+from data_pipelines.native import grounding
 from univg_jax.errors import UserError
 
 

@@ -11,8 +11,7 @@ import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipelines import coco, tables
-from data_pipelines.native import TEST, TRAIN, VALIDATION
+from data_pipelines.native import TEST, TRAIN, VALIDATION, coco, tables
 from univg_jax.errors import NotFoundError, UserError, quote
 
 PARTITIONS = {

@@ -5,7 +5,7 @@ Only the first person of a caption is rewritten, and groups ("two women", "men")
 
 import re
 
-from data_pipelines.tables import text_of
+from data_pipelines.native.tables import text_of
 
 PLACEHOLDER = "<p>"
 _STAND_IN = "\ue000"  # of Unicode's private use

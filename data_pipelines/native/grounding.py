@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.tables import text_of
+from data_pipelines.native.tables import text_of
 from univg_jax.errors import UserError, quote
 
 FIELDS = ("image", "captions", "caption_kinds", "boxes", "phrases", "phrase_captions")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipelines import faces, onnx_files
+from data_pipelines.native import faces, onnx_files
 from univg_jax.errors import NotFoundError, UserError
 
 

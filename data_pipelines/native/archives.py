@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 
-from data_pipelines import tars
+from data_pipelines.native import tars
 from univg_jax.errors import NotFoundError, UserError, quote
 
 IMAGE_SUFFIXES = (

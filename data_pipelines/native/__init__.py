@@ -128,7 +128,7 @@ class Dataset:
         """The keys and ids that `options` leave out. Raises UserError for a file without any."""
         leaks = frozenset()
         if spec := getattr(options, "exclude", ""):
-            from data_pipelines import exclusions  # which reads native files
+            from data_pipelines.native import exclusions  # which reads native files
 
             leaks = exclusions.ids(spec)
         if not (path := getattr(options, "exclude_ids", "")):

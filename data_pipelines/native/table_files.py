@@ -1,6 +1,6 @@
 """The files of a table, by format: which parts they have, and the rows of a part.
 
-`data_pipelines.tables` puts several files together and is what readers use.
+`data_pipelines.native.tables` puts several files together and is what readers use.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 
-from data_pipelines.table_files import (
+from data_pipelines.native.table_files import (
     PART_ROWS,
     PEEK_ROWS,
     Part,

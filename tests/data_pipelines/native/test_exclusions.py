@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import exclusions
 from data_pipelines.build import build
 from data_pipelines.datasets import coco_pose as coco_pose_dataset
+from data_pipelines.native import exclusions
 from tests.native import coco_pose, refcoco
 from univg_jax.errors import NotFoundError, UserError
 

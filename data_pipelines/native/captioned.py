@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from data_pipelines import archives
-from data_pipelines.tables import text_of
+from data_pipelines.native import archives
+from data_pipelines.native.tables import text_of
 from univg_jax.errors import UserError
 
 FIELDS = ("image", "captions", "caption_kinds")

@@ -7,8 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from data_pipelines import archives, tables
-from data_pipelines.native import TEST, TRAIN, VALIDATION
+from data_pipelines.native import TEST, TRAIN, VALIDATION, archives, tables
 from univg_jax.errors import NotFoundError, UserError, quote
 
 PART_FILES = 4000  # pictures and texts

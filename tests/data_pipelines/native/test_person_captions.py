@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.person_captions import rewrite
+from data_pipelines.native.person_captions import rewrite
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import archives
+from data_pipelines.native import archives
 from univg_jax.errors import NotFoundError, UserError
 
 FILES = {"b/2.jpg": b"two", "a/1.JPG": b"one", "a/c/3.png": b"three" * 300, "0.jpeg": b""}

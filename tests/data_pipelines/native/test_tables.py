@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import archives, table_files, table_lines
-from data_pipelines.tables import get, open_table, picture_bytes, text_of
+from data_pipelines.native import archives, table_files, table_lines
+from data_pipelines.native.tables import get, open_table, picture_bytes, text_of
 from univg_jax.errors import NotFoundError, UserError
 
 ROWS = [

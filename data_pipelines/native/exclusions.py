@@ -9,8 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 
-from data_pipelines import coco, refer, tables
-from data_pipelines.native import TRAIN
+from data_pipelines.native import TRAIN, coco, refer, tables
 from univg_jax import files
 from univg_jax.errors import NotFoundError, UserError, check_name, quote
 

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from data_pipelines import onnx_files, transforms
+from data_pipelines import transforms
+from data_pipelines.native import onnx_files
 from univg_jax.errors import NotFoundError, UserError, needs_extra
 
 JPEG_QUALITY = 95

@@ -15,8 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines import archives, coco, tables
-from data_pipelines.native import SPLITS, TEST, TRAIN, VALIDATION
+from data_pipelines.native import SPLITS, TEST, TRAIN, VALIDATION, archives, coco, tables
 from univg_jax.errors import NotFoundError, UserError, quote
 
 _SPLIT_FOLDERS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "test": TEST}

@@ -5,8 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines import archives, layouts
-from data_pipelines.native import Entry
+from data_pipelines.native import Entry, archives, layouts
 from univg_jax.errors import NotFoundError, UserError
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from data_pipelines import archives, layouts, tables, transforms
-from data_pipelines.native import Entry
-from data_pipelines.pictures import check
+from data_pipelines import transforms
+from data_pipelines.native import Entry, archives, layouts, tables
+from data_pipelines.native.pictures import check
 from univg_jax import images
 from univg_jax.errors import UserError, quote
 
