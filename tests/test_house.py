@@ -27,6 +27,7 @@ FOUNDATION = {
         "pages",
         "progress",
         "settings",
+        "together",
         "trees",
     ),
     "version",
@@ -46,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "pages": set(),
     "progress": set(),
     "settings": set(),
+    "together": set(),
     "trees": set(),
     "version": set(),
     # Ideas of their own.

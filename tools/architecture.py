@@ -96,6 +96,7 @@ SMALL = {
     "writers": "TensorBoard, JSONL",
     "checksums": "of a folder's files",
     "lock": "a workdir's one process",
+    "together": "what fails on one host ends all",
 }
 COLUMNS, TOP, ROW_HEIGHT = 3, 745, 24  # of the box with the small rooms
 SMALL_HEIGHT = 36 + ROW_HEIGHT * -(-len(SMALL) // COLUMNS)

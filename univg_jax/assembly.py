@@ -30,10 +30,10 @@ from univg_jax.models.mmdit import FROM_ENCODERS, make_mmdit
 from univg_jax.models.univg import UniVG
 from univg_jax.sampling import Generator
 from univg_jax.settings import Config
+from univg_jax.together import together
 from univg_jax.training import loop
 from univg_jax.training.initialize import begin_stream, find_parent
 from univg_jax.training.step import TrainState, TrainStep
-from univg_jax.training.together import raise_together
 from univg_jax.workdir import is_claimed, newest_step, resume
 
 
@@ -134,7 +134,8 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
     tpu.silence_if_absent()
     workdir = epath.Path(workdir).expanduser()
     config = resume(workdir, config)
-    check_config(config)
+    with together():
+        check_config(config)
     mesh = make_mesh(config)
     devices = sharding.num_row_shards(mesh)
     if config.data.batch_size % devices:
@@ -144,17 +145,20 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
         )
     if not newest_step(workdir) and (parent := find_parent(config.init_from)):
         parent.check()
-        encoders.check(config.conditioning, init_from=parent.encoders_from)
+        with together():
+            encoders.check(config.conditioning, init_from=parent.encoders_from)
     prepare_data(config)
     collator, stream = _open_stream(config, workdir)
     if len(stream.shapes) > 1:
         logging.info("%s", "\n".join(["buckets of the stream:", *stream.describe_buckets()]))
     lock = WorkdirLock(workdir, active=jax.process_index() == 0)
     try:
-        begin_stream(config.init_from, stream, workdir=workdir)  # refuses data that has changed
+        with together():
+            begin_stream(config.init_from, stream, workdir=workdir)  # refuses data that has changed
         found = prepare_encoders(config, workdir, mesh)
-        if collator.latents is not None:
-            collator.latents.check(encoders.codec_identity(workdir, found.conditioner.codec))
+        with together():
+            if collator.latents is not None:
+                collator.latents.check(encoders.codec_identity(workdir, found.conditioner.codec))
         return Run(
             config=config,
             workdir=workdir,
@@ -183,17 +187,12 @@ def hosts() -> Hosts:
 def _open_stream(config: Config, workdir: epath.Path) -> tuple[Collator, Stream]:
     """Opens the data, and tries some of it; raises on all processes what goes wrong on one."""
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    collator = stream = failure = None
-    try:
+    with together():
         if config.train.eval_examples or config.train.sample_examples:
             check_data(config, "validation")
         collator = make_collator(config)
         file = quarantine_file(workdir, **process)
-        stream = Stream(config, collator=collator, quarantine=file, **process)
-    except Exception as error:
-        failure = error
-    raise_together(failure)
-    return collator, stream
+        return collator, Stream(config, collator=collator, quarantine=file, **process)
 
 
 def is_finished(config: Config, workdir: epath.PathLike) -> bool:
@@ -260,11 +259,11 @@ def prepare_data(config: Config) -> None:
     """Process 0 builds `data.dataset` where it is not there yet; the others wait."""
     if (dataset := DATASETS.get(config.data.dataset)) is None:
         return
-    if jax.process_index() == 0:
-        if not epath.Path(config.data.dir).is_dir():
-            check_output(config.data.dir, flag="data.dir", folder=True)
-        build.build(dataset, config.data.dir, dataset.make_options(config.data.build))
-    multihost_utils.sync_global_devices("univg_jax.prepare_data")
+    with together():
+        if jax.process_index() == 0:
+            if not epath.Path(config.data.dir).is_dir():
+                check_output(config.data.dir, flag="data.dir", folder=True)
+            build.build(dataset, config.data.dir, dataset.make_options(config.data.build))
 
 
 def check_data(config: Config, split: str) -> None:

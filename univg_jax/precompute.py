@@ -27,6 +27,7 @@ from univg_jax.conditioning import encode_images
 from univg_jax.errors import check_name
 from univg_jax.progress import Bar
 from univg_jax.settings import Config
+from univg_jax.together import each_together, together
 from univg_jax.training.initialize import begin_stream, find_parent
 
 WHAT = ("text", "latents")
@@ -45,12 +46,15 @@ def cache_run(
     UserError, and AlreadyExistsError if there is a finished cache already.
     """
     config = assembly.uncached(config)
-    assembly.check_config(config)
     kinds = {"text": cache.TEXT, "latents": cache.LATENTS}
-    for name in what:
-        check_unfinished(out, kinds[check_name(name, WHAT, what="name in --what:")])
+    with together():
+        assembly.check_config(config)
+        for name in what:
+            check_unfinished(out, kinds[check_name(name, WHAT, what="name in --what:")])
     assembly.prepare_data(config)
-    builder = _Builder(config=config, out=epath.Path(out), collator=assembly.make_collator(config))
+    with together():
+        collator = assembly.make_collator(config)
+    builder = _Builder(config=config, out=epath.Path(out), collator=collator)
     makers = {"text": builder.text_writer, "latents": builder.latents_writer}
     writers = {name: makers[name]() for name in what}
     multihost_utils.sync_global_devices("univg_jax.precompute.begin")  # before anybody writes
@@ -61,15 +65,14 @@ def cache_run(
     rows = rows_of_run(config.data, stream, builder.held_out(stream), steps=steps, hosts=hosts)
     desc, is_main = f"cache {', '.join(what)}", jax.process_index() == 0
     with Bar(rows, desc, total=steps, unit="step", disable=not is_main) as bar:
-        for found in bar:
+        for found in each_together(bar):
             for name, ledger in ledgers.items():
                 ledger.add([item for row in found for item in builder.items(name, row)])
-    for writer in writers.values():
-        writer.flush()
-    multihost_utils.sync_global_devices("univg_jax.precompute.end")
-    counts = {name: writer.finish() if is_main else 0 for name, writer in writers.items()}
-    multihost_utils.sync_global_devices("univg_jax.precompute.finished")
-    return counts
+    with together():
+        for writer in writers.values():
+            writer.flush()
+    with together():
+        return {name: writer.finish() if is_main else 0 for name, writer in writers.items()}
 
 
 _Item = tuple[bytes, TokenizedText | cache.Picture, tuple[int, ...] | None]  # with key and group
@@ -195,13 +198,15 @@ class _Ledger:
 
     def add(self, items: Sequence[_Item]) -> None:
         """Every process calls it equally often. Of equal items the first process has the one."""
-        for process, keys in enumerate(self._all_keys([key for key, _, _ in items])):
-            for index, key in enumerate(keys):
-                if key not in self._seen:
-                    self._seen.add(key)
-                    if process == jax.process_index():
-                        _, item, group = items[index]
-                        self._writer.add(key, item, group=group)
+        all_keys = self._all_keys([key for key, _, _ in items])
+        with together():
+            for process, keys in enumerate(all_keys):
+                for index, key in enumerate(keys):
+                    if key not in self._seen:
+                        self._seen.add(key)
+                        if process == jax.process_index():
+                            _, item, group = items[index]
+                            self._writer.add(key, item, group=group)
 
     def _all_keys(self, mine: list[bytes]) -> list[list[bytes]]:
         """The keys of every process."""

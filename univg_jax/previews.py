@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from univg_jax.assembly import Run
 from univg_jax.images import write_png
 from univg_jax.pipeline import Pipeline
+from univg_jax.together import each_together
 from univg_jax.training.loop import Preview
 
 
@@ -36,7 +37,7 @@ def make_preview(run: Run) -> Preview:
     def preview(params: PyTree, folder: epath.Path) -> dict[str, np.ndarray]:
         trained = dataclasses.replace(pipeline, params=params)
         grids = {}
-        for task, (batch,) in batches.items():
+        for task, (batch,) in zip(batches, each_together(batches.values())):
             output = trained.generate_batch(batch, task, seed=run.config.seed)
             names = ("source", "target", "has_source", "valid", "sample_id")
             whole = {"output": output} | {name: getattr(batch, name) for name in names}

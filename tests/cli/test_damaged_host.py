@@ -1,4 +1,4 @@
-"""Data that is damaged on one host alone ends all processes of a run, at once and in one line each.
+"""What goes wrong on one host alone ends all processes of a run, at once and in one line each.
 
 Real processes through the command line, over TCP as on a pod.
 """
@@ -69,3 +69,23 @@ def test_damage_on_one_host_ends_all_with_one_line_each(data, when):
         assert {row["dataset"] for row in rows} == {"scenes/train"}
         assert all("array_record" in row["shard"] for row in rows)
         assert len({row["index"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("what", ["a build", "an encoder"])
+def test_what_the_first_process_does_for_all_fails_on_all(data, what):
+    """Others do not wait for a dataset or an encoder that never comes."""
+    workdir, command = data / f"no {what}", ["train", *CONFIG]
+    if what == "an encoder":
+        workdir.mkdir()
+        (workdir / "encoders").write_text("no folder")
+    sound = f"--config.data.dir={data / 'sound'}"
+    first = [f"--config.data.dir={data / 'first' / 'config.json' / 'data'}"]
+    flags = [*command, sound, f"--workdir={workdir}"]
+    with running([1, 1], *flags, first=first if what == "a build" else []) as processes:
+        codes = [process.popen.wait(timeout=200) for process in processes]
+        logs = [process.log.read_text() for process in processes]
+    assert codes == [1, 1], "\n".join(logs)
+    assert [len(lines_of(log)) for log in logs] == [1, 1], logs
+    (own,), (others,) = (lines_of(log) for log in logs)
+    assert "Traceback" not in "".join(logs)
+    assert others.endswith(f"process 0 of 2 cannot go on: {own.partition('error: ')[2]}")

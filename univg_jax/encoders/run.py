@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import safetensors.numpy
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -46,6 +45,7 @@ from univg_jax.errors import NotFoundError, UserError
 from univg_jax.files import write_sealed, write_whole
 from univg_jax.pretrained import local_path
 from univg_jax.settings import Conditioning
+from univg_jax.together import together
 from univg_jax.workdir import ENCODERS
 
 
@@ -122,17 +122,16 @@ def prepare(
     made otherwise, and if `init_from` has no encoders.
     """
     chosen = _chosen(conditioning)
-    if jax.process_index() == 0:
-        _obtain_missing(
-            chosen,
-            folder=conditioning.folder,
-            encoders=epath.Path(workdir) / ENCODERS,
-            init_from=init_from,
-            data=FitData(images=images, portraits=portraits),
-            anew=anew,
-        )
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("univg_jax.encoders.prepare")
+    with together():
+        if jax.process_index() == 0:
+            _obtain_missing(
+                chosen,
+                folder=conditioning.folder,
+                encoders=epath.Path(workdir) / ENCODERS,
+                init_from=init_from,
+                data=FitData(images=images, portraits=portraits),
+                anew=anew,
+            )
     return load(workdir, folder=conditioning.folder, mesh=mesh, skip=skip)
 
 
@@ -197,16 +196,16 @@ def prepare_codec(
     raises.
     """
     encoders = epath.Path(workdir) / ENCODERS
-    if jax.process_index() == 0:
-        _obtain_missing(
-            {"codec": _chosen(conditioning)["codec"]},
-            folder=conditioning.folder,
-            encoders=encoders,
-            init_from=init_from,
-            data=FitData(images=images, portraits=lambda: ()),
-            anew=False,
-        )
-    multihost_utils.sync_global_devices("univg_jax.encoders.prepare_codec")
+    with together():
+        if jax.process_index() == 0:
+            _obtain_missing(
+                {"codec": _chosen(conditioning)["codec"]},
+                folder=conditioning.folder,
+                encoders=encoders,
+                init_from=init_from,
+                data=FitData(images=images, portraits=lambda: ()),
+                anew=False,
+            )
     record = read_records(encoders)["codec"]
     return _load_one("codec", record, encoders=encoders, folder=conditioning.folder, mesh=mesh)
 

@@ -32,6 +32,7 @@ from univg_jax.evaluation.scorers import Scorers, local_mesh, scorer_digests
 from univg_jax.pipeline import Pipeline
 from univg_jax.progress import Bar
 from univg_jax.settings import Config
+from univg_jax.together import each_together
 
 NUM_TRAIN = 256  # training cases that trivial answers are made from
 NUM_SAMPLES = 6  # cases of a task that the report shows, so that input and target are written, too
@@ -305,7 +306,7 @@ class Evaluator:
         """
         rows: dict[Key, dict[int, score.Scores]] = collections.defaultdict(dict)
         batches = generate.case_batches(cases, collator=self.collator, batch_size=self.batch_size)
-        for mine, batch in batches:
+        for mine, batch in each_together(batches):
             images: dict[Key, Iterable[np.ndarray]] = {}
             for name, system in self.systems.items():
                 images["systems", name] = np.asarray(system(batch))

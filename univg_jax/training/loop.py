@@ -24,13 +24,13 @@ from univg_jax.checkpoint import Checkpointer
 from univg_jax.errors import NonFiniteLossError, Preempted
 from univg_jax.files import write_whole
 from univg_jax.progress import Bar, timed
+from univg_jax.together import each_together, raise_together
 from univg_jax.training import optim
 from univg_jax.training.history import History, write_summary
 from univg_jax.training.initialize import DataStream, initial_state
 from univg_jax.training.preemption import PreemptionNotice
 from univg_jax.training.profiling import Trace
 from univg_jax.training.step import TrainState, TrainStep, num_parameters
-from univg_jax.training.together import raise_together
 from univg_jax.workdir import check_not_past, claim_workdir, newest_step
 
 Preview = Callable[[PyTree, epath.Path], dict[str, np.ndarray]]
@@ -282,7 +282,7 @@ def validation_losses(
     for name, batches in validation.items():
         sums = [
             jax.device_get(validate(params, frozen, sharding.shard_batch(batch, mesh)))
-            for batch in batches
+            for batch in each_together(batches)
         ]
         total = sum(s["loss_sum"].sum() for s in sums)
         loss = float(total / sum(s["count"].sum() for s in sums))

@@ -23,7 +23,6 @@ import numpy as np
 import safetensors.numpy
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, Int, UInt8
 
 from data_pipelines.quarantine import usable_records
@@ -34,6 +33,7 @@ from univg_jax.evaluation.scorers import TextEmbedder, local_mesh, segmenter
 from univg_jax.evaluation.scorers.segmenter import RESOLUTION, Params
 from univg_jax.files import write_whole
 from univg_jax.progress import Bar
+from univg_jax.together import together
 
 STEPS = 300
 MAX_RECORDS = 3000  # scenes that it is fitted on
@@ -141,10 +141,10 @@ def open_scene_scorer(
         scorer.save(cache)
         return scorer
 
-    if jax.process_index() == 0:
-        fitted()
+    with together():
+        if jax.process_index() == 0:
+            fitted()
     # The others read what process 0 wrote, or fit the same where they do not share its disk.
-    multihost_utils.sync_global_devices("univg_jax.scene_scorer")
     return fitted()
 
 

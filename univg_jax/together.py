@@ -1,0 +1,63 @@
+"""What goes wrong on one process ends all of them, at the same point and with the reason."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from univg_jax.errors import UserError
+
+_MOST = 2000  # bytes of a reason that the other processes tell
+_END = object()
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that all processes enter: it ends on all of them, or raises on all.
+
+    It is also a barrier, and must not have another collective operation inside: a process that
+    raised alone would leave the others waiting there. Raises what the block does; where it did not
+    fail, UserError with the number and the reason of the first process where it did.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    raise_together(failure)
+
+
+def each_together(items: Iterable[T]) -> Iterator[T]:
+    """`items`, equally many on all processes: where one fails to make its next one, all raise."""
+    iterator = iter(items)
+    while True:
+        with together():
+            item = next(iterator, _END)
+        if item is _END:
+            return
+        yield item
+
+
+def raise_together(failure: Exception | None) -> None:
+    """Raises on all processes where any has a failure; they give None where nothing is wrong."""
+    if jax.process_count() > 1:
+        told = _reason(failure).encode()[:_MOST]
+        own = np.zeros(_MOST, np.uint8)
+        own[: len(told)] = np.frombuffer(told, np.uint8)
+        reasons = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, _MOST)
+        failed = np.flatnonzero(reasons[:, 0])
+        if failure is None and len(failed):
+            reason = reasons[failed[0]].tobytes().rstrip(b"\0").decode(errors="replace")
+            raise UserError(f"process {failed[0]} of {jax.process_count()} cannot go on: {reason}")
+    if failure is not None:
+        raise failure
+
+
+def _reason(failure: Exception | None) -> str:
+    if failure is None or isinstance(failure, UserError):
+        return str(failure or "")
+    return f"{type(failure).__name__}: {failure}"
