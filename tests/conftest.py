@@ -1,6 +1,7 @@
 """Every test sees 8 virtual CPU devices, strict rank promotion, and checked array types."""
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -41,3 +42,8 @@ def _no_mesh_outlives_a_test():
     jax.set_mesh(NO_MESH)
     yield
     jax.set_mesh(NO_MESH)
+
+
+def pytest_unconfigure():
+    # What is logged at the very end goes to pytest's stream, which is closed by then.
+    logging.raiseExceptions = False

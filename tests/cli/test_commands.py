@@ -45,12 +45,15 @@ def test_the_stages_hand_on_their_weights_and_encoders(root):
     assert set(checkpoint.load_params(root / "stage2")) == {"backbone"}
 
 
-def test_a_run_on_cached_embeddings_is_the_same_without_a_text_encoder(root, tmp_path, capsys):
+def test_a_run_on_cached_embeddings_and_latents_is_the_same_without_encoders(root, tmp_path, capsys):
     config = [f"--config={CONFIG}1", f"--config.data.dir={root / 'data'}", *FAST]
     command = ["data", "cache", *config, f"--out={tmp_path / 'cache'}"]
-    assert main(command) == 0
+    assert main([*command, "--what=text,latents"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"the embeddings of \d+ prompts and the latents of \d+ pictures", said), said
     cached = f"--config.data.text_cache={tmp_path / 'cache'}"
-    assert train(1, root, cached, workdir=tmp_path / "run") == 0
+    latents = f"--config.data.latent_cache={tmp_path / 'cache'}"
+    assert train(1, root, cached, latents, workdir=tmp_path / "run") == 0
     losses = [
         [
             (row["step"], row.get("loss"), row.get("val/loss/t2i"))
@@ -58,14 +61,24 @@ def test_a_run_on_cached_embeddings_is_the_same_without_a_text_encoder(root, tmp
         ]
         for folder in (root / "stage1", tmp_path / "run")
     ]
-    # The encoder saw the prompts in other batches: the same to float32's rounding.
+    # The encoders saw prompts and pictures in other batches: the same to float32's rounding.
     np.testing.assert_allclose(np.array(losses[0], float), np.array(losses[1], float), rtol=1e-5)
     capsys.readouterr()
     assert train(1, root, cached, "--config.data.num_tokens=40", workdir=tmp_path / "other") == 1
     error = "embeddings of another text encoder: num_tokens is 36, this run's 40"
     assert error in capsys.readouterr().err
-    assert main(command) == 1
-    assert "has a cache; choose another folder" in capsys.readouterr().err
+    for what in ("text", "latents"):
+        assert main([*command, f"--what={what}"]) == 1
+        assert "has a cache; choose another folder" in capsys.readouterr().err
+    assert main([*command, "--what=latent"]) == 1
+    assert "unknown name in --what: 'latent'; did you mean 'latents'?" in capsys.readouterr().err
+    # A run of more steps needs pictures that the cache does not have, and names them.
+    more = ("--config.train.steps=3", "--config.train.sample_examples=0")
+    assert train(1, root, cached, latents, *more, workdir=tmp_path / "longer") == 1
+    error = capsys.readouterr().err
+    assert re.search(r"the target of scenes/train\[\d+\]", error), error
+    encoded = "--config.data.encode_missing=True"
+    assert train(1, root, latents, encoded, *more, workdir=tmp_path / "encoded") == 0
 
 
 def test_each_stage_trains_its_tasks(root):
