@@ -74,7 +74,7 @@ def test_a_run_on_cached_embeddings_and_latents_is_the_same_without_encoders(roo
     assert "unknown name in --what: 'latent'; did you mean 'latents'?" in capsys.readouterr().err
     # A run of more steps needs pictures that the cache does not have, and names them.
     more = ("--config.train.steps=3", "--config.train.sample_examples=0")
-    assert train(1, root, cached, latents, *more, workdir=tmp_path / "longer") == 1
+    assert train(1, root, latents, *more, workdir=tmp_path / "longer") == 1
     error = capsys.readouterr().err
     assert re.search(r"the target of scenes/train\[\d+\]", error), error
     encoded = "--config.data.encode_missing=True"
