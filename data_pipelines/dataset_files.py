@@ -1,7 +1,8 @@
 """The files of a built dataset: serialized records in ArrayRecord shards, and what describes them.
 
 A folder is what TFDS reads, and has beside it an index of the pictures' sizes (`sources.SIZES`) and
-`build.json`: by which arguments it was built, how many records there are, and each file's checksum.
+`build.json`: by which arguments it was built, how many records there are, each split's fingerprint
+and each file's checksum.
 """
 
 import dataclasses
@@ -20,12 +21,13 @@ from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.core.proto import dataset_info_pb2
 
 from data_pipelines import records, tfds_folder
+from data_pipelines.shards import Shard
 from data_pipelines.sources import SIZES
+from data_pipelines.tfds_folder import BUILD
 from univg_jax import images
 from univg_jax.errors import UserError, quote
 from univg_jax.files import read_json, write_streamed, write_whole
 
-BUILD = "build.json"
 SKIPPED = "skipped.jsonl"
 LICENSE = "LICENSE"
 # Records are pictures, which do not become smaller; each is read alone.
@@ -133,10 +135,15 @@ def describe(
         write_streamed(folder / SIZES.format(split), functools.partial(_save, contents.sizes))
     names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     files = {name: _file(folder / name) for name in names if name not in (BUILD, tfds_folder.INFO)}
+    fingerprints = {}
     for split, contents in splits.items():
+        shards = []
         for k, count in enumerate(contents.shards):
-            files[shard_name(dataset, split, k, len(contents.shards))]["records"] = count
-    about = dict(dataset=dataset, version=version, **about, files=files)
+            name = shard_name(dataset, split, k, len(contents.shards))
+            files[name]["records"] = count
+            shards.append(Shard(filename=os.fspath(folder / name), examples_in_shard=count))
+        fingerprints[split] = tfds_folder.hash_records(shards)
+    about = dict(dataset=dataset, version=version, **about, fingerprints=fingerprints, files=files)
     write_whole(folder / BUILD, json.dumps(about, indent=1) + "\n")
     info = dataset_info_pb2.DatasetInfo(
         name=dataset,

@@ -85,7 +85,8 @@ class Reader:
         It has the caption that `row` draws by `rng`, by default one that is fixed.
         """
         with self._naming(index) as where:
-            record = self._checked(index, where)
+            record = self._read(index)
+            record = TASKS[self.task].check(record, where=where, extra=self._extra)
             weights = self._collator.caption_weights
             rng = np.random.default_rng(index) if rng is None else rng
             record = TASKS[self.task].with_caption(record, rng, weights)
@@ -124,8 +125,11 @@ class Reader:
     def _example(
         self, index: int, rng: np.random.Generator, *, center: bool, where: str
     ) -> Example:
-        return TASKS[self.task].example(
-            self._checked(index, where, may_reduce=True),
+        task, record = TASKS[self.task], self._read(index, may_reduce=True)
+        if self._extra:  # the task itself checks its own fields alone
+            record = task.check(record, where=where, extra=self._extra)
+        return task.example(
+            record,
             rng,
             self._collator.shape.size,
             caption_weights=self._collator.caption_weights,
@@ -133,14 +137,12 @@ class Reader:
             center=center,
         )
 
-    def _checked(self, index: int, where: str, *, may_reduce: bool = False) -> Record:
-        if may_reduce and self._is_reduced:
-            height, width = self._collator.shape.size
-            least = (_OVERSAMPLING * height, _OVERSAMPLING * width)
-            record = self.source.read_reduced(index, self._fields, least=least)
-        else:
-            record = self.source.read(index, self._fields)
-        return TASKS[self.task].check(record, where=where, extra=self._extra)
+    def _read(self, index: int, *, may_reduce: bool = False) -> Record:
+        if not (may_reduce and self._is_reduced):
+            return self.source.read(index, self._fields)
+        height, width = self._collator.shape.size
+        least = (_OVERSAMPLING * height, _OVERSAMPLING * width)
+        return self.source.read_reduced(index, self._fields, least=least)
 
     @contextlib.contextmanager
     def _naming(self, index: int) -> Iterator[str]:

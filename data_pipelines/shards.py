@@ -45,7 +45,8 @@ class Shards(Sequence):
         self._shards = shards
         counts = (shard.examples_in_shard for shard in shards)
         self._starts = [0, *itertools.accumulate(counts)]
-        weakref.finalize(self, _open.forget, id(self))
+        self._owner = next(_owners)  # not its id: the next object may have the same
+        weakref.finalize(self, _open.forget, self._owner)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -58,7 +59,7 @@ class Shards(Sequence):
 
     def reader(self, shard: Shard) -> array_record_module.ArrayRecordReader:
         """The open reader of a shard."""
-        return _open.reader(id(self), shard.filename)
+        return _open.reader(self._owner, shard.filename)
 
 
 class _OpenFiles:
@@ -70,6 +71,7 @@ class _OpenFiles:
     def __init__(self, limit: int):
         self._limit, self._lock = limit, threading.Lock()
         self._readers: collections.OrderedDict[tuple[int, str], object] = collections.OrderedDict()
+        self._gone: collections.deque[int] = collections.deque()  # owners whose files are open yet
 
     def reader(self, owner: int, name: str) -> array_record_module.ArrayRecordReader:
         with self._lock:
@@ -81,6 +83,7 @@ class _OpenFiles:
             name, options="readahead_buffer_size:0", file_reader_buffer_size=2**15
         )
         with self._lock:
+            self._close_gone()
             found = self._readers.setdefault((owner, name), made)
             while len(self._readers) > self._limit:
                 # Its file is closed when the last thread that reads from it lets go of it.
@@ -88,8 +91,19 @@ class _OpenFiles:
         return found
 
     def forget(self, owner: int) -> None:
-        """Closes all files of an owner."""
-        with self._lock:
+        """Closes all files of an owner, at once or before the next file is opened."""
+        self._gone.append(owner)
+        # A collection of garbage calls this at any instruction, also of a thread that has the lock:
+        # it would wait for itself.
+        if self._lock.acquire(blocking=False):
+            try:
+                self._close_gone()
+            finally:
+                self._lock.release()
+
+    def _close_gone(self) -> None:
+        while self._gone:
+            owner = self._gone.popleft()
             for key in [key for key in self._readers if key[0] == owner]:
                 del self._readers[key]
 
@@ -104,3 +118,4 @@ def _file_limit() -> int:
 
 
 _open = _OpenFiles(_file_limit())
+_owners = itertools.count()

@@ -1,7 +1,6 @@
 """Where records come from: random access to a dataset that TFDS wrote, or to any other `Source`."""
 
 import concurrent.futures
-import functools
 import hashlib
 import io
 import itertools
@@ -11,9 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
-from google.protobuf import message
 from jaxtyping import UInt
-from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines import records, tfds_folder
 from data_pipelines.datasets import DATASETS
@@ -23,8 +20,6 @@ from univg_jax.errors import NotFoundError, UserError, suggestion
 from univg_jax.images import size_of
 from univg_jax.progress import Bar
 
-HASHED_WHOLE = 64 * 2**20  # bytes of a split, up to which its fingerprint reads all records
-NUM_HASHED = 1024  # records of a larger split; another number is another fingerprint
 _SOURCES_AT_ONCE = 8
 SIZES = "{}.sizes.npy"  # the index of the sizes of a split, beside its shards
 
@@ -113,33 +108,8 @@ class TfdsSource:
         self._data = split.records
 
     def fingerprint(self) -> str:
-        """A checksum of the number of records, and of what is stored in them.
-
-        It covers all records of a split of at most HASHED_WHOLE bytes, and of a larger one
-        NUM_HASHED, evenly spread: another build differs in each, a change of a few records is not
-        seen. A copy, or the same build made again, has the same, in any number of shards.
-        """
-        return self._fingerprint
-
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        count = len(self)
-        total = sum(in_parallel(lambda shard: shard.path.stat().length, self._split.shards))
-        digest = hashlib.blake2b(b"%d" % count, digest_size=16)
-        hashed = count if total <= HASHED_WHOLE else min(count, NUM_HASHED)
-        spread = np.linspace(0, count - 1, hashed).astype(int)
-        for some in np.array_split(spread, max(1, hashed // NUM_HASHED)):
-            for part in in_parallel(self._canonical, some.tolist()):
-                digest.update(b"%d " % len(part) + part)
-        return digest.hexdigest()
-
-    def _canonical(self, index: int) -> bytes:
-        """What is stored in a record. It is a map, whose order in the file may be any."""
-        try:
-            stored = tf_example_pb2.Example.FromString(self._data[index])
-            return stored.SerializeToString(deterministic=True)
-        except (RuntimeError, message.DecodeError):
-            return b"damaged"
+        """`tfds_folder.Split.fingerprint`."""
+        return self._split.fingerprint
 
     def __len__(self) -> int:
         return len(self._data)

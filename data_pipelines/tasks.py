@@ -104,9 +104,12 @@ class Task:
                 f"text; their kinds are {', '.join(sorted(set(kinds))) or 'none'} "
                 "(data.caption_weights)"
             )
-        ends = np.cumsum(chances)
-        drawn = rng.spawn(1)[0].random() * ends[-1]
-        k = int(np.searchsorted(ends, drawn, side="right"))
+        possible = [k for k, chance in enumerate(chances) if chance]
+        if len(possible) == 1:
+            k = possible[0]
+        else:
+            ends = np.cumsum(chances)
+            k = int(np.searchsorted(ends, rng.spawn(1)[0].random() * ends[-1], side="right"))
         if len(of := record.get("phrase_captions", ())):
             kept = np.flatnonzero(of == k)
             single["boxes"] = record["boxes"][kept]

@@ -8,15 +8,18 @@ read when the dataset is opened, and features are made from an allow list alone.
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from google.protobuf import json_format, message
 from tensorflow_datasets.core.proto import dataset_info_pb2, feature_pb2
+from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines import tf_examples
 from data_pipelines.records import FIELDS, family_features
@@ -25,8 +28,11 @@ from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.files import read_json
 
 INFO, FEATURES = "dataset_info.json", "features.json"
+BUILD = "build.json"  # of our own builds
 SUFFIX = "array_record"
 THREADS = 64  # shards opened at a time: in a bucket each waits for the network
+HASHED_WHOLE = 64 * 2**20  # bytes of a split, up to which its fingerprint reads all records
+NUM_HASHED = 1024  # records of a larger split; another number is another fingerprint
 
 _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
@@ -56,6 +62,55 @@ class Split:
         Raises UserError for a record that is damaged or has not these fields.
         """
         return tf_examples.parse(record, self._layouts, fields)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A checksum of the number of records, and of what is stored in them.
+
+        It covers all records of a split of at most HASHED_WHOLE bytes, and of a larger one
+        NUM_HASHED, evenly spread: another build differs in each, a change of a few records is not
+        seen. A copy, or the same build made again, has the same, in any number of shards. A build
+        of ours has it in `build.json`, which is believed if the shards have the lengths that it
+        says: to read 1,024 photographs of each of 40 sources takes minutes in a bucket.
+        """
+        return self._recorded_fingerprint() or hash_records(self.shards)
+
+    def _recorded_fingerprint(self) -> str | None:
+        try:
+            about = read_json(self.folder / BUILD)
+            names = [shard.path.name for shard in self.shards]
+            lengths = [about["files"][name]["bytes"] for name in names]
+            found = about["fingerprints"][self.name]
+        except (UserError, LookupError, TypeError):  # of another program, an older build, damaged
+            return None
+        is_as_built = isinstance(found, str) and lengths == in_parallel(_length, self.shards)
+        return found if is_as_built else None
+
+
+def hash_records(shards: Sequence[Shard]) -> str:
+    """`Split.fingerprint` of the records themselves."""
+    records, total = Shards(shards), sum(in_parallel(_length, shards))
+    count = len(records)
+    digest = hashlib.blake2b(b"%d" % count, digest_size=16)
+    hashed = count if total <= HASHED_WHOLE else min(count, NUM_HASHED)
+    spread = np.linspace(0, count - 1, hashed).astype(int)
+
+    def canonical(index: int) -> bytes:
+        # What is stored in a record is a map, whose order in the file may be any.
+        try:
+            stored = tf_example_pb2.Example.FromString(records[index])
+            return stored.SerializeToString(deterministic=True)
+        except (RuntimeError, message.DecodeError):
+            return b"damaged"
+
+    for some in np.array_split(spread, max(1, hashed // NUM_HASHED)):
+        for part in in_parallel(canonical, some.tolist()):
+            digest.update(b"%d " % len(part) + part)
+    return digest.hexdigest()
+
+
+def _length(shard: Shard) -> int:
+    return shard.path.stat().length
 
 
 def open_split(folder: epath.Path, split: str) -> Split:

@@ -45,7 +45,7 @@ def test_the_stages_hand_on_their_weights_and_encoders(root):
     assert set(checkpoint.load_params(root / "stage2")) == {"backbone"}
 
 
-def test_a_run_on_cached_embeddings_and_latents_is_the_same_without_encoders(root, tmp_path, capsys):
+def test_a_run_on_cached_prompts_and_pictures_is_the_same(root, tmp_path, capsys):
     config = [f"--config={CONFIG}1", f"--config.data.dir={root / 'data'}", *FAST]
     command = ["data", "cache", *config, f"--out={tmp_path / 'cache'}"]
     assert main([*command, "--what=text,latents"]) == 0

@@ -3,6 +3,7 @@
 import concurrent.futures
 import gc
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -56,3 +57,25 @@ def test_files_are_closed_with_the_last_use_of_the_shards(tmp_path):
     del found
     gc.collect()
     assert open_files(tmp_path) == 0
+
+
+def test_garbage_may_be_collected_at_any_instruction(tmp_path, monkeypatch):
+    """Also while this thread opens a file: whoever closes those of the garbage must not wait."""
+    files = shards._OpenFiles(4)
+    monkeypatch.setattr(shards, "_open", files)
+    written = write(tmp_path, [2] * 4)
+    kept, garbage = Shards(written), [Shards(written)]
+    assert (kept[0], garbage[0][3]) == (b"record 0", b"record 3")
+    garbage.append(garbage)  # a cycle: only a collection frees it
+    del garbage
+
+    def collect() -> None:
+        with files._lock:
+            gc.collect()
+
+    worker = threading.Thread(target=collect, daemon=True)
+    worker.start()
+    worker.join(timeout=20)
+    assert not worker.is_alive()
+    assert kept[7] == b"record 7"
+    assert open_files(tmp_path) == 2

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines import records, sources
+from data_pipelines import records, tfds_folder
 from data_pipelines.build import build, write_dataset
 from data_pipelines.datasets import emoji_scenes
 from data_pipelines.sources import MemorySource, open_source
@@ -130,7 +130,7 @@ def write(folder, **changes):
 
 @pytest.mark.parametrize("whole", [2**26, 0], ids=["all records", "some"])
 def test_a_fingerprint_is_of_the_content_wherever_it_lies(tmp_path, monkeypatch, whole):
-    monkeypatch.setattr(sources, "HASHED_WHOLE", whole)
+    monkeypatch.setattr(tfds_folder, "HASHED_WHOLE", whole)
     mine = write(tmp_path / "mine")
     copy = shutil.copytree(mine, tmp_path / "copy")
     (copy / "dataset_info.json").touch()
@@ -138,6 +138,21 @@ def test_a_fingerprint_is_of_the_content_wherever_it_lies(tmp_path, monkeypatch,
     assert fingerprint(mine) != fingerprint(mine, "test")
     # One record differs, in a caption of as many letters.
     assert fingerprint(write(tmp_path / "other", caption="x")) != fingerprint(mine)
+    # What a build has noted is what its records say; of longer shards it is not believed.
+    noted = fingerprint(mine)
+    longer = write(tmp_path / "longer", caption="x" * 200_000)
+    shutil.copy(mine / "build.json", longer)
+    assert fingerprint(longer) != noted
+    (mine / "build.json").unlink()
+    assert fingerprint(mine) == noted
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"files": 3}', '{"files": {}, "fingerprints": []}'])
+def test_a_damaged_note_of_a_build_is_no_fingerprint(tmp_path, damage):
+    mine = write(tmp_path / "mine")
+    noted = fingerprint(mine)
+    (mine / "build.json").write_text(damage)
+    assert fingerprint(mine) == noted
 
 
 def test_a_dataset_that_another_process_makes_again_has_the_same_fingerprint(tmp_path):
