@@ -5,11 +5,13 @@ A folder is what TFDS reads, and has beside it an index of the pictures' sizes (
 and each file's checksum.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -21,7 +23,7 @@ from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.core.proto import dataset_info_pb2
 
 from data_pipelines import records, tfds_folder
-from data_pipelines.shards import Shard
+from data_pipelines.shards import Shard, Shards
 from data_pipelines.sources import SIZES
 from data_pipelines.tfds_folder import BUILD
 from univg_jax import images
@@ -134,15 +136,12 @@ def describe(
     for split, contents in splits.items():
         write_streamed(folder / SIZES.format(split), functools.partial(_save, contents.sizes))
     names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
-    files = {name: _file(folder / name) for name in names if name not in (BUILD, tfds_folder.INFO)}
-    fingerprints = {}
+    files, fingerprints = {}, {}
     for split, contents in splits.items():
-        shards = []
-        for k, count in enumerate(contents.shards):
-            name = shard_name(dataset, split, k, len(contents.shards))
-            files[name]["records"] = count
-            shards.append(Shard(filename=os.fspath(folder / name), examples_in_shard=count))
-        fingerprints[split] = tfds_folder.hash_records(shards)
+        shards, fingerprints[split] = _look_at(folder, dataset, split, contents)
+        files |= shards
+    others = (name for name in names if name not in (*files, BUILD, tfds_folder.INFO))
+    files = dict(sorted((files | {name: _file(folder / name) for name in others}).items()))
     about = dict(dataset=dataset, version=version, **about, fingerprints=fingerprints, files=files)
     write_whole(folder / BUILD, json.dumps(about, indent=1) + "\n")
     info = dataset_info_pb2.DatasetInfo(
@@ -187,6 +186,36 @@ def verify(folder: epath.PathLike) -> Iterator[tuple[str, str]]:
         else:
             if found != expected.get("checksum"):
                 yield name, "has another checksum"
+
+
+def _look_at(
+    folder: epath.Path, dataset: str, split: str, contents: Contents
+) -> tuple[dict[str, Any], str]:
+    """The entry of each shard, and the split's fingerprint; each shard is read once."""
+    names = [
+        shard_name(dataset, split, k, len(contents.shards)) for k in range(len(contents.shards))
+    ]
+    num_bytes = sum((folder / name).stat().length for name in names)
+    fingerprint = tfds_folder.Fingerprint(count=sum(contents.shards), num_bytes=num_bytes)
+    files, start = {}, 0
+    for name, count in zip(names, contents.shards):
+        with _nearby(folder / name) as file:
+            files[name] = _file(file) | {"records": count}
+            indices = fingerprint.indices - start
+            mine = indices[(indices >= 0) & (indices < count)].tolist()
+            fingerprint.add(Shards([Shard(filename=str(file), examples_in_shard=count)]), mine)
+        start += count
+    return files, fingerprint.hexdigest()
+
+
+@contextlib.contextmanager
+def _nearby(file: epath.Path) -> Iterator[epath.Path]:
+    """A file on this machine: itself, or a copy of one in a bucket."""
+    if "://" not in os.fspath(file):
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield file.copy(epath.Path(folder) / file.name)
 
 
 def _save(array: np.ndarray, file: BinaryIO) -> None:

@@ -73,40 +73,49 @@ class Split:
         of ours has it in `build.json`, which is believed if the shards have the lengths that it
         says: to read 1,024 photographs of each of 40 sources takes minutes in a bucket.
         """
-        return self._recorded_fingerprint() or hash_records(self.shards)
+        lengths = in_parallel(_length, self.shards)
+        if noted := self._noted_fingerprint(lengths):
+            return noted
+        made = Fingerprint(count=len(self.records), num_bytes=sum(lengths))
+        made.add(self.records, made.indices.tolist())
+        return made.hexdigest()
 
-    def _recorded_fingerprint(self) -> str | None:
+    def _noted_fingerprint(self, lengths: Sequence[int]) -> str | None:
         try:
             about = read_json(self.folder / BUILD)
-            names = [shard.path.name for shard in self.shards]
-            lengths = [about["files"][name]["bytes"] for name in names]
+            noted = [about["files"][shard.path.name]["bytes"] for shard in self.shards]
             found = about["fingerprints"][self.name]
         except (UserError, LookupError, TypeError):  # of another program, an older build, damaged
             return None
-        is_as_built = isinstance(found, str) and lengths == in_parallel(_length, self.shards)
-        return found if is_as_built else None
+        return found if isinstance(found, str) and noted == lengths else None
 
 
-def hash_records(shards: Sequence[Shard]) -> str:
-    """`Split.fingerprint` of the records themselves."""
-    records, total = Shards(shards), sum(in_parallel(_length, shards))
-    count = len(records)
-    digest = hashlib.blake2b(b"%d" % count, digest_size=16)
-    hashed = count if total <= HASHED_WHOLE else min(count, NUM_HASHED)
-    spread = np.linspace(0, count - 1, hashed).astype(int)
+class Fingerprint:
+    """`Split.fingerprint` in the making: `add` the records at `indices`, in order."""
 
-    def canonical(index: int) -> bytes:
-        # What is stored in a record is a map, whose order in the file may be any.
-        try:
-            stored = tf_example_pb2.Example.FromString(records[index])
-            return stored.SerializeToString(deterministic=True)
-        except (RuntimeError, message.DecodeError):
-            return b"damaged"
+    def __init__(self, *, count: int, num_bytes: int):
+        hashed = count if num_bytes <= HASHED_WHOLE else min(count, NUM_HASHED)
+        self.indices = np.linspace(0, count - 1, hashed).astype(int)
+        self._digest = hashlib.blake2b(b"%d" % count, digest_size=16)
 
-    for some in np.array_split(spread, max(1, hashed // NUM_HASHED)):
-        for part in in_parallel(canonical, some.tolist()):
-            digest.update(b"%d " % len(part) + part)
-    return digest.hexdigest()
+    def add(self, records: Sequence[bytes], indices: Sequence[int]) -> None:
+        """Adds some records."""
+
+        def canonical(index: int) -> bytes:
+            # What is stored in a record is a map, whose order in the file may be any.
+            try:
+                stored = tf_example_pb2.Example.FromString(records[index])
+                return stored.SerializeToString(deterministic=True)
+            except (RuntimeError, message.DecodeError):
+                return b"damaged"
+
+        for start in range(0, len(indices), NUM_HASHED):
+            for part in in_parallel(canonical, indices[start : start + NUM_HASHED]):
+                self._digest.update(b"%d " % len(part) + part)
+
+    def hexdigest(self) -> str:
+        """Of what was added."""
+        return self._digest.hexdigest()
 
 
 def _length(shard: Shard) -> int:
