@@ -7,6 +7,7 @@ caption k of several.
 
 import dataclasses
 import re
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,7 +32,8 @@ class Example:
     """One row of a batch before collation; `text` has no tag, `mask` None is all ones.
 
     `loss_mask` is 1 where the target counts in the loss; None is all ones. What `Task.make` gives
-    as `face` may have any shape; `Task.example` takes its centered square.
+    as `face` may have any shape; `Task.example` takes its centered square. `caption` is which of a
+    record's several captions was drawn.
     """
 
     target: UInt8[np.ndarray, "h w 3"]
@@ -40,10 +42,16 @@ class Example:
     loss_mask: UInt8[np.ndarray, "h w 1"] | None = None
     text: str = ""
     face: UInt8[np.ndarray, "face_h face_w 3"] | None = None
+    caption: int | None = None
 
 
 class UnsuitableRecord(UserError):
-    """A sound record that cannot serve a task, such as one without any unambiguous expression."""
+    """A sound record that cannot serve a task, such as one without any unambiguous expression.
+
+    `place` is where it is (`data_pipelines.reader.Place`), once its reader says so.
+    """
+
+    place: Any = None
 
 
 def make_text_to_image(record: Record, rng: np.random.Generator) -> Example:

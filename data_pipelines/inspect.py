@@ -1,29 +1,39 @@
-"""A page of what a config trains on: rows of its stream beside the labels of their records."""
+"""A page of what a config trains on: rows of its stream beside the labels of their records.
+
+It is the check before a run of weeks. `data_pipelines.survey` has the numbers and the warnings.
+"""
 
 import collections
+import io
+import itertools
+import json
 from collections.abc import Mapping
 from typing import Any
 
-import cv2
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
+from PIL import Image
 
-from data_pipelines import renderings, tasks, transforms
+from data_pipelines import drawings, renderings, tasks
 from data_pipelines.collate import Collator, Row
+from data_pipelines.dataset_files import BUILD, SKIPPED
 from data_pipelines.mixture import Stream
 from data_pipelines.sources import Source
+from data_pipelines.survey import MIN_ROWS, Part, Skip, Skips, Survey, survey
 from data_pipelines.tasks import TASKS
 from data_pipelines.transforms import Record
-from univg_jax.files import write_whole
+from univg_jax.errors import UserError
+from univg_jax.files import read_json, write_whole
 from univg_jax.images import data_uri, png_bytes
 from univg_jax.pages import load_templates
-from univg_jax.progress import Bar
 from univg_jax.settings import Config
 
-MIN_ROWS = 512  # that the histogram of tasks counts
-MAX_ROWS = 20_000  # searched for examples of rare tasks
-_RECORD_PIXELS = 384  # the longer side of a record's picture, on which labels are drawn
+__all__ = ["MIN_ROWS", "write_inspection"]
+
+MAX_LISTED = 100  # skipped records of a source that the page names, of each kind
+_BINS = 24  # of the histogram of prompts' lengths, at most
+_PNG_BYTES = 24_000  # a picture whose PNG is larger is a photo, and goes into the page as JPEG
+_TEXT = 400  # characters of a caption that are shown
 
 
 def write_inspection(
@@ -31,49 +41,109 @@ def write_inspection(
     out: epath.PathLike,
     *,
     collator: Collator,
-    num_examples: int = 8,
+    num_examples: int = 4,
     sources: Mapping[str, Source] | None = None,
-) -> None:
-    """Writes a self-contained page with `num_examples` rows of each task, in the stream's order.
+) -> Survey:
+    """Writes a self-contained page with `num_examples` rows of each task and source.
 
-    Each row shows its id, its record's place, the prompt as the encoder gets it, the withheld
-    conditions, and its pictures: source, mask, face, target, and the whole record with its boxes,
-    masks and joints drawn on.
+    Above them are the survey's warnings and histograms, and the records that cannot be used. Each
+    row shows its id, its record's place, the prompt as the encoder gets it, the withheld
+    conditions, and its pictures: source, mask, face, target with what does not count hatched, and
+    the whole record with its labels drawn on. A source of which no record serves is shown with the
+    reasons.
 
-    Raises UserError as `mixture.Stream` does.
+    Raises UserError as `mixture.Stream` does for what is wrong beside records.
     """
-    stream = Stream(config, collator=collator, sources=sources)
-    cards: dict[str, list[dict[str, Any]]] = {name: [] for name in TASKS if name in stream.shares}
-    counts: collections.Counter[str] = collections.Counter()
-    events: collections.Counter[str] = collections.Counter()
-    with Bar(total=MIN_ROWS, desc="read rows", unit="row") as bar:
-        for position in range(MAX_ROWS):
-            if position >= MIN_ROWS and all(len(found) >= num_examples for found in cards.values()):
-                break
-            row = stream.row(position)
-            counts[row.task] += 1
-            events.update(row.events)
-            if len(cards[row.task]) < num_examples:
-                cards[row.task].append(_card(row))
-            bar.total = max(MIN_ROWS, position + 1)
-            bar.update()
-    total = counts.total()
-    shares = [(name, counts[name], counts[name] / total, stream.shares[name]) for name in cards]
+    skips = Skips(tolerance=config.data.max_bad_fraction)
+    stream = Stream(config, collator=collator, sources=sources, quarantine=skips, probe=False)
+    found = survey(stream, skips, config, num_examples=num_examples)
+    by_task: dict[str, list[tuple[Part, list[dict[str, Any]]]]] = {}
+    for part in found.parts:
+        by_task.setdefault(part.task, []).append((part, [_card(row) for row in part.examples]))
     page = (
         load_templates("data_pipelines")
         .get_template("inspect.html")
         .render(
+            survey=found,
             name=config.name,
             data=config.data,
             seed=config.seed,
-            cards=cards,
-            shares=shares,
-            largest=max(max(realized, expected) for _, _, realized, expected in shares),
-            total=total,
-            events=events,
+            by_task=by_task,
+            shares=found.shares(),
+            lengths=_histogram(found),
+            prompts=[(part, _quantiles(part.lengths)) for part in found.parts if part.rows],
+            skipped=_skipped(found),
+            left_out=_left_out(found.parts),
+            largest=max(config.data.resolution, *itertools.chain(*stream.shapes)),
         )
     )
     write_whole(out, page)
+    return found
+
+
+def _histogram(found: Survey) -> dict[str, Any]:
+    """How many prompts are of each length, in bins; of these, how many are cut."""
+    lengths = [n for part in found.parts for n in part.lengths] or [0]
+    limit = found.config.data.num_tokens
+    end = max(max(lengths), limit) + 1
+    width = -(-end // _BINS)
+    counts = np.bincount(np.array(lengths) // width, minlength=-(-end // width)).tolist()
+    return dict(
+        bins=[(k * width, k * width + width - 1, count) for k, count in enumerate(counts)],
+        most=max(counts),
+        limit=limit,
+        place=limit / (len(counts) * width),
+        total=sum(counts),
+        middle=int(np.median(lengths)),
+        longest=max(lengths),
+    )
+
+
+def _quantiles(lengths: list[int]) -> tuple[int, int, int]:
+    """The middle, the 95th hundredth and the longest."""
+    return tuple(round(float(q)) for q in np.percentile(lengths, [50, 95, 100]))
+
+
+def _skipped(found: Survey) -> list[dict[str, Any]]:
+    """Of each source with unusable records, the reasons and the first records; damaged first."""
+    grouped: dict[tuple[bool, str], list[Skip]] = collections.defaultdict(list)
+    for skip in found.skips:
+        grouped[not skip.is_damaged, skip.place.dataset].append(skip)
+    return [
+        dict(
+            source=source,
+            is_damaged=not is_sound,
+            count=len({skip.place.index for skip in some}),
+            tried=len(_tried(found, source)),
+            reasons=collections.Counter(skip.reason for skip in some).most_common(8),
+            records=sorted(some, key=lambda skip: skip.place.index)[:MAX_LISTED],
+        )
+        for (is_sound, source), some in sorted(grouped.items())
+    ]
+
+
+def _tried(found: Survey, source: str) -> set[int]:
+    """The records of a source that were read."""
+    parts = [part for part in found.parts if part.source.name == source]
+    return set().union(*(p.served | {skip.place.index for skip in p.skips} for p in parts))
+
+
+def _left_out(parts: list[Part]) -> list[dict[str, Any]]:
+    """What the builds of the sources left out, and the first records of it with their reasons."""
+    found = []
+    for source in {part.source.name: part.source for part in parts}.values():
+        folder = getattr(source, "folder", None)  # of what was built
+        if folder is None or not (folder / SKIPPED).exists():
+            continue
+        try:
+            about = read_json(folder / BUILD)
+            with (folder / SKIPPED).open() as lines:
+                rows = [json.loads(line) for line in itertools.islice(lines, MAX_LISTED)]
+            rows = [[str(row[key]) for key in ("split", "key", "reason")] for row in rows]
+            found.append(dict(source=source.name, count=int(about["skipped"]), rows=rows))
+        except (OSError, UserError, ValueError, KeyError, TypeError):
+            continue  # it is of the builder, and no run reads it
+    return found
 
 
 def _card(row: Row) -> dict[str, Any]:
@@ -85,53 +155,103 @@ def _card(row: Row) -> dict[str, Any]:
     except Exception:  # of a field that the task does not need: nobody checked it
         record = source.read(index, TASKS[row.task].fields(source.fields))
         labels = _labels(record)
-    text = tasks.prompt(row.task, "" if row.drop in ("text", "both") else row.example.text)
-    mask = row.example.mask
-    pictures = dict(
-        source=row.example.source,
-        mask=None if mask is None else renderings.render_mask(mask[..., 0]),
-        target=row.example.target,
-        face=row.example.face,
-        record=labels,
-    )
+    no_text, no_image = row.drop in ("text", "both"), row.drop in ("image", "both")
     return dict(
-        sample_id=row.sample_id,
+        row=row,
         origin=f"{source.name}[{index}]",
-        prompt=text,
+        prompt=tasks.prompt(row.task, "" if no_text else row.example.text),
+        withheld=row.example.text if no_text else "",
         num_tokens=int(row.prompt.text_mask.sum()),
-        truncated=row.prompt.num_truncated > 0,
-        drop=row.drop,
-        pictures={
-            name: data_uri(png_bytes(image, optimize=True))
-            for name, image in pictures.items()
-            if image is not None
-        },
-        # Each phrase and the color of its box.
+        pictures=[*_model_pictures(row, no_text=no_text, no_image=no_image), *labels],
+        **_lists(row, record),
+    )
+
+
+def _model_pictures(row: Row, *, no_text: bool, no_image: bool) -> list[dict[str, Any]]:
+    """The pictures that the model gets, and the one that it is to make."""
+    example = row.example
+    pictures = []
+    if example.source is not None:
+        pictures.append(_figure("source", example.source, withheld=no_image))
+    if example.mask is not None:
+        mask = renderings.render_mask(example.mask[..., 0])
+        pictures.append(_figure("mask", mask, note="white: to make", withheld=no_image))
+    if example.face is not None:
+        pictures.append(_figure("face", example.face, withheld=no_text))
+    note = ""
+    if example.loss_mask is not None:
+        note = f"{example.loss_mask.mean():.0%} counts"
+    target = drawings.draw_target(example.target, example.loss_mask)
+    return [*pictures, _figure("target", target, note=note)]
+
+
+def _labels(record: Record) -> list[dict[str, Any]]:
+    """The whole record with its labels, and its depth."""
+    notes = []
+    if "edit_mask" in record:
+        notes.append("edit outlined")
+    if len(joints := np.reshape(record.get("joints", ()), (-1, 17, 3))):
+        notes.append(f"{len(joints)} {'people' if len(joints) > 1 else 'person'}")
+        if hidden := int((joints[..., 2] == 1).sum()):
+            notes.append(f"{hidden} hidden joints hollow")
+    if np.any(record.get("ignore_mask", 0)):
+        notes.append("ignored hatched")
+    height, width = record["image"].shape[:2]
+    size = f"{width}\u00d7{height}"
+    drawn = [_figure("record", drawings.draw_record(record), note=", ".join([size, *notes]))]
+    if "depth" in record:
+        depth, note = drawings.draw_depth(record["depth"])
+        drawn.append(_figure("depth", depth, note=note))
+    return drawn
+
+
+def _figure(
+    name: str, image: drawings.Picture, *, note: str = "", withheld: bool = False
+) -> dict[str, Any]:
+    is_small = max(image.shape[:2]) <= 128
+    url = _uri(drawings.shrink(image) if name != "record" else image)
+    return dict(name=name, url=url, note=note, withheld=withheld, is_small=is_small)
+
+
+def _uri(image: drawings.Picture) -> str:
+    """The picture for the page; of a photo a JPEG, since a page has hundreds."""
+    png = png_bytes(image, optimize=image.size < 2**16)
+    if len(png) <= _PNG_BYTES:
+        return data_uri(png)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=88, subsampling=0)
+    return data_uri(buffer.getvalue(), kind="jpeg")
+
+
+def _lists(row: Row, record: Record) -> dict[str, list[dict[str, Any]]]:
+    """The record's texts, each with its color or kind, and whether the row has it."""
+    phrases, of = record.get("phrases", ()), record.get("phrase_captions", ())
+    expressions, masks = record.get("expressions", ()), record.get("expression_masks", ())
+    captions, kinds = record.get("captions", ()), record.get("caption_kinds", ())
+    drawn = row.example.caption
+    return dict(
         boxes=[
-            (phrase, "rgb({}, {}, {})".format(*_color(k)))
-            for k, phrase in enumerate(record.get("phrases", ()))
+            _entry(phrase, color=k, number=k + 1, drawn=not len(of) or of[k] == drawn)
+            for k, phrase in enumerate(phrases)
+        ],
+        expressions=[
+            _entry(
+                text or "(none: ambiguous)",
+                color=masks[k] if len(masks) else k,
+                drawn=row.task == "seg" and text == row.example.text,
+            )
+            for k, text in enumerate(expressions)
+        ],
+        captions=[
+            _entry(text, kind=kinds[k] if len(kinds) else "", drawn=k == drawn)
+            for k, text in enumerate(captions)
         ],
     )
 
 
-def _labels(record: Record) -> UInt8[np.ndarray, "h w 3"]:
-    """The record's image, enlarged, with the outlines of its masks, its boxes and its joints."""
-    scale = _RECORD_PIXELS / max(record["image"].shape[:2])
-    height, width = (max(1, round(side * scale)) for side in record["image"].shape[:2])
-    image = np.array(transforms.resize_image(record["image"], height=height, width=width))
-    for k, mask in enumerate(record.get("masks", ())):
-        large = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
-        contours, _ = cv2.findContours(large, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(image, contours, -1, _color(k), 2)
-    for k, box in enumerate(record.get("boxes", ())):
-        x0, y0, x1, y1 = (int(v) for v in np.round(box * [width, height, width, height]))
-        cv2.rectangle(image, (x0, y0), (x1 - 1, y1 - 1), _color(k), 2)
-    for x, y, visible in np.reshape(record.get("joints", ()), (-1, 3)):
-        center = (round(float(x) * width), round(float(y) * height))
-        for radius, gray in ((5, 0), (3, 255 if visible else 130)):
-            cv2.circle(image, center, radius, (gray, gray, gray), -1, cv2.LINE_AA)
-    return image
-
-
-def _color(k: int) -> tuple[int, int, int]:
-    return list(renderings.PALETTE.values())[k % len(renderings.PALETTE)]
+def _entry(
+    text: str, *, drawn: bool, color: int = 0, number: int | str = " ", kind: str = ""
+) -> dict[str, Any]:
+    text = text if len(text) <= _TEXT else text[:_TEXT] + "\u2026"
+    rgb = "rgb({}, {}, {})".format(*drawings.color(color))
+    return dict(text=text, drawn=drawn, color=rgb, number=number, kind=kind)

@@ -95,6 +95,10 @@ def components(
     return result
 
 
+class NoUsableRecord(UserError):
+    """So many records in succession serve no row that their dataset is a wrong one."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BucketShare:
     """A bucket of the stream: its shape, share of the steps, and records of all sources."""
@@ -122,7 +126,8 @@ class Stream:
     `data.max_bad_fraction` (`data_pipelines.quarantine`), by MAX_ATTEMPTS of them in succession, or
     by a storage that does not answer (UnreachableError). `next` then raises where this process is
     the only one. Where there are several it does not: see `failure`. The unusable records go to
-    the file `quarantine`.
+    the file `quarantine`, or into what counts them. A few records of each source are tried at once,
+    but for `probe=False`.
     """
 
     def __init__(
@@ -133,14 +138,18 @@ class Stream:
         process_index: int = 0,
         process_count: int = 1,
         sources: Mapping[str, Source] | None = None,
-        quarantine: epath.PathLike | None = None,
+        quarantine: epath.PathLike | Quarantine | None = None,
+        probe: bool = True,
     ):
         # Rows are the unit of parallelism; OpenCV's own threads would contend with XLA for the
         # cores.
         cv2.setNumThreads(1)
         self._config = config
         self._components = components(config.tasks, data_dir=config.data.dir, sources=sources)
-        shapes, members = _occurring_buckets(self._components, BatchShape.buckets(config.data))
+        shapes, members = buckets.occurring(
+            {c.source.name: c.source for c in self._components},
+            [shape.size for shape in BatchShape.buckets(config.data)],
+        )
         self._order = order.Order(
             [
                 order.Component(
@@ -162,7 +171,9 @@ class Stream:
             [Reader(c.task, c.source, collator=made) for c in self._components]
             for made in self._collators.values()
         ]
-        self._quarantine = Quarantine(tolerance=config.data.max_bad_fraction, file=quarantine)
+        if not isinstance(quarantine, Quarantine):
+            quarantine = Quarantine(tolerance=config.data.max_bad_fraction, file=quarantine)
+        self._quarantine = quarantine
         names = dict.fromkeys(c.source.name for c in self._components)
         self._counts = dict.fromkeys((*EVENTS, *(f"quarantined/{name}" for name in names)), 0)
         self._failure: Exception | None = None
@@ -172,7 +183,18 @@ class Stream:
         )
         self._next = 0  # the first position of the next global batch
         self._iterator: Any = None
-        self._probe()
+        if probe:
+            self._probe()
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The pairs of a task and a source, in the order of TASKS."""
+        return tuple(self._components)
+
+    def turn(self, position: int) -> tuple[Component, Shape]:
+        """Whose turn it is at a global position, in a batch of which shape; reads no record."""
+        component, bucket = self._order.owner(position)
+        return self._components[component], self.shapes[bucket]
 
     @property
     def shares(self) -> dict[str, float]:
@@ -189,12 +211,8 @@ class Stream:
 
     def bucket_shares(self) -> list[BucketShare]:
         """The histogram of the buckets that have records, in the order of `data.buckets`."""
-        return [
-            BucketShare(shape=shape, share=share, records=count)
-            for shape, share, count in zip(
-                self.shapes, self._order.shares, self._bucket_records, strict=True
-            )
-        ]
+        found = zip(self.shapes, self._order.shares, self._bucket_records, strict=True)
+        return [BucketShare(shape=shape, share=p, records=count) for shape, p, count in found]
 
     def describe_buckets(self) -> list[str]:
         """The histogram of the buckets, a line each."""
@@ -291,7 +309,7 @@ class Stream:
 
         A record that cannot be used is replaced by the next of its source in the same bucket.
 
-        Raises UserError if too many records cannot be used.
+        Raises NoUsableRecord after MAX_ATTEMPTS, UserError if too many records cannot be used.
         """
         turn = self._order[position]
         reader = self._readers[turn.bucket][turn.component]
@@ -320,7 +338,7 @@ class Stream:
                 self._quarantine.accept()
                 events += ["truncated"] * (row.prompt.num_truncated > 0)
             return dataclasses.replace(row, events=tuple(events))
-        raise UserError(
+        raise NoUsableRecord(
             f"{attempt + 1} records in succession of {reader.source.name} cannot serve task "
             f"{reader.task!r}; the last: {reason}"
         )
@@ -374,18 +392,6 @@ class Stream:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
-
-
-def _occurring_buckets(
-    components: Sequence[Component], shapes: Sequence[BatchShape]
-) -> tuple[list[Shape], dict[str, tuple[order.Bucket, ...]]]:
-    """The shapes that any record is in, and each source's records in them, by its name."""
-    sizes = [shape.size for shape in shapes]
-    sources = {component.source.name: component.source for component in components}
-    members = {name: buckets.split(source, sizes) for name, source in sources.items()}
-    used = [b for b in range(len(sizes)) if any(len(m[b].records) for m in members.values())]
-    occurring = {name: tuple(found[b] for b in used) for name, found in members.items()}
-    return [sizes[b] for b in used], occurring
 
 
 def _sample_drop(task: settings.Task, rng: np.random.Generator) -> Drop:

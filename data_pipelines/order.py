@@ -201,6 +201,11 @@ class Order:
             bucket=bucket,
         )
 
+    def owner(self, position: int) -> tuple[int, int]:
+        """The component and bucket of a position, much faster than its `Turn`."""
+        bucket, (component, _) = self._schedule[position]
+        return component, bucket
+
     def records(self, turn: Turn) -> range | Integer[np.ndarray, " n"]:
         """Which records of the source are in a turn's bucket: the turn's is at `turn.index`."""
         return self._buckets[turn.bucket][turn.component].records

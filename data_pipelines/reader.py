@@ -159,9 +159,11 @@ class Reader:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             text = str(error).removeprefix(f"{where}: ")
             message = f"{where} for task {self.task!r}: {kind}{text}"
-            if isinstance(error, UnsuitableRecord):
-                raise UnsuitableRecord(message) from error
             place = Place(self.source.name, index, *self.source.where(index))
+            if isinstance(error, UnsuitableRecord):
+                unsuitable = UnsuitableRecord(message)
+                unsuitable.place = place
+                raise unsuitable from error
             raise DamagedRecord(f"{where} for {self.task}", message, place=place) from error
 
 

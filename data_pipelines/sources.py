@@ -107,6 +107,11 @@ class TfdsSource:
         self.fields = tuple(name for name in split.features if name != "depth_scale")
         self._data = split.records
 
+    @property
+    def folder(self) -> epath.Path:
+        """Where its files are."""
+        return self._split.folder
+
     def fingerprint(self) -> str:
         """`tfds_folder.Split.fingerprint`."""
         return self._split.fingerprint

@@ -351,6 +351,6 @@ def write_png(path: epath.PathLike, pixels: np.ndarray) -> None:
     write_whole(path, png_bytes(pixels))
 
 
-def data_uri(png: bytes) -> str:
-    """A PNG as an address that a page carries in itself."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def data_uri(data: bytes, *, kind: str = "png") -> str:
+    """A PNG, or another `kind` of picture, as an address that a page carries in itself."""
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()

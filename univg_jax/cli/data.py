@@ -17,7 +17,9 @@ def add_arguments(parser: Parser) -> None:
     look = actions.add_parser(
         "inspect",
         help="show what a config trains on",
-        description="Writes a page of examples of every task, as the model gets them.",
+        description="Writes a page of examples of every task and source, as the model gets them, "
+        "with histograms of the mixture, the buckets and the prompts, and the records that cannot "
+        "be used. Prints a summary and what to look at before a run.",
     )
     flags.add_config(look)
     look.add_argument(
@@ -27,9 +29,9 @@ def add_arguments(parser: Parser) -> None:
         "--examples",
         action=flags.Number,
         least=1,
-        default=8,
+        default=4,
         metavar="N",
-        help="examples of each task; default: 8",
+        help="examples of each task and source; default: 4",
     )
     look.add_example("--config=experiments/emoji.py:stage=3 --out=inspect.html")
     look.set_defaults(run=inspect_config)
@@ -82,7 +84,10 @@ def inspect_config(args: argparse.Namespace) -> None:
     assembly.check_config(config)
     assembly.prepare_data(config)
     collator = assembly.make_collator(config)
-    inspect.write_inspection(config, args.out, collator=collator, num_examples=args.examples)
+    found = inspect.write_inspection(
+        config, args.out, collator=collator, num_examples=args.examples
+    )
+    print("\n".join(found.lines()))
     print(f"wrote {args.out}")
 
 
