@@ -1,7 +1,7 @@
 """Which records of a source are in which bucket, from the sizes of their pictures."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,16 +22,6 @@ def split(source: Source, shapes: Sequence[Shape]) -> tuple[Bucket, ...]:
         return (Bucket(range(count)),)
     numbers = numbers_of(source.sizes(), shapes)
     return tuple(_bucket(np.flatnonzero(numbers == b), count) for b in range(len(shapes)))
-
-
-def occurring(
-    sources: Mapping[str, Source], shapes: Sequence[Shape]
-) -> tuple[list[Shape], dict[str, tuple[Bucket, ...]]]:
-    """The shapes that any record is in, and each source's records in them, by its name."""
-    members = {name: split(source, shapes) for name, source in sources.items()}
-    used = [b for b in range(len(shapes)) if any(len(m[b].records) for m in members.values())]
-    found = {name: tuple(member[b] for b in used) for name, member in members.items()}
-    return [shapes[b] for b in used], found
 
 
 def numbers_of(sizes: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:

@@ -62,21 +62,6 @@ def draw_target(target: Picture, loss_mask: UInt8[np.ndarray, "h w 1"] | None) -
     return hatch(large, _large(loss_mask[..., 0], large) == 0)
 
 
-def draw_depth(depth: Float32[np.ndarray, "h w"]) -> tuple[Drawing, str]:
-    """Depth in colors, near red and far blue, unknown hatched; and its range in words."""
-    known = renderings.is_known_depth(depth)
-    if not known.any():
-        return _at_side(np.zeros((*depth.shape, 3), np.uint8)), "nothing known"
-    near, far = np.percentile(depth[known], [2, 98])
-    logs = np.log(np.clip(np.where(known, depth, far), near, far))
-    level = (np.log(far) - logs) / max(np.log(far / near), 1e-6)
-    colored = cv2.applyColorMap(np.round(level * 255).astype(np.uint8), cv2.COLORMAP_TURBO)
-    large = _at_side(np.where(known[..., None], colored[..., ::-1], np.uint8(0)))
-    unknown = _large((~known).astype(np.uint8), large) > 0
-    note = f"{near:.3g} to {far:.3g} m"
-    return hatch(large, unknown), note + (f", {(~known).mean():.0%} unknown" * (not known.all()))
-
-
 def hatch(image: Picture, where: Bool[np.ndarray, "h w"]) -> Picture:
     """The image, dimmed and striped where it does not count."""
     y, x = np.indices(where.shape)

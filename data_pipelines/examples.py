@@ -32,8 +32,7 @@ class Example:
     """One row of a batch before collation; `text` has no tag, `mask` None is all ones.
 
     `loss_mask` is 1 where the target counts in the loss; None is all ones. What `Task.make` gives
-    as `face` may have any shape; `Task.example` takes its centered square. `caption` is which of a
-    record's several captions was drawn.
+    as `face` may have any shape; `Task.example` takes its centered square.
     """
 
     target: UInt8[np.ndarray, "h w 3"]
@@ -42,7 +41,6 @@ class Example:
     loss_mask: UInt8[np.ndarray, "h w 1"] | None = None
     text: str = ""
     face: UInt8[np.ndarray, "face_h face_w 3"] | None = None
-    caption: int | None = None
 
 
 class UnsuitableRecord(UserError):

@@ -1,30 +1,27 @@
-"""A page of what a config trains on: rows of its stream beside the labels of their records.
+"""A page of what a config trains on: the check before a run of weeks.
 
-It is the check before a run of weeks. `data_pipelines.survey` has the numbers and the warnings.
+It has the numbers and warnings of `data_pipelines.survey`, the records that cannot be used, and of
+every task and source some rows as the model gets them, beside the labels of their records.
 """
 
 import collections
-import io
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from data_pipelines import drawings, renderings, tasks
 from data_pipelines.collate import Collator, Row
-from data_pipelines.dataset_files import BUILD, SKIPPED
-from data_pipelines.mixture import Stream
+from data_pipelines.dataset_files import SKIPPED
 from data_pipelines.sources import Source
-from data_pipelines.survey import MIN_ROWS, Part, Skip, Skips, Survey, survey
+from data_pipelines.survey import MIN_ROWS, Skip, Survey, drawn_caption, survey
 from data_pipelines.tasks import TASKS
 from data_pipelines.transforms import Record
-from univg_jax.errors import UserError
-from univg_jax.files import read_json, write_whole
-from univg_jax.images import data_uri, png_bytes
+from univg_jax.files import write_whole
+from univg_jax.images import data_uri, jpeg_bytes, png_bytes
 from univg_jax.pages import load_templates
 from univg_jax.settings import Config
 
@@ -46,104 +43,71 @@ def write_inspection(
 ) -> Survey:
     """Writes a self-contained page with `num_examples` rows of each task and source.
 
-    Above them are the survey's warnings and histograms, and the records that cannot be used. Each
-    row shows its id, its record's place, the prompt as the encoder gets it, the withheld
-    conditions, and its pictures: source, mask, face, target with what does not count hatched, and
-    the whole record with its labels drawn on. A source of which no record serves is shown with the
-    reasons.
+    Each row shows its id, its record's place, the prompt as the encoder gets it, the withheld
+    conditions, and its pictures: source, mask, face, target with what does not count in the loss
+    hatched, and the whole record with its labels drawn on. A source of which no record serves is
+    shown with the reasons.
 
     Raises UserError as `mixture.Stream` does for what is wrong beside records.
     """
-    skips = Skips(tolerance=config.data.max_bad_fraction)
-    stream = Stream(config, collator=collator, sources=sources, quarantine=skips, probe=False)
-    found = survey(stream, skips, config, num_examples=num_examples)
-    by_task: dict[str, list[tuple[Part, list[dict[str, Any]]]]] = {}
+    found = survey(config, collator=collator, num_examples=num_examples, sources=sources)
+    by_task: dict[str, list[tuple[Any, list[dict[str, Any]]]]] = collections.defaultdict(list)
     for part in found.parts:
-        by_task.setdefault(part.task, []).append((part, [_card(row) for row in part.examples]))
-    page = (
-        load_templates("data_pipelines")
-        .get_template("inspect.html")
-        .render(
-            survey=found,
-            name=config.name,
-            data=config.data,
-            seed=config.seed,
-            by_task=by_task,
-            shares=found.shares(),
-            lengths=_histogram(found),
-            prompts=[(part, _quantiles(part.lengths)) for part in found.parts if part.rows],
-            skipped=_skipped(found),
-            left_out=_left_out(found.parts),
-            largest=max(config.data.resolution, *itertools.chain(*stream.shapes)),
-        )
+        by_task[part.task].append((part, [_card(row) for row in part.examples]))
+    template = load_templates("data_pipelines").get_template("inspect.html")
+    page = template.render(
+        survey=found,
+        config=config,
+        warnings=found.warnings(),
+        by_task=by_task,
+        lengths=_histogram(found),
+        skipped=list(_skipped(found)),
+        left_out=list(_left_out({part.source.name: part.source for part in found.parts})),
     )
     write_whole(out, page)
     return found
 
 
 def _histogram(found: Survey) -> dict[str, Any]:
-    """How many prompts are of each length, in bins; of these, how many are cut."""
-    lengths = [n for part in found.parts for n in part.lengths] or [0]
+    """How many prompts have how many tokens, in bins that end at the limit or do not cross it."""
+    lengths = np.array([n for part in found.parts for n in part.lengths] or [0])
     limit = found.config.data.num_tokens
-    end = max(max(lengths), limit) + 1
-    width = -(-end // _BINS)
-    counts = np.bincount(np.array(lengths) // width, minlength=-(-end // width)).tolist()
+    width = -(-max(int(lengths.max()), limit) // _BINS)
+    kept = limit // width + 1  # bins, of which the last ends at the limit
+    counts = np.bincount(kept - 1 - (limit - lengths) // width, minlength=kept).tolist()
+    ends = [limit + (k + 1 - kept) * width for k in range(len(counts))]
     return dict(
-        bins=[(k * width, k * width + width - 1, count) for k, count in enumerate(counts)],
+        bins=[(max(0, end - width + 1), end, count) for end, count in zip(ends, counts)],
         most=max(counts),
-        limit=limit,
-        place=limit / (len(counts) * width),
-        total=sum(counts),
-        middle=int(np.median(lengths)),
-        longest=max(lengths),
+        limit_at=kept / len(counts),
+        median=int(np.median(lengths)),
+        longest=int(lengths.max()),
     )
 
 
-def _quantiles(lengths: list[int]) -> tuple[int, int, int]:
-    """The middle, the 95th hundredth and the longest."""
-    return tuple(round(float(q)) for q in np.percentile(lengths, [50, 95, 100]))
-
-
-def _skipped(found: Survey) -> list[dict[str, Any]]:
+def _skipped(found: Survey) -> Iterator[dict[str, Any]]:
     """Of each source with unusable records, the reasons and the first records; damaged first."""
     grouped: dict[tuple[bool, str], list[Skip]] = collections.defaultdict(list)
     for skip in found.skips:
         grouped[not skip.is_damaged, skip.place.dataset].append(skip)
-    return [
-        dict(
+    for (is_sound, source), some in sorted(grouped.items()):
+        yield dict(
             source=source,
             is_damaged=not is_sound,
             count=len({skip.place.index for skip in some}),
-            tried=len(_tried(found, source)),
             reasons=collections.Counter(skip.reason for skip in some).most_common(8),
             records=sorted(some, key=lambda skip: skip.place.index)[:MAX_LISTED],
         )
-        for (is_sound, source), some in sorted(grouped.items())
-    ]
 
 
-def _tried(found: Survey, source: str) -> set[int]:
-    """The records of a source that were read."""
-    parts = [part for part in found.parts if part.source.name == source]
-    return set().union(*(p.served | {skip.place.index for skip in p.skips} for p in parts))
-
-
-def _left_out(parts: list[Part]) -> list[dict[str, Any]]:
-    """What the builds of the sources left out, and the first records of it with their reasons."""
-    found = []
-    for source in {part.source.name: part.source for part in parts}.values():
-        folder = getattr(source, "folder", None)  # of what was built
-        if folder is None or not (folder / SKIPPED).exists():
-            continue
-        try:
-            about = read_json(folder / BUILD)
-            with (folder / SKIPPED).open() as lines:
+def _left_out(sources: Mapping[str, Source]) -> Iterator[dict[str, Any]]:
+    """What the builds of the sources left out: how many entries, and the first with reasons."""
+    for name, source in sources.items():
+        folder = getattr(source, "folder", None)  # what is in memory has none
+        if folder is not None and (file := folder / SKIPPED).exists():
+            with file.open() as lines:
                 rows = [json.loads(line) for line in itertools.islice(lines, MAX_LISTED)]
-            rows = [[str(row[key]) for key in ("split", "key", "reason")] for row in rows]
-            found.append(dict(source=source.name, count=int(about["skipped"]), rows=rows))
-        except (OSError, UserError, ValueError, KeyError, TypeError):
-            continue  # it is of the builder, and no run reads it
-    return found
+                yield dict(source=name, rows=rows, count=len(rows) + sum(1 for _ in lines))
 
 
 def _card(row: Row) -> dict[str, Any]:
@@ -155,39 +119,37 @@ def _card(row: Row) -> dict[str, Any]:
     except Exception:  # of a field that the task does not need: nobody checked it
         record = source.read(index, TASKS[row.task].fields(source.fields))
         labels = _labels(record)
-    no_text, no_image = row.drop in ("text", "both"), row.drop in ("image", "both")
+    no_text = row.drop in ("text", "both")
     return dict(
         row=row,
         origin=f"{source.name}[{index}]",
         prompt=tasks.prompt(row.task, "" if no_text else row.example.text),
         withheld=row.example.text if no_text else "",
         num_tokens=int(row.prompt.text_mask.sum()),
-        pictures=[*_model_pictures(row, no_text=no_text, no_image=no_image), *labels],
+        pictures=[*_model_pictures(row), labels],
         **_lists(row, record),
     )
 
 
-def _model_pictures(row: Row, *, no_text: bool, no_image: bool) -> list[dict[str, Any]]:
+def _model_pictures(row: Row) -> Iterator[dict[str, Any]]:
     """The pictures that the model gets, and the one that it is to make."""
-    example = row.example
-    pictures = []
+    example, no_image = row.example, row.drop in ("image", "both")
     if example.source is not None:
-        pictures.append(_figure("source", example.source, withheld=no_image))
+        yield _figure("source", example.source, withheld=no_image)
     if example.mask is not None:
         mask = renderings.render_mask(example.mask[..., 0])
-        pictures.append(_figure("mask", mask, note="white: to make", withheld=no_image))
+        yield _figure("mask", mask, note="white: to make", withheld=no_image)
     if example.face is not None:
-        pictures.append(_figure("face", example.face, withheld=no_text))
-    note = ""
-    if example.loss_mask is not None:
-        note = f"{example.loss_mask.mean():.0%} counts"
-    target = drawings.draw_target(example.target, example.loss_mask)
-    return [*pictures, _figure("target", target, note=note)]
+        yield _figure("face", example.face, withheld=row.drop in ("text", "both"))
+    counts = example.loss_mask
+    note = "" if counts is None else f"{counts.mean():.0%} counts in the loss"
+    yield _figure("target", drawings.draw_target(example.target, counts), note=note)
 
 
-def _labels(record: Record) -> list[dict[str, Any]]:
-    """The whole record with its labels, and its depth."""
-    notes = []
+def _labels(record: Record) -> dict[str, Any]:
+    """The whole record with its labels."""
+    height, width = record["image"].shape[:2]
+    notes = [f"{width}\u00d7{height}"]
     if "edit_mask" in record:
         notes.append("edit outlined")
     if len(joints := np.reshape(record.get("joints", ()), (-1, 17, 3))):
@@ -196,31 +158,21 @@ def _labels(record: Record) -> list[dict[str, Any]]:
             notes.append(f"{hidden} hidden joints hollow")
     if np.any(record.get("ignore_mask", 0)):
         notes.append("ignored hatched")
-    height, width = record["image"].shape[:2]
-    size = f"{width}\u00d7{height}"
-    drawn = [_figure("record", drawings.draw_record(record), note=", ".join([size, *notes]))]
-    if "depth" in record:
-        depth, note = drawings.draw_depth(record["depth"])
-        drawn.append(_figure("depth", depth, note=note))
-    return drawn
+    if "depth" in record and (known := renderings.is_known_depth(record["depth"])).any():
+        meters = record["depth"][known]
+        notes.append(f"{meters.min():.3g} to {meters.max():.3g} m")
+    return _figure("record", drawings.draw_record(record), note=", ".join(notes))
 
 
 def _figure(
-    name: str, image: drawings.Picture, *, note: str = "", withheld: bool = False
+    name: str, image: drawings.Drawing, *, note: str = "", withheld: bool = False
 ) -> dict[str, Any]:
+    image = image if name == "record" else drawings.shrink(image)
+    file = png_bytes(image, optimize=image.size < 2**16)
+    if len(file) > _PNG_BYTES:  # a page has hundreds of photos
+        file = jpeg_bytes(image)
     is_small = max(image.shape[:2]) <= 128
-    url = _uri(drawings.shrink(image) if name != "record" else image)
-    return dict(name=name, url=url, note=note, withheld=withheld, is_small=is_small)
-
-
-def _uri(image: drawings.Picture) -> str:
-    """The picture for the page; of a photo a JPEG, since a page has hundreds."""
-    png = png_bytes(image, optimize=image.size < 2**16)
-    if len(png) <= _PNG_BYTES:
-        return data_uri(png)
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=88, subsampling=0)
-    return data_uri(buffer.getvalue(), kind="jpeg")
+    return dict(name=name, url=data_uri(file), note=note, withheld=withheld, is_small=is_small)
 
 
 def _lists(row: Row, record: Record) -> dict[str, list[dict[str, Any]]]:
@@ -228,7 +180,7 @@ def _lists(row: Row, record: Record) -> dict[str, list[dict[str, Any]]]:
     phrases, of = record.get("phrases", ()), record.get("phrase_captions", ())
     expressions, masks = record.get("expressions", ()), record.get("expression_masks", ())
     captions, kinds = record.get("captions", ()), record.get("caption_kinds", ())
-    drawn = row.example.caption
+    drawn = drawn_caption(row, captions)
     return dict(
         boxes=[
             _entry(phrase, color=k, number=k + 1, drawn=not len(of) or of[k] == drawn)

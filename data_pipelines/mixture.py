@@ -18,6 +18,7 @@ import grain
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Int64
 
 from data_pipelines import buckets, order
 from data_pipelines.collate import Collator, Drop, Row
@@ -126,8 +127,8 @@ class Stream:
     `data.max_bad_fraction` (`data_pipelines.quarantine`), by MAX_ATTEMPTS of them in succession, or
     by a storage that does not answer (UnreachableError). `next` then raises where this process is
     the only one. Where there are several it does not: see `failure`. The unusable records go to
-    the file `quarantine`, or into what counts them. A few records of each source are tried at once,
-    but for `probe=False`.
+    the file `quarantine`, or to an object that counts them. A few records of each source are tried
+    at once, except with `probe=False`.
     """
 
     def __init__(
@@ -146,10 +147,7 @@ class Stream:
         cv2.setNumThreads(1)
         self._config = config
         self._components = components(config.tasks, data_dir=config.data.dir, sources=sources)
-        shapes, members = buckets.occurring(
-            {c.source.name: c.source for c in self._components},
-            [shape.size for shape in BatchShape.buckets(config.data)],
-        )
+        shapes, members = _occurring_buckets(self._components, BatchShape.buckets(config.data))
         self._order = order.Order(
             [
                 order.Component(
@@ -191,10 +189,13 @@ class Stream:
         """The pairs of a task and a source, in the order of TASKS."""
         return tuple(self._components)
 
-    def turn(self, position: int) -> tuple[Component, Shape]:
-        """Whose turn it is at a global position, in a batch of which shape; reads no record."""
-        component, bucket = self._order.owner(position)
-        return self._components[component], self.shapes[bucket]
+    def component_at(self, position: int) -> int:
+        """Which of the components has a global position; reads nothing."""
+        return self._order[position].component
+
+    def counts(self, steps: int) -> Int64[np.ndarray, "buckets components"]:
+        """How many rows of the first steps each component has in each bucket (of `shapes`)."""
+        return self._order.counts(steps * self._config.data.batch_size)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -211,8 +212,12 @@ class Stream:
 
     def bucket_shares(self) -> list[BucketShare]:
         """The histogram of the buckets that have records, in the order of `data.buckets`."""
-        found = zip(self.shapes, self._order.shares, self._bucket_records, strict=True)
-        return [BucketShare(shape=shape, share=p, records=count) for shape, p, count in found]
+        return [
+            BucketShare(shape=shape, share=share, records=count)
+            for shape, share, count in zip(
+                self.shapes, self._order.shares, self._bucket_records, strict=True
+            )
+        ]
 
     def describe_buckets(self) -> list[str]:
         """The histogram of the buckets, a line each."""
@@ -392,6 +397,18 @@ class Stream:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+
+
+def _occurring_buckets(
+    components: Sequence[Component], shapes: Sequence[BatchShape]
+) -> tuple[list[Shape], dict[str, tuple[order.Bucket, ...]]]:
+    """The shapes that any record is in, and each source's records in them, by its name."""
+    sizes = [shape.size for shape in shapes]
+    sources = {component.source.name: component.source for component in components}
+    members = {name: buckets.split(source, sizes) for name, source in sources.items()}
+    used = [b for b in range(len(sizes)) if any(len(m[b].records) for m in members.values())]
+    occurring = {name: tuple(found[b] for b in used) for name, found in members.items()}
+    return [sizes[b] for b in used], occurring
 
 
 def _sample_drop(task: settings.Task, rng: np.random.Generator) -> Drop:

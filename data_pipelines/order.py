@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int64, Integer
 
 from data_pipelines.schedule import Schedule
 from univg_jax.buckets import Shape
@@ -201,10 +201,16 @@ class Order:
             bucket=bucket,
         )
 
-    def owner(self, position: int) -> tuple[int, int]:
-        """The component and bucket of a position, much faster than its `Turn`."""
-        bucket, (component, _) = self._schedule[position]
-        return component, bucket
+    def counts(self, positions: int) -> Int64[np.ndarray, "buckets components"]:
+        """How many of the first `positions` each component has in each bucket."""
+        numbers = range(len(self._components))
+        return np.array(
+            [
+                [self._schedule.count(positions, b, c) for c in numbers]
+                for b in range(len(self._buckets))
+            ],
+            np.int64,
+        )
 
     def records(self, turn: Turn) -> range | Integer[np.ndarray, " n"]:
         """Which records of the source are in a turn's bucket: the turn's is at `turn.index`."""

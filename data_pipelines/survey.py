@@ -1,58 +1,61 @@
-"""What a config's stream gives, in numbers: shares, buckets, prompts, unusable records."""
+"""What a config's stream gives, in numbers: shares, buckets, prompts, unusable records.
+
+Whose turn it is is known for every row of the run without reading one (`data_pipelines.order`), so
+the shares are exact. What prompts and records are like is told from the rows that are read.
+"""
 
 import collections
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+from jaxtyping import Int64
 
-from data_pipelines.collate import Row
-from data_pipelines.mixture import BucketShare, NoUsableRecord, Stream
+from data_pipelines.collate import Collator, Row
+from data_pipelines.mixture import NoUsableRecord, Stream
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.reader import DamagedRecord, Place, UnsuitableRecord
 from data_pipelines.sources import Source
-from univg_jax.buckets import Shape
 from univg_jax.errors import UserError
 from univg_jax.progress import Bar
 from univg_jax.settings import Config
 
-MIN_ROWS = 512  # that are read for the numbers
-SHARE_ROWS = 10_000  # at least, of which is told whose turn they are, without reading
-MAX_ROWS = 100_000  # searched for examples of what is rare
-_STEPS_READ = 64  # over which the rows that are read are spread, where steps differ in bucket
-MAX_TRUNCATED = 0.1  # of a source's prompts; above, there is a warning
-_OFF = 0.25  # of the expected share: what is "far from it", if it is no chance either
+MIN_ROWS = 512  # that are read
+MAX_ROWS = 100_000  # that are searched for examples of what is rare
+MAX_CUT = 0.1  # of a source's prompts; above, there is a warning
+_STEPS_READ = 64  # over which the first rows are spread, as all rows of a step are of one bucket
+_BLOCKS = re.compile(r" \([a-z, ]+ blocks?\)")  # what task lg adds to a caption
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Skip:
-    """A record that no row could be made of, and why."""
+    """A record of which no row of the task could be made, and why."""
 
-    place: Place | None
+    place: Place
     task: str
     reason: str
     is_damaged: bool  # quarantined; otherwise it is sound but holds nothing for the task
 
 
 class Skips(Quarantine):
-    """Collects the skipped records, and remembers why a run would end instead of ending."""
+    """Collects the skipped records, and why a run would end because of them, but ends nothing."""
 
     def __init__(self, *, tolerance: float):
         super().__init__(tolerance=tolerance)
-        self.found: dict[tuple[str, str], Skip] = {}
+        self.found: dict[tuple[Place, str], Skip] = {}
         self.ends = ""
 
     def skip(
         self, error: DamagedRecord | UnsuitableRecord, *, task: str = "", is_new: bool = True
     ) -> None:
         """As `Quarantine.skip`, but raises nothing."""
-        _, _, reason = str(error).partition(f" for task {task!r}: ")
+        reason = str(error).partition(f" for task {task!r}: ")[2] or str(error)
         is_damaged = isinstance(error, DamagedRecord)
-        found = Skip(
-            place=error.place, task=task, reason=reason or str(error), is_damaged=is_damaged
+        self.found.setdefault(
+            (error.place, task),
+            Skip(place=error.place, task=task, reason=reason, is_damaged=is_damaged),
         )
-        self.found.setdefault((task, str(error)), found)
         try:
             super().skip(error, task=task, is_new=is_new)
         except UserError as end:
@@ -66,18 +69,14 @@ class Part:
     task: str
     source: Source
     expected: float  # share of the rows, by the weights
-    epochs: float  # of the source's records in the whole run
-    dropout: tuple[float, float, float]  # expected, of the text, the image, both
-    turns: int = 0  # rows of the surveyed steps
-    lost: int = 0  # of these, those that no record can serve
-    failure: str = ""  # why, of the first
-    lengths: list[int] = dataclasses.field(default_factory=list)  # of prompts, in tokens, uncut
-    truncated: int = 0
-    drops: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    rows: Int64[np.ndarray, " buckets"]  # in the whole run
+    examples: list[Row] = dataclasses.field(default_factory=list)
+    lengths: list[int] = dataclasses.field(default_factory=list)  # tokens of each uncut prompt read
+    num_cut: int = 0  # of these prompts
     kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     served: set[int] = dataclasses.field(default_factory=set)  # records that made a row
-    examples: list[Row] = dataclasses.field(default_factory=list)
     skips: list[Skip] = dataclasses.field(default_factory=list)
+    failure: str = ""  # why the run would end when its turn comes
 
     @property
     def name(self) -> str:
@@ -85,47 +84,66 @@ class Part:
         return f"{self.task} from {self.source.name}"
 
     @property
-    def rows(self) -> int:
-        """How many rows were read."""
-        return len(self.lengths)
+    def epochs(self) -> float:
+        """How often the run takes all of the source's records."""
+        return float(self.rows.sum() / len(self.source))
 
     @property
-    def damaged(self) -> int:
-        """How many of its records that were tried cannot be used."""
+    def cut(self) -> float:
+        """The share of the prompts that are longer than `data.num_tokens`."""
+        return self.num_cut / max(len(self.lengths), 1)
+
+    @property
+    def num_tried(self) -> int:
+        """How many records were read."""
+        return len(self.served | {skip.place.index for skip in self.skips})
+
+    @property
+    def num_damaged(self) -> int:
+        """How many of these cannot be used."""
         return sum(skip.is_damaged for skip in self.skips)
 
-    def add(self, row: Row) -> None:
-        """Counts a row that was read."""
+    @property
+    def num_unsuitable(self) -> int:
+        """How many of these hold nothing for the task."""
+        return len(self.skips) - self.num_damaged
+
+    def add(self, row: Row, *, num_examples: int) -> None:
+        """Takes a row that was read."""
         source, index = row.origin
-        cut = row.prompt.num_truncated
-        self.lengths.append(int(row.prompt.text_mask.sum()) + cut)
-        self.truncated += cut > 0
-        self.drops[row.drop] += 1
         self.served.add(index)
-        if row.example.caption is not None:
-            kinds = source.read(index, ("caption_kinds",)).get("caption_kinds", ())
-            self.kinds[kinds[row.example.caption] if len(kinds) else "no kind"] += 1
+        self.lengths.append(int(row.prompt.text_mask.sum()) + row.prompt.num_truncated)
+        self.num_cut += row.prompt.num_truncated > 0
+        if "caption_kinds" in source.fields:
+            record = source.read(index, ("captions", "caption_kinds"))
+            if (
+                record["caption_kinds"]
+                and (k := drawn_caption(row, record["captions"])) is not None
+            ):
+                self.kinds[record["caption_kinds"][k]] += 1
+        if len(self.examples) < num_examples:
+            self.examples.append(row)
+
+
+def drawn_caption(row: Row, captions: list[str]) -> int | None:
+    """Which of its record's captions a row has; None if it has none of them."""
+    text = _BLOCKS.sub("", row.example.text)
+    return next((k for k, caption in enumerate(captions) if caption.strip() == text), None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Survey:
-    """The numbers of a stream's first steps; `warnings` are what to look at before a run."""
+    """The numbers of a run's stream. `ends` says why the run would end, if it would."""
 
     config: Config
+    stream: Stream
     parts: list[Part]
-    steps: int  # surveyed
-    buckets: list[tuple[BucketShare, float]]  # with the share of the surveyed steps
-    ends: str  # why the run would end, if it would
-
-    @property
-    def num_rows(self) -> int:
-        """The rows of the surveyed steps, whose turn is known; few of them were read."""
-        return self.steps * self.config.data.batch_size
+    ends: str
 
     @property
     def num_read(self) -> int:
         """How many rows were read."""
-        return sum(part.rows for part in self.parts)
+        return sum(len(part.lengths) for part in self.parts)
 
     @property
     def skips(self) -> list[Skip]:
@@ -133,195 +151,129 @@ class Survey:
         return [skip for part in self.parts for skip in part.skips]
 
     @property
-    def truncated(self) -> float:
-        """The share of the stream's prompts that are cut, from what was read of each source."""
-        rates = [(p.expected, p.truncated / p.rows) for p in self.parts if p.rows]
-        return sum(e * t for e, t in rates) / max(sum(e for e, _ in rates), 1e-12)
+    def cut(self) -> float:
+        """The share of the stream's prompts that are cut: that of each part, as often as it comes.
 
-    def shares(self) -> dict[str, tuple[float, float]]:
-        """Of each task, the realized and the expected share of the rows."""
-        found: dict[str, tuple[float, float]] = {}
-        for part in self.parts:
-            realized, expected = found.get(part.task, (0.0, 0.0))
-            realized += self.realized(part)
-            found[part.task] = realized, expected + part.expected
-        return found
+        Rows of rare parts are read more often than they come.
+        """
+        read = [part for part in self.parts if part.lengths]
+        return sum(p.expected * p.cut for p in read) / (sum(p.expected for p in read) or 1)
 
     def realized(self, part: Part) -> float:
-        """The share of rows that a part has; without the lost ones, which end a run."""
-        return (part.turns - part.lost) / self.num_rows
+        """The share of the run's rows that a part has."""
+        return float(part.rows.sum() / sum(p.rows.sum() for p in self.parts))
 
-    @property
+    def bucket_shares(self) -> list[float]:
+        """The share of the run's steps that each of `stream.shapes` has."""
+        rows = np.sum([part.rows for part in self.parts], axis=0)
+        return (rows / rows.sum()).tolist()
+
     def warnings(self) -> list[str]:
         """What a run of weeks should not begin with, a line each."""
         return list(self._warnings())
 
     def _warnings(self) -> Iterator[str]:
-        limit = self.config.data.num_tokens
+        data = self.config.data
         if self.ends:
             yield f"the run would end: {self.ends}"
         for part in self.parts:
             if part.failure:
                 yield f"the run would end at {part.name}: {part.failure}"
-        for task, (realized, expected) in self.shares().items():
-            chance = 3 * np.sqrt(expected / self.num_rows)
-            if abs(realized - expected) > max(_OFF * expected, chance):
-                yield f"task {task} has {realized:.1%} of the rows, expected {expected:.1%}"
-        for part in self.parts:
-            tried = len(part.served) + len(part.skips)
-            for kind, count in (
-                ("cannot be used", part.damaged),
-                ("hold nothing for it", len(part.skips) - part.damaged),
-            ):
-                if 2 * count > tried and not part.failure:
-                    yield f"{part.name}: {count} of {tried} records tried {kind}"
-            if not part.rows and not part.failure:
+            elif part.num_damaged:
                 yield (
-                    f"{part.name} has no row among the first {MAX_ROWS:,}: "
-                    f"its share is {part.expected:.1g}"
+                    f"{part.name}: {part.num_damaged} of {part.num_tried} records tried cannot be "
+                    "used"
                 )
-            if part.rows and part.truncated / part.rows > MAX_TRUNCATED:
+            if 2 * part.num_unsuitable > part.num_tried and not part.failure:
                 yield (
-                    f"{part.name}: {part.truncated / part.rows:.0%} of {part.rows} prompts are "
-                    f"longer than data.num_tokens={limit} and are cut"
+                    f"{part.name}: {part.num_unsuitable} of {part.num_tried} records tried hold "
+                    "nothing for it"
                 )
-        batch = self.config.data.batch_size
-        for bucket, _ in self.buckets:
-            if bucket.records < batch:
+            if not part.rows.any():
+                yield f"{part.name} has no row in the run: its share is {part.expected:.1g}"
+            elif not part.lengths and not part.failure:
+                yield f"{part.name} has no row among the first {MAX_ROWS:,}"
+            if part.cut > MAX_CUT:
                 yield (
-                    f"bucket {_size(bucket.shape)} has {bucket.records:,} records, "
-                    f"fewer than a batch of {batch}"
+                    f"{part.name}: {part.cut:.0%} of {len(part.lengths)} prompts are longer than "
+                    f"data.num_tokens={data.num_tokens} and are cut"
+                )
+        for bucket in self.stream.bucket_shares():
+            if bucket.records < data.batch_size:
+                yield (
+                    f"bucket {bucket.shape[0]}x{bucket.shape[1]} has {bucket.records:,} records, "
+                    f"fewer than a batch of {data.batch_size}"
                 )
 
     def lines(self) -> list[str]:
         """The summary for a terminal."""
-        read = f"{self.num_read:,} rows read of the first {self.num_rows:,} ({self.steps:,} steps)"
-        rows = [("task", "source", "records", "epochs", "share", "expected", "cut", "unusable")]
-        for part in self.parts:
-            cut = f"{part.truncated / part.rows:.1%}" if part.rows else "-"
-            share, expected = f"{self.realized(part):.2%}", f"{part.expected:.2%}"
-            records, epochs = f"{len(part.source):,}", f"{part.epochs:.3g}"
-            bad = str(part.damaged)
-            rows.append((part.task, part.source.name, records, epochs, share, expected, cut, bad))
-        lines = [f"{self.config.name}: {read}", *_table(rows, left=2)]
-        rows = [("bucket", "records", "share", "expected")]
-        for bucket, realized in self.buckets:
-            shares = f"{realized:.2%}", f"{bucket.share:.2%}"
-            rows.append((_size(bucket.shape), f"{bucket.records:,}", *shares))
+        steps = self.config.train.steps
+        lines = [
+            f"{self.config.name}: {steps:,} steps of {self.config.data.batch_size} rows, "
+            f"{self.num_read:,} rows read",
+            f"  {'task':8}{'source':30}{'records':>12}{'epochs':>9}{'share':>9}{'weight':>9}"
+            f"{'cut':>8}{'quarantined':>13}{'unsuitable':>12}",
+        ]
+        for p in self.parts:
+            lines.append(
+                f"  {p.task:8}{p.source.name:30}{len(p.source):12,}{p.epochs:9.3g}"
+                f"{self.realized(p):9.2%}{p.expected:9.2%}{p.cut:8.1%}{p.num_damaged:13}"
+                f"{p.num_unsuitable:12}"
+            )
         lengths = [n for part in self.parts for n in part.lengths] or [0]
         lines += [
-            *_table(rows, left=1),
-            f"prompts: {np.median(lengths):.0f} tokens in the middle, {max(lengths)} at most; "
-            f"{self.truncated:.1%} are cut at {self.config.data.num_tokens}",
+            "buckets of the stream:",
+            *self.stream.describe_buckets(),
+            f"prompts: half have at most {np.median(lengths):.0f} tokens, the longest "
+            f"{max(lengths)}; {self.cut:.1%} are cut at {self.config.data.num_tokens}",
         ]
-        damaged = [skip for skip in self.skips if skip.is_damaged]
-        unsuitable = len(self.skips) - len(damaged)
-        lines.append(f"records: {len(damaged)} quarantined, {unsuitable} without their label")
-        for (name, reason), count in self.reasons(damaged).most_common(10):
-            lines.append(f"  {name}: {count} x {reason}")
-        return lines + [f"warning: {text}" for text in self.warnings]
-
-    def reasons(self, skips: list[Skip]) -> collections.Counter[tuple[str, str]]:
-        """How often each reason was found in each source."""
-        return collections.Counter(
-            (skip.place.dataset if skip.place else "?", skip.reason) for skip in skips
-        )
+        return lines + [f"warning: {text}" for text in self.warnings()]
 
 
-def survey(stream: Stream, skips: Skips, config: Config, *, num_examples: int) -> Survey:
-    """Reads rows of a stream, which was made with `skips`, until each part has its examples.
-
-    Whose turn it is is told for whole steps, since all rows of a step are of one bucket. A source
-    of which no record serves is given up in that bucket.
-    """
-    batch = config.data.batch_size
-    total = sum(c.weight for c in stream.components)
-    parts = {
-        (c.task, c.source.name): Part(
-            task=c.task,
-            source=c.source,
-            expected=c.weight / total,
-            epochs=c.weight / total * batch * config.train.steps / len(c.source),
-            dropout=config.tasks[c.task].dropout,
-        )
-        for c in stream.components
-    }
-    lost = _read(stream, parts, batch=batch, num_examples=num_examples)
-    steps = -(-SHARE_ROWS // batch)
-    buckets: collections.Counter[Shape] = collections.Counter()
-    for position in range(steps * batch):
-        component, shape = stream.turn(position)
-        key = component.task, component.source.name
-        parts[key].turns += 1
-        parts[key].lost += (*key, shape) in lost
-        buckets[shape] += 1
-    for skip in skips.found.values():
-        if skip.place is not None and (skip.task, skip.place.dataset) in parts:
-            parts[skip.task, skip.place.dataset].skips.append(skip)
-    realized = [(b, buckets[b.shape] / (steps * batch)) for b in stream.bucket_shares()]
-    return Survey(
-        config=config, parts=list(parts.values()), steps=steps, buckets=realized, ends=skips.ends
-    )
-
-
-def _read(
-    stream: Stream, parts: dict[tuple[str, str], Part], *, batch: int, num_examples: int
-) -> set[tuple[Any, ...]]:
-    """Fills the parts with rows; the parts and shapes that no record can serve."""
-    lost: set[tuple[Any, ...]] = set()
-    # Every step has one bucket: so some rows of many steps, where there are several.
-    most = batch if len(stream.shapes) == 1 else max(1, MIN_ROWS // _STEPS_READ)
-    counted = 0
-    with Bar(total=MIN_ROWS, desc="read rows", unit="row") as bar:
-        for position in range(MAX_ROWS):
-            component, shape = stream.turn(position)
-            part = parts[component.task, component.source.name]
-            if counted >= MIN_ROWS and not _wanting(parts, lost, stream.shapes, num_examples):
-                break
-            is_counted = counted < MIN_ROWS and position % batch < most
-            counted += is_counted
-            key = (part.task, part.source.name, shape)
-            if key in lost or not (is_counted or len(part.examples) < num_examples):
-                bar.update(is_counted)
-                continue
-            try:
-                row = stream.row(position)
-            except NoUsableRecord as error:
-                lost.add(key)
-                part.failure = part.failure or str(error)
-            else:
-                part.add(row)
-                if len(part.examples) < num_examples:
-                    part.examples.append(row)
-            bar.update(is_counted)
-    return lost
-
-
-def _wanting(
-    parts: dict[tuple[str, str], Part],
-    lost: set[tuple[Any, ...]],
-    shapes: tuple[Shape, ...],
+def survey(
+    config: Config,
+    *,
+    collator: Collator,
     num_examples: int,
-) -> bool:
-    """Whether a part that can be served has too few examples."""
-    return any(
-        len(part.examples) < num_examples and any((*key, shape) not in lost for shape in shapes)
-        for key, part in parts.items()
-    )
+    sources: Mapping[str, Source] | None = None,
+) -> Survey:
+    """Reads rows of a config's stream, until each task has its examples of each of its sources.
 
-
-def _size(shape: Shape) -> str:
-    return "{}x{}".format(*shape)
-
-
-def _table(rows: list[tuple[str, ...]], *, left: int) -> list[str]:
-    """Columns of one width each, the first `left` of them flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if k < left else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
+    A source of which no record serves is given up. Raises UserError as `mixture.Stream` does for
+    what is wrong beside records.
+    """
+    skips = Skips(tolerance=config.data.max_bad_fraction)
+    stream = Stream(config, collator=collator, sources=sources, quarantine=skips, probe=False)
+    weights = sum(component.weight for component in stream.components)
+    rows = stream.counts(config.train.steps)
+    parts = [
+        Part(task=c.task, source=c.source, expected=c.weight / weights, rows=rows[:, k])
+        for k, c in enumerate(stream.components)
     ]
+    _read(stream, parts, batch_size=config.data.batch_size, num_examples=num_examples)
+    for part in parts:
+        part.skips = [
+            skip
+            for skip in skips.found.values()
+            if (skip.task, skip.place.dataset) == (part.task, part.source.name)
+        ]
+    return Survey(config=config, stream=stream, parts=parts, ends=skips.ends)
+
+
+def _read(stream: Stream, parts: list[Part], *, batch_size: int, num_examples: int) -> None:
+    """Fills the parts with rows: first some of many steps, then examples of what is rare."""
+    each = batch_size if len(stream.shapes) == 1 else min(batch_size, MIN_ROWS // _STEPS_READ)
+    first = [k // each * batch_size + k % each for k in range(MIN_ROWS)]
+    with Bar(total=MIN_ROWS, desc="read rows", unit="row") as bar:
+        for k, position in enumerate(dict.fromkeys([*first, *range(MAX_ROWS)])):
+            wanting = [len(p.examples) < num_examples and not p.failure for p in parts]
+            if k >= MIN_ROWS and not any(wanting):
+                break
+            number = stream.component_at(position)
+            part = parts[number]
+            if not part.failure and (k < MIN_ROWS or wanting[number]):
+                try:
+                    part.add(stream.row(position), num_examples=num_examples)
+                except NoUsableRecord as error:
+                    part.failure = str(error)
+            bar.update(k < MIN_ROWS)

@@ -86,14 +86,8 @@ class Task:
         the numbers that `rng` gives next as they are, and a record of one caption, too. Raises
         UnsuitableRecord if the task needs a caption, and none suits it or has a weight.
         """
-        return self._with_caption(record, rng, weights)[0]
-
-    def _with_caption(
-        self, record: Record, rng: np.random.Generator, weights: Mapping[str, float]
-    ) -> tuple[Record, int | None]:
-        """The same, and which of several captions it is."""
         if "captions" not in record:
-            return record, None
+            return record
         texts = [text.strip() for text in record["captions"]]
         kinds = record.get("caption_kinds") or [""] * len(texts)
         chances = [
@@ -104,7 +98,7 @@ class Task:
         single = {name: value for name, value in record.items() if name not in several}
         if not any(chances):
             if "caption" not in self.needs:
-                return single, None
+                return single
             raise UnsuitableRecord(
                 f"none of its captions can be drawn: of {len(texts)}, {sum(map(bool, texts))} have "
                 f"text; their kinds are {', '.join(sorted(set(kinds))) or 'none'} "
@@ -120,7 +114,7 @@ class Task:
             kept = np.flatnonzero(of == k)
             single["boxes"] = record["boxes"][kept]
             single["phrases"] = [record["phrases"][i] for i in kept]
-        return single | {"caption": texts[k]}, k
+        return single | {"caption": texts[k]}
 
     def example(
         self,
@@ -146,11 +140,11 @@ class Task:
         if isinstance(resolution, int) or resolution[0] == resolution[1]:
             transforms.tell_crop(f"the image of {where}", record["image"], at_random=not center)
         try:
-            record, drawn = self._with_caption(record, rng, caption_weights or {})
+            record = self.with_caption(record, rng, caption_weights or {})
             record = transforms.resize_and_crop(
                 record, resolution=resolution, rng=None if center else rng
             )
-            made = dataclasses.replace(self.make(record, rng), caption=drawn)
+            made = self.make(record, rng)
             if made.loss_mask is not None:
                 made = _filled(made, made.loss_mask)
         except UserError as error:

@@ -346,11 +346,19 @@ def png_bytes(pixels: np.ndarray, *, optimize: bool = False) -> bytes:
     return buffer.getvalue()
 
 
+def jpeg_bytes(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """A JPEG of RGB pixels, of a quality that is good to look at."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=88, subsampling=0)
+    return buffer.getvalue()
+
+
 def write_png(path: epath.PathLike, pixels: np.ndarray) -> None:
     """Writes `png_bytes` to a local path or a bucket, whole or not at all; makes its folder."""
     write_whole(path, png_bytes(pixels))
 
 
-def data_uri(data: bytes, *, kind: str = "png") -> str:
-    """A PNG, or another `kind` of picture, as an address that a page carries in itself."""
-    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
+def data_uri(picture: bytes) -> str:
+    """The file of a PNG or JPEG as an address that a page carries in itself."""
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64," + base64.b64encode(picture).decode()
