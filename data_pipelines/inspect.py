@@ -183,13 +183,13 @@ def _lists(row: Row, record: Record) -> dict[str, list[dict[str, Any]]]:
     drawn = drawn_caption(row, captions)
     return dict(
         boxes=[
-            _entry(phrase, color=k, number=k + 1, drawn=not len(of) or of[k] == drawn)
+            _entry(phrase, color=k, number=k + 1, drawn=not len(of) or int(of[k]) == drawn)
             for k, phrase in enumerate(phrases)
         ],
         expressions=[
             _entry(
                 text or "(none: ambiguous)",
-                color=masks[k] if len(masks) else k,
+                color=int(masks[k]) if len(masks) else k,
                 drawn=row.task == "seg" and text == row.example.text,
             )
             for k, text in enumerate(expressions)

@@ -7,7 +7,7 @@ the shares are exact. What prompts and records are like is told from the rows th
 import collections
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int64
@@ -125,7 +125,7 @@ class Part:
             self.examples.append(row)
 
 
-def drawn_caption(row: Row, captions: list[str]) -> int | None:
+def drawn_caption(row: Row, captions: Sequence[str]) -> int | None:
     """Which of its record's captions a row has; None if it has none of them."""
     text = _BLOCKS.sub("", row.example.text)
     return next((k for k, caption in enumerate(captions) if caption.strip() == text), None)
