@@ -17,7 +17,7 @@ from data_pipelines.mixture import NoUsableRecord, Stream
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.reader import DamagedRecord, Place, UnsuitableRecord
 from data_pipelines.sources import Source
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, suggestion
 from univg_jax.progress import Bar
 from univg_jax.settings import Config
 
@@ -74,6 +74,7 @@ class Part:
     lengths: list[int] = dataclasses.field(default_factory=list)  # tokens of each uncut prompt read
     num_cut: int = 0  # of these prompts
     kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    known_kinds: set[str] = dataclasses.field(default_factory=set)  # of captions, drawn or not
     served: set[int] = dataclasses.field(default_factory=set)  # records that made a row
     skips: list[Skip] = dataclasses.field(default_factory=list)
     failure: str = ""  # why the run would end when its turn comes
@@ -116,11 +117,10 @@ class Part:
         self.num_cut += row.prompt.num_truncated > 0
         if "caption_kinds" in source.fields:
             record = source.read(index, ("captions", "caption_kinds"))
-            if (
-                record["caption_kinds"]
-                and (k := drawn_caption(row, record["captions"])) is not None
-            ):
-                self.kinds[record["caption_kinds"][k]] += 1
+            kinds = record["caption_kinds"]
+            self.known_kinds.update(kinds)
+            if kinds and (k := drawn_caption(row, record["captions"])) is not None:
+                self.kinds[kinds[k]] += 1
         if len(self.examples) < num_examples:
             self.examples.append(row)
 
@@ -197,6 +197,13 @@ class Survey:
                 yield (
                     f"{part.name}: {part.cut:.0%} of {len(part.lengths)} prompts are longer than "
                     f"data.num_tokens={data.num_tokens} and are cut"
+                )
+        kinds = set().union(*(part.known_kinds for part in self.parts))
+        for kind in data.caption_weights:
+            if kind not in kinds:
+                yield (
+                    f"data.caption_weights: no record read has captions of the kind {kind!r}"
+                    f"{suggestion(kind, sorted(kinds))}"
                 )
         for bucket in self.stream.bucket_shares():
             if bucket.records < data.batch_size:

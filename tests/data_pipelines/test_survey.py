@@ -1,6 +1,7 @@
 """A survey's numbers are those of a count by hand, and its warnings what would harm a run."""
 
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -163,6 +164,18 @@ def test_a_run_that_is_too_short_and_a_bucket_that_is_too_small_are_told():
     missing = [part.name for part in found.parts if not part.rows.any()]
     assert missing
     assert all(f"{name} has no row in the run" in warnings for name in missing)
+
+
+def test_a_weight_of_a_kind_that_no_caption_has_is_told():
+    config = make_config()
+    weights = {KINDS[0]: 0.0, KINDS[1]: 2.0, KINDS[0] + "s": 1.0}
+    data = dataclasses.replace(config.data, caption_weights=weights)
+    (warning,) = [
+        line
+        for line in survey(dataclasses.replace(config, data=data)).warnings()
+        if "caption_weights" in line
+    ]
+    assert f"kind {KINDS[0] + 's'!r}; did you mean {KINDS[0]!r}?" in warning
 
 
 def test_a_sound_mixture_has_no_warning():
