@@ -1,0 +1,106 @@
+"""The official input files of benchmarks, which the user supplies.
+
+A file is read whole. What is missing, torn or another file is one line, which says what was
+expected where. An excerpt is a file of the official format with fewer rows, as tests have them.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from univg_jax.errors import NotFoundError, UserError, quote
+
+
+@dataclasses.dataclass(frozen=True)
+class InputFile:
+    """A file by its official name; `source` says in messages what it is and who publishes it."""
+
+    name: str
+    source: str
+
+    def at(self, path: epath.PathLike) -> epath.Path:
+        """The file at `path`, which is the file or its folder. Raises NotFoundError."""
+        path = epath.Path(path)
+        file = path / self.name if path.is_dir() else path
+        if not file.exists() or file.is_dir():
+            raise NotFoundError(f"{file} does not exist: expected {self.name}, {self.source}")
+        return file
+
+    def error(self, path: epath.PathLike, reason: str) -> UserError:
+        """The error that says why the file at `path` is not this one."""
+        return UserError(f"{os.fspath(path)} {reason}: expected {self.name}, {self.source}")
+
+    def text(self, path: epath.PathLike) -> str:
+        """The content, with "\\n" at the end of lines. Raises UserError unless it is UTF-8."""
+        file = self.at(path)
+        try:
+            text = file.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise self.error(file, "is not text in UTF-8") from None
+        except OSError as error:
+            raise self.error(file, f"cannot be read ({error.strerror or error})") from None
+        return text.replace("\r\n", "\n")
+
+    def lines(self, path: epath.PathLike) -> list[str]:
+        """The lines, without those that are blank at the end."""
+        return self.text(path).rstrip("\n").split("\n")
+
+    def objects(self, path: epath.PathLike, fields: Sequence[str]) -> list[dict[str, Any]]:
+        """The JSON objects of a file with one a line. Each must have all `fields`."""
+        found = []
+        for number, line in enumerate(self.lines(path), 1):
+            value = self._json(path, line, where=f"line {number}")
+            if not isinstance(value, dict):
+                raise self.error(self.at(path), f"has no object in line {number}")
+            if missing := [name for name in fields if name not in value]:
+                raise self.error(self.at(path), f"has no {quote(missing[0])} in line {number}")
+            found.append(value)
+        return found
+
+    def json(self, path: epath.PathLike) -> Any:
+        """The JSON value that the file is."""
+        return self._json(path, self.text(path), where="the file")
+
+    def table(
+        self, path: epath.PathLike, columns: Sequence[str], *, separator: str = ","
+    ) -> list[dict[str, str]]:
+        """The rows of a table with these columns, which may have others.
+
+        Quotes are part of the format where the separator is a comma.
+        """
+        file, text = self.at(path), self.text(path)
+        quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
+        reader = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True
+        )
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise self.error(file, f"is torn at line {reader.line_num} ({error})") from None
+        if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+            raise self.error(file, f"has no column {missing[0]!r}")
+        for number, row in enumerate(rows, 1):
+            if None in row or None in row.values():
+                raise self.error(file, f"is torn at row {number}, which lacks or exceeds columns")
+        return rows
+
+    def check_count(
+        self, path: epath.PathLike, *, found: int, official: int, what: str, excerpt: bool
+    ) -> None:
+        """Raises UserError unless there are as many `what` as in the official file, or fewer in an
+        `excerpt`.
+        """
+        if not 0 < found <= official or (found < official and not excerpt):
+            raise self.error(self.at(path), f"has {found} {what} instead of {official}")
+
+    def _json(self, path: epath.PathLike, text: str, *, where: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self.error(self.at(path), f"is torn, {where} is not JSON ({error})") from None
