@@ -1,0 +1,170 @@
+"""DSG-1k: a model answers yes-or-no questions about an image, and some hang on others.
+
+The rules are those of github.com/j-min/DSG, vqa_utils.py and t2i_eval_dsg1k.py. A question scores
+1 if its answer is exactly "yes", and 0 if the answer to one of its parents is not. That rule goes
+one step: it looks at the parent's own answer, not at what is left of it. The score of an image is
+the mean over its questions, the benchmark's the mean over images, in percent.
+
+Two things in the official code move numbers, so there are two scores:
+
+* `official`. Eight items name a parent that is no number ("5, right"). Their questions then have
+  no parents at all. One item (tifa160_134) has no question 1, on which all the others hang: it
+  scores 0 whatever the image shows.
+* `fixed`. A parent that does not exist hangs nothing; all others count.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+from etils import epath
+
+from univg_jax.errors import UserError
+from univg_jax.evaluation.inputs import InputFile
+from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
+
+FILE = InputFile("dsg-1k-anns.csv", "the questions of DSG-1k: github.com/j-min/DSG")
+COLUMNS = (
+    *("item_id", "text", "proposition_id", "dependency"),
+    *("category_broad", "category_detailed", "tuple", "question_natural_language"),
+)
+PROMPTS = 1060
+QUESTIONS = 8182
+
+# What an item's id contains, and the category that the official summary puts it in.
+CATEGORIES = {
+    "tifa": "tifa",
+    "stanford": "paragraph",
+    "localized": "paragraph",
+    "countbench": "count",
+    "vrd": "relation",
+    "diffusion": "real_user",
+    "midjourney": "real_user",
+    "posescript": "pose",
+    "whoops": "defying",
+    "drawtext": "text",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question, and which others it hangs on.
+
+    `proposition` is what it asks for, such as "attribute - color (cube, purple)".
+    """
+
+    number: int
+    parents: tuple[int, ...]  # without 0, which is none
+    text: str
+    proposition: str
+    names_no_number: bool = False  # as a parent, beside those that it names by number
+
+    @classmethod
+    def of(cls, row: dict[str, str]) -> "Question":
+        """The question of a row of the table. Raises ValueError where the number is none."""
+        words = [word.strip() for word in row["dependency"].split(",")]
+        numbers = [int(word) for word in words if word.isdecimal()]
+        return cls(
+            number=int(row["proposition_id"]),
+            parents=tuple(number for number in numbers if number),
+            text=row["question_natural_language"],
+            proposition=row["tuple"],
+            names_no_number=len(numbers) < len(words),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A prompt and its questions."""
+
+    index: int
+    item_id: str
+    prompt: str
+    questions: tuple[Question, ...]
+
+    @property
+    def category(self) -> str:
+        """The official category, or the id's own prefix where there is none."""
+        found = [name for part, name in CATEGORIES.items() if part in self.item_id]
+        return found[0] if found else self.item_id.rsplit("_", 1)[0]
+
+
+def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
+    """The prompts with their questions. `path` is dsg-1k-anns.csv or its folder.
+
+    Raises UserError if it is not that file, or, unless it is an `excerpt`, not all of it.
+    """
+    questions: dict[str, list[Question]] = collections.defaultdict(list)
+    prompts: dict[str, str] = {}
+    for number, row in enumerate(FILE.table(path, COLUMNS), 1):
+        try:
+            questions[row["item_id"]].append(Question.of(row))
+        except ValueError:
+            raise FILE.error(FILE.at(path), f"has no question's number in row {number}") from None
+        prompts.setdefault(row["item_id"], row["text"])
+    for item, asked in questions.items():
+        if len({question.number for question in asked}) < len(asked):
+            raise FILE.error(FILE.at(path), f"has a question of {item} twice")
+    asked = sum(map(len, questions.values()))
+    FILE.check_count(path, found=len(prompts), official=PROMPTS, what="prompts", excerpt=excerpt)
+    FILE.check_count(path, found=asked, official=QUESTIONS, what="questions", excerpt=excerpt)
+    return tuple(
+        Row(index, item, prompts[item], tuple(questions[item]))
+        for index, item in enumerate(prompts)
+    )
+
+
+def image_files(row: Row) -> tuple[str, ...]:
+    """Where the image lies. There is no official layout: the code reads answers, not images."""
+    return (f"{row.item_id}.png",)
+
+
+def score(row: Row, answers: Sequence[str | None] | None) -> dict[str, Ratio]:
+    """Sums and counts of an image, from the answers to its questions in their order.
+
+    None instead of an answer is a reply that could not be used, and is wrong. None instead of all
+    answers is an image that is not there: it scores 0, as in the official code.
+    """
+    if answers is None:
+        answers = [None] * len(row.questions)
+    if len(answers) != len(row.questions):
+        raise UserError(f"{row.item_id} has {len(row.questions)} questions, not {len(answers)}")
+    right = {q.number: a == "yes" for q, a in zip(row.questions, answers, strict=True)}
+    parents = {question.number: question.parents for question in row.questions}
+    official = parents
+    if any(question.names_no_number for question in row.questions):
+        official = dict.fromkeys(parents, ())
+    is_cut = any(parent not in right for named in official.values() for parent in named)
+    usable = sum(answer is not None for answer in answers)
+    return {
+        "official": Ratio.of(0.0 if is_cut else _mean_after_parents(right, official)),
+        "fixed": Ratio.of(_mean_after_parents(right, parents)),
+        "without_parents": Ratio.of(sum(right.values()) / len(right)),
+        "usable": Ratio.of(usable, len(answers)),
+    }
+
+
+def _mean_after_parents(right: dict[int, bool], parents: dict[int, tuple[int, ...]]) -> float:
+    held = [
+        right[number] and all(right.get(parent, True) for parent in parents[number])
+        for number in right
+    ]
+    return sum(held) / len(held)
+
+
+def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
+    """In percent, for `official` and `fixed`: the overall score and that of each category.
+
+    `without_parents` is the score of the answers alone, and `unusable` how many could not be used.
+    """
+    found: Summary = {}
+    for name in ("official", "fixed"):
+        ratios = column(scores, name)
+        found[f"{name}/overall"] = 100 * merge(ratios).value
+        by_category = by_group([row.category for row in rows], ratios)
+        found |= values(f"{name}/", by_category, scale=100.0)
+    usable = merge(column(scores, "usable"))
+    found["without_parents"] = 100 * merge(column(scores, "without_parents")).value
+    found["unusable"] = float(usable.count.sum() - usable.total.sum())
+    return found
