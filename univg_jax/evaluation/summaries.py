@@ -28,7 +28,7 @@ def by_group(groups: Sequence[Group], ratios: Sequence[Ratio]) -> dict[Group, Ra
     return {group: merge(ratios) for group, ratios in members.items()}
 
 
-def values(prefix: str, ratios: Mapping[str, Ratio], *, scale: float = 1.0) -> Summary:
+def values(prefix: str, ratios: Mapping[Hashable, Ratio], *, scale: float = 1.0) -> Summary:
     """The value of each ratio, its name after `prefix`."""
     return {f"{prefix}{name}": scale * ratio.value for name, ratio in ratios.items()}
 

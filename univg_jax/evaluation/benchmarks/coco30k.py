@@ -1,0 +1,127 @@
+"""COCO-30k: the captions of 30,000 pictures of COCO 2014, for FID and the CLIP score.
+
+Papers choose the captions, the size of real pictures and the extractor in different ways, and such
+numbers do not compare. This is MLPerf's choice (mlcommons/training, stable_diffusion): captions of
+captions_val2014.json are shuffled by pandas, `sample(frac=1, random_state=2023)`, the first of each
+picture is kept, the first 30,000 of those are taken, and they are sorted by the caption's id. The
+real pictures are resized to 512 x 512 by a bicubic filter, and their shape is not kept.
+
+pandas draws the shuffle from numpy's old generator, whose numbers never change.
+"""
+
+import csv
+import dataclasses
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from univg_jax.evaluation.inputs import InputFile
+from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.evaluation.summaries import Scores, Summary, column
+
+CAPTIONS = InputFile("captions_val2014.json", "COCO's captions: annotations_trainval2014.zip")
+TABLE = InputFile("val2014_30k.tsv", "MLPerf's captions (image_id, id, caption)")
+COLUMNS = ("image_id", "id", "caption")
+SAMPLES = 30_000
+SEED = 2023
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A caption and the picture that it is of."""
+
+    index: int
+    image_id: int
+    caption_id: int
+    caption: str
+
+
+def read(path: epath.PathLike, *, samples: int = SAMPLES, excerpt: bool = False) -> tuple[Row, ...]:
+    """The captions, of captions_val2014.json or of the table that MLPerf makes of it.
+
+    `path` is one of the files, a table by its ending .tsv, or a folder of captions_val2014.json.
+    Raises UserError if it is not that file, or, unless it is an `excerpt`, has not enough captions.
+    """
+    if os.fspath(path).endswith(".tsv"):
+        rows, file = _read_table(path), TABLE
+    else:
+        file, value = CAPTIONS, CAPTIONS.json(path)
+        annotations = value.get("annotations") if isinstance(value, dict) else None
+        if not isinstance(annotations, list):
+            raise file.error(file.at(path), "has no annotations")
+        try:
+            rows = select(annotations, samples=samples)
+        except (TypeError, KeyError, AttributeError) as error:
+            reason = f"has an annotation without caption ({error!r})"
+            raise file.error(file.at(path), reason) from None
+    file.check_count(path, found=len(rows), official=samples, what="captions", excerpt=excerpt)
+    return rows
+
+
+def select(
+    annotations: Sequence[Mapping[str, Any]], *, samples: int = SAMPLES, seed: int = SEED
+) -> tuple[Row, ...]:
+    """MLPerf's captions among all of COCO's."""
+    chosen: dict[int, Mapping[str, Any]] = {}
+    for place in np.random.RandomState(seed).permutation(len(annotations)):
+        chosen.setdefault(annotations[place]["image_id"], annotations[place])
+        if len(chosen) == samples:
+            break
+    in_order = sorted(chosen.values(), key=lambda annotation: annotation["id"])
+    return tuple(
+        Row(index, a["image_id"], a["id"], a["caption"].replace("\n", "").strip())
+        for index, a in enumerate(in_order)
+    )
+
+
+def _read_table(path: epath.PathLike) -> tuple[Row, ...]:
+    rows = []
+    # Captions with quotes are quoted, as in a table with commas.
+    reader = csv.DictReader(io.StringIO(TABLE.text(path), newline=""), delimiter="\t", strict=True)
+    try:
+        for index, line in enumerate(reader):
+            values = (int(line["image_id"]), int(line["id"]), str(line["caption"]))
+            if line["caption"] is None:
+                raise ValueError(f"no caption in row {index + 1}")
+            rows.append(Row(index, *values))
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise TABLE.error(TABLE.at(path), f"is torn or another table ({error!r})") from None
+    return tuple(rows)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """MLPerf's table of these captions."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows((row.image_id, row.caption_id, row.caption) for row in rows)
+    return text.getvalue()
+
+
+def image_files(row: Row) -> tuple[str, ...]:
+    """Where the image lies, as MLPerf saves it: by the picture's id."""
+    return (f"{row.image_id}.png",)
+
+
+def real_file(row: Row) -> str:
+    """The file of the real picture in val2014.zip."""
+    return f"val2014/COCO_val2014_{row.image_id:012}.jpg"
+
+
+def score(cosine: float | None) -> dict[str, Ratio]:
+    """Sums and counts of an image's CLIP score, the raw cosine; None is an image that is missing.
+
+    Every row counts once: MLPerf's code says of itself that the rows that pad its last batch count
+    twice.
+    """
+    return {"clip": Ratio.of(0.0, 0.0) if cosine is None else Ratio.of(cosine)}
+
+
+def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
+    """The mean CLIP score. FID is no mean over images: its state merges on its own."""
+    total = merge(column(scores, "clip"))
+    return {"clip": total.value, "missing": float(len(rows) - total.count.sum())}

@@ -1,0 +1,218 @@
+"""GenEval 2: how probable a model finds the right answer to each of a prompt's questions.
+
+The rules are those of github.com/facebookresearch/GenEval2, whose data the user supplies. One image
+is made of each prompt. The model is asked "QUESTION Answer in one word." and gives one token. A
+question scores the sum of the probabilities of the first tokens of all spellings of its answer.
+Nothing is cut at 1, and a token that begins two spellings counts twice. Then
+
+    Soft-TIFA AM   the mean over a prompt's questions, and over prompts
+    Soft-TIFA GM   the geometric mean over a prompt's questions, 0 if any is 0; mean over prompts
+    TIFA           the share of questions whose most probable token is one of the spellings
+
+all in percent.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from etils import epath
+
+from univg_jax.errors import UserError
+from univg_jax.evaluation.inputs import InputFile
+from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
+
+FILE = InputFile(
+    "geneval2_data.jsonl", "the prompts of GenEval 2: github.com/facebookresearch/GenEval2"
+)
+PROMPTS = 800
+INSTRUCTION = "Answer in one word."
+YES = ("Yes", "yes", " Yes", " yes")
+DIGITS = dict(
+    zip(
+        ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+        map(str, range(1, 11)),
+        strict=True,
+    )
+)
+NO_DIGIT = "other"
+
+# The text of the first token of a spelling, by the tokenizer of the model that answers.
+FirstToken = Callable[[str], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question, its answer, and the skill that it is about."""
+
+    text: str
+    answer: str
+    skill: str
+
+    @property
+    def prompt(self) -> str:
+        """What the model is sent, after the image."""
+        return f"{self.text} {INSTRUCTION}"
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """The answers that are right. Of a question that counts nothing the answer is yes."""
+        if not self.text.startswith("How many"):
+            return YES
+        word, digit = self.answer, DIGITS.get(self.answer, NO_DIGIT)
+        capital = word.capitalize()
+        return (word, capital, f" {word}", f" {capital}", digit, f" {digit}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A prompt, how many atoms it is made of, and its questions, of which there may be more."""
+
+    index: int
+    prompt: str
+    atom_count: int
+    questions: tuple[Question, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model said: its most probable token, and the probabilities of tokens by text.
+
+    An endpoint gives only the most probable tokens; what is not among them counts 0.
+    """
+
+    token: str
+    p: Mapping[str, float]
+
+
+def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
+    """The prompts with their questions. `path` is geneval2_data.jsonl or its folder.
+
+    Raises UserError if it is not that file, or, unless it is an `excerpt`, not all of it.
+    """
+    rows = []
+    fields = ("prompt", "atom_count", "vqa_list", "skills")
+    for index, value in enumerate(FILE.objects(path, fields)):
+        try:
+            questions = tuple(
+                Question(str(text), str(answer), str(skill))
+                for (text, answer), skill in zip(value["vqa_list"], value["skills"], strict=True)
+            )
+            rows.append(Row(index, value["prompt"], int(value["atom_count"]), questions))
+        except (TypeError, ValueError) as error:
+            reason = f"has no questions with skills in line {index + 1} ({error})"
+            raise FILE.error(FILE.at(path), reason) from None
+        if not questions:
+            raise FILE.error(FILE.at(path), f"has no questions in line {index + 1}")
+    FILE.check_count(path, found=len(rows), official=PROMPTS, what="prompts", excerpt=excerpt)
+    return tuple(rows)
+
+
+def image_files(row: Row) -> tuple[str, ...]:
+    """Where the image lies. The official scorer reads places from `index_file` instead."""
+    return (f"{row.index:05}.png",)
+
+
+def index_file(rows: Sequence[Row]) -> dict[str, str]:
+    """The JSON that the official scorer reads: the image's file of each prompt."""
+    return {row.prompt: image_files(row)[0] for row in rows}
+
+
+def soft_score(question: Question, p: Mapping[str, float], first_token: FirstToken) -> float:
+    """The sum of the probabilities of the first tokens of all spellings, each as often as it comes.
+
+    A tokenizer that splits off spaces before digits has the bare space as the first token of " 4",
+    and that is then a right answer: a fault of the official code, which is kept.
+    """
+    return math.fsum(p.get(first_token(spelling), 0.0) for spelling in question.spellings)
+
+
+def qwen_first_token(spelling: str) -> str:
+    """The first token by Qwen's rule of splitting, for an endpoint whose tokenizer is not at hand.
+
+    Digits are tokens one by one, and so is the space before one. Each spelled word is taken to be
+    one token with the space before it.
+    """
+    space, rest = (" ", spelling[1:]) if spelling.startswith(" ") else ("", spelling)
+    return (space or rest[0]) if rest[:1].isdecimal() else spelling
+
+
+def hard_score(question: Question, token: str) -> float:
+    """1 if the most probable token, in lower case, is one of the spellings."""
+    return float(token.lower() in question.spellings)
+
+
+def skills(rows: Sequence[Row]) -> tuple[str, ...]:
+    """All skills of these rows, sorted."""
+    return tuple(sorted({question.skill for row in rows for question in row.questions}))
+
+
+def score(
+    row: Row, answers: Sequence[Answer | None] | None, first_token: FirstToken, names: Sequence[str]
+) -> dict[str, Ratio]:
+    """Sums and counts of a prompt, from the answers to its questions in their order.
+
+    None instead of an answer could not be had, and counts 0, as does every question of an image
+    that is not there. `names` are the `skills` of all rows: `skills` has an entry for each.
+    """
+    if answers is None:
+        answers = [None] * len(row.questions)
+    if len(answers) != len(row.questions):
+        raise UserError(
+            f"prompt {row.index} of GenEval 2 has {len(row.questions)} questions, "
+            f"not {len(answers)} answers"
+        )
+    pairs = list(zip(row.questions, answers, strict=True))
+    soft = [0.0 if a is None else soft_score(q, a.p, first_token) for q, a in pairs]
+    hard = [0.0 if a is None else hard_score(q, a.token) for q, a in pairs]
+    sums: dict[str, list[float]] = collections.defaultdict(list)
+    for question, value in zip(row.questions, soft, strict=True):
+        sums[question.skill].append(value)
+    return {
+        "am": Ratio.of(math.fsum(soft) / len(soft)),
+        "gm": Ratio.of(geometric_mean(soft)),
+        "tifa": Ratio.of(sum(hard) / len(hard)),
+        "usable": Ratio.of(sum(a is not None for a in answers), len(answers)),
+        "skills": Ratio.of(
+            np.array([math.fsum(sums[name]) for name in names]),
+            np.array([len(sums[name]) for name in names]),
+        ),
+    }
+
+
+def geometric_mean(numbers: Sequence[float]) -> float:
+    """0 if any number is."""
+    if min(numbers) <= 0:
+        return 0.0
+    return math.exp(math.fsum(map(math.log, numbers)) / len(numbers))
+
+
+def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
+    """In percent: `am`, `gm` and `tifa`; GM by the number of atoms; and each skill.
+
+    A skill is the mean over all of its questions, not over prompts.
+    """
+    totals = {name: merge(column(scores, name)) for name in ("am", "gm", "tifa", "usable")}
+    sums = merge(column(scores, "skills"))
+    by_skill = {
+        name: Ratio.of(total, count)
+        for name, total, count in zip(skills(rows), sums.total, sums.count, strict=True)
+    }
+    by_atoms = by_group([row.atom_count for row in rows], column(scores, "gm"))
+    usable = totals["usable"]
+    return {
+        **{name: 100 * totals[name].value for name in ("am", "gm", "tifa")},
+        **values("gm/atoms_", dict(sorted(by_atoms.items())), scale=100.0),
+        **values("skill/", by_skill, scale=100.0),
+        "unusable": float(usable.count.sum() - usable.total.sum()),
+    }
+
+
+def count_by_skill(rows: Sequence[Row]) -> dict[str, int]:
+    """How many questions of each skill there are."""
+    asked = itertools.chain.from_iterable(row.questions for row in rows)
+    return dict(collections.Counter(question.skill for question in asked))

@@ -1,0 +1,93 @@
+"""HPSv2: what people are predicted to prefer, of 800 prompts in each of four styles.
+
+The rules are those of github.com/tgxs002/HPSv2, evaluation.py. An image scores 100 x the cosine of
+a CLIP ViT-H/14 with HPSv2's weights. The score of a style is the mean over chunks of 80 images of
+the means of the chunks, and its deviation that of these means. The average is over all images, not
+over styles. A missing image is left out, so that the images after it move into other chunks.
+
+There are two versions of the weights, v2.0 and v2.1, whose numbers do not compare. Published
+numbers often do not say which they are, so both may be scored. The official code on a GPU rounds
+each score to float16, which is 1/64 there; ours does not.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from etils import epath
+
+from univg_jax.evaluation.inputs import InputFile
+from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.evaluation.summaries import Scores, Summary, column
+
+STYLES = ("anime", "concept-art", "paintings", "photo")
+PROMPTS = 800  # of each style
+CHUNK = 80  # images
+SOURCE = "benchmark/ of huggingface.co/datasets/zhwang/HPDv2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A prompt and its place in the list of its style."""
+
+    style: str
+    index: int
+    prompt: str
+
+
+def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
+    """The prompts of all styles. `path` is the official folder of STYLE.json.
+
+    Raises UserError if a list is missing, is none of texts, or, unless it is an `excerpt`, has
+    other than 800.
+    """
+    rows = []
+    for style in STYLES:
+        file = InputFile(f"{style}.json", f"a list of HPSv2's prompts: {SOURCE}")
+        where = epath.Path(path) / file.name  # a file cannot stand for all four
+        prompts = file.json(where)
+        if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
+            raise file.error(where, "is not a list of texts")
+        file.check_count(
+            where, found=len(prompts), official=PROMPTS, what="prompts", excerpt=excerpt
+        )
+        rows += [Row(style, index, text) for index, text in enumerate(prompts)]
+    return tuple(rows)
+
+
+def image_files(row: Row) -> tuple[str, ...]:
+    """Where the image lies."""
+    return (f"{row.style}/{row.index:05}.jpg",)
+
+
+def score(cosines: Mapping[str, float] | None, versions: Sequence[str]) -> dict[str, Ratio]:
+    """100 x the cosine by each version of the weights; None is an image that is not there."""
+    if cosines is None:
+        return {version: Ratio.of(0.0, 0.0) for version in versions}
+    return {version: Ratio.of(100 * cosines[version]) for version in versions}
+
+
+def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
+    """For each version: `average`, and each style with its `deviation`; `strict/` has missing
+    images as 0.
+    """
+    found: Summary = {}
+    for version in scores[0]:
+        ratios = column(scores, version)
+        total = merge(ratios)
+        found[f"{version}/average"] = total.value
+        found[f"{version}/strict/average"] = float(total.total.sum() / len(rows))
+        for style in dict.fromkeys(row.style for row in rows):
+            # In the order of the list, whatever the order of the rows.
+            of_style = sorted(
+                (row.index, float(ratio.total[0]))
+                for row, ratio in zip(rows, ratios, strict=True)
+                if row.style == style and ratio.count[0]
+            )
+            numbers = [number for _, number in of_style]
+            chunks = [np.mean(numbers[i : i + CHUNK]) for i in range(0, len(numbers), CHUNK)]
+            found[f"{version}/{style}"] = float(np.mean(chunks)) if chunks else float("nan")
+            deviation = float(np.std(chunks)) if chunks else float("nan")
+            found[f"{version}/{style}/deviation"] = deviation
+        found[f"{version}/missing"] = float(len(rows) - total.count.sum())
+    return found

@@ -1,0 +1,115 @@
+"""LongText-Bench: how much of the text that a prompt asks for can be read in its image.
+
+The rules are those of textbench/ in github.com/X-Omni-Team/X-Omni. A model reads the image. Its
+text and the asked text, lines joined by spaces, are reduced to letters, digits, Chinese
+characters and French accents. In English they are compared word by word in lower case, in Chinese
+character by character as they are. The score is the number of words that are in both, as often as
+in both, over the number of asked words, summed over all images before the division.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from etils import epath
+
+from univg_jax.errors import check_name
+from univg_jax.evaluation.inputs import InputFile
+from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
+
+SOURCE = "the prompts of LongText-Bench: textbench/ of github.com/X-Omni-Team/X-Omni"
+FILES = {
+    "en": InputFile("text_prompts.jsonl", SOURCE),
+    "zh": InputFile("text_prompts_zh.jsonl", SOURCE),
+}
+PROMPTS = 160
+NOTHING_READ = "No text recognized."  # what a reader says of an image without text; with its dot
+KEPT = "一-龥a-zA-Z0-9àâäéèêëîïôöùûüçÀÂÄÉÈÊËÎÏÔÖÙÛÜÇ"
+
+Language = Literal["en", "zh"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A prompt and the lines of text that it asks for. Ids have gaps."""
+
+    index: int
+    prompt_id: int
+    prompt: str
+    lines: tuple[str, ...]
+    category: str
+    length: str  # short or long
+    language: Language
+
+
+def read(path: epath.PathLike, language: str = "en", *, excerpt: bool = False) -> tuple[Row, ...]:
+    """The prompts of a language, en or zh. `path` is the official file or its folder.
+
+    Raises UserError if it is not that file, or, unless it is an `excerpt`, not all of it.
+    """
+    file = FILES[check_name(language, FILES, what="language of LongText-Bench")]
+    rows = []
+    fields = ("prompt_id", "prompt", "text", "category", "length")
+    for index, value in enumerate(file.objects(path, fields)):
+        lines = value["text"]
+        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+            raise file.error(file.at(path), f"has no list of texts in line {index + 1}")
+        rows.append(
+            Row(
+                index=index,
+                prompt_id=int(value["prompt_id"]),
+                prompt=value["prompt"],
+                lines=tuple(lines),
+                category=value["category"],
+                length=value["length"],
+                language=language,
+            )
+        )
+    file.check_count(path, found=len(rows), official=PROMPTS, what="prompts", excerpt=excerpt)
+    return tuple(rows)
+
+
+def image_files(row: Row, *, images: int = 1) -> tuple[str, ...]:
+    """Where the images lie: ID.png, or ID_k.png where there are several of a prompt."""
+    if images == 1:
+        return (f"{row.prompt_id}.png",)
+    return tuple(f"{row.prompt_id}_{k}.png" for k in range(images))
+
+
+def words(text: str, language: Language) -> list[str]:
+    """The words of a text, or in Chinese its characters, as they are compared."""
+    if language == "zh":
+        return re.findall(f"[{KEPT}]", text)
+    return re.sub(rf"[^{KEPT}\s]", "", text).lower().split()
+
+
+def score(row: Row, texts: Sequence[str | None]) -> dict[str, Ratio]:
+    """Matched and asked words of a prompt, from what was read in each of its images.
+
+    None is an image that is not there or a reply that could not be had: it counts nowhere, and in
+    `strict` nothing of it matches.
+    """
+    asked = collections.Counter(words(" ".join(row.lines), row.language))
+    there = [text.replace(NOTHING_READ, "") for text in texts if text is not None]
+    read = [collections.Counter(words(text, row.language)) for text in there]
+    matched = sum((asked & found).total() for found in read)
+    return {
+        "text": Ratio.of(matched, asked.total() * len(there)),
+        "strict": Ratio.of(matched, asked.total() * len(texts)),
+        "present": Ratio.of(len(there), len(texts)),
+    }
+
+
+def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
+    """`overall`, and by category and length, which the official code does not have."""
+    ratios, present = column(scores, "text"), merge(column(scores, "present"))
+    return {
+        "overall": merge(ratios).value,
+        "strict/overall": merge(column(scores, "strict")).value,
+        **values("category/", by_group([row.category for row in rows], ratios)),
+        **values("length/", by_group([row.length for row in rows], ratios)),
+        "missing": float(present.count.sum() - present.total.sum()),
+    }

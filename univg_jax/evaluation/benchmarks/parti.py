@@ -1,0 +1,64 @@
+"""PartiPrompts: 1,632 prompts in twelve categories and eleven challenges.
+
+Published as a table in github.com/google-research/parti, where people judge the images: there is
+no scorer and no layout of files. What we compute is the cosine of CLIP between image and prompt,
+by category and by challenge.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from etils import epath
+
+from univg_jax.evaluation.inputs import InputFile
+from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
+
+FILE = InputFile("PartiPrompts.tsv", "the prompts of github.com/google-research/parti")
+COLUMNS = ("Prompt", "Category", "Challenge", "Note")
+PROMPTS = 1632
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A prompt, its category, and what is hard about it."""
+
+    index: int
+    prompt: str
+    category: str
+    challenge: str
+
+
+def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
+    """The prompts. `path` is PartiPrompts.tsv or its folder.
+
+    Raises UserError if it is not that file, or, unless it is an `excerpt`, not all of it.
+    """
+    table = FILE.table(path, COLUMNS, separator="\t")
+    FILE.check_count(path, found=len(table), official=PROMPTS, what="prompts", excerpt=excerpt)
+    return tuple(
+        Row(index, line["Prompt"], line["Category"], line["Challenge"])
+        for index, line in enumerate(table)
+    )
+
+
+def image_files(row: Row) -> tuple[str, ...]:
+    """Where the image lies: there is no official layout, so its name is the prompt's number."""
+    return (f"{row.index:05}.png",)
+
+
+def score(cosine: float | None) -> dict[str, Ratio]:
+    """Sums and counts of an image; None is one that is not there, which counts nowhere."""
+    return {"clip": Ratio.of(0.0, 0.0) if cosine is None else Ratio.of(cosine)}
+
+
+def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
+    """The mean cosine: `overall`, by category and by challenge."""
+    ratios = column(scores, "clip")
+    total = merge(ratios)
+    return {
+        "overall": total.value,
+        **values("category/", by_group([row.category for row in rows], ratios)),
+        **values("challenge/", by_group([row.challenge for row in rows], ratios)),
+        "missing": float(len(rows) - total.count.sum()),
+    }
