@@ -1,0 +1,128 @@
+"""What holds for the rows of scores of every benchmark: they can be gathered from processes."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from univg_jax.evaluation import score
+from univg_jax.evaluation.benchmarks import (
+    coco30k,
+    dpg,
+    dsg,
+    geneval,
+    geneval2,
+    hpsv2,
+    longtext,
+    mlperf_loss,
+    parti,
+    t2i_compbench,
+)
+from univg_jax.evaluation.benchmarks.dsg import Question
+
+ROOT = pathlib.Path(__file__).parents[3]
+ASKED = (Question(1, (), "?", "entity - whole (x)"), Question(2, (1,), "?", "global (x)"))
+YES = geneval2.Answer("Yes", {"Yes": 0.75})
+
+
+def of_dpg():
+    rows = [dpg.Row(k, str(k), "", ASKED[: k + 1], (1, 2)[: k + 1]) for k in range(2)]
+    names = dpg.categories(rows)
+    answers = [[{1: "yes"}], None]
+    return dpg, rows, [dpg.score(r, a, names=names) for r, a in zip(rows, answers, strict=True)]
+
+
+def of_geneval2():
+    asked = (geneval2.Question("Is it?", "Yes", "a"), geneval2.Question("Is it?", "Yes", "b"))
+    rows = [geneval2.Row(k, "", 3 + k, asked[: k + 1]) for k in range(2)]
+    scores = [
+        geneval2.score(rows[0], [YES], str, ("a", "b")),
+        geneval2.score(rows[1], None, str, ("a", "b")),
+    ]
+    return geneval2, rows, scores
+
+
+def of_compbench():
+    rows = [t2i_compbench.Row("3d_spatial", k, "") for k in range(2)]
+    images = [[{"official": 0.25, "fixed": 0.5}, 0.5], [None, None]]
+    return t2i_compbench, rows, [t2i_compbench.score(i) for i in images]
+
+
+CASES = {
+    "geneval": lambda: (
+        geneval,
+        [geneval.Row(k, "colors", "", (), (), str(k)) for k in range(2)],
+        [geneval.score([geneval.Verdict(True), None]), geneval.score([None])],
+    ),
+    "geneval2": of_geneval2,
+    "t2i_compbench": of_compbench,
+    "dsg": lambda: (
+        dsg,
+        [dsg.Row(0, "vrd_0", "", ASKED), dsg.Row(1, "whoops_1", "", ASKED[:1])],
+        [
+            dsg.score(dsg.Row(0, "vrd_0", "", ASKED), ["yes", "no"]),
+            dsg.score(dsg.Row(1, "whoops_1", "", ASKED[:1]), None),
+        ],
+    ),
+    "dpg": of_dpg,
+    "parti": lambda: (
+        parti,
+        [parti.Row(k, "", "Arts", "Basic") for k in range(2)],
+        [parti.score(0.25), parti.score(None)],
+    ),
+    "hpsv2": lambda: (
+        hpsv2,
+        [hpsv2.Row("photo", k, "") for k in range(2)],
+        [hpsv2.score({"v2.1": 0.25}, ["v2.1"]), hpsv2.score(None, ["v2.1"])],
+    ),
+    "longtext": lambda: (
+        longtext,
+        [longtext.Row(k, k, "", ("a",), "sign", "short", "en") for k in range(2)],
+        [
+            longtext.score(longtext.Row(0, 0, "", ("a",), "sign", "short", "en"), texts)
+            for texts in (["a b"], [None])
+        ],
+    ),
+    "coco30k": lambda: (
+        coco30k,
+        [coco30k.Row(k, k, k, "") for k in range(2)],
+        [coco30k.score(0.25), coco30k.score(None)],
+    ),
+    "mlperf_loss": lambda: (
+        mlperf_loss,
+        [coco30k.Row(k, k, k, "") for k in range(2)],
+        [mlperf_loss.score(coco30k.Row(k, k, k, ""), 0.5 + k) for k in range(2)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_of_what_is_there_and_of_what_is_missing_have_one_form(name):
+    _, _, scores = CASES[name]()
+    forms = [{metric: r.total.shape for metric, r in entry.items()} for entry in scores]
+    assert forms[0] == forms[1]
+    assert list(scores[0]) == list(scores[1])
+    assert all(r.total.dtype == r.count.dtype == np.float64 for e in scores for r in e.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_summary_is_that_of_the_gathered_rows(name):
+    """Whoever has which row, and in whatever order they come."""
+    benchmark, rows, scores = CASES[name]()
+    whole = benchmark.summary(rows, scores)
+    by_case = dict(reversed(list(enumerate(scores))))
+    table = score.gather(by_case, count=2, template=scores[-1])
+    gathered = [{metric: ratios[k] for metric, ratios in table.items()} for k in range(2)]
+    assert repr(benchmark.summary(rows, gathered)) == repr(whole)
+    assert all(isinstance(value, float) for value in whole.values())
+
+
+def test_readers_and_rules_need_no_jax():
+    names = [f"univg_jax.evaluation.benchmarks.{name}" for name in CASES]
+    code = f"import sys, {', '.join(names)}; print('jax' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "False"
