@@ -170,7 +170,7 @@ def _figure(
     image = image if name == "record" else drawings.shrink(image)
     file = png_bytes(image, optimize=image.size < 2**16)
     if len(file) > _PNG_BYTES:  # a page has hundreds of photos
-        file = jpeg_bytes(image)
+        file = jpeg_bytes(image, quality=90)
     is_small = max(image.shape[:2]) <= 128
     return dict(name=name, url=data_uri(file), note=note, withheld=withheld, is_small=is_small)
 

@@ -346,10 +346,10 @@ def png_bytes(pixels: np.ndarray, *, optimize: bool = False) -> bytes:
     return buffer.getvalue()
 
 
-def jpeg_bytes(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """A JPEG of RGB pixels, of a quality that is good to look at."""
+def jpeg_bytes(pixels: UInt8[np.ndarray, "h w 3"], *, quality: int) -> bytes:
+    """The JPEG of a picture, with colors at half the resolution as is Pillow's default."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=88, subsampling=0)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
@@ -358,7 +358,10 @@ def write_png(path: epath.PathLike, pixels: np.ndarray) -> None:
     write_whole(path, png_bytes(pixels))
 
 
-def data_uri(picture: bytes) -> str:
-    """The file of a PNG or JPEG as an address that a page carries in itself."""
-    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64," + base64.b64encode(picture).decode()
+def data_uri(picture: bytes, *, kind: str = "") -> str:
+    """The file of a PNG or JPEG as an address that a page or a message carries in itself.
+
+    `kind` is what it is said to be, by default what it is.
+    """
+    kind = kind or ("png" if picture.startswith(b"\x89PNG") else "jpeg")
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

@@ -1,0 +1,409 @@
+"""GEdit-Bench: a judge scores edits of eleven tasks, in English and Chinese, from 0 to 10.
+
+The rules are those of github.com/stepfun-ai/Step1X-Edit, GEdit-Bench, with VIEScore's prompts. The
+judge is asked twice about a result: with the source how well the instruction was followed and how
+little else was changed, and without it how natural the result looks. Each time it answers with a
+list of scores in JSON, of which the least one counts:
+
+    SC = min(scores of the first)     PQ = min(scores of the second)     O = sqrt(SC PQ)
+
+Each of the three is averaged over the images of a task, and then over the eleven tasks: so the
+mean O is not the root of the other means. `intersection` is the same over those rows that all
+compared models could answer, as the data says.
+
+Where a reply does not parse, the official code asks both questions once more and takes a random
+score if it still does not. Here the item is then without a score: `official` leaves it out, as the
+official code does where an image is missing, and in `strict` it has 0.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image as Pillow
+
+from data_pipelines.native.tables import get, open_table, picture_bytes
+from univg_jax import images
+from univg_jax.errors import NotFoundError, UserError, check_name
+from univg_jax.evaluation import judging
+from univg_jax.evaluation.inputs import InputFile
+from univg_jax.evaluation.judging import Prompts
+from univg_jax.evaluation.metrics import Image, Ratio
+from univg_jax.evaluation.scorers.endpoint import Endpoint, Reply, Sampling
+from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
+
+_WHAT = "the parquet files of huggingface.co/datasets/stepfun-ai/GEdit-Bench"
+LIST_FILE = InputFile("gedit_edit.json", f"UniWorld's list of GEdit-Bench; or {_WHAT}")
+PROMPTS_FILE = InputFile(
+    "vie_prompts.py",
+    "VIEScore's prompts: GEdit-Bench/viescore of github.com/stepfun-ai/Step1X-Edit",
+)
+TASKS = (
+    *("background_change", "color_alter", "material_alter", "motion_change", "ps_human"),
+    *("style_change", "subject-add", "subject-remove", "subject-replace", "text_change"),
+    "tone_transfer",
+)
+LANGUAGES = ("en", "cn")
+ROWS = 606  # a language
+LIST_ROWS = 604  # UniWorld's list is keyed by what is not unique: two rows of subject-remove lack
+
+_CONTEXT = "_context_no_delimit"
+_PARTS = {
+    "SC": (_CONTEXT, "_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC"),
+    "PQ": (_CONTEXT, "_prompts_0shot_rule_PQ"),
+}
+_DELIMITER = "||V^=^V||"
+Pixels = UInt8[np.ndarray, "_ _ 3"]  # of any size beside another one
+METRICS = ("SC", "PQ", "O")
+ATTEMPTS = 2  # to get a pair of replies that parse
+
+# The two official judges: GPT-4.1 (2025-04-14) and Qwen2.5-VL-72B-Instruct-AWQ.
+GPT = Sampling(images_first=False, encoding="jpeg", quality=75, max_tokens=1400)
+QWEN = Sampling(images_first=True, encoding="png", temperature=0.0, max_tokens=512)
+
+# The full set in English by GPT-4.1: SC, PQ, O, of the README of BAGEL. GPT-4.1 drifts, and two
+# runs differ by 0.1.
+PUBLISHED = {
+    "GPT-4o": ((7.85, 7.62, 7.53), "README of BAGEL"),
+    "Step1X-Edit": ((7.09, 6.76, 6.70), "README of BAGEL"),
+    "BAGEL": ((7.36, 6.83, 6.52), "README of BAGEL"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An edit. `index` is its place in the data, `copy` counts rows with one name before it.
+
+    `in_intersection` is None where the data does not say. `source` is where UniWorld's list says
+    that the source lies.
+    """
+
+    index: int
+    key: str
+    task: str
+    language: str
+    instruction: str
+    in_intersection: bool | None = None
+    source: str = ""
+    copy: int = 0
+
+
+def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
+    """The edits, of the data set's folder or parquet files, or of UniWorld's list, a JSON file.
+
+    Raises UserError if it is neither, or, unless it is an `excerpt`, not all of it: 606 rows of
+    each language that is there, or 604 of the list.
+    """
+    is_list = os.fspath(path).endswith(".json")
+    rows = _of_list(path) if is_list else _of_table(path)
+    languages = collections.Counter(row.language for row in rows)
+    for language, count in languages.items():
+        official = LIST_ROWS if is_list else ROWS
+        if count > official or (count < official and not excerpt):
+            raise UserError(
+                f"{path} has {count} rows of language {language!r} instead of {official}: expected "
+                f"{_WHAT}"
+            )
+    if not rows:
+        raise UserError(f"{path} has no rows: expected {_WHAT}")
+    seen: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    numbered = []
+    for row in rows:
+        name = (row.task, row.language, row.key)
+        numbered.append(dataclasses.replace(row, copy=seen[name]))
+        seen[name] += 1
+    return tuple(numbered)
+
+
+def _of_table(path: epath.PathLike) -> list[Row]:
+    table = open_table(os.fspath(path), what=_WHAT)
+    names = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
+    table.require(*names)
+    rows = []
+    for part in table.parts():
+        for number, row in table.rows(part, columns=names):
+            try:
+                if isinstance(row, UserError):
+                    raise row
+                found = Row(
+                    index=number,
+                    key=get(row, "key", str),
+                    task=get(row, "task_type", str),
+                    language=get(row, "instruction_language", str),
+                    instruction=get(row, "instruction", str),
+                    in_intersection=get(row, "Intersection_exist", bool),
+                )
+                _check(found)
+            except UserError as error:
+                raise UserError(f"{part.file} row {number}: {error}") from None
+            rows.append(found)
+    return rows
+
+
+def _of_list(path: epath.PathLike) -> list[Row]:
+    value, at = LIST_FILE.json(path), LIST_FILE.at(path)
+    if not isinstance(value, dict):
+        raise LIST_FILE.error(at, "is no JSON object")
+    rows = []
+    for index, (key, entry) in enumerate(value.items()):
+        try:
+            task, source, instruction = (
+                get(entry, name, str) for name in ("edit_type", "id", "prompt")
+            )
+            language = "cn" if f"/{task}/cn/" in source else "en"
+            rows.append(Row(index, key, task, language, instruction, source=source))
+            _check(rows[-1])
+        except (UserError, AttributeError) as error:
+            raise LIST_FILE.error(at, f"has no edit in {key!r} ({error})") from None
+    return rows
+
+
+def _check(row: Row) -> None:
+    check_name(row.task, TASKS, what="task")
+    check_name(row.language, LANGUAGES, what="language")
+    # The key becomes the name of a file, and the file that the source names is read.
+    is_name = re.fullmatch(r"[\w-]+", row.key, re.ASCII)
+    if not is_name or (row.source and not judging.is_inside(row.source)):
+        raise UserError(f"the key {row.key!r} or the source {row.source!r} is no plain name")
+
+
+def image_files(row: Row) -> tuple[str, ...]:
+    """Where the result lies. Of rows with one name, the later ones have a number beside it: the
+    official code knows one picture of them all.
+    """
+    return (f"{_stem(row)}.png",)
+
+
+def source_file(row: Row) -> str:
+    """Where the source lies, which the official code shows the judge."""
+    return f"{_stem(row)}_SRCIMG.png"
+
+
+def _stem(row: Row) -> str:
+    number = f"_{row.copy + 1}" if row.copy else ""
+    return f"fullset/{row.task}/{row.language}/{row.key}{number}"
+
+
+def pictures(
+    path: epath.PathLike, rows: Sequence[Row], *, column: str = "input_image"
+) -> Iterator[tuple[Row, Image]]:
+    """Each row with its source, in the data's order, read as a stream.
+
+    `path` is that of `read`; for UniWorld's list the pictures lie beside it. `column` may be
+    `input_image_raw`, the picture at its own size. Raises UserError for what cannot be read.
+    """
+    wanted = {row.index: row for row in rows}
+    if os.fspath(path).endswith(".json"):
+        for row in rows:
+            file = epath.Path(path).parent / row.source
+            if not file.exists():
+                raise NotFoundError(f"{file} does not exist: expected a source of GEdit-Bench")
+            yield row, _decoded(file.read_bytes(), where=file)
+        return
+    table = open_table(os.fspath(path), what=_WHAT)
+    table.require(column)
+    for part in table.parts():
+        if not any(part.first <= index < part.first + part.count for index in wanted):
+            continue
+        for number, found in table.rows(part, columns=(column,)):
+            if number in wanted:
+                where = f"{part.file} row {number}"
+                if isinstance(found, UserError):
+                    raise UserError(f"{where}: {found}")
+                yield wanted[number], _decoded(picture_bytes(found.get(column)), where=where)
+
+
+def _decoded(content: bytes, *, where: object) -> Image:
+    try:
+        return images.decode_rgb(content)
+    except UserError as error:
+        raise UserError(f"{where}: the picture {error}") from None
+
+
+def write_sources(path: epath.PathLike, rows: Sequence[Row], *, out: epath.PathLike) -> None:
+    """Writes the sources of rows to where the official layout has them, but for those there."""
+    absent = [row for row in rows if not (epath.Path(out) / source_file(row)).exists()]
+    if absent:
+        for row, picture in pictures(path, absent):
+            images.write_png(epath.Path(out) / source_file(row), picture)
+
+
+def read_prompts(path: epath.PathLike) -> Prompts:
+    """The judge's two prompts, SC and PQ, of vie_prompts.py or its folder. Raises UserError."""
+    parts = judging.read_python_prompts(PROMPTS_FILE, path)
+    texts = {name: "\n".join(parts[part] for part in named) for name, named in _PARTS.items()}
+    return dataclasses.replace(parts, texts=texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How an item ended (`judging.OUTCOMES`), its scores if it has them, and the replies."""
+
+    outcome: str
+    sc: float = math.nan
+    pq: float = math.nan
+    replies: tuple[Reply, ...] = ()
+
+
+def judge(
+    endpoint: Endpoint,
+    rows: Sequence[Row],
+    *,
+    results: epath.PathLike,
+    prompts: Prompts,
+    sampling: Sampling = GPT,
+    quiet: bool = False,
+) -> list[Verdict]:
+    """The verdict of each row, of a folder `results` in the official layout, sources included.
+
+    The result is shown at the source's size. Raises UserError where a source is not there (see
+    `write_sources`), and what `Endpoint.judge` raises.
+    """
+    folder = epath.Path(results)
+
+    def verdict(row: Row) -> Verdict:
+        source = folder / source_file(row)
+        if not source.exists():
+            raise NotFoundError(f"{source} does not exist: expected the source of GEdit-Bench")
+        found = _result(folder, row)
+        if found is None:
+            return Verdict("missing_image")
+        before = _decoded(source.read_bytes(), where=source)
+        after = _resized(_decoded(found, where=folder / image_files(row)[0]), like=before)
+        return _verdict(endpoint, row, before, after, prompts=prompts, sampling=sampling)
+
+    return endpoint.map(verdict, rows, desc="judge GEdit-Bench", quiet=quiet)
+
+
+def _result(folder: epath.Path, row: Row) -> bytes | None:
+    """The file of a row's result. Others write one for all rows of a name, of any format."""
+    own, shared = (folder / image_files(r)[0] for r in (row, dataclasses.replace(row, copy=0)))
+    for file in (own, shared):
+        if file.exists():
+            return judging.picture_file(file)
+    others = sorted(shared.parent.glob(f"{row.key}.*"))
+    return judging.picture_file(others[0] if others else own)
+
+
+def _resized(image: Pixels, *, like: Pixels) -> Pixels:
+    height, width = like.shape[:2]
+    resized = Pillow.fromarray(image).resize((width, height), Pillow.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def _verdict(
+    endpoint: Endpoint,
+    row: Row,
+    source: Pixels,
+    result: Pixels,
+    *,
+    prompts: Prompts,
+    sampling: Sampling,
+) -> Verdict:
+    """Asks both questions, and both once more where one of the replies does not parse."""
+    prompt = prompts["SC"].replace("<instruction>", row.instruction)
+    questions = (((source, result), prompt), ((result,), prompts["PQ"]))
+    for again in range(ATTEMPTS):
+        replies = tuple(
+            endpoint.judge(shown, text, sampling=sampling, again=again) for shown, text in questions
+        )
+        verdict = verdict_of(replies)
+        if verdict.outcome != "unparsed":
+            break
+    return verdict
+
+
+def verdict_of(replies: Sequence[Reply]) -> Verdict:
+    """The verdict of a pair of replies, to the questions SC and PQ."""
+    for kind in ("failed", "refused"):
+        if any(reply.kind == kind for reply in replies):
+            return Verdict(kind, replies=tuple(replies))
+    sc, pq = (parse(reply.text) for reply in replies)
+    # There may be no root of numbers that are off the scale.
+    if sc is None or pq is None or not 0 <= sc * pq < math.inf:
+        return Verdict("unparsed", replies=tuple(replies))
+    return Verdict("judged", sc, pq, tuple(replies))
+
+
+def parse(text: str) -> float | None:
+    """The least score of a reply; None if it does not parse.
+
+    The JSON is what two delimiters enclose, or what lies between the first "{" and the last "}".
+    Without braces the reply may be, or have in it, "[a, b]", or be an integer from 0 to 10.
+    """
+    if text.count(_DELIMITER) == 2:
+        found = text.split(_DELIMITER)[1]
+    elif "{" in text and "}" in text:
+        found = text[text.index("{") : text.rindex("}") + 1]
+    else:
+        listed = text[text.find("[") : text.rfind("]") + 1]
+        if re.match(r"^\[\d+, ?\d+\]$", listed):
+            found = f'{{"score": {listed}}}'
+        else:
+            return _integer(text)
+    try:
+        scores = json.loads(found.strip().replace("\n", ""))["score"]
+        scores = scores if isinstance(scores, list) else [scores]
+        numbers = [float(s) for s in scores if type(s) in (int, float)]
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
+        return None
+    is_whole = numbers and len(numbers) == len(scores) and all(map(math.isfinite, numbers))
+    return min(numbers) if is_whole else None
+
+
+def _integer(text: str) -> float | None:
+    try:
+        number = int(text)
+    except ValueError:
+        return None
+    return float(number) if 0 <= number <= 10 else None
+
+
+def score(row: Row, verdict: Verdict) -> dict[str, Ratio]:
+    """Sums and counts of an edit: three metrics, `official` and `strict`, and its outcome."""
+    is_judged = verdict.outcome == "judged"
+    numbers = (verdict.sc, verdict.pq, math.sqrt(verdict.sc * verdict.pq)) if is_judged else ()
+    scores = dict(zip(METRICS, numbers))
+    return {
+        **{
+            f"official/{name}": Ratio.of(scores.get(name, 0.0), float(is_judged))
+            for name in METRICS
+        },
+        **{f"strict/{name}": Ratio.of(scores.get(name, 0.0)) for name in METRICS},
+        **judging.outcome_columns(verdict.outcome),
+    }
+
+
+def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
+    """For each language, `full` and `intersection`: SC, PQ and O, their mean and that of each task.
+
+    A name is such as `official/en/full/O` and `official/en/full/O/text_change`. A mean over tasks
+    is NaN where one of the eleven has no item with a score, as in the official code.
+    """
+    found: Summary = {}
+    for language in LANGUAGES:
+        full = [i for i, row in enumerate(rows) if row.language == language]
+        shared = [i for i in full if rows[i].in_intersection]
+        for name, chosen in {"full": full, "intersection": shared}.items():
+            if chosen:
+                tasks = [rows[i].task for i in chosen]
+                found |= _means(f"{language}/{name}", tasks, [scores[i] for i in chosen])
+    return found | judging.outcome_counts(scores, what="GEdit-Bench")
+
+
+def _means(where: str, tasks: Sequence[str], scores: Sequence[Scores]) -> Summary:
+    found: Summary = {}
+    for kind in ("official", "strict"):
+        for name in METRICS:
+            by_task: Mapping[str, Ratio] = by_group(tasks, column(scores, f"{kind}/{name}"))
+            means = [by_task[task].value if task in by_task else math.nan for task in TASKS]
+            found[f"{kind}/{where}/{name}"] = math.fsum(means) / len(TASKS)
+            found |= values(f"{kind}/{where}/{name}/", by_task)
+    return found
