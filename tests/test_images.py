@@ -1,5 +1,6 @@
 """A picture's file means one thing, whatever its format; a mask is white where something is."""
 
+import base64
 import io
 import json
 import os
@@ -464,3 +465,12 @@ def test_bombs_are_refused_by_their_header():
 def test_a_phones_heic_file_is_told_from_garbage():
     with pytest.raises(UserError, match="HEIC files need to be converted"):
         decode_rgb(b"\x00\x00\x00\x18ftypheic" + bytes(40))
+
+
+def test_a_picture_travels_as_an_address():
+    jpeg = images.jpeg_bytes(PIXELS, quality=75)
+    assert jpeg == file(PIXELS, "JPEG")  # Pillow's own default, in which official scripts send
+    head, data = images.data_uri(jpeg, kind="jpeg").split(",")
+    assert head == "data:image/jpeg;base64"
+    assert base64.b64decode(data) == jpeg
+    assert images.data_uri(b"png").startswith("data:image/png;base64,")

@@ -30,6 +30,7 @@ from tests.evaluation.chat_server import (
 from univg_jax import images
 from univg_jax.errors import UnreachableError, UserError
 from univg_jax.evaluation.scorers import endpoint as module
+from univg_jax.evaluation.scorers import scorer_digests
 from univg_jax.evaluation.scorers.endpoint import Endpoint, Sampling
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -564,6 +565,7 @@ def test_settings_say_which_model_answered(serve, tmp_path):
     endpoint = opened(serve(lambda request: "fine"), tmp_path, snapshot="2026-01")
     assert endpoint.settings(SAMPLING)["served"] == []
     ask(endpoint)
+    assert scorer_digests({"judge": endpoint}) == {"judge": "rule-7b 2026-01"}
     assert endpoint.settings(SAMPLING) == {
         "model": "rule-7b",
         "snapshot": "2026-01",

@@ -29,6 +29,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image as Pillow
 
+from data_pipelines.native.table_files import object_of
 from data_pipelines.native.tables import get, open_table, picture_bytes
 from univg_jax import images
 from univg_jax.errors import NotFoundError, UserError, check_name
@@ -154,13 +155,14 @@ def _of_list(path: epath.PathLike) -> list[Row]:
     rows = []
     for index, (key, entry) in enumerate(value.items()):
         try:
+            row = object_of(entry)
             task, source, instruction = (
-                get(entry, name, str) for name in ("edit_type", "id", "prompt")
+                get(row, name, str) for name in ("edit_type", "id", "prompt")
             )
             language = "cn" if f"/{task}/cn/" in source else "en"
             rows.append(Row(index, key, task, language, instruction, source=source))
             _check(rows[-1])
-        except (UserError, AttributeError) as error:
+        except UserError as error:
             raise LIST_FILE.error(at, f"has no edit in {key!r} ({error})") from None
     return rows
 

@@ -105,16 +105,16 @@ def _read(
     rows = []
     for index, (key, entry) in enumerate(value.items()):
         try:
-            texts = tuple(entry[name] for name in prompts if name == prompts[0] or name in entry)
-            kind = edit_type or entry["edit_type"]
-            row = Row(index, key, "adjust" if kind == "alter" else kind, texts, entry["id"])
+            texts = [entry[name] for name in prompts if name == prompts[0] or name in entry]
+            kind, source = edit_type or entry["edit_type"], entry["id"]
         except (TypeError, KeyError) as error:
             raise file.error(at, f"has no edit in {key!r} ({error!r})") from None
-        if not all(isinstance(text, str) for text in (*texts, kind, row.source)):
+        if not all(isinstance(text, str) for text in (*texts, kind, source)):
             raise file.error(at, f"has something else than text in {key!r}")
         # These become names of files, of which one is sent to the judge.
-        if "/" in key or not judging.is_inside(key) or not judging.is_inside(row.source):
+        if "/" in key or not judging.is_inside(key) or not judging.is_inside(source):
             raise file.error(at, f"has a key or a picture in another folder in {key!r}")
+        row = Row(index, key, "adjust" if kind == "alter" else kind, tuple(texts), source)
         if edit_type is None:
             check_name(row.edit_type, TYPES, what=f"type of edit of {key!r} in {at}:")
         rows.append(row)

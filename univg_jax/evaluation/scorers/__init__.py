@@ -6,13 +6,16 @@ which network answers. Each file beside this one implements one or more of the p
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from univg_jax import sharding
+
+if TYPE_CHECKING:
+    from univg_jax.evaluation.scorers.endpoint import Endpoint
 
 # Unit vectors of sentences, and of the faces in pictures of any size.
 TextEmbedder = Callable[[list[str]], Float[np.ndarray, "b d"]]
@@ -41,12 +44,16 @@ class Scorers(TypedDict, total=False):
     text_embed: TextEmbedder
     face_embed: FaceEmbedder
     scene: SceneScorer
+    vqa: "Endpoint"
+    judge: "Endpoint"
 
 
 PROTOCOLS = {  # what to do about one that is missing
     "text_embed": "the run's own text encoder (`scorers.embedders`)",
     "face_embed": "the run has no face encoder, set conditioning.identity, e.g. dict(kind='lda')",
     "scene": "a scene scorer fitted on the data (`scorers.scene`)",
+    "vqa": "a vision-language model that you serve, with log-probabilities (`scorers.endpoint`)",
+    "judge": "a vision-language model that you serve (`scorers.endpoint`)",
 }
 
 

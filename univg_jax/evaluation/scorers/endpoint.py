@@ -163,9 +163,12 @@ class _State:
 
     @contextlib.contextmanager
     def stopping_all(self) -> Iterator[None]:
+        """A block in which whoever waits stops waiting."""
         self._stopping.set()
-        yield
-        self._stopping.clear()
+        try:
+            yield
+        finally:
+            self._stopping.clear()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,6 +225,11 @@ class Endpoint:
         adapter = HTTPAdapter(pool_maxsize=self.concurrency, max_retries=0)
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, adapter)
+
+    @property
+    def digest(self) -> str:
+        """Which model it is, for results that depend on it."""
+        return f"{self.model} {self.snapshot}".strip()
 
     # Questions
 
