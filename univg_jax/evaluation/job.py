@@ -1,0 +1,247 @@
+"""Generation apart from scoring: the images of a benchmark, as files in its official layout.
+
+A `Request` is what one item of a benchmark asks for. `generate` makes the files that are not there
+yet, and no other. Whoever made a file does not matter: a job that was killed goes on, and a folder
+that another model filled is scored by the same code.
+
+An image is a function of (seed, item, image number): its noise is keyed by them, and not by the
+batch, the process or the device that it was made on.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import UInt8
+
+from data_pipelines.collate import Collator
+from data_pipelines.tasks import INPUTS, TASKS
+from univg_jax.batch import Batch
+from univg_jax.errors import UserError
+from univg_jax.evaluation.metrics import Image
+from univg_jax.images import write_png
+from univg_jax.pipeline import Pixels, read_input
+from univg_jax.progress import Bar
+from univg_jax.together import each_together, together
+
+MAX_ITEMS = 2**21  # of a benchmark; with MAX_IMAGES of each, a sample id has 32 bits
+MAX_IMAGES = 2**11
+_WRITERS = 4
+_AHEAD = 2  # batches that are read and tokenized while one is computed
+
+# Images of a batch of one task, for the rows of this process.
+Answer = Callable[[Batch, str], Pixels]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """The files that item `index` of a benchmark asks for.
+
+    `inputs` are those of `Pipeline.run`; pictures may be paths, which are read when they are due. A
+    file shows `cells` images, row by row in a square.
+    """
+
+    index: int
+    task: str
+    inputs: Mapping[str, Any]
+    files: tuple[str, ...]
+    cells: int = 1
+
+    def __post_init__(self):
+        if math.isqrt(self.cells) ** 2 != self.cells:
+            raise ValueError(f"cells={self.cells}: expected a square number")
+        if self.index >= MAX_ITEMS or len(self.files) * self.cells > MAX_IMAGES:
+            raise ValueError(f"item {self.index} of {len(self.files)} x {self.cells} images")
+
+    def sample_id(self, image: int) -> int:
+        """What keys the noise of one of its images, beside the seed."""
+        return self.index * MAX_IMAGES + image
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A file to make, and the numbers of its images among those of the request."""
+
+    request: Request
+    number: int
+
+    @property
+    def name(self) -> str:
+        return self.request.files[self.number]
+
+    @property
+    def images(self) -> range:
+        cells = self.request.cells
+        return range(self.number * cells, (self.number + 1) * cells)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """This process's part of a batch: which file each row is of; None for padding."""
+
+    task: str
+    batch: Batch
+    files: tuple[_File | None, ...]
+
+
+def missing(requests: Sequence[Request], folder: epath.PathLike) -> list[_File]:
+    """The files that are not there yet. All processes call it, and get the same.
+
+    Raises UserError if two requests ask for one file.
+    """
+    folder, files = epath.Path(folder), [_File(r, k) for r in requests for k in range(len(r.files))]
+    names = [file.name for file in files]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two items of the benchmark ask for the file {twice}")
+    with together(), concurrent.futures.ThreadPoolExecutor(64) as pool:
+        there = np.array(list(pool.map(lambda name: (folder / name).exists(), names)), np.uint8)
+    if jax.process_count() > 1:  # one that began earlier may have written some
+        there = np.asarray(multihost_utils.process_allgather(there))
+        there = there.reshape(-1, len(names)).max(axis=0)
+    return [file for file, is_there in zip(files, there) if not is_there]
+
+
+def generate(
+    requests: Sequence[Request],
+    folder: epath.PathLike,
+    *,
+    answer: Answer,
+    collator: Collator,
+    batch_size: int,
+) -> int:
+    """Makes the files of `requests` that `folder` does not have; returns how many images that were.
+
+    All processes call it. `batch_size` is global; the last batch of a task is padded with rows that
+    are not `valid`. Files are written by threads, whole or not at all. What is kept of a request
+    with a mask is its own picture.
+
+    Raises UserError for a batch size that does not divide over the processes, an input that cannot
+    be read, and a file that cannot be written; what was made before is kept.
+    """
+    count = jax.process_count()
+    if batch_size < 1 or batch_size % count:
+        raise UserError(f"batch size {batch_size}: expected a multiple of {count} processes")
+    folder, todo = epath.Path(folder), missing(requests, folder)
+    total = sum(file.request.cells for file in todo)
+    made = 0
+    batches = _ahead(_batches(todo, collator=collator, rows=batch_size // count))
+    with (
+        Bar(total=total, desc="generate", unit="image", disable=jax.process_index() > 0) as bar,
+        _Writer(folder) as writer,
+    ):
+        for rows in each_together(batches):
+            images = answer(rows.batch, rows.task)
+            for image, file, row in zip(images, rows.files, range(rows.batch.size)):
+                if file is not None:
+                    writer.add(file, _keep(image, rows.batch, row))
+                    made += 1
+            bar.update(min(made * count, total) - bar.n)
+    return total
+
+
+def _batches(todo: Sequence[_File], *, collator: Collator, rows: int) -> Iterator[_Rows]:
+    """This process's rows of all batches; every process has equally many."""
+    count, index = jax.process_count(), jax.process_index()
+    for task in dict.fromkeys(file.request.task for file in todo):
+        files = [file for file in todo if file.request.task == task]
+        shares = [[(f, k) for f in files[p::count] for k in f.images] for p in range(count)]
+        # Without a file, a process works on another one's: a program runs on all devices or none.
+        mine, spare = shares[index], shares[0][0]
+        for start in range(0, max(map(len, shares)), rows):
+            part = mine[start : start + rows]
+            padding = rows - len(part)
+            made = [
+                collator.row(
+                    _example(file.request, collator),
+                    task=task,
+                    sample_id=file.request.sample_id(image),
+                    valid=k < len(part),
+                )
+                for k, (file, image) in enumerate(part + (part[-1:] or [spare]) * padding)
+            ]
+            yield _Rows(task, collator(made), (*(file for file, _ in part), *[None] * padding))
+
+
+def _example(request: Request, collator: Collator) -> Any:
+    """What the model is given; raises UserError that names the files that were asked for."""
+    try:
+        pictures = {name: read_input(name, request.inputs.get(name)) for name in INPUTS}
+        return TASKS[request.task].from_inputs(
+            prompt=request.inputs.get("prompt", ""), **pictures, resolution=collator.shape.height
+        )
+    except UserError as error:
+        raise type(error)(f"item {request.index} ({request.files[0]}): {error}") from None
+
+
+def _keep(image: Image, batch: Batch, row: int) -> Image:
+    """The image, with the source's own pixels where the mask does not ask for others."""
+    if not batch.has_source[row] or batch.mask[row].all():
+        return image
+    return np.where(batch.mask[row] > 0, image, batch.source[row])
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """`items`, some of which a thread makes ahead."""
+    end = object()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(next, items, end) for _ in range(_AHEAD)]
+        while (item := waiting.pop(0).result()) is not end:
+            waiting.append(pool.submit(next, items, end))
+            yield item
+
+
+class _Writer:
+    """Writes files in threads, each as soon as it has all of its images."""
+
+    def __init__(self, folder: epath.Path):
+        self._folder, self._cells = folder, {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(_WRITERS)
+        self._writing: list[concurrent.futures.Future] = []
+
+    def add(self, file: _File, image: Image) -> None:
+        """Takes the next image of a file. Raises what went wrong with an earlier one."""
+        cells = self._cells.setdefault(file.name, [])
+        cells.append(image)
+        if len(cells) == file.request.cells:
+            picture = join(self._cells.pop(file.name))
+            self._writing.append(self._pool.submit(write_png, self._folder / file.name, picture))
+        self._wait(most=4 * _WRITERS)  # or images would pile up where the disk is slow
+
+    def _wait(self, *, most: int) -> None:
+        while len(self._writing) > most or (self._writing and self._writing[0].done()):
+            self._writing.pop(0).result()
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._wait(most=0)
+        finally:
+            self._pool.shutdown()
+
+
+def join(images: Sequence[Image]) -> UInt8[np.ndarray, "height width 3"]:
+    """Images of one size as a square of them, row by row."""
+    side = math.isqrt(len(images))
+    rows = [np.concatenate(images[k : k + side], axis=1) for k in range(0, len(images), side)]
+    return np.concatenate(rows, axis=0)
+
+
+def split(picture: UInt8[np.ndarray, "height width 3"], cells: int) -> list[Image]:
+    """The images that `join` put together: those of the official scorers, cropped, not resized."""
+    side = math.isqrt(cells)
+    height, width = picture.shape[0] // side, picture.shape[1] // side
+    return [
+        picture[y * height : (y + 1) * height, x * width : (x + 1) * width]
+        for y in range(side)
+        for x in range(side)
+    ]
