@@ -7,7 +7,8 @@ from PIL import Image
 from tests.evaluation import evaluation_cases as data
 from univg_jax.errors import UserError
 from univg_jax.evaluation import job
-from univg_jax.evaluation.job import Request, generate, join, missing, split
+from univg_jax.evaluation.benchmarks import dpg
+from univg_jax.evaluation.job import Request, generate, join, missing
 from univg_jax.images import write_png
 
 
@@ -138,7 +139,13 @@ def test_bad_inputs_are_one_line_that_names_the_item(tmp_path):
         run(tmp_path / "file", requests())
 
 
-def test_a_square_of_images_is_cut_as_it_was_joined():
-    images = [np.full((4, 4, 3), k, np.uint8) for k in range(9)]
-    for found, image in zip(split(join(images), 9), images, strict=True):
-        np.testing.assert_array_equal(found, image)
+def test_a_square_has_its_images_row_by_row_as_the_official_scorer_cuts_it():
+    images = [np.full((4, 4, 3), k, np.uint8) for k in range(4)]
+    np.testing.assert_array_equal(dpg.cells(join(images)), images)
+
+
+def test_a_jpeg_is_written_where_the_layout_has_one(tmp_path):
+    asked = [Request(index=0, task="t2i", inputs=dict(prompt="a pig"), files=("photo/00000.jpg",))]
+    run(tmp_path, asked)
+    with Image.open(tmp_path / "photo" / "00000.jpg") as picture:
+        assert (picture.format, picture.size) == ("JPEG", (48, 48))

@@ -25,13 +25,15 @@ from data_pipelines.tasks import INPUTS, TASKS
 from univg_jax.batch import Batch
 from univg_jax.errors import UserError
 from univg_jax.evaluation.metrics import Image
-from univg_jax.images import write_png
+from univg_jax.files import write_whole
+from univg_jax.images import jpeg_bytes, png_bytes
 from univg_jax.pipeline import Pixels, read_input
 from univg_jax.progress import Bar
 from univg_jax.together import each_together, together
 
 MAX_ITEMS = 2**21  # of a benchmark; with MAX_IMAGES of each, a sample id has 32 bits
 MAX_IMAGES = 2**11
+JPEG_QUALITY = 95
 _WRITERS = 4
 _AHEAD = 2  # batches that are read and tokenized while one is computed
 
@@ -211,7 +213,7 @@ class _Writer:
         cells.append(image)
         if len(cells) == file.request.cells:
             picture = join(self._cells.pop(file.name))
-            self._writing.append(self._pool.submit(write_png, self._folder / file.name, picture))
+            self._writing.append(self._pool.submit(_write, self._folder / file.name, picture))
         self._wait(most=4 * _WRITERS)  # or images would pile up where the disk is slow
 
     def _wait(self, *, most: int) -> None:
@@ -229,19 +231,14 @@ class _Writer:
             self._pool.shutdown()
 
 
+def _write(path: epath.Path, picture: UInt8[np.ndarray, "height width 3"]) -> None:
+    """A PNG, or a JPEG where the official layout asks for one."""
+    is_jpeg = path.suffix == ".jpg"
+    write_whole(path, jpeg_bytes(picture, quality=JPEG_QUALITY) if is_jpeg else png_bytes(picture))
+
+
 def join(images: Sequence[Image]) -> UInt8[np.ndarray, "height width 3"]:
     """Images of one size as a square of them, row by row."""
     side = math.isqrt(len(images))
     rows = [np.concatenate(images[k : k + side], axis=1) for k in range(0, len(images), side)]
     return np.concatenate(rows, axis=0)
-
-
-def split(picture: UInt8[np.ndarray, "height width 3"], cells: int) -> list[Image]:
-    """The images that `join` put together: those of the official scorers, cropped, not resized."""
-    side = math.isqrt(cells)
-    height, width = picture.shape[0] // side, picture.shape[1] // side
-    return [
-        picture[y * height : (y + 1) * height, x * width : (x + 1) * width]
-        for y in range(side)
-        for x in range(side)
-    ]

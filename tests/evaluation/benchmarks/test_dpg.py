@@ -14,6 +14,7 @@ from tests.evaluation.benchmarks.official import FILES, needs_files
 from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmarks import dpg, dsg
 from univg_jax.evaluation.benchmarks.dsg import Question
+from univg_jax.evaluation.job import join
 
 HEAD = (
     "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
@@ -215,7 +216,7 @@ def test_the_summary_by_hand():
 
 def test_cells_are_cut_row_by_row_and_a_wrong_size_is_refused():
     images = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((4, 3, 3, 3), np.uint8)
-    sheet = dpg.grid(images)
+    sheet = join(list(images))
     assert sheet.shape == (6, 6, 3)
     assert (sheet[0, 0, 0], sheet[0, 5, 0], sheet[5, 0, 0], sheet[5, 5, 0]) == (0, 1, 2, 3)
     np.testing.assert_array_equal(dpg.cells(sheet), images)

@@ -115,11 +115,6 @@ def image_files(row: Row) -> tuple[str, ...]:
     return (f"{row.item_id}.png",)
 
 
-def grid(images: UInt8[np.ndarray, "4 r r 3"]) -> UInt8[np.ndarray, "s s 3"]:
-    """The file of a prompt: its four images, row by row."""
-    return np.concatenate([np.concatenate(pair, axis=1) for pair in (images[:2], images[2:])])
-
-
 def cells(image: Image, *, resolution: int | None = None) -> UInt8[np.ndarray, "4 r r 3"]:
     """The images of a grid, each of `resolution` pixels a side (None: half of the grid's).
 
