@@ -8,7 +8,8 @@ from tests.evaluation import evaluation_cases as data
 from univg_jax.errors import UserError
 from univg_jax.evaluation import job
 from univg_jax.evaluation.benchmarks import dpg
-from univg_jax.evaluation.job import Request, generate, join, missing
+from univg_jax.evaluation.job import generate, join, missing
+from univg_jax.evaluation.official import Request
 from univg_jax.images import write_png
 
 

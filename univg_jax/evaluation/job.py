@@ -11,7 +11,7 @@ batch, the process or the device that it was made on.
 import concurrent.futures
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,45 +25,19 @@ from data_pipelines.tasks import INPUTS, TASKS
 from univg_jax.batch import Batch
 from univg_jax.errors import UserError
 from univg_jax.evaluation.metrics import Image
+from univg_jax.evaluation.official import Official, Request, Row
 from univg_jax.files import write_whole
 from univg_jax.images import jpeg_bytes, png_bytes
 from univg_jax.pipeline import Pixels, read_input
 from univg_jax.progress import Bar
 from univg_jax.together import each_together, together
 
-MAX_ITEMS = 2**21  # of a benchmark; with MAX_IMAGES of each, a sample id has 32 bits
-MAX_IMAGES = 2**11
 JPEG_QUALITY = 95
 _WRITERS = 4
 _AHEAD = 2  # batches that are read and tokenized while one is computed
 
 # Images of a batch of one task, for the rows of this process.
 Answer = Callable[[Batch, str], Pixels]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """The files that item `index` of a benchmark asks for.
-
-    `inputs` are those of `Pipeline.run`; pictures may be paths, which are read when they are due. A
-    file shows `cells` images, row by row in a square.
-    """
-
-    index: int
-    task: str
-    inputs: Mapping[str, Any]
-    files: tuple[str, ...]
-    cells: int = 1
-
-    def __post_init__(self):
-        if math.isqrt(self.cells) ** 2 != self.cells:
-            raise ValueError(f"cells={self.cells}: expected a square number")
-        if self.index >= MAX_ITEMS or len(self.files) * self.cells > MAX_IMAGES:
-            raise ValueError(f"item {self.index} of {len(self.files)} x {self.cells} images")
-
-    def sample_id(self, image: int) -> int:
-        """What keys the noise of one of its images, beside the seed."""
-        return self.index * MAX_IMAGES + image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +82,14 @@ def missing(requests: Sequence[Request], folder: epath.PathLike) -> list[_File]:
         there = np.asarray(multihost_utils.process_allgather(there))
         there = there.reshape(-1, len(names)).max(axis=0)
     return [file for file, is_there in zip(files, there) if not is_there]
+
+
+def write_side_files(benchmark: Official, rows: Sequence[Row], folder: epath.PathLike) -> None:
+    """Writes what the official scorer reads beside the images. All processes call it."""
+    with together():
+        if jax.process_index() == 0:
+            for name, content in benchmark.side_files(rows).items():
+                write_whole(epath.Path(folder) / name, content)
 
 
 def generate(

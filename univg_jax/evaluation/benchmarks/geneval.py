@@ -7,8 +7,10 @@ right images, so a tag with few prompts weighs as much as the others.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,6 +19,7 @@ from jaxtyping import Float, UInt8
 from univg_jax.evaluation.detection import Detection, Detections
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
+from univg_jax.evaluation.official import Official, text_requests
 from univg_jax.evaluation.summaries import (
     Scores,
     Summary,
@@ -264,3 +267,28 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
         **values("strict/", all_asked),
         "missing": float(asked.count.sum() - images.count.sum()),
     }
+
+
+def _score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> Scores:
+    def verdict(image: Image) -> Verdict:
+        color = functools.partial(scorers["color"], image)
+        return judge(row, scorers["detect"](image), color)
+
+    return score([None if image is None else verdict(image) for image in images])
+
+
+def _side_files(rows: Sequence[Row]) -> dict[str, str]:
+    return {name: text for row in rows for name, text in side_files(row).items()}
+
+
+BENCHMARK = Official(
+    name="geneval",
+    version=1,
+    read=read,
+    requests=lambda rows: text_requests(rows, image_files),
+    side_files=_side_files,
+    needs=("detect", "color"),
+    score=_score,
+    summary=summary,
+    primary="overall",
+)

@@ -5,7 +5,7 @@ which network answers. Each file beside this one implements one or more of the p
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from univg_jax import sharding
+from univg_jax.evaluation.detection import Detection, Detections
 
 if TYPE_CHECKING:
     from univg_jax.evaluation.scorers.endpoint import Endpoint
@@ -38,12 +39,32 @@ class SceneScorer(Protocol):
         ...
 
 
+class Detector(Protocol):
+    """Names the objects in pictures of anything."""
+
+    def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> Detections:
+        """Boxes in pixels by the name of the class, with scores, and masks if it has them."""
+        ...
+
+
+class ColorNamer(Protocol):
+    """Names the colors of objects."""
+
+    def __call__(
+        self, image: UInt8[np.ndarray, "h w 3"], objects: Sequence[Detection], name: str
+    ) -> list[str]:
+        """The color of each of the objects, which are of the class `name`."""
+        ...
+
+
 class Scorers(TypedDict, total=False):
     """The scorers at hand, by the names of their protocols."""
 
     text_embed: TextEmbedder
     face_embed: FaceEmbedder
     scene: SceneScorer
+    detect: Detector
+    color: ColorNamer
     vqa: "Endpoint"
     judge: "Endpoint"
 
@@ -52,6 +73,8 @@ PROTOCOLS = {  # what to do about one that is missing
     "text_embed": "the run's own text encoder (`scorers.embedders`)",
     "face_embed": "the run has no face encoder, set conditioning.identity, e.g. dict(kind='lda')",
     "scene": "a scene scorer fitted on the data (`scorers.scene`)",
+    "detect": "a detector of the benchmark's classes, as an ONNX file with its description",
+    "color": "CLIP ViT-L/14, as a folder of Hugging Face",
     "vqa": "a vision-language model that you serve, with log-probabilities (`scorers.endpoint`)",
     "judge": "a vision-language model that you serve (`scorers.endpoint`)",
 }

@@ -1,0 +1,122 @@
+"""Images in a benchmark's official layout are scored, whoever made them."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+
+from tests.evaluation import evaluation_cases as data
+from tests.evaluation.benchmarks.official import FILES, needs_files
+from tests.evaluation.benchmarks.test_geneval import write
+from univg_jax.errors import UserError
+from univg_jax.evaluation.benchmarks.geneval import BENCHMARK, read
+from univg_jax.evaluation.job import generate, write_side_files
+from univg_jax.evaluation.score_files import score_images
+from univg_jax.images import write_png
+
+COLORS = {"cow": (200, 0, 0), "cup": (0, 0, 200)}
+
+
+def detect(image):
+    """A box around all pixels of an object's color."""
+    found = {}
+    for name, color in COLORS.items():
+        ys, xs = np.nonzero((image == color).all(axis=-1))
+        if len(ys):
+            found[name] = [(xs.min(), ys.min(), xs.max() + 1, ys.max() + 1, 0.99, None)]
+    return found
+
+
+def name_colors(image, objects, name):
+    return ["red" if name == "cow" else "blue" for _ in objects]
+
+
+SCORERS = dict(detect=detect, color=name_colors)
+
+
+def picture(*names) -> np.ndarray:
+    image = np.full((40, 40, 3), 255, np.uint8)
+    for k, name in enumerate(names):
+        image[10:20, 5 + 20 * k : 15 + 20 * k] = COLORS[name]
+    return image
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return read(write(tmp_path), excerpt=True)
+
+
+def test_a_folder_that_somebody_made_is_scored_by_the_benchmarks_rules(tmp_path, rows):
+    folder = tmp_path / "images"
+    for request in BENCHMARK.requests(rows):
+        for name in request.files[:2]:
+            write_png(folder / name, picture("cup", "cow"))
+    scores = score_images(BENCHMARK, rows, folder, SCORERS)
+    found = BENCHMARK.summary(rows, scores)
+    # One cow; not two cups; the cup is left of the cow; the cow is red.
+    right = dict(single_object=1.0, counting=0.0, position=1.0, colors=1.0)
+    assert {tag: found[tag] for tag in right} == right
+    assert found["overall"] == 0.75
+    assert found["missing"] == 8
+    assert found["strict/overall"] == 0.375
+
+
+def test_what_is_generated_is_in_the_layout_that_is_scored(tmp_path, rows):
+    folder = tmp_path / "images"
+    generate(
+        BENCHMARK.requests(rows),
+        folder,
+        answer=lambda batch, task: np.stack([picture("cow", "cup")] * batch.size),
+        collator=data.COLLATOR,
+        batch_size=8,
+    )
+    write_side_files(BENCHMARK, rows, folder)
+    assert json.loads((folder / "00001" / "metadata.jsonl").read_text())["prompt"] == "two cups"
+    found = BENCHMARK.summary(rows, score_images(BENCHMARK, rows, folder, SCORERS))
+    assert (found["missing"], found["position"], found["colors"]) == (0, 0, 1)
+
+
+def test_processes_share_the_rows(tmp_path, rows, monkeypatch):
+    folder = tmp_path / "images"
+    for request in BENCHMARK.requests(rows):
+        write_png(folder / request.files[0], picture("cow"))
+    whole = score_images(BENCHMARK, rows, folder, SCORERS)
+    parts = []
+    monkeypatch.setattr("jax.process_count", lambda: 3)
+    module = "univg_jax.evaluation.score_files"
+    monkeypatch.setattr(f"{module}.missing", lambda requests, folder: [])
+    monkeypatch.setattr(f"{module}.local_mesh", contextlib.nullcontext)
+    monkeypatch.setattr(f"{module}.each_together", lambda items: items)
+    nothing = {name: [ratio] * 4 for name, ratio in whole[0].items()}
+    monkeypatch.setattr(f"{module}.score.gather", lambda found, **_: parts.append(found) or nothing)
+    for index in range(3):
+        monkeypatch.setattr("jax.process_index", lambda index=index: index)
+        score_images(BENCHMARK, rows, folder, SCORERS)
+    assert [sorted(part) for part in parts] == [[0, 3], [1], [2]]
+    together = {k: v for part in parts for k, v in part.items()}
+    for k, expected in enumerate(whole):
+        for name, ratio in expected.items():
+            np.testing.assert_array_equal(together[k][name].total, ratio.total)
+
+
+def test_what_is_missing_or_torn_is_one_line(tmp_path, rows):
+    with pytest.raises(UserError, match="has no image of geneval: expected 00000/samples/0000"):
+        score_images(BENCHMARK, rows, tmp_path / "nothing", SCORERS)
+    with pytest.raises(UserError, match="geneval needs the scorer 'color': CLIP"):
+        score_images(BENCHMARK, rows, tmp_path, dict(detect=detect))
+    file = tmp_path / "images" / "00000" / "samples" / "0000.png"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"0000\.png is not a readable image"):
+        score_images(BENCHMARK, rows, tmp_path / "images", SCORERS)
+
+
+@needs_files
+def test_all_prompts_of_the_official_file_ask_for_images_of_their_own(tmp_path):
+    requests = BENCHMARK.requests(read(FILES / "geneval"))
+    names = [name for request in requests for name in request.files]
+    assert (len(requests), len(set(names))) == (553, 2212)
+    ids = {request.sample_id(k) for request in requests for k in range(4)}
+    assert len(ids) == 2212
+    assert max(ids) < 2**32

@@ -1,0 +1,93 @@
+"""Public benchmarks: the rows of their official files, the images these ask for, and their scores.
+
+Generation (`job.generate`) writes images in the benchmark's official layout, and scoring reads
+them, whoever made them. So the official scorer may score ours, and ours another model's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from univg_jax.evaluation.metrics import Image
+from univg_jax.evaluation.summaries import Scores, Summary
+
+Row = Any  # of a benchmark: an item of its official files
+MAX_ITEMS = 2**21  # of a benchmark; with MAX_IMAGES of each, a sample id has 32 bits
+MAX_IMAGES = 2**11
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """The files that item `index` of a benchmark asks for.
+
+    `inputs` are those of `Pipeline.run`; pictures may be paths, which are read when they are due. A
+    file shows `cells` images, row by row in a square.
+    """
+
+    index: int
+    task: str
+    inputs: Mapping[str, Any]
+    files: tuple[str, ...]
+    cells: int = 1
+
+    def __post_init__(self):
+        if math.isqrt(self.cells) ** 2 != self.cells:
+            raise ValueError(f"cells={self.cells}: expected a square number")
+        if self.index >= MAX_ITEMS or len(self.files) * self.cells > MAX_IMAGES:
+            raise ValueError(f"item {self.index} of {len(self.files)} x {self.cells} images")
+
+    def sample_id(self, image: int) -> int:
+        """What keys the noise of one of its images, beside the seed."""
+        return self.index * MAX_IMAGES + image
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A number that somebody published, and where it stands."""
+
+    system: str
+    metric: str  # a name in the summary
+    value: float
+    source: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Official:
+    """A public benchmark, one module of `evaluation/benchmarks/`.
+
+    `read(path)` reads its official files. `requests(rows)` has the images that each row asks for,
+    and `side_files(rows)` what the official scorer reads beside them, by name. `score(row, images,
+    scorers)` has the sums and counts of a row's images; None is one that is not there.
+    `summary(rows, scores)` has the official numbers, of which `primary` is the first to look at.
+    Raise `version` when numbers would change.
+    """
+
+    name: str
+    version: int
+    read: Callable[[epath.PathLike], Sequence[Row]]
+    requests: Callable[[Sequence[Row]], list[Request]]
+    score: Callable[[Row, Sequence[Image | None], Mapping[str, Any]], Scores]
+    summary: Callable[[Sequence[Row], Sequence[Scores]], Summary]
+    primary: str
+    needs: tuple[str, ...] = ()  # names of protocols
+    side_files: Callable[[Sequence[Row]], Mapping[str, str]] = lambda rows: {}
+    published: tuple[Published, ...] = ()
+
+
+def text_requests(
+    rows: Sequence[Row], image_files: Callable[[Row], tuple[str, ...]], *, cells: int = 1
+) -> list[Request]:
+    """Pictures of each row's `prompt`."""
+    return [
+        Request(
+            index=index,
+            task="t2i",
+            inputs={"prompt": row.prompt},
+            files=image_files(row),
+            cells=cells,
+        )
+        for index, row in enumerate(rows)
+    ]
