@@ -49,7 +49,7 @@ def score_images(
     count, index, requests = jax.process_count(), jax.process_index(), benchmark.requests(rows)
     if len(missing(requests, folder)) == sum(len(request.files) for request in requests):
         raise UserError(
-            f"{folder} has no image of {benchmark.name}, such as {requests[0].files[0]}"
+            f"{folder} has no image of {benchmark.name}: expected {requests[0].files[0]} and others"
         )
     template = benchmark.score(rows[0], [None] * len(requests[0].files), scorers)
 
