@@ -6,17 +6,20 @@ per-shard means would not. Depending on what is put into `count` the same additi
 
     mean over images   total = value,        count = 1        (mIoU, AbsRel, L1, PSNR)
     ratio of sums      total = intersection, count = union    (oIoU)
-    mean over entries  total = hits,         count = visible  (PCK, one entry a joint)
+    mean over entries  total = hits,         count = visible  (PCK, one entry a joint; mIoU of
+                                                               boxes by class, one entry a class)
 
 All arithmetic is numpy float64. Images are uint8 RGB; errors are on the scale [0, 1].
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Num, UInt8
+from scipy import ndimage
 
 Number = float | int | np.number
 Image = UInt8[np.ndarray, "h w 3"]
@@ -80,6 +83,35 @@ def psnr(prediction: Image, target: Image) -> Ratio:
     return Ratio.of(10 * np.log10(255**2 / max(float(mse), 1e-3)))
 
 
+def ssim(
+    prediction: Image, target: Image, *, edges: Literal["inside", "mirrored"] = "inside"
+) -> Ratio:
+    """Structural similarity (Wang et al. 2004) of each channel, mean over channels and windows.
+
+    A Gaussian window of 11 pixels and sigma 1.5; variances divided by the weight and not by one
+    less; K = 0.01 and 0.03 of the range of 255. Windows lie inside the picture, as in the paper
+    and in scikit-image (with `gaussian_weights=True, use_sample_covariance=False`), or around each
+    pixel of the picture, mirrored at its edges, as in torchmetrics. Raises ValueError for pictures
+    below 11 pixels a side.
+    """
+    radius = 5
+    if min(prediction.shape[:2]) <= 2 * radius:
+        raise ValueError(f"SSIM of {prediction.shape}: its window has {2 * radius + 1} pixels")
+    rows, columns = (slice(radius, n - radius) for n in prediction.shape[:2])
+
+    def window_mean(x: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h2 w2 c"]:
+        means = ndimage.gaussian_filter(x, 1.5, radius=radius, axes=(0, 1), mode="mirror")
+        return means[rows, columns] if edges == "inside" else means
+
+    x, y = prediction.astype(float), target.astype(float)
+    mean_x, mean_y = window_mean(x), window_mean(y)
+    variances = window_mean(x * x) - mean_x**2 + window_mean(y * y) - mean_y**2
+    covariance = window_mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return Ratio.of(np.mean(similarity * (2 * covariance + c2) / (variances + c2)))
+
+
 def mean_iou(prediction: Mask, target: Mask) -> Ratio:
     """I / U of one image, for the mean over images; an empty union scores 0, as in RefCOCO."""
     union = np.sum(prediction | target)
@@ -89,6 +121,15 @@ def mean_iou(prediction: Mask, target: Mask) -> Ratio:
 def overall_iou(prediction: Mask, target: Mask) -> Ratio:
     """(I, U) in pixels: the ratio of sums over the set, oIoU (also called cIoU)."""
     return Ratio.of(np.sum(prediction & target), np.sum(prediction | target))
+
+
+def precision(prediction: Mask, target: Mask, *, at: float, exceed: bool = False) -> Ratio:
+    """Precision@X of one mask: whether its IoU is at least `at`.
+
+    So it is in RefCOCO's protocol; PhraseCut's accuracy asks it to `exceed` the number.
+    """
+    iou = mean_iou(prediction, target).value
+    return Ratio.of(float(iou > at if exceed else iou >= at))
 
 
 def choice(prediction: Mask, masks: Bool[np.ndarray, "k h w"], *, right: int) -> Ratio:
@@ -122,6 +163,32 @@ def best_box_iou(
     )
 
 
+def layout(
+    boxes: Float[np.ndarray, "k 4"],
+    names: Sequence[str],
+    detections: Mapping[str, Float[np.ndarray, "_ 4"]],
+    *,
+    classes: Sequence[str] = (),
+) -> dict[str, Ratio]:
+    """How well each box is filled: its IoU with the best detection of its name.
+
+        layout_miou     mean IoU over boxes        layout_success  share of boxes with IoU >= 0.5
+
+    With `classes`, all names that there are, also the mean over these of both, each class a mean
+    over its own boxes: `..._by_class`, with one entry a class.
+    """
+    nothing = np.zeros((0, 4))
+    ious = best_box_iou(boxes, [detections.get(name, nothing) for name in names])
+    values = {"layout_miou": ious, "layout_success": (ious >= 0.5).astype(float)}
+    scores = {name: Ratio.of(v.sum(), len(v)) for name, v in values.items()}
+    if classes:
+        member = np.array([[name == c for c in classes] for name in names], float)
+        member = member.reshape(len(names), len(classes))
+        for name, v in values.items():
+            scores[f"{name}_by_class"] = Ratio.of(v @ member, member.sum(axis=0))
+    return scores
+
+
 def align_depth(
     p: Float[np.ndarray, " n"], g: Float[np.ndarray, " n"], *, limits: tuple[float, float]
 ) -> Float[np.ndarray, " n"]:
@@ -140,12 +207,16 @@ def align_depth(
     return np.clip(scale * deviation + g.mean(), *limits)
 
 
-def depth_errors(prediction: Map, target: Map, *, limits: tuple[float, float]) -> dict[str, Ratio]:
-    """Errors of depth p against g where g lies between `limits`, after `align_depth`.
+def depth_errors(
+    prediction: Map, target: Map, *, limits: tuple[float, float], valid: Mask | None = None
+) -> dict[str, Ratio]:
+    """Errors of depth p against g where it is `valid`, after `align_depth` to g there.
 
     abs_rel = mean |p - g| / g        delta1 = share of max(p/g, g/p) < 1.25
+
+    Without `valid`, g is where it lies between `limits`. An image without any counts nowhere.
     """
-    valid = (target > limits[0]) & (target < limits[1])
+    valid = (target > limits[0]) & (target < limits[1]) if valid is None else valid
     if not valid.any():
         return dict.fromkeys(("abs_rel", "delta1"), Ratio.of(0.0, 0.0))
     g = target[valid].astype(float)
@@ -162,13 +233,14 @@ def pck(
     *,
     visible: Bool[np.ndarray, " k"],
     box_size: float,
+    at: float = 0.1,
 ) -> Ratio:
-    """PCK at 0.1: hits (distance < 0.1 box sizes) and visible joints, one entry a joint.
+    """PCK: hits (distance below `at` box sizes) and visible joints, one entry a joint.
 
     A NaN prediction is a miss.
     """
     with np.errstate(invalid="ignore"):
-        hit = np.linalg.norm(prediction.astype(float) - target, axis=-1) < 0.1 * box_size
+        hit = np.linalg.norm(prediction.astype(float) - target, axis=-1) < at * box_size
     return Ratio.of((hit & visible).astype(float), visible.astype(float))
 
 

@@ -177,14 +177,9 @@ def _layout(scorers: Scorers, cases: Cases) -> ScoreFn:
     scene = scorers["scene"]
 
     def score(case: Case, image: Image) -> dict[str, Ratio]:
-        found, nothing = scene.detect(image), np.zeros((0, 4))
         nouns = [emoji_noun(phrase) for phrase in case.record["phrases"]]
         boxes = np.asarray(case.record["boxes"], float)
-        ious = metrics.best_box_iou(boxes, [found.get(noun, nothing) for noun in nouns])
-        return {
-            "layout_miou": Ratio.of(ious.sum(), len(ious)),
-            "layout_success": Ratio.of(np.sum(ious >= 0.5), len(ious)),
-        }
+        return metrics.layout(boxes, nouns, scene.detect(image))
 
     return score
 
