@@ -473,4 +473,4 @@ def test_a_picture_travels_as_an_address():
     head, data = images.data_uri(jpeg, kind="jpeg").split(",")
     assert head == "data:image/jpeg;base64"
     assert base64.b64decode(data) == jpeg
-    assert images.data_uri(b"png").startswith("data:image/png;base64,")
+    assert images.data_uri(images.png_bytes(PIXELS)).startswith("data:image/png;base64,")
