@@ -176,7 +176,7 @@ def test_masks_of_boxes_are_pasted_into_them(write, rule):
 
 
 @pytest.mark.parametrize("rule", ["fixed", "letterbox-high", "shortest-side-padded"])
-@pytest.mark.parametrize("kind", ["detr", "mask_rcnn", "yolo"])
+@pytest.mark.parametrize("kind", ["detr", "detr-p", "mask_rcnn", "yolo"])
 def test_masks_of_the_input_are_sampled_at_every_pixel(write, rule, kind):
     image = image_of(30, 36)
     planes = np.random.default_rng(1).normal(size=(1, 1, 7, 8)).astype(np.float32)
@@ -185,6 +185,12 @@ def test_masks_of_the_input_are_sampled_at_every_pixel(write, rule, kind):
         "detr": (
             dict(logits=scores[None], pred_boxes=np.full((1, 1, 4), 0.5, np.float32), m=planes),
             DETR | dict(outputs=DETR["outputs"] | dict(masks="m")),
+        ),
+        "detr-p": (
+            dict(logits=scores[None], pred_boxes=np.full((1, 1, 4), 0.5, np.float32), m=planes),
+            DETR
+            | dict(outputs=DETR["outputs"] | dict(masks="m"))
+            | dict(mask_values="probabilities", mask_threshold=0.3),
         ),
         "mask_rcnn": (
             dict(b=np.float32([[0, 0, 30, 30]]), l=labels, s=np.float32([0.8]), m=planes),
@@ -201,7 +207,7 @@ def test_masks_of_the_input_are_sampled_at_every_pixel(write, rule, kind):
     path = write(outputs, spec | RULES[rule])
     _, (x0, y0, x1, y1, _, mask) = only(open_detector(path)(image))
     _, frame = network_input(image, read_spec(path.with_suffix(".json")))
-    least = 0.5 if kind == "mask_rcnn" else 0
+    least = {"mask_rcnn": 0.5, "detr-p": 0.3}.get(kind, 0)
     for y in range(30):
         for x in range(36):
             at = [
@@ -421,7 +427,8 @@ BAD = {
     "no-scores": (DETR_OUT, {k: v for k, v in DETR.items() if k != "scores"}, "has no scores"),
     "nms-of-nothing": (GOOD, YOLO | dict(nms_across_classes=True), "is set without nms"),
     "range": (GOOD, YOLO | dict(min_score=1.5), "expected a finite number >= 0 and < 1"),
-    "std": (GOOD, YOLO | dict(std=[1, 1, 0]), "expected a list of 3"),
+    "std": (GOOD, YOLO | dict(std=[1, 1, 0]), "std=0: expected a finite number > 0"),
+    "mean": (GOOD, YOLO | dict(mean=[1, 1]), "expected a list of 3, each a finite number"),
     "columns": (
         {"output0": np.zeros((1, 5, 8), np.float32)},
         YOLO,
@@ -484,6 +491,7 @@ def test_what_is_missing_or_torn_is_one_line(write, tmp_path):
         open_detector(tmp_path / "no.onnx")
     with pytest.raises(NotFoundError, match=r"m\.json does not exist: expected the description of"):
         open_detector(write(GOOD, None))
+    (tmp_path / "names.txt").unlink()
     with pytest.raises(NotFoundError, match="expected the classes that"):
         open_detector(write(GOOD, YOLO, classes=None))
     for classes, message in ((["cat", "dog", "cat"], "the class 'cat' twice"), ([""], "is empty")):

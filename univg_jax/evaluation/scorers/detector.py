@@ -51,6 +51,7 @@ _BELONGS = {
     "transposed": ("output", ("yolo",)),
     "normalized": ("output", ("yolo", "mask_rcnn")),
     "mask_frame": ("output", ("mask_rcnn",)),
+    "mask_values": ("output", ("detr", "yolo", "mask_rcnn")),
     "mask_threshold": ("output", ("detr", "yolo", "mask_rcnn")),
 }
 _INPUT_TYPES = {
@@ -118,6 +119,12 @@ class Spec:
     transposed: bool = setting(False, "whether the output has a column for each row")
     normalized: bool = setting(False, "whether boxes are in [0, 1] of the input, not in pixels")
     mask_frame: str = setting("box", "what a mask is of", names=("box", "image"))
+    mask_values: str | None = setting(
+        None,
+        "what masks hold",
+        names=("logits", "probabilities"),
+        none="probabilities of a mask_rcnn, else logits",
+    )
     mask_threshold: float = setting(0.5, "the least probability in a mask", above=0, below=1)
     min_score: float = setting(0.05, "a detection has a score above this one", least=0, below=1)
     nms: float | None = setting(
@@ -371,11 +378,12 @@ class OnnxDetector:
         if found.masks is None:
             return None
         spec, plane = self._spec, found.masks[found.source[row]]
-        least = spec.mask_threshold
-        if spec.output == "mask_rcnn":  # probabilities
-            is_box = spec.mask_frame == "box"
-            return (frame.of_box(plane, box) if is_box else frame.of_input(plane)) > least
-        mask = frame.of_input(plane) > np.log(least / (1 - least))
+        is_rcnn = spec.output == "mask_rcnn"
+        of_box = is_rcnn and spec.mask_frame == "box"
+        values = frame.of_box(plane, box) if of_box else frame.of_input(plane)
+        holds = spec.mask_values or ("probabilities" if is_rcnn else "logits")
+        p = spec.mask_threshold
+        mask = values > (p if holds == "probabilities" else np.log(p / (1 - p)))
         if spec.output == "yolo":  # its masks mean nothing outside of the box
             only = np.zeros_like(mask)
             only[_pixels(box, frame.picture)] = True
@@ -463,7 +471,7 @@ class OnnxDetector:
     def _mask_rcnn(self, parts: dict[str, np.ndarray], frame: _Frame) -> _Found:
         boxes = self._table(parts, "boxes", 4)
         scores = parts["scores"].astype(np.float32).reshape(-1)
-        labels = parts["labels"].reshape(-1)
+        labels = parts["labels"].astype(np.float32).reshape(-1)
         for part, values in (("scores", scores), ("labels", labels)):
             self._check_rows(part, values, boxes)
         masks = self._planes(parts, "masks", boxes)
@@ -476,7 +484,7 @@ class OnnxDetector:
         return boxes * whole if self._spec.normalized else boxes
 
     def _labels(
-        self, labels: Num[np.ndarray, " n"], scores: Float[np.ndarray, " n"]
+        self, labels: Float[np.ndarray, " n"], scores: Float[np.ndarray, " n"]
     ) -> Int[np.ndarray, " n"]:
         """Labels as indexes of the classes; those without a score, which fill up, may be any."""
         counted = np.where(scores > self._spec.min_score, labels, 0).astype(int)
