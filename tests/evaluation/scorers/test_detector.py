@@ -2,8 +2,10 @@
 stays of overlapping ones, and every way in which a description can be wrong.
 """
 
+import dataclasses
 import json
 import math
+import pathlib
 import re
 
 import numpy as np
@@ -12,10 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.evaluation.onnx_model import onnx_model
+from univg_jax import fields
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation.detection import by_score
 from univg_jax.evaluation.scorers import scorer_digests
-from univg_jax.evaluation.scorers.detector import network_input, open_detector, read_spec, suppress
+from univg_jax.evaluation.scorers.detector import (
+    Spec,
+    network_input,
+    open_detector,
+    read_spec,
+    suppress,
+)
 
 pytest.importorskip("onnxruntime")
 
@@ -505,3 +514,22 @@ def test_what_is_missing_or_torn_is_one_line(write, tmp_path):
     path.with_suffix(".json").write_text("[]")
     with pytest.raises(UserError, match=r"m\.json"):
         open_detector(path)
+
+
+# The page about detectors
+
+PAGE = (pathlib.Path(__file__).parents[3] / "docs" / "detectors.md").read_text()
+EXAMPLES = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=map(str, range(len(EXAMPLES))))
+def test_the_descriptions_of_the_page_are_ones(tmp_path, example):
+    (tmp_path / "m.json").write_text(example)
+    assert read_spec(tmp_path / "m.json").output in PAGE
+
+
+def test_the_page_has_every_key_with_its_meaning():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", PAGE, re.MULTILINE))
+    assert list(rows) == [field.name for field in dataclasses.fields(Spec)]
+    for field in dataclasses.fields(Spec):
+        assert rows[field.name].startswith(fields.rule_of(field).help)
