@@ -95,8 +95,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "previews": {"assembly", "pipeline", "training"},
     "evaluation": {
-        *("assembly", "batch", "checkpoint", "conditioning", "data_pipelines", "pipeline"),
-        *("progress", "sharding", "version", "writers"),
+        *("assembly", "batch", "checkpoint", "conditioning", "data_pipelines", "interop"),
+        *("models", "pipeline", "pretrained", "progress", "sharding", "version", "writers"),
     },
     "planning": {
         *("assembly", "batch", "conditioning", "data_pipelines", "encoders", "models"),

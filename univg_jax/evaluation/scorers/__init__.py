@@ -16,6 +16,7 @@ from univg_jax import sharding
 from univg_jax.evaluation.detection import Detection, Detections
 
 if TYPE_CHECKING:
+    from univg_jax.evaluation.scorers.clip import Clip
     from univg_jax.evaluation.scorers.endpoint import Endpoint
 
 # Unit vectors of sentences, and of the faces in pictures of any size.
@@ -65,6 +66,7 @@ class Scorers(TypedDict, total=False):
     scene: SceneScorer
     detect: Detector
     color: ColorNamer
+    clip: "Clip"
     vqa: "Endpoint"
     judge: "Endpoint"
 
@@ -73,8 +75,10 @@ PROTOCOLS = {  # what to do about one that is missing
     "text_embed": "the run's own text encoder (`scorers.embedders`)",
     "face_embed": "the run has no face encoder, set conditioning.identity, e.g. dict(kind='lda')",
     "scene": "a scene scorer fitted on the data (`scorers.scene`)",
-    "detect": "a detector of the benchmark's classes, as an ONNX file with its description",
-    "color": "CLIP ViT-L/14, as a folder of Hugging Face",
+    "detect": "a detector of the benchmark's classes, as an ONNX file with its description "
+    "(`scorers.detector`)",
+    "color": "CLIP ViT-L/14, as a folder of Hugging Face (`scorers.clip`)",
+    "clip": "the CLIP that the benchmark names, as a folder of Hugging Face (`scorers.clip`)",
     "vqa": "a vision-language model that you serve, with log-probabilities (`scorers.endpoint`)",
     "judge": "a vision-language model that you serve (`scorers.endpoint`)",
 }
