@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.evaluation.onnx_model import onnx_model
 from univg_jax import fields
 from univg_jax.errors import NotFoundError, UserError
+from univg_jax.evaluation.benchmarks import geneval
 from univg_jax.evaluation.detection import by_score
 from univg_jax.evaluation.scorers import scorer_digests
 from univg_jax.evaluation.scorers.detector import (
@@ -335,6 +336,15 @@ def test_the_best_come_first_and_no_more_than_asked_for(write):
     assert isinstance(found["cat"][0][4], np.float32)  # in which the official code compares
 
 
+def test_equal_scores_stay_in_order_and_every_call_gives_the_same(write):
+    boxes = [(x, 5, x + 9, 15) for x in (30, 0, 20, 10)]
+    for nms in (None, 0.5):
+        detect = open_detector(write({"output0": rows_of(*boxes)}, YOLO | dict(nms=nms)))
+        found = detect(image_of(40, 50))
+        assert [box[0] for box in found["cat"]] == [30, 0, 20, 10]
+        assert detect(image_of(40, 50)) == found
+
+
 @pytest.mark.parametrize(("across", "left"), [(False, 2), (True, 1)])
 def test_nms_is_of_one_class_or_of_all(write, across, left):
     rows = np.concatenate(
@@ -403,6 +413,33 @@ def test_the_digest_names_model_description_and_classes(write):
     (path.parent / "m.onnx_data").write_bytes(b"weights")
     others.append(open_detector(path).digest)
     assert len({first.digest, *others}) == 5
+
+
+def test_geneval_is_scored_by_any_detector(write):
+    """A cat that is red in the picture, and a dog beside it that is blue."""
+    image = np.zeros((60, 120, 3), np.uint8)
+    image[20:40, 10:40, 0] = 255
+    image[20:40, 80:110, 2] = 255
+    logits = np.full((1, 3, 4), -9, np.float32)
+    logits[0, 0, 0] = logits[0, 2, 2] = logits[0, 1, 3] = 9
+    spec = FORMER | dict(size=[60, 120], mean=[0.5] * 3, std=[0.01] * 3)
+    detect = open_detector(write({"q": logits, "m": "images"}, spec))
+
+    def color(image, objects, name):
+        return ["red" if image[objects[0][5]].mean(axis=0)[0] > 127 else "blue"]
+
+    def scores(*include):
+        row = geneval.Row(0, "colors", "", include, (), "{}")
+        scorers = {"detect": detect, "color": color}
+        return geneval.BENCHMARK.score(row, [image, None], scorers)["correct"].value
+
+    cat, dog = geneval.Clause("cat", 1, "red"), geneval.Clause("dog", 1, "blue", "right of", 0)
+    assert scores(cat, dog) == 1
+    assert scores(dataclasses.replace(cat, color="blue")) == 0
+    assert scores(cat, dataclasses.replace(dog, relation="left of")) == 0
+    assert scores(dataclasses.replace(cat, count=2)) == 0
+    with pytest.raises(UserError, match="unknown class of the detector 'cats'; did you mean 'cat'"):
+        scores(geneval.Clause("cats", 1))
 
 
 # What goes wrong

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
 
+from univg_jax.errors import check_name
 from univg_jax.evaluation.detection import Detection, Detections
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
@@ -270,6 +271,11 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
 
 
 def _score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> Scores:
+    # A class by another name, such as "mouse" for "computer mouse", would just never be found.
+    if (classes := getattr(scorers["detect"], "classes", None)) is not None:
+        for clause in (*row.include, *row.exclude):
+            check_name(clause.name, sorted(classes), what="class of the detector")
+
     def verdict(image: Image) -> Verdict:
         color = functools.partial(scorers["color"], image)
         return judge(row, scorers["detect"](image), color)

@@ -41,7 +41,11 @@ class SceneScorer(Protocol):
 
 
 class Detector(Protocol):
-    """Names the objects in pictures of anything."""
+    """Names the objects in pictures of anything.
+
+    It may have `classes`, the names of all that it can find: benchmarks then refuse one that cannot
+    find what they ask for.
+    """
 
     def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> Detections:
         """Boxes in pixels by the name of the class, with scores, and masks if it has them."""

@@ -314,14 +314,15 @@ def suppress(
 class OnnxDetector:
     """A detector of the protocol `detect`, made by `open_detector`. May be called by threads.
 
-    `digest` are 16 digits of the SHA-256 of the model, its description and its classes.
+    `digest` are 16 digits of the SHA-256 of the model, its description and its classes, and
+    `classes` the names of what it can find.
     """
 
     def __init__(
         self, session: Any, spec: Spec, classes: Sequence[str], *, where: str, digest: str
     ):
-        self.digest = digest
-        self._session, self._spec, self._classes, self._where = session, spec, classes, where
+        self.digest, self.classes = digest, frozenset(filter(None, classes))
+        self._session, self._spec, self._names, self._where = session, spec, classes, where
         self._named = np.array([name != "" for name in classes])
         self._input, self._dtype = _checked_input(session, spec, where)
         self._outputs = _checked_outputs(session, spec, where)
@@ -368,7 +369,7 @@ class OnnxDetector:
         detections: dict[str, list[Detection]] = {}
         for label, box, score, mask in found:
             item = (*map(float, box), np.float32(score), mask)
-            detections.setdefault(self._classes[label], []).append(item)
+            detections.setdefault(self._names[label], []).append(item)
         return detections
 
     def _mask(
@@ -424,7 +425,7 @@ class OnnxDetector:
         return getattr(self, f"_{self._spec.output}")(parts, frame), frame
 
     def _detr(self, parts: dict[str, np.ndarray], frame: _Frame) -> _Found:
-        logits = self._table(parts, "logits", len(self._classes) + (self._spec.scores == "softmax"))
+        logits = self._table(parts, "logits", len(self._names) + (self._spec.scores == "softmax"))
         boxes = self._table(parts, "boxes", 4)
         self._check_rows("boxes", boxes, logits)
         height, width = frame.input
@@ -438,7 +439,7 @@ class OnnxDetector:
         return dataclasses.replace(found, boxes=boxes[found.source], masks=masks)
 
     def _mask2former(self, parts: dict[str, np.ndarray], frame: _Frame) -> _Found:
-        logits = self._table(parts, "logits", len(self._classes) + 1)
+        logits = self._table(parts, "logits", len(self._names) + 1)
         masks = self._planes(parts, "masks", logits)
         return dataclasses.replace(_pairs(_softmax(logits)[:, :-1]), masks=masks)
 
@@ -449,7 +450,7 @@ class OnnxDetector:
             prototypes = prototypes.reshape(-1, *prototypes.shape[-2:])
             extra = len(prototypes)
         has_classes, width = spec.rows != "xyxy_score_class", ROWS[spec.rows]
-        columns = width + extra + (len(self._classes) if has_classes else 0)
+        columns = width + extra + (len(self._names) if has_classes else 0)
         if spec.transposed:
             rows = parts["rows"]
             parts = parts | {"rows": rows.reshape(-1, rows.shape[-1]).T}
@@ -488,7 +489,7 @@ class OnnxDetector:
     ) -> Int[np.ndarray, " n"]:
         """Labels as indexes of the classes; those without a score, which fill up, may be any."""
         counted = np.where(scores > self._spec.min_score, labels, 0).astype(int)
-        if counted.size and not 0 <= counted.min() <= counted.max() < len(self._classes):
+        if counted.size and not 0 <= counted.min() <= counted.max() < len(self._names):
             raise self._other(f"a label {counted[np.abs(counted).argmax()]}", "labels of a line")
         return counted
 
@@ -519,7 +520,7 @@ class OnnxDetector:
             raise self._other(f"{len(array)} {part}", f"{len(like)}, as the other outputs have")
 
     def _other(self, got: str, expected: str) -> UserError:
-        count = f"{len(self._classes)} lines of {self._spec.classes}"
+        count = f"{len(self._names)} lines of {self._spec.classes}"
         return UserError(
             f"{self._where} gives {got}: expected {expected}, by its description and the {count}"
         )
@@ -587,7 +588,7 @@ def _read_classes(path: epath.Path, *, where: epath.Path) -> list[str]:
     if not path.is_file():
         raise NotFoundError(f"{path} does not exist: expected the classes that {where} names")
     try:
-        lines = path.read_text().rstrip("\n").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path} is no text: expected a name of a class in each line") from None
     classes = [line.strip() for line in lines]
