@@ -138,7 +138,7 @@ def _model_pictures(row: Row) -> Iterator[dict[str, Any]]:
         yield _figure("source", example.source, withheld=no_image)
     if example.mask is not None:
         mask = renderings.render_mask(example.mask[..., 0])
-        yield _figure("mask", mask, note="white: to make", withheld=no_image)
+        yield _figure("mask", mask, note="white: generate", withheld=no_image)
     if example.face is not None:
         yield _figure("face", example.face, withheld=row.drop in ("text", "both"))
     counts = example.loss_mask
