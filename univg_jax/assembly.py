@@ -153,8 +153,7 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
         logging.info("%s", "\n".join(["buckets of the stream:", *stream.describe_buckets()]))
     lock = WorkdirLock(workdir, active=jax.process_index() == 0)
     try:
-        with together():
-            begin_stream(config.init_from, stream, workdir=workdir)  # refuses data that has changed
+        begin_stream(config.init_from, stream, workdir=workdir)  # refuses data that has changed
         found = prepare_encoders(config, workdir, mesh)
         with together():
             if collator.latents is not None:

@@ -1,5 +1,6 @@
 """Where a run's parameters come from, and where in its data it begins."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -17,6 +18,7 @@ from univg_jax.checkpoint import Checkpointer, Restored
 from univg_jax.errors import NotFoundError
 from univg_jax.interop import diffusers
 from univg_jax.settings import InitFrom
+from univg_jax.together import together
 from univg_jax.training.step import TrainState, TrainStep
 from univg_jax.trees import Json
 
@@ -104,15 +106,17 @@ def begin_stream(
 
     Raises UserError if the data is no longer that of the run.
     """
-    try:
+    # All processes look for a sound checkpoint together, so that is no part of the block below.
+    state, begin = None, stream.set_state
+    with contextlib.suppress(NotFoundError):  # no checkpoint yet
         if workdir is not None:
-            stream.set_state(checkpoint.load_data_state(workdir))
-            return
-    except NotFoundError:  # no checkpoint yet
-        pass
-    if isinstance(find_parent(settings), ParentRun):
+            state = checkpoint.load_data_state(workdir)
+    if state is None and isinstance(find_parent(settings), ParentRun):
         state = checkpoint.load_data_state(settings.path)
-        (stream.set_state if settings.which == "state" else stream.continue_from)(state)
+        begin = stream.set_state if settings.which == "state" else stream.continue_from
+    with together():
+        if state is not None:
+            begin(state)
 
 
 def initial_state(
