@@ -11,7 +11,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import UInt8
 
 from data_pipelines import renderings, transforms
 from data_pipelines.transforms import Record
@@ -31,8 +31,9 @@ _BLOCKS = re.compile(r"\(([^()]*\bblocks?)\)", re.IGNORECASE)  # how lg names co
 class Example:
     """One row of a batch before collation; `text` has no tag, `mask` None is all ones.
 
-    `loss_mask` is 1 where the target counts in the loss; None is all ones. What `Task.make` gives
-    as `face` may have any shape; `Task.example` takes its centered square.
+    `loss_mask` is 1 where the target counts in the loss; None is all ones. `Task.example` also
+    leaves the record's `ignore_mask` out, and takes the centered square of a `face`, which is of
+    any shape where `Task.make` gives it.
     """
 
     target: UInt8[np.ndarray, "h w 3"]
@@ -69,6 +70,8 @@ def blank_hole(
 
 def make_inpainting(record: Record, rng: np.random.Generator) -> Example:
     image = record["image"]
+    if "ignore_mask" in record:  # its pixels would be in the source, where the target has none
+        image = renderings.fill_unknown(image, 1 - record["ignore_mask"][..., None])
     hole = transforms.sample_hole(rng, height=image.shape[0], width=image.shape[1])
     text = "" if rng.random() < BACKGROUND_FRACTION else record.get("caption", "").strip()
     # Without a text an object's hole would teach to paint an object that nobody asked for.
@@ -162,18 +165,8 @@ def make_depth(record: Record, rng: np.random.Generator) -> Example:
     if not is_known.any():
         raise UnsuitableRecord("no known depth")
     target = renderings.render_depth(record["depth"])
-    if "ignore_mask" in record:
-        is_known &= record["ignore_mask"] == 0
-    return Example(target=target, source=record["image"], loss_mask=_loss_mask(is_known))
-
-
-def _loss_mask(counts: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 1"] | None:
-    return None if counts.all() else counts[..., None].astype(np.uint8)
-
-
-def _labeled(record: Record) -> UInt8[np.ndarray, "h w 1"] | None:
-    """The loss mask of a record with or without an `ignore_mask`."""
-    return _loss_mask(record["ignore_mask"] == 0) if "ignore_mask" in record else None
+    loss_mask = is_known[..., None].astype(np.uint8)
+    return Example(target=target, source=record["image"], loss_mask=loss_mask)
 
 
 def make_pose(record: Record, rng: np.random.Generator) -> Example:
@@ -182,7 +175,7 @@ def make_pose(record: Record, rng: np.random.Generator) -> Example:
         raise UnsuitableRecord("no visible joint")
     height, width = image.shape[:2]
     skeletons = renderings.render_pose(record["joints"], height=height, width=width)
-    return Example(target=skeletons, source=image, loss_mask=_labeled(record))
+    return Example(target=skeletons, source=image)
 
 
 def make_segmentation(record: Record, rng: np.random.Generator) -> Example:
@@ -194,9 +187,7 @@ def make_segmentation(record: Record, rng: np.random.Generator) -> Example:
         raise UnsuitableRecord("no expression refers to a visible mask")
     k = named[rng.integers(len(named))]
     target = renderings.render_mask(masks[of[k]])
-    return Example(
-        target=target, source=record["image"], text=expressions[k], loss_mask=_labeled(record)
-    )
+    return Example(target=target, source=record["image"], text=expressions[k])
 
 
 def identity_suits(record: Record, k: int) -> bool:

@@ -20,7 +20,7 @@ encoded bytes (PNG, JPEG and others), and `decode` makes numpy arrays of them:
 | expressions | [n] text | list[str]: refers to its mask alone; empty if it is ambiguous |
 | expression_masks | [n] int64 | int64 [n]: mask of each expression; without it, k's is mask k |
 | joints | [p, 17, 3] | float32 [p 17 3]: COCO-17 x, y in [0, 1] and visibility of p people |
-| ignore_mask | PNG, 8 bit, 255 = nothing is labeled there | uint8 [h w], 0 or 1 |
+| ignore_mask | PNG, 8 bit, 255 = no label, or outside the picture | uint8 [h w], 0 or 1 |
 | face | a picture's file | uint8 [f f 3]: another picture of the person in `image` |
 | person | int64 | int |
 

@@ -16,8 +16,8 @@ All tasks share one input format (UniVG, arXiv 2503.12652): a target image, a so
 
 A task is served by any record that has its `needs` (`data_pipelines.records` lists the fields),
 and reads its `uses` where they are there. Several `captions` serve as a `caption`: one is drawn.
-What of the target counts in the loss is the loss mask: depth where it is known; depth, pose and seg
-outside the `ignore_mask`; and all of the other tasks' targets.
+What of the target counts in the loss is the loss mask: what the `ignore_mask` of a record leaves
+(crowds without labels, bars that lie outside the picture), of depth only where it is known.
 """
 
 import dataclasses
@@ -66,9 +66,11 @@ class Task:
     def fields(self, available: Collection[str], extra: Collection[str] = ()) -> tuple[str, ...]:
         """The fields to read of records that have those `available`: `needs`, `uses` and `extra`.
 
-        One that is needed, or is extra, is among them even where it is not available.
+        One that is needed, or is extra, is among them even where it is not available. Every task
+        uses the `ignore_mask`.
         """
-        needs, uses = _present((*self.needs, *extra), available), _present(self.uses, available)
+        needs = _present((*self.needs, *extra), available)
+        uses = _present((*self.uses, "ignore_mask"), available)
         return tuple(dict.fromkeys((*needs, *(name for name in uses if name in available))))
 
     def check(self, record: Record, *, where: str, extra: Collection[str] = ()) -> Record:
@@ -144,9 +146,7 @@ class Task:
             record = transforms.resize_and_crop(
                 record, resolution=resolution, rng=None if center else rng
             )
-            made = self.make(record, rng)
-            if made.loss_mask is not None:
-                made = _filled(made, made.loss_mask)
+            made = _masked(self.make(record, rng), record.get("ignore_mask"))
         except UserError as error:
             raise type(error)(f"{where}: {error}") from None
         return made if made.face is None else _with_face(made, made.face)
@@ -216,12 +216,17 @@ def _present(names: Collection[str], available: Collection[str]) -> list[str]:
     return [stored for name in names for stored in (several if name == "caption" else [name])]
 
 
-def _filled(example: Example, loss_mask: UInt8[np.ndarray, "h w 1"]) -> Example:
-    """The example with a target that is known everywhere."""
-    if not loss_mask.any():
+def _masked(example: Example, ignored: UInt8[np.ndarray, "h w"] | None) -> Example:
+    """The example whose loss also leaves out what is `ignored`, its target filled there."""
+    counts = example.loss_mask
+    if ignored is not None:
+        counts = (1 - ignored[..., None]) * (1 if counts is None else counts)
+    if counts is None or counts.all():
+        return dataclasses.replace(example, loss_mask=None)
+    if not counts.any():
         raise UnsuitableRecord("nothing of the target counts: all of it is without a label")
-    target = renderings.fill_unknown(example.target, loss_mask)
-    return dataclasses.replace(example, target=target)
+    target = renderings.fill_unknown(example.target, counts)
+    return dataclasses.replace(example, target=target, loss_mask=counts)
 
 
 def _with_face(example: Example, face: UInt8[np.ndarray, "h w 3"]) -> Example:
@@ -302,7 +307,6 @@ _TASKS = (
         name="depth",
         title="depth estimation",
         needs=("image", "depth"),
-        uses=("ignore_mask",),
         make=examples.make_depth,
         inputs=("image",),
         prompt="none",
@@ -311,7 +315,6 @@ _TASKS = (
         name="pose",
         title="pose estimation",
         needs=("image", "joints"),
-        uses=("ignore_mask",),
         make=examples.make_pose,
         inputs=("image",),
         prompt="none",
@@ -321,7 +324,7 @@ _TASKS = (
         title="referring segmentation",
         aliases=("segment", "segmentation"),
         needs=("image", "masks", "expressions"),
-        uses=("expression_masks", "ignore_mask"),
+        uses=("expression_masks",),
         make=examples.make_segmentation,
         inputs=("image",),
         prompt_says="what to find",

@@ -1,5 +1,7 @@
 """What labels of real datasets become: unlabeled parts, many people, expressions, objects."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -118,6 +120,43 @@ def test_a_crowd_moves_with_the_crop_and_no_part_of_it_is_lost():
     )
     ignored = np.flatnonzero(1 - made.loss_mask[0, :, 0])
     np.testing.assert_array_equal(ignored, [(SIZE // 2 + 3) // 4])
+
+
+# --- bars ---
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_lies_outside_the_picture_does_not_matter(task):
+    bars = np.ones((SIZE, SIZE), np.uint8)
+    bars[5:-6] = 0
+    fields = dict(
+        caption="a pig and <p>",
+        source=IMAGE[::-1],
+        instruction="turn it",
+        boxes=np.float32([[0.1, 0.3, 0.6, 0.7]]),
+        phrases=["a pig"],
+        depth=METERS,
+        joints=person(),
+        masks=np.ones((1, SIZE, SIZE), np.uint8),
+        expressions=["it"],
+        face=IMAGE,
+    )
+    fields = {name: fields[name] for name in fields if name in TASKS[task].fields(fields)}
+    for seed in range(8):  # in- and outpainting draws its holes
+        plain = example(task, seed, image=IMAGE, **fields)
+        made = [
+            example(task, seed, image=image, ignore_mask=bars, **fields)
+            for image in (IMAGE, np.where(bars[..., None], np.uint8(0), IMAGE))
+        ]
+        if plain.source is not None and not TASKS[task].draws_source:
+            made[1] = dataclasses.replace(made[1], source=made[0].source)  # given, not made
+        assert same(*made)
+        inside = bars == 0
+        np.testing.assert_array_equal(made[0].loss_mask[..., 0], inside)
+        np.testing.assert_array_equal(made[0].target[inside], plain.target[inside])
+        np.testing.assert_array_equal(made[0].target[0], made[0].target[5])
+    with pytest.raises(UnsuitableRecord, match="nothing of the target counts"):
+        example(task, ignore_mask=np.ones_like(bars), **fields)
 
 
 # --- expressions ---

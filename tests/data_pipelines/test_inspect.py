@@ -133,7 +133,7 @@ def test_it_needs_nothing_else(page):
 
 def test_photos_are_jpeg_and_shrunk(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
-    page = inspect_toy(tmp_path, make_config(t2i=1.0), toy=[dict(make_record(0), image=noise)])
+    page = inspect_toy(tmp_path, make_config(t2i=1.0), toy=[dict(image=noise, caption="noise")])
     assert re.findall("data:image/(jpeg|png)", page) == ["png", "jpeg"]  # target, record
     assert len(page) < 400_000
 
