@@ -1,5 +1,7 @@
 """A job makes the files that are missing, each a function of the seed, the item and its number."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +11,7 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation import job
 from univg_jax.evaluation.benchmarks import dpg
 from univg_jax.evaluation.job import generate, join, missing
-from univg_jax.evaluation.official import Request
+from univg_jax.evaluation.official import Output, Request
 from univg_jax.images import write_png
 
 
@@ -91,6 +93,7 @@ def test_two_processes_make_the_files_of_one(tmp_path, monkeypatch, files):
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr(job, "missing", lambda r, f: todo)
     monkeypatch.setattr(job, "each_together", lambda items: items)
+    monkeypatch.setattr(job, "together", contextlib.nullcontext)
     todo = missing_alone(asked)
     for index in (0, 1):
         monkeypatch.setattr("jax.process_index", lambda index=index: index)
@@ -125,6 +128,74 @@ def test_what_a_mask_keeps_is_the_pictures_own(tmp_path):
         found = np.asarray(picture)
     assert (found[24:] == 77).all()
     assert found[:24].std() > 50
+
+
+def test_what_the_model_made_outside_a_mask_is_kept_where_it_is_asked_for(tmp_path):
+    image, mask = np.full((48, 48, 3), 77, np.uint8), np.zeros((48, 48), np.uint8)
+    mask[:24] = 255
+    inputs = dict(image=image, mask=mask)
+    asked = [Request(index=0, task="ip", inputs=inputs, files=("a.png",), composite=False)]
+    run(tmp_path, asked)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.asarray(picture)[24:].std() > 50
+
+
+def darker(batch, task: str) -> np.ndarray:
+    """Half of each source, so that a file tells how often its picture was changed."""
+    return batch.source // 2
+
+
+def turns(first, *, count: int = 3) -> list[Request]:
+    """A chain of edits, the last one first."""
+    inputs = [str(first), *(Output(f"7/7_{k}.png") for k in range(1, count))]
+    return [
+        Request(
+            index=k,
+            task="ie",
+            inputs=dict(prompt="darker", image=inputs[k]),
+            files=(f"7/7_{k + 1}.png",),
+        )
+        for k in reversed(range(count))
+    ]
+
+
+def level(path) -> int:
+    with Image.open(path) as picture:
+        (value,) = np.unique(np.asarray(picture))
+    return int(value)
+
+
+def test_a_request_takes_the_file_of_another_one(tmp_path):
+    write_png(tmp_path / "first.png", np.full((48, 48, 3), 160, np.uint8))
+    asked, out = turns(tmp_path / "first.png"), tmp_path / "out"
+    assert run(out, asked, answer=darker) == 3
+    assert [level(out / f"7/7_{k}.png") for k in (1, 2, 3)] == [80, 40, 20]
+    # Whoever made the file that is taken.
+    write_png(out / "7/7_2.png", np.full((48, 48, 3), 200, np.uint8))
+    (out / "7/7_3.png").unlink()
+    assert run(out, asked, answer=darker) == 1
+    assert level(out / "7/7_3.png") == 100
+
+
+def test_what_is_taken_must_be_there_or_asked_for(tmp_path):
+    (last,) = turns(tmp_path / "first.png")[:1]
+    with pytest.raises(UserError, match=r"item 2 \(7/7_3\.png\): image=.*7_2\.png does not exist"):
+        run(tmp_path, [last], answer=darker)
+    inputs = dict(prompt="darker", image=Output("a.png"))
+    with pytest.raises(ValueError, match=r"wait for one another: a\.png"):
+        run(tmp_path, [Request(index=0, task="ie", inputs=inputs, files=("a.png",))])
+
+
+def test_the_model_is_given_the_middle_of_a_picture_or_all_of_it(tmp_path):
+    picture = np.zeros((48, 96, 3), np.uint8)
+    picture[:, :24] = 200  # left of the middle
+    for whole, expected in ((False, 0.0), (True, 0.25)):
+        inputs = dict(prompt="it", image=picture)
+        name = f"{whole}.png"
+        asked = [Request(index=0, task="seg", inputs=inputs, files=(name,), whole=whole)]
+        run(tmp_path, asked, answer=darker)
+        with Image.open(tmp_path / name) as made:
+            assert (np.asarray(made) > 50).mean() == pytest.approx(expected, abs=0.03)
 
 
 def test_bad_inputs_are_one_line_that_names_the_item(tmp_path):

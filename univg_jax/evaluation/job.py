@@ -5,13 +5,15 @@ yet, and no other. Whoever made a file does not matter: a job that was killed go
 that another model filled is scored by the same code.
 
 An image is a function of (seed, item, image number): its noise is keyed by them, and not by the
-batch, the process or the device that it was made on.
+batch, the process or the device that it was made on. A request may take the file of another one
+(`Output`), as each turn of a dialog does. So requests are made in stages, and what is taken is
+always read from its file, also where this run wrote it.
 """
 
 import concurrent.futures
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +22,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import UInt8
 
+from data_pipelines import transforms
 from data_pipelines.collate import Collator
 from data_pipelines.tasks import INPUTS, TASKS
 from univg_jax.batch import Batch
 from univg_jax.errors import UserError
 from univg_jax.evaluation.metrics import Image
-from univg_jax.evaluation.official import Official, Request, Row
+from univg_jax.evaluation.official import Official, Output, Request, Row
 from univg_jax.files import write_whole
 from univg_jax.images import jpeg_bytes, png_bytes
 from univg_jax.pipeline import Pixels, read_input
@@ -103,11 +106,11 @@ def generate(
     """Makes the files of `requests` that `folder` does not have; returns how many images that were.
 
     All processes call it. `batch_size` is global; the last batch of a task is padded with rows that
-    are not `valid`. Files are written by threads, whole or not at all. What is kept of a request
-    with a mask is its own picture.
+    are not `valid`. Files are written by threads, whole or not at all.
 
     Raises UserError for a batch size that does not divide over the processes, an input that cannot
-    be read, and a file that cannot be written; what was made before is kept.
+    be read, and a file that cannot be written; what was made before is kept. Raises ValueError for
+    requests that wait for one another.
     """
     count = jax.process_count()
     if batch_size < 1 or batch_size % count:
@@ -115,22 +118,47 @@ def generate(
     folder, todo = epath.Path(folder), missing(requests, folder)
     total = sum(file.request.cells for file in todo)
     made = 0
-    batches = _ahead(_batches(todo, collator=collator, rows=batch_size // count))
+    stages = _stages(todo)
     with (
         Bar(total=total, desc="generate", unit="image", disable=jax.process_index() > 0) as bar,
         _Writer(folder) as writer,
     ):
-        for rows in each_together(batches):
-            images = answer(rows.batch, rows.task)
-            for image, file, row in zip(images, rows.files, range(rows.batch.size)):
-                if file is not None:
-                    writer.add(file, _keep(image, rows.batch, row))
-                    made += 1
-            bar.update(min(made * count, total) - bar.n)
+        for files in stages:
+            batches = _batches(files, folder, collator=collator, rows=batch_size // count)
+            for rows in each_together(_ahead(batches)):
+                images = answer(rows.batch, rows.task)
+                for image, file, row in zip(images, rows.files, range(rows.batch.size)):
+                    if file is not None:
+                        kept = _keep(image, rows.batch, row) if file.request.composite else image
+                        writer.add(file, kept)
+                        made += 1
+                bar.update(min(made * count, total) - bar.n)
+            with together():  # the next stage may read what any process wrote
+                writer.finish()
     return total
 
 
-def _batches(todo: Sequence[_File], *, collator: Collator, rows: int) -> Iterator[_Rows]:
+def _stages(todo: Sequence[_File]) -> list[list[_File]]:
+    """The files to make, such that each stage takes nothing but files of earlier ones."""
+    stages, left = [], list(todo)
+    while left:
+        names = {file.name for file in left}
+        ready = [file for file in left if not names & _taken(file.request)]
+        if not ready:
+            raise ValueError(f"requests wait for one another: {', '.join(sorted(names)[:3])}")
+        stages.append(ready)
+        chosen = {file.name for file in ready}
+        left = [file for file in left if file.name not in chosen]
+    return stages
+
+
+def _taken(request: Request) -> set[str]:
+    return {given.file for given in request.inputs.values() if isinstance(given, Output)}
+
+
+def _batches(
+    todo: Sequence[_File], folder: epath.Path, *, collator: Collator, rows: int
+) -> Iterator[_Rows]:
     """This process's rows of all batches; every process has equally many."""
     count, index = jax.process_count(), jax.process_index()
     for task in dict.fromkeys(file.request.task for file in todo):
@@ -143,7 +171,7 @@ def _batches(todo: Sequence[_File], *, collator: Collator, rows: int) -> Iterato
             padding = rows - len(part)
             made = [
                 collator.row(
-                    _example(file.request, collator),
+                    _example(file.request, folder, collator),
                     task=task,
                     sample_id=file.request.sample_id(image),
                     valid=k < len(part),
@@ -153,15 +181,31 @@ def _batches(todo: Sequence[_File], *, collator: Collator, rows: int) -> Iterato
             yield _Rows(task, collator(made), (*(file for file, _ in part), *[None] * padding))
 
 
-def _example(request: Request, collator: Collator) -> Any:
+def _example(request: Request, folder: epath.Path, collator: Collator) -> Any:
     """What the model is given; raises UserError that names the files that were asked for."""
+    side = collator.shape.height
+    given = {
+        name: folder / value.file if isinstance(value, Output) else value
+        for name, value in request.inputs.items()
+    }
     try:
-        pictures = {name: read_input(name, request.inputs.get(name)) for name in INPUTS}
+        pictures = {name: read_input(name, given.get(name)) for name in INPUTS}
+        if request.whole:
+            pictures |= _squeezed(pictures, side)
         return TASKS[request.task].from_inputs(
-            prompt=request.inputs.get("prompt", ""), **pictures, resolution=collator.shape.height
+            prompt=given.get("prompt", ""), **pictures, resolution=side
         )
     except UserError as error:
         raise type(error)(f"item {request.index} ({request.files[0]}): {error}") from None
+
+
+def _squeezed(pictures: Mapping[str, np.ndarray | None], side: int) -> dict[str, np.ndarray]:
+    """The image and the mask, if given, as squares."""
+    planes = {"image": pictures["image"], "edit_mask": pictures["mask"]}
+    given = {name: plane for name, plane in planes.items() if plane is not None}
+    names = {"image": "image", "edit_mask": "mask"}
+    squares = transforms.resize(given, height=side, width=side)
+    return {names[name]: plane for name, plane in squares.items()}
 
 
 def _keep(image: Image, batch: Batch, row: int) -> Image:
@@ -202,15 +246,15 @@ class _Writer:
         while len(self._writing) > most or (self._writing and self._writing[0].done()):
             self._writing.pop(0).result()
 
+    def finish(self) -> None:
+        """Waits until all files are written."""
+        self._wait(most=0)
+
     def __enter__(self) -> "_Writer":
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._wait(most=0)
-        finally:
-            self._pool.shutdown()
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
 
 
 def _write(path: epath.Path, picture: UInt8[np.ndarray, "height width 3"]) -> None:

@@ -19,12 +19,23 @@ MAX_ITEMS = 2**21  # of a benchmark; with MAX_IMAGES of each, a sample id has 32
 MAX_IMAGES = 2**11
 
 
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """An input that is the file of another request, which is made before."""
+
+    file: str
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """The files that item `index` of a benchmark asks for.
 
-    `inputs` are those of `Pipeline.run`; pictures may be paths, which are read when they are due. A
-    file shows `cells` images, row by row in a square.
+    `inputs` are those of `Pipeline.run`; pictures may be paths, which are read when they are due,
+    or an `Output`. A file shows `cells` images, row by row in a square.
+
+    The model makes squares. It is given the middle of a picture, or with `whole` all of it,
+    squeezed, so that its answer is of all of it, too. Outside a mask the file has the picture's own
+    pixels (`composite`), or what the model made there.
     """
 
     index: int
@@ -32,6 +43,8 @@ class Request:
     inputs: Mapping[str, Any]
     files: tuple[str, ...]
     cells: int = 1
+    whole: bool = False
+    composite: bool = True
 
     def __post_init__(self):
         if math.isqrt(self.cells) ** 2 != self.cells:
