@@ -16,12 +16,30 @@ from univg_jax import sharding
 from univg_jax.evaluation.detection import Detection, Detections
 
 if TYPE_CHECKING:
-    from univg_jax.evaluation.scorers.clip import Clip
     from univg_jax.evaluation.scorers.endpoint import Endpoint
 
 # Unit vectors of sentences, and of the faces in pictures of any size.
 TextEmbedder = Callable[[list[str]], Float[np.ndarray, "b d"]]
 FaceEmbedder = Callable[[UInt8[np.ndarray, "b h w 3"]], Float[np.ndarray, "b e"]]
+
+# Vectors of any length of pictures of any sizes.
+PictureEmbedder = Callable[[Sequence[UInt8[np.ndarray, "_ _ 3"]]], Float[np.ndarray, "b d"]]
+# The face in a picture as a vector of any length; None where no face is found.
+FaceFinder = Callable[[UInt8[np.ndarray, "h w 3"]], Float[np.ndarray, " d"] | None]
+# How different two pictures of one size are, 0 if they are the same.
+PictureDistance = Callable[[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]], float]
+
+
+class Clip(Protocol):
+    """A CLIP: pictures and texts in one space, as vectors of any length."""
+
+    def images(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "b d"]:
+        """Embeddings of pictures of any sizes."""
+        ...
+
+    def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
+        """Embeddings of texts."""
+        ...
 
 
 class SceneScorer(Protocol):
@@ -41,11 +59,7 @@ class SceneScorer(Protocol):
 
 
 class Detector(Protocol):
-    """Names the objects in pictures of anything.
-
-    It may have `classes`, the names of all that it can find: benchmarks then refuse one that cannot
-    find what they ask for.
-    """
+    """Names the objects in pictures of anything."""
 
     def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> Detections:
         """Boxes in pixels by the name of the class, with scores, and masks if it has them."""
@@ -70,7 +84,11 @@ class Scorers(TypedDict, total=False):
     scene: SceneScorer
     detect: Detector
     color: ColorNamer
-    clip: "Clip"
+    clip: Clip
+    dino: PictureEmbedder
+    identify: FaceFinder
+    lpips: PictureDistance
+    inception: PictureEmbedder
     vqa: "Endpoint"
     judge: "Endpoint"
 
@@ -79,10 +97,13 @@ PROTOCOLS = {  # what to do about one that is missing
     "text_embed": "the run's own text encoder (`scorers.embedders`)",
     "face_embed": "the run has no face encoder, set conditioning.identity, e.g. dict(kind='lda')",
     "scene": "a scene scorer fitted on the data (`scorers.scene`)",
-    "detect": "a detector of the benchmark's classes, as an ONNX file with its description "
-    "(`scorers.detector`)",
-    "color": "CLIP ViT-L/14, as a folder of Hugging Face (`scorers.clip`)",
-    "clip": "the CLIP that the benchmark names, as a folder of Hugging Face (`scorers.clip`)",
+    "detect": "a detector of the benchmark's classes, as an ONNX file with its description",
+    "color": "CLIP ViT-L/14, as a folder of Hugging Face",
+    "clip": "a CLIP, such as ViT-B/32",
+    "dino": "a DINO, such as dino_vits16",
+    "identify": "a detector and an encoder of faces",
+    "lpips": "LPIPS with its network",
+    "inception": "FID's Inception, which is given `fid.preprocess` of a picture",
     "vqa": "a vision-language model that you serve, with log-probabilities (`scorers.endpoint`)",
     "judge": "a vision-language model that you serve (`scorers.endpoint`)",
 }

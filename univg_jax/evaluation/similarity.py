@@ -1,0 +1,97 @@
+"""How alike pictures are, and how well they fit a text: what benchmarks of edits share.
+
+    clip_t   cosine of CLIP's embeddings of the picture and of a caption
+    clip_i   cosine of CLIP's embeddings of two pictures
+    dino     cosine of DINO's embeddings of two pictures
+    l1, l2   mean |a - b| and mean (a - b)², of RGB in [0, 1]
+
+For l1 and l2 a picture is resized to the size of the other one. The networks are the user's; which
+ones they are is stored beside the numbers (`Backbones`), since numbers of others do not compare.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image as Pillow
+
+from univg_jax import images
+from univg_jax.errors import NotFoundError, UserError
+from univg_jax.evaluation import metrics
+from univg_jax.evaluation.metrics import Image, Ratio
+
+METRICS = ("clip_t", "clip_i", "dino", "l1", "l2")
+WORST = {"clip_t": 0.0, "clip_i": 0.0, "dino": 0.0, "l1": 1.0, "l2": 1.0}  # of a missing picture
+NEEDS = ("clip", "dino")
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbones:
+    """The names of the networks, which a result stores."""
+
+    clip: str = "ViT-B/32"
+    dino: str = "dino_vits16"
+
+
+def read_rgb(path: epath.PathLike, *, what: str) -> Image:
+    """A picture that the benchmark needs. Raises UserError (NotFoundError) with its file."""
+    return _read_rgb(os.fspath(path), what)
+
+
+@functools.lru_cache(maxsize=8)  # a target is often compared with more than one picture in a row
+def _read_rgb(path: str, what: str) -> Image:
+    file = epath.Path(path)
+    try:
+        pixels = images.decode_rgb(file.read_bytes())
+    except (FileNotFoundError, IsADirectoryError):
+        raise NotFoundError(f"{path} does not exist: expected {what}") from None
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    pixels.setflags(write=False)
+    return pixels
+
+
+def resized(image: UInt8[np.ndarray, "_ _ 3"], *, like: UInt8[np.ndarray, "_ _ 3"]) -> Image:
+    """The picture at the size of another one, by Pillow's bicubic filter."""
+    if image.shape == like.shape:
+        return image
+    height, width = like.shape[:2]
+    return np.asarray(
+        Pillow.fromarray(image).resize((width, height), Pillow.Resampling.BICUBIC)
+    )
+
+
+def distances(image: UInt8[np.ndarray, "_ _ 3"], other: UInt8[np.ndarray, "_ _ 3"]) -> dict:
+    """l1 and l2 at the size of `other`. l2 is the mean square, without a root."""
+    difference = (resized(image, like=other).astype(float) - other) / 255
+    return {"l1": float(np.abs(difference).mean()), "l2": float(np.square(difference).mean())}
+
+
+def compare(
+    image: UInt8[np.ndarray, "_ _ 3"],
+    other: UInt8[np.ndarray, "_ _ 3"],
+    caption: str,
+    scorers: Mapping[str, Any],
+) -> dict[str, float]:
+    """METRICS of a picture against another one and a caption, by the scorers NEEDS."""
+    clip, dino = scorers["clip"], scorers["dino"]
+    (own, its), (text,) = clip.images([image, other]), clip.texts([caption])
+    dino_own, dino_its = dino([image, other])
+    return {
+        "clip_t": metrics.cosine(own, text).value,
+        "clip_i": metrics.cosine(own, its).value,
+        "dino": metrics.cosine(dino_own, dino_its).value,
+        **distances(image, other),
+    }
+
+
+def ratios(values: Mapping[str, float] | None, prefix: str = "") -> dict[str, Ratio]:
+    """The columns of an item's METRICS; with None they count nothing."""
+    if values is None:
+        return {prefix + name: Ratio.of(0.0, 0.0) for name in METRICS}
+    return {prefix + name: Ratio.of(values[name]) for name in METRICS}
