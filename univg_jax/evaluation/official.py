@@ -75,7 +75,8 @@ class Official:
     and `side_files(rows)` what the official scorer reads beside them, by name. `score(row, images,
     scorers)` has the sums and counts of a row's images; None is one that is not there.
     `summary(rows, scores)` has the official numbers, of which `primary` is the first to look at.
-    Raise `version` when numbers would change.
+    `settings` are choices in which papers differ, so a result has to say them. Raise `version` when
+    numbers would change.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Official:
     needs: tuple[str, ...] = ()  # names of protocols
     side_files: Callable[[Sequence[Row]], Mapping[str, str]] = lambda rows: {}
     published: tuple[Published, ...] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def text_requests(

@@ -56,7 +56,7 @@ def test_the_truth_has_the_stated_size_and_not_that_of_the_file(root):
     """The file of 23 is half as large as is stated."""
     row = phrasecut_seg.read(root)[2]
     np.testing.assert_array_equal(row.mask, box((96, 96), 20, 20, 60, 60))
-    found = phrasecut_seg.score(row, [renderings.render_mask(row.mask[::2, ::2])], {})
+    found = phrasecut_seg.score(row, [renderings.render_mask(row.mask[::2, ::2].astype(np.uint8))], {})
     assert found["official/miou"].value > 0.9
 
 
@@ -75,7 +75,7 @@ def test_numbers_of_a_folder(root, tmp_path):
     rows = phrasecut_seg.read(root)
     folder = tmp_path / "out"
     write_png(folder / "test/000000.png", renderings.render_mask(box((48, 64), 2, 2, 12, 12)))
-    write_png(folder / "test/000001.png", renderings.render_mask(rows[1].mask))
+    write_png(folder / "test/000001.png", renderings.render_mask(rows[1].mask.astype(np.uint8)))
     found = BENCHMARK.summary(rows, score_images(BENCHMARK, rows, folder, {}))
     assert found["test/official/oiou"] == 200 / 300
     assert found["test/official/miou"] == (1 / 2 + 1) / 2

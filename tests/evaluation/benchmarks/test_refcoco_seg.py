@@ -46,10 +46,10 @@ def picture(mask) -> np.ndarray:
 def test_every_sentence_is_a_sample(root):
     rows = read(root, subsets=("refcoco",), splits=("train",))
     assert [(r.ref, r.number, r.sentence) for r in rows] == [
-        (0, 0, "Left square!"),
+        (0, 0, "left square"),
         (0, 1, "the left one"),
         (1, 0, "right square"),
-        (2, 0, "the LEFT one"),  # a second ref of one object, and a sentence twice
+        (2, 0, "the left one"),  # a second ref of one object, and a sentence twice
         (2, 1, "biggest thing"),
         (3, 0, "middle box"),
     ]

@@ -237,4 +237,5 @@ BENCHMARK = Official(
     score=score,
     summary=summary,
     primary="official/single/dino",
+    settings=dataclasses.asdict(similarity.Backbones()),
 )

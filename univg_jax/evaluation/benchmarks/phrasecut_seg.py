@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_pipelines import renderings
 from data_pipelines.datasets import phrasecut
 from data_pipelines.native import coco, tables
 from univg_jax.errors import NotFoundError, UserError, check_name
@@ -129,4 +130,5 @@ BENCHMARK = Official(
     score=score,
     summary=summary,
     primary="test/official/miou",
+    settings={"mask_threshold": renderings.MASK_THRESHOLD},
 )

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_pipelines import renderings
 from data_pipelines.native import coco, refer
 from univg_jax.errors import NotFoundError, UserError, check_name, quote
 from univg_jax.evaluation import segmentation
@@ -184,4 +185,5 @@ BENCHMARK = Official(
     score=score,
     summary=summary,
     primary="refcoco_unc/val/official/oiou",
+    settings={"mask_threshold": renderings.MASK_THRESHOLD},
 )
