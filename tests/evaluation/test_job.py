@@ -159,6 +159,13 @@ def turns(first, *, count: int = 3) -> list[Request]:
     ]
 
 
+def test_a_picture_may_be_made_when_it_is_due(tmp_path):
+    inputs = dict(prompt="darker", image=lambda: np.full((48, 48, 3), 160, np.uint8))
+    asked = [Request(index=0, task="ie", inputs=inputs, files=("a.png",))]
+    run(tmp_path, asked, answer=darker)
+    assert level(tmp_path / "a.png") == 80
+
+
 def level(path) -> int:
     with Image.open(path) as picture:
         (value,) = np.unique(np.asarray(picture))

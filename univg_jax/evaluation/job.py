@@ -184,11 +184,8 @@ def _batches(
 def _example(request: Request, folder: epath.Path, collator: Collator) -> Any:
     """What the model is given; raises UserError that names the files that were asked for."""
     side = collator.shape.height
-    given = {
-        name: folder / value.file if isinstance(value, Output) else value
-        for name, value in request.inputs.items()
-    }
     try:
+        given = {name: _due(value, folder) for name, value in request.inputs.items()}
         pictures = {name: read_input(name, given.get(name)) for name in INPUTS}
         if request.whole:
             pictures |= _squeezed(pictures, side)
@@ -197,6 +194,12 @@ def _example(request: Request, folder: epath.Path, collator: Collator) -> Any:
         )
     except UserError as error:
         raise type(error)(f"item {request.index} ({request.files[0]}): {error}") from None
+
+
+def _due(value: Any, folder: epath.Path) -> Any:
+    if isinstance(value, Output):
+        return folder / value.file
+    return value() if callable(value) else value
 
 
 def _squeezed(pictures: Mapping[str, np.ndarray | None], side: int) -> dict[str, np.ndarray]:

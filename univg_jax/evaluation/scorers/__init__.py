@@ -66,6 +66,16 @@ class Detector(Protocol):
         ...
 
 
+class Locator(Protocol):
+    """Looks for objects that are named to it."""
+
+    def __call__(
+        self, image: UInt8[np.ndarray, "h w 3"], names: Sequence[str]
+    ) -> Mapping[str, Float[np.ndarray, "_ 4"]]:
+        """Boxes x0 y0 x1 y1 in pixels by name; a name that is not seen may be left out."""
+        ...
+
+
 class ColorNamer(Protocol):
     """Names the colors of objects."""
 
@@ -83,6 +93,7 @@ class Scorers(TypedDict, total=False):
     face_embed: FaceEmbedder
     scene: SceneScorer
     detect: Detector
+    locate: Locator
     color: ColorNamer
     clip: Clip
     dino: PictureEmbedder
@@ -98,12 +109,13 @@ PROTOCOLS = {  # what to do about one that is missing
     "face_embed": "the run has no face encoder, set conditioning.identity, e.g. dict(kind='lda')",
     "scene": "a scene scorer fitted on the data (`scorers.scene`)",
     "detect": "a detector of the benchmark's classes, as an ONNX file with its description",
+    "locate": "a detector that is told what to look for, or `layout_boxes.of_classes` of one",
     "color": "CLIP ViT-L/14, as a folder of Hugging Face",
     "clip": "a CLIP, such as ViT-B/32",
     "dino": "a DINO, such as dino_vits16",
     "identify": "a detector and an encoder of faces",
     "lpips": "LPIPS with its network",
-    "inception": "FID's Inception, which is given `fid.preprocess` of a picture",
+    "inception": "FID's Inception with one of `fid.CONVENTIONS`, of pictures of any sizes",
     "vqa": "a vision-language model that you serve, with log-probabilities (`scorers.endpoint`)",
     "judge": "a vision-language model that you serve (`scorers.endpoint`)",
 }
