@@ -31,7 +31,8 @@ class Request:
     """The files that item `index` of a benchmark asks for.
 
     `inputs` are those of `Pipeline.run`. A picture may be a path or a function without arguments,
-    which is read or called when it is due, or an `Output`. A file shows `cells` images, row by row in a square.
+    which is read or called when it is due, or an `Output`. A file shows `cells` images, row by row
+    in a square.
 
     The model makes squares. It is given the middle of a picture, or with `whole` all of it,
     squeezed, so that its answer is of all of it, too. Outside a mask the file has the picture's own

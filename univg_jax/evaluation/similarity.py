@@ -10,8 +10,6 @@ ones they are is stored beside the numbers (`Backbones`), since numbers of other
 """
 
 import dataclasses
-import functools
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,20 +38,12 @@ class Backbones:
 
 def read_rgb(path: epath.PathLike, *, what: str) -> Image:
     """A picture that the benchmark needs. Raises UserError (NotFoundError) with its file."""
-    return _read_rgb(os.fspath(path), what)
-
-
-@functools.lru_cache(maxsize=8)  # a target is often compared with more than one picture in a row
-def _read_rgb(path: str, what: str) -> Image:
-    file = epath.Path(path)
     try:
-        pixels = images.decode_rgb(file.read_bytes())
+        return images.decode_rgb(epath.Path(path).read_bytes())
     except (FileNotFoundError, IsADirectoryError):
         raise NotFoundError(f"{path} does not exist: expected {what}") from None
     except UserError as error:
         raise UserError(f"{path} {error}") from None
-    pixels.setflags(write=False)
-    return pixels
 
 
 def resized(image: UInt8[np.ndarray, "_ _ 3"], *, like: UInt8[np.ndarray, "_ _ 3"]) -> Image:
@@ -61,9 +51,7 @@ def resized(image: UInt8[np.ndarray, "_ _ 3"], *, like: UInt8[np.ndarray, "_ _ 3
     if image.shape == like.shape:
         return image
     height, width = like.shape[:2]
-    return np.asarray(
-        Pillow.fromarray(image).resize((width, height), Pillow.Resampling.BICUBIC)
-    )
+    return np.asarray(Pillow.fromarray(image).resize((width, height), Pillow.Resampling.BICUBIC))
 
 
 def distances(image: UInt8[np.ndarray, "_ _ 3"], other: UInt8[np.ndarray, "_ _ 3"]) -> dict:

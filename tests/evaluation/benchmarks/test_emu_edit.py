@@ -78,9 +78,13 @@ def test_the_generations_have_the_names_of_the_splits_swapped(tmp_path):
     assert len(emu_edit.read(tmp_path, GENERATIONS, excerpt=True)) == 3
     other = dataclasses.replace(GENERATIONS, split="validation")
     assert len(emu_edit.read(tmp_path, other, excerpt=True)) == 1
-    with pytest.raises(UserError, match=r"3 rows of test \(validation-\*\.parquet\) instead of 3589"):
+    with pytest.raises(
+        UserError, match=r"3 rows of test \(validation-\*\.parquet\) instead of 3589"
+    ):
         emu_edit.read(tmp_path, GENERATIONS)
-    with pytest.raises(UserError, match=r"1 rows of validation \(test-\*\.parquet\) instead of 2022"):
+    with pytest.raises(
+        UserError, match=r"1 rows of validation \(test-\*\.parquet\) instead of 2022"
+    ):
         emu_edit.read(tmp_path, other)
 
 

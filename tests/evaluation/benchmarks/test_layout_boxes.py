@@ -95,7 +95,9 @@ def test_success_and_iou_of_boxes():
 
 def test_the_best_detection_of_the_same_name_counts():
     boxes = [[0, 0, 5, 5], [0, 0, 50, 50]]
-    assert layout_boxes.score(HALVES, [PICTURE], seen(cat=boxes))["official/layout_miou"].value == 0.5
+    assert (
+        layout_boxes.score(HALVES, [PICTURE], seen(cat=boxes))["official/layout_miou"].value == 0.5
+    )
     swapped = seen(dog=[[0, 0, 50, 50]], cat=[[50, 0, 100, 50]])
     assert layout_boxes.score(HALVES, [PICTURE], swapped)["official/layout_miou"].value == 0
 

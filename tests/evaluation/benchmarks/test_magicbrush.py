@@ -181,7 +181,11 @@ def change(root, name, edit):
         ("edit_sessions.json", lambda v: None, "has 2 sessions instead of 535"),
         ("edit_sessions.json", lambda v: v.update({"../x": []}), "'../x': its name is that of no"),
         ("edit_sessions.json", lambda v: v.update({"5": []}), "'5': it has no turns"),
-        ("edit_sessions.json", lambda v: v["30"][0].pop("instruction"), "there is no 'instruction'"),
+        (
+            "edit_sessions.json",
+            lambda v: v["30"][0].pop("instruction"),
+            "there is no 'instruction'",
+        ),
         (
             "edit_sessions.json",
             lambda v: v["30"][0].update(input="../a.png"),

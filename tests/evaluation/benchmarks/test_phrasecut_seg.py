@@ -56,7 +56,9 @@ def test_the_truth_has_the_stated_size_and_not_that_of_the_file(root):
     """The file of 23 is half as large as is stated."""
     row = phrasecut_seg.read(root)[2]
     np.testing.assert_array_equal(row.mask, box((96, 96), 20, 20, 60, 60))
-    found = phrasecut_seg.score(row, [renderings.render_mask(row.mask[::2, ::2].astype(np.uint8))], {})
+    found = phrasecut_seg.score(
+        row, [renderings.render_mask(row.mask[::2, ::2].astype(np.uint8))], {}
+    )
     assert found["official/miou"].value > 0.9
 
 

@@ -100,7 +100,9 @@ def test_sets_are_apart_and_a_ratio_of_sums_is_no_mean(root, tmp_path):
     assert found["refcoco_unc/testB/official/miou"] == 0.8
     assert found["refcoco_unc/testB/official/precision@0.8"] == 1
     both = [r for r in rows if r.split != "val"]
-    merged = segmentation.summary([segmentation.score(picture(answers[r.sentence]), r.mask) for r in both])
+    merged = segmentation.summary(
+        [segmentation.score(picture(answers[r.sentence]), r.mask) for r in both]
+    )
     assert merged["official/oiou"] == (800 + 1600) / (1600 + 2000)
     assert merged["official/miou"] == pytest.approx((0.5 + 0.8) / 2)
 
@@ -182,9 +184,7 @@ def test_real_refs(tmp_path):
     dump = json.loads((folder / "tfds_refcoco.json").read_text())
     images = [dict(v["info"]) for v in dump["coco_anns"].values()]
     anns = {r["ann_id"]: {k: v for k, v in r["ann"].items() if k != "ann"} for r in dump["ref"]}
-    refs = [
-        r for r in dump["ref"] if (r["dataset"], r["dataset_partition"]) == ("refcoco", "unc")
-    ]
+    refs = [r for r in dump["ref"] if (r["dataset"], r["dataset_partition"]) == ("refcoco", "unc")]
     (tmp_path / "refcoco").mkdir()
     (tmp_path / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=0))
     instances = dict(images=images, annotations=list(anns.values()), categories=[])

@@ -1,5 +1,6 @@
 """What holds for the rows of scores of every benchmark: they can be gathered from processes."""
 
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -7,20 +8,29 @@ import sys
 import numpy as np
 import pytest
 
+from tests.evaluation.benchmarks.picture_scorers import SCORERS, plain
 from univg_jax.evaluation import score
 from univg_jax.evaluation.benchmarks import (
     coco30k,
     dpg,
     dsg,
+    emu_edit,
     geneval,
     geneval2,
     hpsv2,
+    identity_set,
+    inpainting,
+    layout_boxes,
     longtext,
+    magicbrush,
     mlperf_loss,
     parti,
+    phrasecut_seg,
+    refcoco_seg,
     t2i_compbench,
 )
 from univg_jax.evaluation.benchmarks.dsg import Question
+from univg_jax.images import write_png
 
 ROOT = pathlib.Path(__file__).parents[3]
 ASKED = (Question(1, (), "?", "entity - whole (x)"), Question(2, (1,), "?", "global (x)"))
@@ -48,6 +58,49 @@ def of_compbench():
     rows = [t2i_compbench.Row("3d_spatial", k, "") for k in range(2)]
     images = [[{"official": 0.25, "fixed": 0.5}, 0.5], [None, None]]
     return t2i_compbench, rows, [t2i_compbench.score(i) for i in images]
+
+
+PICTURE = plain("red")
+BOX = [[2, 2, 20, 2, 20, 20, 2, 20]]
+# Of each benchmark that scores pictures by scorers: two rows, of which the second has no picture.
+PICTURES = {
+    "magicbrush": lambda file: [
+        magicbrush.Row("7", k, 2, True, "", file, file, "a red pig", file, "a red pig")
+        for k in (1, 2)
+    ],
+    "emu_edit": lambda file: [
+        emu_edit.Row(k, "add", "", "a red pig", file, file) for k in range(2)
+    ],
+    "identity_set": lambda file: [identity_set.Row("ann", file, k, "red", 1) for k in range(2)],
+    "refcoco_seg": lambda file: [
+        refcoco_seg.Row("refcoco", "unc", "val", k, 0, "it", file, 32, 32, BOX) for k in range(2)
+    ],
+    "phrasecut_seg": lambda file: [
+        phrasecut_seg.Row("test", k, 7, "it", file, 32, 32, [[[[2, 2], [20, 2], [20, 20]]]])
+        for k in range(2)
+    ],
+    "layout_boxes": lambda file: [
+        layout_boxes.Row(str(k), "a cat", ((0.0, 0.0, 0.5, 1.0),), ("a cat",), ("cat",), ("cat",))
+        for k in range(2)
+    ],
+    "inpainting": lambda file: [
+        inpainting.Row(str(k), file, "", inpainting.Settings(side=32)) for k in range(2)
+    ],
+}
+ALL = SCORERS | {
+    "identify": lambda image: image.mean(axis=(0, 1)),
+    "locate": lambda image, names: {"cat": np.array([[0.0, 0.0, 16.0, 16.0]])},
+    "inception": lambda images: np.array([image.mean(axis=(0, 1)) for image in images]),
+    "lpips": lambda a, b: 0.25,
+}
+
+
+def of_pictures(name, file):
+    benchmark = importlib.import_module(f"univg_jax.evaluation.benchmarks.{name}")
+    write_png(file, PICTURE)
+    rows = PICTURES[name](str(file))
+    scores = [benchmark.score(r, [i], ALL) for r, i in zip(rows, (PICTURE, None), strict=True)]
+    return benchmark, rows, scores
 
 
 CASES = {
@@ -98,19 +151,29 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_rows_of_what_is_there_and_of_what_is_missing_have_one_form(name):
-    _, _, scores = CASES[name]()
+NAMES = [*CASES, *PICTURES]
+
+
+@pytest.fixture
+def case(request, tmp_path):
+    """A benchmark, two rows, and the scores of one that is there and of one that is not."""
+    name = request.param
+    return CASES[name]() if name in CASES else of_pictures(name, tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize("case", NAMES, indirect=True)
+def test_rows_of_what_is_there_and_of_what_is_missing_have_one_form(case):
+    _, _, scores = case
     forms = [{metric: r.total.shape for metric, r in entry.items()} for entry in scores]
     assert forms[0] == forms[1]
     assert list(scores[0]) == list(scores[1])
     assert all(r.total.dtype == r.count.dtype == np.float64 for e in scores for r in e.values())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_summary_is_that_of_the_gathered_rows(name):
+@pytest.mark.parametrize("case", NAMES, indirect=True)
+def test_a_summary_is_that_of_the_gathered_rows(case):
     """Whoever has which row, and in whatever order they come."""
-    benchmark, rows, scores = CASES[name]()
+    benchmark, rows, scores = case
     whole = benchmark.summary(rows, scores)
     by_case = dict(reversed(list(enumerate(scores))))
     table = score.gather(by_case, count=2, template=scores[-1])
@@ -120,7 +183,7 @@ def test_a_summary_is_that_of_the_gathered_rows(name):
 
 
 def test_readers_and_rules_need_no_jax():
-    names = [f"univg_jax.evaluation.benchmarks.{name}" for name in CASES]
+    names = [f"univg_jax.evaluation.benchmarks.{name}" for name in NAMES]
     code = f"import sys, {', '.join(names)}; print('jax' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True

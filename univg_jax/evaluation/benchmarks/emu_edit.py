@@ -196,9 +196,7 @@ def requests(rows: Sequence[Row]) -> list[Request]:
     ]
 
 
-def score(
-    row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
-) -> dict[str, Ratio]:
+def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:
     """METRICS of `similarity`, and whether the result is missing or black.
 
     Raises UserError (NotFoundError) for a reference that cannot be read.

@@ -133,9 +133,7 @@ def _asked(prompt: str) -> str:
     return prompt if PLACEHOLDER in prompt else f"{PLACEHOLDER}, {prompt}"
 
 
-def score(
-    row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
-) -> dict[str, Ratio]:
+def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:
     """Sums and counts over the pictures of a person and prompt.
 
     Raises UserError for a portrait in which no face is found: nothing can be compared with it.

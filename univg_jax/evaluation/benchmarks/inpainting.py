@@ -13,7 +13,6 @@ is given pictures of one size, which it maps to [-1, 1].
 """
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -85,7 +84,6 @@ class Row:
         return hole
 
 
-@functools.lru_cache(maxsize=4)
 def _square(picture: str, mask: str, side: int) -> tuple[Image, np.ndarray]:
     planes = {"image": similarity.read_rgb(picture, what="a picture to paint in")}
     if mask:
@@ -163,9 +161,7 @@ def requests(rows: Sequence[Row]) -> list[Request]:
     ]
 
 
-def score(
-    row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
-) -> dict[str, Ratio]:
+def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:
     """PSNR, SSIM, LPIPS and features of the raw and the composited square, and the truth's.
 
     A result of another size is resized to the truth's.

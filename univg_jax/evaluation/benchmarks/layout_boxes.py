@@ -141,7 +141,9 @@ def _row(
 
 def _class_of(phrase: str, classes: Sequence[str]) -> str:
     """The category whose name the phrase is, also in the plural."""
-    return next(c for c in classes if re.fullmatch(rf"{re.escape(c)}(s|es)?", phrase, re.IGNORECASE))
+    return next(
+        c for c in classes if re.fullmatch(rf"{re.escape(c)}(s|es)?", phrase, re.IGNORECASE)
+    )
 
 
 def image_files(row: Row) -> tuple[str, ...]:
@@ -194,10 +196,8 @@ def of_classes(
     return locate
 
 
-def score(
-    row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
-) -> dict[str, Ratio]:
-    """Sums over the boxes of a picture, and counts; strictly, a missing picture has no detection."""
+def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:
+    """Sums over a picture's boxes, and counts; strictly, a missing one has no detection."""
     (image,) = images
     detections: Mapping[str, Any] = {}
     if image is not None:

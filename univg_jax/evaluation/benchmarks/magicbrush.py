@@ -153,9 +153,7 @@ def requests(rows: Sequence[Row]) -> list[Request]:
     ]
 
 
-def score(
-    row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
-) -> dict[str, Ratio]:
+def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:
     """METRICS against the row's own target and, of a turn in a chain, against the last one.
 
     Raises UserError (NotFoundError) for a target that cannot be read.
@@ -213,7 +211,9 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
 
 def _latest(chain: Mapping[int, Scores]) -> Scores | None:
     """The scores of the last turn of a chain that there is."""
-    return next((chain[turn] for turn in sorted(chain, reverse=True) if _is_there(chain[turn])), None)
+    return next(
+        (chain[turn] for turn in sorted(chain, reverse=True) if _is_there(chain[turn])), None
+    )
 
 
 def _is_there(entry: Scores | None) -> bool:

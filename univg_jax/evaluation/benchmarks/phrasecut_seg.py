@@ -109,9 +109,7 @@ def requests(rows: Sequence[Row]) -> list[Request]:
     ]
 
 
-def score(
-    row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
-) -> dict[str, Ratio]:
+def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:
     """cIoU (`oiou`), mIoU and accuracy of one phrase; no scorer is needed."""
     (image,) = images
     return segmentation.score(image, row.mask, exceed=True)

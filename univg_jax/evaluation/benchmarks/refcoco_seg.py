@@ -147,7 +147,8 @@ def requests(rows: Sequence[Row]) -> list[Request]:
         Request(
             index=index,
             task="seg",
-            inputs={"prompt": row.sentence, "image": row.picture},
+            # A sentence may be empty, or a word that is read as none, and is a sample all the same.
+            inputs={"prompt": row.sentence or "-", "image": row.picture},
             files=image_files(row),
             whole=True,
         )
@@ -155,9 +156,7 @@ def requests(rows: Sequence[Row]) -> list[Request]:
     ]
 
 
-def score(
-    row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
-) -> dict[str, Ratio]:
+def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:
     """oIoU, mIoU and precision of one sentence; no scorer is needed."""
     (image,) = images
     return segmentation.score(image, row.mask)
