@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -175,3 +177,15 @@ def test_a_portrait_without_a_face_is_refused(tmp_path):
         identity_set.score(row, [plain("red")], ALL)
     text_only = dataclasses.replace(row, compares=False)
     assert identity_set.score(text_only, [plain("red")], ALL)["clip_t"].value == 1
+
+
+@pytest.mark.skipif(
+    not os.environ.get("UNIVG_SAMPLES"), reason="real files are not part of the project"
+)
+def test_real_portraits():
+    """A person of LFW, whose pictures are taken for people here."""
+    folder = pathlib.Path(os.environ["UNIVG_SAMPLES"]) / "lfw" / "lfw" / "dir3"
+    rows = identity_set.read(folder, dataclasses.replace(SETTINGS, clip_prompts=()))
+    assert [row.person for row in rows] == ["img10", "img11", "img12"]
+    found = identity_set.score(rows[0], [plain("red"), None], ALL)
+    assert -1 <= found["skip/similarity"].value <= 1

@@ -1,6 +1,8 @@
 """In- and outpainting: raw and composited pictures apart, holes, and FID of any shards."""
 
 import math
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -184,3 +186,14 @@ def test_another_folder_is_one_line(folder, tmp_path):
         Settings(convention="mine")
     with pytest.raises(UserError, match="side=8: expected at least 16"):
         Settings(side=8)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("UNIVG_SAMPLES"), reason="real files are not part of the project"
+)
+def test_real_pictures(tmp_path):
+    folder = pathlib.Path(os.environ["UNIVG_SAMPLES"]) / "refcoco" / "coco_train2014"
+    rows = inpainting.read(folder, SETTINGS)
+    assert {row.truth().shape for row in rows} == {(48, 48, 3)}
+    values = found(rows, write(tmp_path / "out", rows, lambda truth, hole: truth))
+    assert values["raw/fid"] == pytest.approx(0, abs=1e-6)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -173,3 +175,13 @@ def test_what_is_not_there_is_one_line(tmp_path):
         layout_boxes.read(tmp_path, Settings(min_area=1.5))
     stored = json.loads(json.dumps(benchmark(Settings(detector="yolo")).settings))
     assert (stored["detector"], stored["above"], stored["min_area"]) == ("yolo", 0.5, 0.02)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("UNIVG_SAMPLES"), reason="real files are not part of the project"
+)
+def test_real_annotations():
+    folder = pathlib.Path(os.environ["UNIVG_SAMPLES"]) / "coco_tiny"
+    (row,) = layout_boxes.read(folder, Settings(split="train"))
+    assert (row.names, row.classes) == (("b",), ("a", "b", "c"))
+    assert row.boxes[0] == pytest.approx((0.2, 0.4, 0.5, 0.6))
