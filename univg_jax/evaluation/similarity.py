@@ -68,7 +68,7 @@ def compare(
 ) -> dict[str, float]:
     """METRICS of a picture against another one and a caption, by the scorers NEEDS."""
     clip, dino = scorers["clip"], scorers["dino"]
-    (own, its), (text,) = clip.images([image, other]), clip.texts([caption])
+    (own, its), (text,) = clip.image_embed([image, other]), clip.text_embed([caption])
     dino_own, dino_its = dino([image, other])
     return {
         "clip_t": metrics.cosine(own, text).value,

@@ -13,10 +13,10 @@ def plain(color, height=32, width=32) -> np.ndarray:
 class Clip:
     """Embeds a picture as its mean color, and a text as the color that it names."""
 
-    def images(self, images):
+    def image_embed(self, images):
         return np.array([image.mean(axis=(0, 1)) for image in images])
 
-    def texts(self, texts):
+    def text_embed(self, texts):
         named = [[color for name, color in COLORS.items() if name in text] for text in texts]
         return np.array([np.sum(colors, axis=0) for colors in named], float)
 

@@ -145,8 +145,8 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
     found = [cosine for cosine in faces if cosine is not None]
     texts: list[float] = []
     if there:
-        (text,) = scorers["clip"].texts([row.text])
-        texts = [metrics.cosine(v, text).value for v in scorers["clip"].images(there)]
+        (text,) = scorers["clip"].text_embed([row.text])
+        texts = [metrics.cosine(v, text).value for v in scorers["clip"].image_embed(there)]
     total, asked = math.fsum(found), len(images) if row.compares else 0
     return {
         "skip/similarity": Ratio.of(total, len(found)),

@@ -16,6 +16,7 @@ from univg_jax import sharding
 from univg_jax.evaluation.detection import Detection, Detections
 
 if TYPE_CHECKING:
+    from univg_jax.evaluation.scorers.clip import Clip
     from univg_jax.evaluation.scorers.endpoint import Endpoint
 
 # Unit vectors of sentences, and of the faces in pictures of any size.
@@ -28,18 +29,6 @@ PictureEmbedder = Callable[[Sequence[UInt8[np.ndarray, "_ _ 3"]]], Float[np.ndar
 FaceFinder = Callable[[UInt8[np.ndarray, "h w 3"]], Float[np.ndarray, " d"] | None]
 # How different two pictures of one size are, 0 if they are the same.
 PictureDistance = Callable[[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]], float]
-
-
-class Clip(Protocol):
-    """A CLIP: pictures and texts in one space, as vectors of any length."""
-
-    def images(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "b d"]:
-        """Embeddings of pictures of any sizes."""
-        ...
-
-    def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
-        """Embeddings of texts."""
-        ...
 
 
 class SceneScorer(Protocol):
@@ -59,7 +48,11 @@ class SceneScorer(Protocol):
 
 
 class Detector(Protocol):
-    """Names the objects in pictures of anything."""
+    """Names the objects in pictures of anything.
+
+    It may have `classes`, the names of all that it can find: benchmarks then refuse one that cannot
+    find what they ask for.
+    """
 
     def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> Detections:
         """Boxes in pixels by the name of the class, with scores, and masks if it has them."""
@@ -95,7 +88,7 @@ class Scorers(TypedDict, total=False):
     detect: Detector
     locate: Locator
     color: ColorNamer
-    clip: Clip
+    clip: "Clip"
     dino: PictureEmbedder
     identify: FaceFinder
     lpips: PictureDistance
@@ -108,10 +101,11 @@ PROTOCOLS = {  # what to do about one that is missing
     "text_embed": "the run's own text encoder (`scorers.embedders`)",
     "face_embed": "the run has no face encoder, set conditioning.identity, e.g. dict(kind='lda')",
     "scene": "a scene scorer fitted on the data (`scorers.scene`)",
-    "detect": "a detector of the benchmark's classes, as an ONNX file with its description",
+    "detect": "a detector of the benchmark's classes, as an ONNX file with its description "
+    "(`scorers.detector`)",
     "locate": "a detector that is told what to look for, or `layout_boxes.of_classes` of one",
-    "color": "CLIP ViT-L/14, as a folder of Hugging Face",
-    "clip": "a CLIP, such as ViT-B/32",
+    "color": "CLIP ViT-L/14, as a folder of Hugging Face (`scorers.clip`)",
+    "clip": "the CLIP that the benchmark names, as a folder of Hugging Face (`scorers.clip`)",
     "dino": "a DINO, such as dino_vits16",
     "identify": "a detector and an encoder of faces",
     "lpips": "LPIPS with its network",
