@@ -12,7 +12,7 @@ from tests.evaluation.benchmarks.test_geneval import write
 from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmarks.geneval import BENCHMARK, read
 from univg_jax.evaluation.job import generate, write_side_files
-from univg_jax.evaluation.score_files import score_images
+from univg_jax.evaluation.score_files import check_scorers, score_images
 from univg_jax.images import write_png
 
 COLORS = {"cow": (200, 0, 0), "cup": (0, 0, 200)}
@@ -52,8 +52,7 @@ def test_a_folder_that_somebody_made_is_scored_by_the_benchmarks_rules(tmp_path,
     for request in BENCHMARK.requests(rows):
         for name in request.files[:2]:
             write_png(folder / name, picture("cup", "cow"))
-    scores = score_images(BENCHMARK, rows, folder, SCORERS)
-    found = BENCHMARK.summary(rows, scores)
+    found = score_images(BENCHMARK, rows, folder, SCORERS).summary(BENCHMARK, rows)
     # One cow; not two cups; the cup is left of the cow; the cow is red.
     right = dict(single_object=1.0, counting=0.0, position=1.0, colors=1.0)
     assert {tag: found[tag] for tag in right} == right
@@ -73,21 +72,34 @@ def test_what_is_generated_is_in_the_layout_that_is_scored(tmp_path, rows):
     )
     write_side_files(BENCHMARK, rows, folder)
     assert json.loads((folder / "00001" / "metadata.jsonl").read_text())["prompt"] == "two cups"
-    found = BENCHMARK.summary(rows, score_images(BENCHMARK, rows, folder, SCORERS))
+    found = score_images(BENCHMARK, rows, folder, SCORERS).summary(BENCHMARK, rows)
     assert (found["missing"], found["position"], found["colors"]) == (0, 0, 1)
+
+
+def test_who_does_without_a_scorer_gets_the_other_numbers(tmp_path, rows):
+    folder = tmp_path / "images"
+    for request in BENCHMARK.requests(rows):
+        write_png(folder / request.files[0], picture("cup", "cow"))
+    whole = score_images(BENCHMARK, rows, folder, SCORERS).summary(BENCHMARK, rows)
+    check_scorers(BENCHMARK, ["detect"], without=["color"])
+    scored = score_images(BENCHMARK, rows, folder, dict(detect=detect))
+    found = scored.summary(BENCHMARK, rows, without=["color"])
+    assert {"overall", "strict/overall", "colors"} <= set(whole) - set(found)
+    assert found == {name: whole[name] for name in found}
 
 
 def test_processes_share_the_rows(tmp_path, rows, monkeypatch):
     folder = tmp_path / "images"
     for request in BENCHMARK.requests(rows):
         write_png(folder / request.files[0], picture("cow"))
-    whole = score_images(BENCHMARK, rows, folder, SCORERS)
+    whole = score_images(BENCHMARK, rows, folder, SCORERS).rows
     parts = []
     monkeypatch.setattr("jax.process_count", lambda: 3)
     module = "univg_jax.evaluation.score_files"
     monkeypatch.setattr(f"{module}.missing", lambda requests, folder: [])
     monkeypatch.setattr(f"{module}.local_mesh", contextlib.nullcontext)
     monkeypatch.setattr(f"{module}.each_together", lambda items: items)
+    monkeypatch.setattr(f"{module}._Sums.gathered", lambda sums: {})
     nothing = {name: [ratio] * 4 for name, ratio in whole[0].items()}
     monkeypatch.setattr(f"{module}.score.gather", lambda found, **_: parts.append(found) or nothing)
     for index in range(3):
@@ -103,8 +115,12 @@ def test_processes_share_the_rows(tmp_path, rows, monkeypatch):
 def test_what_is_missing_or_torn_is_one_line(tmp_path, rows):
     with pytest.raises(UserError, match="has no image of geneval: expected 00000/samples/0000"):
         score_images(BENCHMARK, rows, tmp_path / "nothing", SCORERS)
-    with pytest.raises(UserError, match="geneval needs the scorer 'color': CLIP"):
-        score_images(BENCHMARK, rows, tmp_path, dict(detect=detect))
+    with pytest.raises(UserError, match=r"needs the scorer 'color': CLIP.*--without=color leaves"):
+        check_scorers(BENCHMARK, ["detect"])
+    with pytest.raises(UserError, match="geneval has no number without the scorer 'detect'"):
+        check_scorers(BENCHMARK, ["color"], without=["detect"])
+    with pytest.raises(UserError, match=r"unknown scorer of geneval: 'colour'.*'color'"):
+        check_scorers(BENCHMARK, ["detect"], without=["colour"])
     file = tmp_path / "images" / "00000" / "samples" / "0000.png"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"no picture")

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib
 import math
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Literal
 
@@ -21,9 +22,11 @@ import numpy as np
 
 from data_pipelines import tasks, transforms
 from data_pipelines.transforms import Record
-from univg_jax.errors import UserError, check_name
+from univg_jax import fields
+from univg_jax.errors import UserError, check_name, quote
 from univg_jax.evaluation import benchmarks
 from univg_jax.evaluation.metrics import Image, Ratio
+from univg_jax.evaluation.official import Official
 from univg_jax.evaluation.scorers import PROTOCOLS, Scorers
 from univg_jax.settings import Config
 
@@ -165,7 +168,21 @@ class Benchmark:
     open_scorers: Callable[..., Scorers]
 
 
-def open_benchmark(name: str) -> Benchmark:
-    """The benchmark called `name`. Raises UserError if there is none, with the nearest name."""
+def open_benchmark(spec: str) -> Benchmark | Official:
+    """The benchmark that `spec` names: `geneval`, or `inpainting:hole=box,side=256` with settings.
+
+    Raises UserError for a name or a setting that is unknown, with the nearest one, and for a value
+    that cannot be.
+    """
+    name, _, text = spec.partition(":")
     check_name(name, benchmarks.BENCHMARKS, what="benchmark")
-    return importlib.import_module(f"{benchmarks.__name__}.{name}").BENCHMARK
+    module = importlib.import_module(f"{benchmarks.__name__}.{name}")
+    settings = {}
+    for item in re.split(r",(?=\w+=)", text) if text else ():  # a value may have commas
+        key, _, value = item.partition("=")
+        settings[key] = fields.parse_literal(value)
+    if not hasattr(module, "benchmark"):
+        if settings:
+            raise UserError(f"{name} has no settings, but is given {quote(text)}")
+        return module.BENCHMARK
+    return module.benchmark(fields.make(module.Settings, settings, name))

@@ -23,6 +23,7 @@ are common, and distances of different ones do not compare:
 
 import dataclasses
 import functools
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 
@@ -223,6 +224,13 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     overlap = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False)
     gap, traces = a.mean - b.mean, np.trace(a.covariance) + np.trace(b.covariance)
     return max(float(gap @ gap + traces - 2 * overlap.sum()), 0.0)
+
+
+def distance(a: FeatureSums | None, b: FeatureSums | None) -> float:
+    """The distance of two sets of pictures; NaN where one has fewer than two."""
+    if a is None or b is None or min(a.count, b.count) < 2:
+        return math.nan
+    return frechet_distance(a.gaussian(), b.gaussian())
 
 
 def _factor(covariance: Float64[np.ndarray, "d d"]) -> Float64[np.ndarray, "d d"]:

@@ -11,10 +11,12 @@ from typing import Any
 
 from etils import epath
 
-from univg_jax.evaluation.metrics import Image
-from univg_jax.evaluation.summaries import Scores, Summary
+from univg_jax.evaluation.fid import FeatureSums
+from univg_jax.evaluation.metrics import Image, Ratio
+from univg_jax.evaluation.summaries import Features, Scores, Summary
 
 Row = Any  # of a benchmark: an item of its official files
+Columns = Mapping[str, Ratio | Features]  # of a row, by name
 MAX_ITEMS = 2**21  # of a benchmark; with MAX_IMAGES of each, a sample id has 32 bits
 MAX_IMAGES = 2**11
 
@@ -74,8 +76,17 @@ class Official:
 
     `read(path)` reads its official files. `requests(rows)` has the images that each row asks for,
     and `side_files(rows)` what the official scorer reads beside them, by name. `score(row, images,
-    scorers)` has the sums and counts of a row's images; None is one that is not there.
-    `summary(rows, scores)` has the official numbers, of which `primary` is the first to look at.
+    scorers)` has the sums and counts of a row's images, and features of sets of pictures; None is
+    an image that is not there. `summary(rows, scores)` has the official numbers, of which `primary`
+    is the first to look at, and `distances(sums)` those that compare sets of pictures, from the
+    sums of all features by name.
+
+    `needs` says for each scorer which numbers it is for, by the parts of their names: of
+    "strict/clip_t" these are "strict" and "clip_t", and none stands for all numbers. A scorer that
+    a user does without is not among `scorers`, and these numbers are left out of the results.
+    `quality(scores)` says how good the images of a row are, to show the best and the worst: higher
+    is better, NaN if it is not known.
+
     `settings` are choices in which papers differ, so a result has to say them. Raise `version` when
     numbers would change.
     """
@@ -84,10 +95,14 @@ class Official:
     version: int
     read: Callable[[epath.PathLike], Sequence[Row]]
     requests: Callable[[Sequence[Row]], list[Request]]
-    score: Callable[[Row, Sequence[Image | None], Mapping[str, Any]], Scores]
+    score: Callable[
+        [Row, Sequence[Image | None], Mapping[str, Any]], Mapping[str, Ratio | Features]
+    ]
     summary: Callable[[Sequence[Row], Sequence[Scores]], Summary]
     primary: str
-    needs: tuple[str, ...] = ()  # names of protocols
+    quality: Callable[[Scores], float] = lambda scores: next(iter(scores.values())).value
+    distances: Callable[[Mapping[str, FeatureSums]], Summary] = lambda sums: {}
+    needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     side_files: Callable[[Sequence[Row]], Mapping[str, str]] = lambda rows: {}
     published: tuple[Published, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)

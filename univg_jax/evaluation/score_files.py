@@ -1,20 +1,30 @@
 """Scores the images of a public benchmark in a folder, whoever made them."""
 
-from collections.abc import Iterator, Sequence
+import collections
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, check_name
 from univg_jax.evaluation import score
+from univg_jax.evaluation.fid import FeatureSums, merge
 from univg_jax.evaluation.job import missing
-from univg_jax.evaluation.official import Official, Request, Row
+from univg_jax.evaluation.metrics import Ratio
+from univg_jax.evaluation.official import Columns, Official, Request, Row
 from univg_jax.evaluation.scorers import PROTOCOLS, Scorers, local_mesh
-from univg_jax.evaluation.summaries import Scores
+from univg_jax.evaluation.summaries import Features, Scores, Summary
 from univg_jax.images import open_picture, to_rgb
 from univg_jax.progress import Bar
 from univg_jax.together import each_together
+
+Item = TypeVar("Item")
+_CHUNK = 256  # pictures whose features are added up at once
 
 
 def read_images(request: Request, folder: epath.PathLike) -> list[np.ndarray | None]:
@@ -34,40 +44,148 @@ def read_images(request: Request, folder: epath.PathLike) -> list[np.ndarray | N
     return images
 
 
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The scores of all rows, and the sums of all features by name."""
+
+    rows: Sequence[Scores]
+    sums: Mapping[str, FeatureSums]
+
+    def summary(
+        self, benchmark: Official, rows: Sequence[Row], *, without: Collection[str] = ()
+    ) -> Summary:
+        """The benchmark's numbers, but for those of scorers that a user does `without`."""
+        found = {**benchmark.summary(rows, self.rows), **benchmark.distances(self.sums)}
+        left = {part for name in without for part in benchmark.needs[name]}
+        return {name: x for name, x in found.items() if left.isdisjoint(name.split("/"))}
+
+
+def check_scorers(
+    benchmark: Official, names: Collection[str], *, without: Collection[str] = ()
+) -> None:
+    """Raises UserError for a scorer that is needed, and is neither given nor done `without`."""
+    for name in without:
+        check_name(name, benchmark.needs, what=f"scorer of {benchmark.name}:")
+        if not benchmark.needs[name]:
+            raise UserError(f"{benchmark.name} has no number without the scorer {name!r}")
+    for name, numbers in benchmark.needs.items():
+        if name not in names and name not in without:
+            rest = f"; --without={name} leaves out {', '.join(numbers)}" if numbers else ""
+            raise UserError(f"{benchmark.name} needs the scorer {name!r}: {PROTOCOLS[name]}{rest}")
+
+
 def score_images(
     benchmark: Official, rows: Sequence[Row], folder: epath.PathLike, scorers: Scorers
-) -> list[Scores]:
+) -> Scored:
     """The sums and counts of each row, from the images in `folder`.
 
-    All processes call it, each reads its share of the rows, and all return all rows. Raises
-    UserError for a scorer that is missing, a picture that cannot be read, and a folder that has
-    none.
+    All processes call it, each reads its share of the rows, and all return all rows. A scorer that
+    waits for a server has a `concurrency`: so many rows are scored at once. Raises UserError for a
+    picture that cannot be read, and a folder that has none.
     """
-    for name in benchmark.needs:
-        if name not in scorers:
-            raise UserError(f"{benchmark.name} needs the scorer {name!r}: {PROTOCOLS[name]}")
     count, index, requests = jax.process_count(), jax.process_index(), benchmark.requests(rows)
     if len(missing(requests, folder)) == sum(len(request.files) for request in requests):
         raise UserError(
             f"{folder} has no image of {benchmark.name}: expected {requests[0].files[0]} and others"
         )
     template = benchmark.score(rows[0], [None] * len(requests[0].files), scorers)
+    sums = _Sums({name: f.convention for name, f in template.items() if isinstance(f, Features)})
+    workers = max([1, *(getattr(scorer, "concurrency", 1) for scorer in scorers.values())])
 
-    def share() -> Iterator[tuple[int, Scores] | None]:
-        # Equally many on every process, which may have no row left in the last turn.
-        for number in range(index, -(-len(rows) // count) * count, count):
-            if number >= len(rows):
-                yield None
-                continue
-            images = read_images(requests[number], folder)
-            with local_mesh():
-                yield number, benchmark.score(rows[number], images, scorers)
+    def scored(number: int) -> tuple[int, Columns] | None:
+        if number >= len(rows):  # equally many turns on every process, which may have no row left
+            return None
+        images = read_images(requests[number], folder)
+        with local_mesh():
+            return number, benchmark.score(rows[number], images, scorers)
 
-    found = {}
-    with Bar(total=len(rows), desc="score", unit="row", disable=index > 0) as bar:
-        for item in each_together(share()):
+    found: dict[int, Scores] = {}
+    turns = range(index, -(-len(rows) // count) * count, count)
+    with (
+        Bar(total=len(rows), desc="score", unit="row", disable=index > 0) as bar,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
+        for item in each_together(_in_order(pool, scored, turns, ahead=2 * workers)):
             if item is not None:
-                number, found[number] = item
+                number, columns = item
+                found[number] = sums.without_features(columns)
             bar.update(min(count, len(rows) - bar.n))
-    table = score.gather(found, count=len(rows), template=template)
-    return [{name: ratios[k] for name, ratios in table.items()} for k in range(len(rows))]
+    ratios = {name: ratio for name, ratio in template.items() if isinstance(ratio, Ratio)}
+    table = score.gather(found, count=len(rows), template=ratios)
+    by_row = [{name: column[k] for name, column in table.items()} for k in range(len(rows))]
+    return Scored(by_row, sums.gathered())
+
+
+def _in_order(
+    pool: concurrent.futures.Executor,
+    function: Callable[[int], Item],
+    numbers: Iterable[int],
+    *,
+    ahead: int,
+) -> Iterator[Item]:
+    """`function(number)` of each in their order, some of them computed ahead."""
+    waiting: collections.deque[concurrent.futures.Future[Item]] = collections.deque()
+    try:
+        for number in numbers:
+            waiting.append(pool.submit(function, number))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # after an error the rest is not waited for
+        for future in waiting:
+            future.cancel()
+
+
+class _Sums:
+    """Sums of the features of this process's rows, by name, in chunks that fit in memory."""
+
+    def __init__(self, conventions: Mapping[str, str]):
+        self._conventions = conventions
+        self._waiting: dict[str, list[np.ndarray]] = {name: [] for name in conventions}
+        self._sums: dict[str, FeatureSums] = {}
+
+    def without_features(self, columns: Columns) -> Scores:
+        """The ratios of a row, whose features are added."""
+        ratios = {}
+        for name, column in columns.items():
+            if isinstance(column, Ratio):
+                ratios[name] = column
+            elif column.vector is not None:
+                self._waiting[name].append(column.vector)
+                if len(self._waiting[name]) >= _CHUNK:
+                    self._add(name)
+        return ratios
+
+    def _add(self, name: str) -> None:
+        features = np.stack(self._waiting[name])
+        self._waiting[name] = []
+        made = FeatureSums.of(features, convention=self._conventions[name])
+        self._sums[name] = self._sums[name] + made if name in self._sums else made
+
+    def gathered(self) -> dict[str, FeatureSums]:
+        """The sums of all processes, which all call it; without names that nobody has."""
+        for name, waiting in self._waiting.items():
+            if waiting:
+                self._add(name)
+        if jax.process_count() == 1:
+            return self._sums
+        gathered = {}
+        for name, convention in self._conventions.items():
+            own = self._sums.get(name)
+            widths = multihost_utils.process_allgather(np.int32(own.sums.shape[-1] if own else 0))
+            if width := int(widths.max()):
+                empty = FeatureSums.of(np.zeros((0, width)), convention=convention)
+                gathered[name] = merge(_of_all_processes(own or empty))
+        return gathered
+
+
+def _of_all_processes(own: FeatureSums) -> list[FeatureSums]:
+    # As 32-bit words: on its way through a device JAX would round float64 to float32.
+    parts = (np.array([own.count], float), own.sums, own.products)
+    words = multihost_utils.process_allgather(tuple(part.view(np.uint32) for part in parts))
+    counts, sums, products = (np.ascontiguousarray(x).view(np.float64) for x in words)
+    return [
+        FeatureSums(own.convention, int(count), *arrays)
+        for count, *arrays in zip(counts[:, 0], sums, products, strict=True)
+    ]

@@ -25,7 +25,7 @@ from univg_jax.evaluation.metrics import Image, Ratio
 
 METRICS = ("clip_t", "clip_i", "dino", "l1", "l2")
 WORST = {"clip_t": 0.0, "clip_i": 0.0, "dino": 0.0, "l1": 1.0, "l2": 1.0}  # of a missing picture
-NEEDS = ("clip", "dino")
+NEEDS = {"clip": ("clip_t", "clip_i"), "dino": ("dino",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,20 +66,24 @@ def compare(
     caption: str,
     scorers: Mapping[str, Any],
 ) -> dict[str, float]:
-    """METRICS of a picture against another one and a caption, by the scorers NEEDS."""
-    clip, dino = scorers["clip"], scorers["dino"]
-    (own, its), (text,) = clip.image_embed([image, other]), clip.text_embed([caption])
-    dino_own, dino_its = dino([image, other])
-    return {
-        "clip_t": metrics.cosine(own, text).value,
-        "clip_i": metrics.cosine(own, its).value,
-        "dino": metrics.cosine(dino_own, dino_its).value,
-        **distances(image, other),
-    }
+    """METRICS of a picture against another one and a caption, by the scorers NEEDS.
+
+    Without a scorer its metrics are not there.
+    """
+    found = distances(image, other)
+    if clip := scorers.get("clip"):
+        (own, its), (text,) = clip.image_embed([image, other]), clip.text_embed([caption])
+        found["clip_t"] = metrics.cosine(own, text).value
+        found["clip_i"] = metrics.cosine(own, its).value
+    if dino := scorers.get("dino"):
+        found["dino"] = metrics.cosine(*dino([image, other])).value
+    return found
 
 
 def ratios(values: Mapping[str, float] | None, prefix: str = "") -> dict[str, Ratio]:
-    """The columns of an item's METRICS; with None they count nothing."""
-    if values is None:
-        return {prefix + name: Ratio.of(0.0, 0.0) for name in METRICS}
-    return {prefix + name: Ratio.of(values[name]) for name in METRICS}
+    """The columns of an item's METRICS; those that are not in `values` count nothing."""
+    nothing = Ratio.of(0.0, 0.0)
+    return {
+        prefix + name: Ratio.of(values[name]) if values and name in values else nothing
+        for name in METRICS
+    }

@@ -4,14 +4,32 @@ Sums are rounded once, so a summary does not depend on the order of rows or on t
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Float
 
 from univg_jax.evaluation.metrics import Ratio, merge
 
 Scores = Mapping[str, Ratio]  # of one item, by metric
 Summary = dict[str, float]  # by name; NaN where nothing was counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """A picture's features, for a distance between sets of pictures (`evaluation.fid`).
+
+    `vector` is None for a picture that is not there. Features are added up by name as soon as they
+    are made, and are not kept.
+    """
+
+    vector: Float[np.ndarray, " d"] | None
+    convention: str
+
+
 Group = TypeVar("Group", bound=Hashable)
 
 

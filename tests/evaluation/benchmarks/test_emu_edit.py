@@ -55,7 +55,7 @@ def scored(folder, results, settings):
     for idx, color in results.items():
         write_png(folder / "out" / f"{idx}.png", plain(color))
     bench = benchmark(settings)
-    return bench.summary(rows, score_images(bench, rows, folder / "out", SCORERS))
+    return score_images(bench, rows, folder / "out", SCORERS).summary(bench, rows)
 
 
 def test_reads_rows_and_asks_for_edits(tmp_path):

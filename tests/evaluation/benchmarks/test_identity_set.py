@@ -124,7 +124,7 @@ def test_what_is_generated_is_scored(faces, tmp_path):
     bench, folder = benchmark(SETTINGS), tmp_path / "out"
     rows = bench.read(faces)
     generate(bench.requests(rows), folder, answer=answer, collator=data.COLLATOR, batch_size=4)
-    scores = score_images(bench, rows, folder, ALL)
+    scores = score_images(bench, rows, folder, ALL).rows
     found = bench.summary(rows, scores)
     assert found["zero/similarity"] == pytest.approx(1)
     assert found["clip_t"] == pytest.approx(1 / 2)

@@ -10,7 +10,8 @@ from PIL import Image
 
 from tests.evaluation import evaluation_cases as data
 from univg_jax.errors import NotFoundError, UserError
-from univg_jax.evaluation import fid, metrics, score
+from univg_jax.evaluation import fid, metrics
+from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import inpainting
 from univg_jax.evaluation.benchmarks.inpainting import Settings, benchmark
 from univg_jax.evaluation.job import generate
@@ -42,7 +43,7 @@ def write(folder, rows, make):
 
 def found(rows, folder):
     bench = benchmark(rows[0].settings)
-    return bench.summary(rows, score_images(bench, rows, folder, SCORERS))
+    return score_images(bench, rows, folder, SCORERS).summary(bench, rows)
 
 
 def test_the_truth_is_the_middle_square(folder):
@@ -127,24 +128,16 @@ def test_a_missing_picture_is_left_out_or_the_worst(folder, tmp_path):
     assert math.isnan(inpainting.summary(rows, nothing)["raw/psnr"])
 
 
-def test_fid_is_that_of_all_features_whoever_scored_them(folder, tmp_path):
+def test_fid_is_that_of_all_features(folder, tmp_path):
     rows = inpainting.read(folder, SETTINGS)
     out = write(tmp_path / "out", rows, lambda truth, hole: truth // 2)
-    scores = [
-        inpainting.score(row, [np.asarray(Image.open(out / f"{row.name}.png"))], SCORERS)
-        for row in rows
-    ]
-    whole = inpainting.summary(rows, scores)
     truths = [row.truth() for row in rows]
     sums = [
         fid.FeatureSums.of(SCORERS["inception"](images), convention="pytorch-fid").gaussian()
-        for images in ([t // 2 for t in truths], truths)
+        for images in (truths, [truth // 2 for truth in truths])
     ]
-    assert whole["raw/fid"] == pytest.approx(fid.frechet_distance(*sums))
-    table = score.gather(dict(reversed(list(enumerate(scores)))), count=6, template=scores[2])
-    gathered = [{name: ratios[k] for name, ratios in table.items()} for k in range(6)]
-    assert inpainting.summary(rows, gathered) == whole
-    assert inpainting.summary(rows[::-1], gathered[::-1]) == whole
+    expected = fid.frechet_distance(*sums)
+    assert found(rows, out)["raw/fid"] == pytest.approx(expected)
 
 
 def test_a_result_of_another_size_is_resized(folder):
@@ -182,10 +175,19 @@ def test_another_folder_is_one_line(folder, tmp_path):
     (folder / "0.png").unlink()
     with pytest.raises(UserError, match=r"0\.jpg is not a readable image"):
         inpainting.read(folder)[0].truth()
-    with pytest.raises(UserError, match="convention of FID"):
-        Settings(convention="mine")
-    with pytest.raises(UserError, match="side=8: expected at least 16"):
-        Settings(side=8)
+
+
+def test_settings_are_checked():
+    bench = open_benchmark("inpainting:side=64,prompt=a pig, small,hole=box")
+    assert (bench.settings["side"], bench.settings["prompt"]) == (64, "a pig, small")
+    with pytest.raises(UserError, match=r"unknown inpainting\.convention 'mine'"):
+        open_benchmark("inpainting:convention=mine")
+    with pytest.raises(UserError, match=r"inpainting\.side=8: expected a whole number >= 16"):
+        open_benchmark("inpainting:side=8")
+    with pytest.raises(UserError, match=r"unknown key of inpainting: 'holes'.*'hole'"):
+        open_benchmark("inpainting:holes=box")
+    with pytest.raises(UserError, match="geneval has no settings, but is given 'a=1'"):
+        open_benchmark("geneval:a=1")
 
 
 @pytest.mark.skipif(

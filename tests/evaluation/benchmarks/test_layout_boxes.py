@@ -159,7 +159,7 @@ def test_what_is_generated_is_scored(tmp_path):
                 boxes.append([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
         return {name: np.array(boxes, float).reshape(-1, 4) for name in names}
 
-    found = bench.summary(rows, score_images(bench, rows, folder, {"locate": locate}))
+    found = score_images(bench, rows, folder, {"locate": locate}).summary(bench, rows)
     assert found["official/layout_success"] == 1
     assert found["official/layout_miou"] > 0.8
     assert found["missing"] == 0

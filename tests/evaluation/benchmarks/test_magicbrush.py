@@ -60,7 +60,7 @@ ALL = dict(_1="green", _inde_2="blue", _inde_3="red", _iter_2="blue", _iter_3="r
 
 
 def found(rows, folder):
-    return BENCHMARK.summary(rows, score_images(BENCHMARK, rows, folder, SCORERS))
+    return score_images(BENCHMARK, rows, folder, SCORERS).summary(BENCHMARK, rows)
 
 
 def test_reads_turns_by_themselves_and_in_chains(rows):
@@ -163,7 +163,7 @@ def test_what_is_generated_goes_through_the_chain(rows, tmp_path):
 
 def test_rows_in_any_order_have_one_summary(rows, tmp_path):
     fill(tmp_path, **ALL | dict(_iter_3="green", _inde_2="red"))
-    scores = score_images(BENCHMARK, rows, tmp_path, SCORERS)
+    scores = score_images(BENCHMARK, rows, tmp_path, SCORERS).rows
     whole = magicbrush.summary(rows, scores)
     order = np.random.default_rng(0).permutation(len(rows))
     assert magicbrush.summary([rows[i] for i in order], [scores[i] for i in order]) == whole

@@ -78,7 +78,7 @@ def test_numbers_of_a_folder(root, tmp_path):
     folder = tmp_path / "out"
     write_png(folder / "test/000000.png", renderings.render_mask(box((48, 64), 2, 2, 12, 12)))
     write_png(folder / "test/000001.png", renderings.render_mask(rows[1].mask.astype(np.uint8)))
-    found = BENCHMARK.summary(rows, score_images(BENCHMARK, rows, folder, {}))
+    found = score_images(BENCHMARK, rows, folder, {}).summary(BENCHMARK, rows)
     assert found["test/official/oiou"] == 200 / 300
     assert found["test/official/miou"] == (1 / 2 + 1) / 2
     assert found["test/strict/miou"] == pytest.approx(1.5 / 3)

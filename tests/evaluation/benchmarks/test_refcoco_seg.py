@@ -92,7 +92,7 @@ def test_sets_are_apart_and_a_ratio_of_sums_is_no_mean(root, tmp_path):
     }
     for row in rows:
         write_png(folder / refcoco_seg.image_files(row)[0], picture(answers[row.sentence]))
-    found = BENCHMARK.summary(rows, score_images(BENCHMARK, rows, folder, {}))
+    found = score_images(BENCHMARK, rows, folder, {}).summary(BENCHMARK, rows)
     assert found["refcoco_unc/val/official/oiou"] == found["refcoco_unc/val/official/miou"] == 1
     assert found["refcoco_unc/testA/official/oiou"] == 0.5
     assert found["refcoco_unc/testA/official/precision@0.5"] == 1  # at least
@@ -124,7 +124,7 @@ def test_the_threshold_is_half_of_white(level, inside):
 def test_a_missing_picture_is_left_out_or_an_empty_mask(root, tmp_path):
     rows = read(root, subsets=("refcoco",), splits=("testA", "testB"))
     write_png(tmp_path / refcoco_seg.image_files(rows[0])[0], picture(rows[0].mask))
-    found = BENCHMARK.summary(rows, score_images(BENCHMARK, rows, tmp_path, {}))
+    found = score_images(BENCHMARK, rows, tmp_path, {}).summary(BENCHMARK, rows)
     assert found["refcoco_unc/testA/missing"] == 0
     assert found["refcoco_unc/testB/missing"] == 1
     assert np.isnan(found["refcoco_unc/testB/official/miou"])
@@ -143,7 +143,7 @@ def test_what_is_generated_lies_on_the_whole_photograph(root, tmp_path):
     folder = tmp_path / "out"
     requests = BENCHMARK.requests(rows)
     generate(requests, folder, answer=answer, collator=data.COLLATOR, batch_size=2)
-    found = BENCHMARK.summary(rows, score_images(BENCHMARK, rows, folder, {}))
+    found = score_images(BENCHMARK, rows, folder, {}).summary(BENCHMARK, rows)
     # All of 40 x 40 pixels within 70 x 60, and none of those to the right.
     assert found["refcoco_unc/testA/official/oiou"] == pytest.approx(1600 / 4200, abs=0.01)
     assert found["refcoco_unc/testB/official/oiou"] == 0

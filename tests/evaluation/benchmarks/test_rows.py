@@ -30,6 +30,7 @@ from univg_jax.evaluation.benchmarks import (
     t2i_compbench,
 )
 from univg_jax.evaluation.benchmarks.dsg import Question
+from univg_jax.evaluation.metrics import Ratio
 from univg_jax.images import write_png
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -100,7 +101,11 @@ def of_pictures(name, file):
     write_png(file, PICTURE)
     rows = PICTURES[name](str(file))
     scores = [benchmark.score(r, [i], ALL) for r, i in zip(rows, (PICTURE, None), strict=True)]
-    return benchmark, rows, scores
+    return benchmark, rows, [_ratios(columns) for columns in scores]
+
+
+def _ratios(columns):
+    return {name: column for name, column in columns.items() if isinstance(column, Ratio)}
 
 
 CASES = {

@@ -3,4 +3,14 @@
 To add one, write its module with a `BENCHMARK` (`evaluation.benchmark`) and name it here.
 """
 
-BENCHMARKS = ("emoji_scenes",)  # each the name of a module of this folder
+BENCHMARKS = (  # each the name of a module of this folder
+    "emoji_scenes",
+    "emu_edit",
+    "geneval",
+    "identity_set",
+    "inpainting",
+    "layout_boxes",
+    "magicbrush",
+    "phrasecut_seg",
+    "refcoco_seg",
+)

@@ -277,10 +277,14 @@ def _score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any])
             check_name(clause.name, sorted(classes), what="class of the detector")
 
     def verdict(image: Image) -> Verdict:
-        color = functools.partial(scorers["color"], image)
+        color = functools.partial(scorers.get("color", _no_color), image)
         return judge(row, scorers["detect"](image), color)
 
     return score([None if image is None else verdict(image) for image in images])
+
+
+def _no_color(image: Image, objects: Sequence[Detection], name: str) -> list[str]:
+    return []
 
 
 def _side_files(rows: Sequence[Row]) -> dict[str, str]:
@@ -293,7 +297,10 @@ BENCHMARK = Official(
     read=read,
     requests=lambda rows: text_requests(rows, image_files),
     side_files=_side_files,
-    needs=("detect", "color"),
+    needs={
+        "detect": (),
+        "color": ("overall", "colors", "color_attr", "images", "prompts"),
+    },
     score=_score,
     summary=summary,
     primary="overall",

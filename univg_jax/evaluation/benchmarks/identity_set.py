@@ -140,13 +140,13 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
     """
     there = [image for image in images if image is not None]
     faces: list[float | None] = []
-    if row.compares and there:
-        faces = _cosines(row, there, scorers["identify"])
+    if row.compares and there and (identify := scorers.get("identify")):
+        faces = _cosines(row, there, identify)
     found = [cosine for cosine in faces if cosine is not None]
     texts: list[float] = []
-    if there:
-        (text,) = scorers["clip"].text_embed([row.text])
-        texts = [metrics.cosine(v, text).value for v in scorers["clip"].image_embed(there)]
+    if there and (clip := scorers.get("clip")):
+        (text,) = clip.text_embed([row.text])
+        texts = [metrics.cosine(v, text).value for v in clip.image_embed(there)]
     total, asked = math.fsum(found), len(images) if row.compares else 0
     return {
         "skip/similarity": Ratio.of(total, len(found)),
@@ -181,7 +181,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         version=1,
         read=lambda path: read(path, settings),
         requests=requests,
-        needs=("identify", "clip"),
+        needs={"identify": ("similarity", "detection_rate"), "clip": ("clip_t",)},
         score=score,
         summary=summary,
         primary="zero/similarity",

@@ -6,57 +6,51 @@ paints the whole square. Two pictures are scored, apart, since the second is bet
     raw          what the model painted, also outside the hole
     composited   that inside the hole, and the truth's own pixels outside of it
 
-FID compares all results with all truths. Its features are columns of the rows, so it does not
-depend on who scored which picture; each picture takes 96 KB for them. A missing picture is left
-out, and in `strict/` has a PSNR and an SSIM of 0 and an LPIPS of 1; FID has no such number. LPIPS
-is given pictures of one size, which it maps to [-1, 1].
+FID compares all results with all truths. A missing picture is left out, and in `strict/` has a
+PSNR and an SSIM of 0 and an LPIPS of 1; FID has no such number. LPIPS is given pictures of one
+size, which it maps to [-1, 1].
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
 from data_pipelines import transforms
 from data_pipelines.labels import lay_on
 from univg_jax import images as pictures
-from univg_jax.errors import NotFoundError, UserError, check_name
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import fid, metrics, similarity
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Request
-from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.evaluation.official import Columns, Official, Request
+from univg_jax.evaluation.summaries import Features, Scores, Summary, column
+from univg_jax.fields import setting
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 HOLES = ("center", "outside", "box")
 KINDS = ("raw", "composited")
 WORST = {"psnr": 0.0, "ssim": 0.0, "lpips": 1.0}
-_CHUNK = 500  # pictures whose features are added at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Which part is to be painted, and how pictures are compared; a result stores it.
+    """Which part is to be painted, and how pictures are compared; a result stores it."""
 
-    `hole` is the `center` (half of each side), all `outside` of it, a `box` at random by `seed` and
-    the picture's name, or a folder of masks, which are white where to paint and named as pictures.
-    """
-
-    hole: str = "center"
-    side: int = 512
-    prompt: str = ""
-    convention: str = "pytorch-fid"
-    lpips: str = "alex"
-    seed: int = 0
-
-    def __post_init__(self):
-        check_name(self.convention, fid.CONVENTIONS, what="convention of FID")
-        if self.side < 16:
-            raise UserError(f"side={self.side}: expected at least 16 pixels")
+    hole: str = setting(
+        "center",
+        "`center` (half of each side), all `outside` of it, a `box` at random by `seed` and the "
+        "picture's name, or a folder of masks, white where to paint and named as the pictures",
+        least=1,
+    )
+    side: int = setting(512, "pixels a side, of the square that is compared", least=16)
+    prompt: str = setting("", "what is painted; without one it is background")
+    convention: str = setting("pytorch-fid", "how FID resizes", names=tuple(fid.CONVENTIONS))
+    lpips: str = setting("alex", "the network of LPIPS that is given")
+    seed: int = setting(0, "of the boxes", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +155,7 @@ def requests(rows: Sequence[Row]) -> list[Request]:
     ]
 
 
-def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:
+def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> Columns:
     """PSNR, SSIM, LPIPS and features of the raw and the composited square, and the truth's.
 
     A result of another size is resized to the truth's.
@@ -172,34 +166,25 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
     if image is not None:
         raw = similarity.resized(image, like=truth)
         found = {"raw": raw, "composited": np.where(row.hole()[..., None] > 0, raw, truth)}
-    there = [picture for picture in found.values() if picture is not None]
-    of_truth, *of_found = np.asarray(scorers["inception"]([truth, *there]), float)
-    scores = {"features/truth": Ratio.of(of_truth)}
-    for number, (kind, picture) in enumerate(found.items()):
-        features = Ratio.of(np.zeros_like(of_truth), 0.0)
+    columns: dict[str, Ratio | Features] = {}
+    for kind, picture in found.items():
         values = dict.fromkeys(WORST, Ratio.of(0.0, 0.0))
         if picture is not None:
-            features = Ratio.of(of_found[number])
-            values = {
-                "psnr": metrics.psnr(picture, truth),
-                "ssim": metrics.ssim(picture, truth),
-                "lpips": Ratio.of(float(scorers["lpips"](picture, truth))),
-            }
-        scores |= {f"features/{kind}": features}
-        scores |= {f"{kind}/{name}": ratio for name, ratio in values.items()}
-    return scores
+            values |= {"psnr": metrics.psnr(picture, truth), "ssim": metrics.ssim(picture, truth)}
+            if lpips := scorers.get("lpips"):
+                values["lpips"] = Ratio.of(float(lpips(picture, truth)))
+        columns |= {f"{kind}/{name}": ratio for name, ratio in values.items()}
+    if inception := scorers.get("inception"):
+        for name, picture in {"truth": truth, **found}.items():
+            vector = None if picture is None else np.asarray(inception([picture]), float)[0]
+            columns[name] = Features(vector, row.settings.convention)
+    return columns
 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
-    """Numbers of `raw/` and `composited/`, also `strict/`, and how many pictures are missing.
-
-    FID is NaN for fewer than two pictures.
-    """
-    convention, found = rows[0].settings.convention, {}
-    truth = _sums(column(scores, "features/truth"), convention)
+    """Numbers of `raw/` and `composited/`, also `strict/`, and how many pictures are missing."""
+    found: Summary = {}
     for kind in KINDS:
-        results = _sums(column(scores, f"features/{kind}"), convention)
-        found[f"{kind}/fid"] = _distance(results, truth)
         for name, worst in WORST.items():
             ratios = column(scores, f"{kind}/{name}")
             found[f"{kind}/{name}"] = merge(ratios).value
@@ -209,20 +194,9 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     return found | {"missing": len(rows) - there}
 
 
-def _sums(features: Sequence[Ratio], convention: str) -> fid.FeatureSums:
-    there: list[Float[np.ndarray, " d"]] = [r.total for r in features if r.count[0]]
-    width = len(features[0].total)
-    chunks = [there[k : k + _CHUNK] for k in range(0, len(there), _CHUNK)] or [[]]
-    return fid.merge(
-        fid.FeatureSums.of(np.array(c, float).reshape(-1, width), convention=convention)
-        for c in chunks
-    )
-
-
-def _distance(results: fid.FeatureSums, truth: fid.FeatureSums) -> float:
-    if min(results.count, truth.count) < 2:
-        return math.nan
-    return fid.frechet_distance(results.gaussian(), truth.gaussian())
+def distances(sums: Mapping[str, fid.FeatureSums]) -> Summary:
+    """FID of both kinds; NaN for fewer than two pictures."""
+    return {f"{kind}/fid": fid.distance(sums.get(kind), sums.get("truth")) for kind in KINDS}
 
 
 def benchmark(settings: Settings = Settings()) -> Official:
@@ -232,9 +206,11 @@ def benchmark(settings: Settings = Settings()) -> Official:
         version=1,
         read=lambda path: read(path, settings),
         requests=requests,
-        needs=("inception", "lpips"),
+        needs={"inception": ("fid",), "lpips": ("lpips",)},
         score=score,
         summary=summary,
+        distances=distances,
+        quality=lambda scores: scores["raw/psnr"].value,
         primary="composited/fid",
         settings=dataclasses.asdict(settings),
     )

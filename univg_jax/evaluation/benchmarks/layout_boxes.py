@@ -236,7 +236,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         version=1,
         read=lambda path: read(path, settings),
         requests=functools.partial(requests, seed=settings.seed),
-        needs=("locate",),
+        needs={"locate": ()},
         score=score,
         summary=summary,
         primary="official/layout_success",
