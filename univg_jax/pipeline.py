@@ -22,9 +22,9 @@ from PIL import Image
 
 from data_pipelines.collate import Collator
 from data_pipelines.tasks import INPUTS, TASKS, Example, find_task
-from data_pipelines.tokenizer import Tokenizer, load_tokenizer
+from data_pipelines.tokenizer import TokenizedText, Tokenizer, load_tokenizer
 from univg_jax import assembly, checkpoint, encoders, sharding, tpu
-from univg_jax.batch import Batch, BatchShape
+from univg_jax.batch import Batch, BatchShape, Text
 from univg_jax.errors import NotFoundError, UserError, check_name, quote
 from univg_jax.images import Picture, check_finite, open_any, to_mask, to_rgb, to_uint8
 from univg_jax.pretrained import local_path
@@ -279,6 +279,19 @@ class Pipeline:
             images = self.generator(*arguments, weights=weights, seeds=seeds, on_step=callback)
             return _to_pixels(sharding.local_rows(images, self.mesh), names)
 
+    def embed_prompts(self, prompts: Sequence[TokenizedText]) -> Text:
+        """Embeddings of this process's prompts, a batch of which every process passes a part."""
+        tokens = np.stack([prompt.tokens for prompt in prompts])
+        mask = np.stack([prompt.text_mask for prompt in prompts])
+        with jax.set_mesh(self.mesh):
+            tokens, mask = sharding.shard_batch((tokens, mask), self.mesh)
+            embedded = self._embed_prompts(self.frozen, tokens, mask)
+            return jax.tree.map(lambda x: sharding.local_rows(x, self.mesh), embedded)
+
+    @functools.cached_property
+    def _embed_prompts(self) -> Callable[[PyTree, jax.Array, jax.Array], Text]:
+        return jax.jit(self.generator.conditioner.embed_text)
+
     def reconstruct(self, batch: Batch) -> Pixels:
         """What the codec makes of the targets, for this process's rows."""
         with jax.set_mesh(self.mesh):
@@ -293,6 +306,16 @@ class Pipeline:
         return jax.jit(
             lambda frozen, images: conditioner.decode(frozen, conditioner.encode(frozen, images))
         )
+
+    def with_sampling(self, options: Options) -> "Pipeline":
+        """The same model with other `sampling` settings, such as `{"steps": 20}`.
+
+        Raises UserError for an unknown setting, and for a value that cannot be.
+        """
+        stored = self.config.to_dict()
+        config = Config.of({**stored, "sampling": {**stored["sampling"], **options}})
+        generator = dataclasses.replace(self.generator, sampler=config.sampling.sampler)
+        return dataclasses.replace(self, config=config, generator=generator)
 
     def untrained(self, *, seed: int) -> "Pipeline":
         """The same model at its initialization.
@@ -333,13 +356,17 @@ class Pipeline:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that the model was trained on, in the order of TASKS."""
-        trained = self.config.tasks
-        return tuple(name for name in TASKS if name in trained and trained[name].weight > 0)
+        return trained_tasks(self.config)
 
 
 def _to_pixels(images: Float[np.ndarray, "b h w 3"], names: Sequence[str]) -> Pixels:
     check_finite(images, names, what="picture")
     return to_uint8(images)
+
+
+def trained_tasks(config: Config) -> tuple[str, ...]:
+    """The tasks that a run trains on, in the order of TASKS."""
+    return tuple(t for t in TASKS if t in config.tasks and config.tasks[t].weight > 0)
 
 
 def load_config(

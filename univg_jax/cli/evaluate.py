@@ -1,25 +1,40 @@
-"""`univg evaluate`: a benchmark's metrics for a checkpoint, beside trivial answers."""
+"""`univg evaluate`: a benchmark's numbers for a checkpoint, or for a folder of images."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from data_pipelines.tasks import TASKS, find_task
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.cli.parser import Parser
+from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmarks import BENCHMARKS
+
+if TYPE_CHECKING:
+    from univg_jax.evaluation.benchmark import Benchmark
+    from univg_jax.evaluation.official import Official
+    from univg_jax.evaluation.public import PublicJob
+    from univg_jax.evaluation.results import Done
+    from univg_jax.evaluation.run import EmbeddedJob
+    from univg_jax.evaluation.scorers import Scorers
+
+OURS = "ours"  # --score_only without a folder: the images of --generate_only
 
 
 def add_arguments(parser: Parser) -> None:
     """The command's flags."""
-    flags.add_checkpoint(parser)
+    flags.add_checkpoint(parser, required=False)
     parser.add_argument(
-        "--benchmark", required=True, metavar="|".join(BENCHMARKS), help="what it is measured on"
+        "--benchmark",
+        required=True,
+        metavar="NAME[:KEY=VALUE,...]",
+        help=f"what it is measured on, with settings of its own: {', '.join(BENCHMARKS)}",
     )
     parser.add_argument(
         "--data",
         type=flags.path,
-        metavar="DIR",
-        help="the benchmark's data; default: the run's own",
+        metavar="PATH",
+        help="the benchmark's official files; of emoji_scenes by default the run's own data",
     )
     parser.add_argument(
         "--out",
@@ -27,12 +42,52 @@ def add_arguments(parser: Parser) -> None:
         folder=True,
         required=True,
         metavar="DIR",
-        help="a folder for this and other evaluations; finished tasks are kept",
+        help="a folder for this and other evaluations; what is finished is kept",
+    )
+    apart = parser.add_mutually_exclusive_group()
+    apart.add_argument(
+        "--generate_only",
+        action="store_true",
+        help="make the images, in the benchmark's official layout, and no numbers",
+    )
+    apart.add_argument(
+        "--score_only",
+        nargs="?",
+        const=OURS,
+        type=flags.path,
+        metavar="DIR",
+        help="score the images that --generate_only made, or those of DIR, whoever made them: then "
+        "without --checkpoint",
+    )
+    parser.add_argument(
+        "--scorer",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a network or a server that a benchmark needs, such as clip=DIR (docs/evaluation.md)",
+    )
+    parser.add_argument(
+        "--without", default="", metavar="A,B", help="scorers to do without, and their numbers"
+    )
+    parser.add_argument(
+        "--limit",
+        action=flags.Number,
+        least=1,
+        metavar="N",
+        help="only the first N items of a public benchmark",
+    )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,C",
+        help="once with each value of guidance, image_guidance, or a key of `sampling` such as "
+        "steps; several flags are combined",
     )
     parser.add_argument(
         "--tasks",
         metavar="A,B",
-        help=f"of {', '.join(TASKS)}, or their full names, such as editing; "
+        help=f"of emoji_scenes: {', '.join(TASKS)}, or their full names, such as editing; "
         "default: all that the run was trained on",
     )
     parser.add_argument(
@@ -41,10 +96,13 @@ def add_arguments(parser: Parser) -> None:
         least=1,
         default=64,
         metavar="N",
-        help="examples of each task; default: 64",
+        help="of emoji_scenes: examples of each task; default: 64",
     )
     parser.add_argument(
-        "--split", default="test", metavar="NAME", help="split of the data; default: test"
+        "--split",
+        default="test",
+        metavar="NAME",
+        help="of emoji_scenes: split of the data; default: test",
     )
     parser.add_argument(
         "--batch_size",
@@ -63,35 +121,96 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generates, scores, and prints the primary metric of each task."""
-    import jax
-
-    from univg_jax import assembly
+    """Generates, scores, and prints the numbers."""
     from univg_jax.evaluation.benchmark import open_benchmark
-    from univg_jax.evaluation.run import evaluate, open_cases, with_data
-    from univg_jax.evaluation.score import table
-    from univg_jax.pipeline import Pipeline, load_config
+    from univg_jax.evaluation.official import Official
 
     benchmark = open_benchmark(args.benchmark)
-    tasks = [find_task(name).name for name in args.tasks.split(",")] if args.tasks else None
+    is_public = isinstance(benchmark, Official)
+    if args.checkpoint is None and (not is_public or args.score_only in (None, OURS)):
+        raise UserError("--checkpoint is missing: only --score_only=DIR goes without one")
     configure(args)
+    job = _public_job(args, benchmark) if is_public else _embedded_job(args, benchmark)
+    if args.checkpoint is None:
+        _show(job(None))
+        return
+    from univg_jax.evaluation.sweep import combinations
+    from univg_jax.pipeline import Pipeline
+
+    options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)
+    choices = combinations(args.sweep)
+    pipeline = Pipeline.load(args.checkpoint, ema=not args.raw_params, **options)
+    for choice in choices:
+        _show(job(choice.applied_to(pipeline)), title=str(choice))
+
+
+def _show(done: "Done", *, title: str = "") -> None:
+    import jax
+
+    if jax.process_index() == 0:
+        print(*filter(None, [title, done.text, f"in {done.folder}"]), sep="\n")
+
+
+def _public_job(args: argparse.Namespace, benchmark: "Official") -> "PublicJob":
+    """What is done with a pipeline. All that can be wrong is found before it is loaded."""
+    from univg_jax.evaluation.public import PublicJob, check_tasks
+    from univg_jax.evaluation.score_files import check_scorers
+    from univg_jax.pipeline import load_config, trained_tasks
+
+    if args.data is None:
+        raise UserError(f"--data is missing: the official files of {benchmark.name}")
+    without = tuple(filter(None, args.without.split(",")))
+    scorers: Scorers = {}
+    if not args.generate_only:
+        specs = dict(flags.pair(text, flag="--scorer") for text in args.scorer)
+        check_scorers(benchmark, specs, without=without)
+        if specs:
+            from univg_jax.evaluation.scorers.opening import open_scorers
+
+            scorers = open_scorers(specs)
+    rows = benchmark.read(args.data)
+    if args.checkpoint is not None:
+        options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)
+        check_tasks(benchmark, rows, trained_tasks(load_config(args.checkpoint, **options)))
+    return PublicJob(
+        benchmark=benchmark,
+        rows=rows,
+        out=args.out,
+        scorers=scorers,
+        without=without,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        images=None if args.score_only == OURS else args.score_only,
+        generates=args.score_only is None,
+        scores=not args.generate_only,
+        settings=dict(parameters="params" if args.raw_params else "ema"),
+    )
+
+
+def _embedded_job(args: argparse.Namespace, benchmark: "Benchmark") -> "EmbeddedJob":
+    from univg_jax import assembly
+    from univg_jax.evaluation.run import EmbeddedJob, open_cases, with_data
+    from univg_jax.pipeline import load_config
+
+    for name in ("scorer", "without", "limit"):
+        if getattr(args, name):
+            raise UserError(f"{benchmark.name} takes no --{name}: it has all that it needs")
+    tasks = [find_task(name).name for name in args.tasks.split(",")] if args.tasks else None
     options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)
     config = with_data(load_config(args.checkpoint, **options), args.data)
     # The data is looked at before the model is loaded; one case of each task does for that.
     one = dict(num=1, num_train=1, collator=assembly.make_collator(config))
     open_cases(config, benchmark, tasks=tasks, split=args.split, **one)
-    pipeline = Pipeline.load(args.checkpoint, ema=not args.raw_params, **options)
-    results = evaluate(
-        pipeline,
-        benchmark,
-        out=args.out,
+    given = dict(
         data_dir=args.data,
         tasks=tasks,
         split=args.split,
         num_examples=args.examples,
         batch_size=args.batch_size,
         seed=args.seed,
+        images=None if args.score_only == OURS else args.score_only,
         settings=dict(parameters="params" if args.raw_params else "ema"),
     )
-    if jax.process_index() == 0:
-        print(table(results.tasks))
+    only = "generate" if args.generate_only else "score" if args.score_only else None
+    return EmbeddedJob(benchmark=benchmark, out=args.out, only=only, options=given)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from univg_jax import fields, files
+from univg_jax.errors import UserError
 from univg_jax.settings import MAX_SEED
 
 CONFIG_HELP = "Any key of the config can be set: --config.optim.lr=1e-4"
@@ -52,11 +53,19 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     parser.epilog = parser.epilog or CONFIG_HELP
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+def pair(text: str, *, flag: str) -> tuple[str, str]:
+    """The name and the value of `NAME=VALUE`. Raises UserError for anything else."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise UserError(f"{flag}={text}: expected NAME=VALUE")
+    return name, value
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """What `Pipeline.load` takes."""
     parser.add_argument(
         "--checkpoint",
-        required=True,
+        required=required,
         type=path,
         metavar="DIR",
         help="a workdir, or DIR/checkpoints/STEP",

@@ -23,6 +23,7 @@ are common, and distances of different ones do not compare:
 
 import dataclasses
 import functools
+import hashlib
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -138,6 +139,14 @@ class FeatureSums:
                 f"exact up to {MAX_COUNT} and {MAX_SQUARES:.3g}; give fewer, or scale them down"
             )
         return self
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that name the set of features: equal sums have equal ones."""
+        content = self.sums.tobytes() + self.products.tobytes()
+        return hashlib.sha256(f"{self.convention} {self.count} ".encode() + content).hexdigest()[
+            :16
+        ]
 
     def gaussian(self) -> Gaussian:
         """Mean and covariance. Raises UserError for fewer than two features."""

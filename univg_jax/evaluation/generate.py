@@ -5,19 +5,22 @@ number of processes. Of every batch a process has an equal run of rows: with 2 p
 of 4, process 0 makes cases 0, 1, 4, 5, ... and process 1 cases 2, 3, 6, 7, ...
 """
 
-from collections.abc import Callable, Iterator
+import concurrent.futures
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
+from jax.experimental import multihost_utils
+from jaxtyping import Bool, UInt8
 
 from data_pipelines.collate import Collator
 from univg_jax.batch import Batch
 from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmark import Case, Cases
 from univg_jax.evaluation.metrics import Image
-from univg_jax.images import write_png
+from univg_jax.images import open_picture, to_rgb, write_png
+from univg_jax.together import together
 
 # Makes an image of each row of this process.
 System = Callable[[Batch], UInt8[np.ndarray, "b h w 3"]]
@@ -49,10 +52,45 @@ def case_batches(
         yield mine, collator(rows)
 
 
+def output_name(task: str, index: int) -> str:
+    """The file of a model's image, such as `t2i/007.png`, within the folder of an evaluation."""
+    return f"{task}/{index:03d}.png"
+
+
 def picture_names(case: Case) -> dict[str, str]:
-    """The files of a case's pictures, such as `t2i/007.png`, within the folder of an evaluation."""
-    stem = f"{case.task}/{case.index:03d}"
-    return {kind: f"{stem}_{kind}.png" for kind in case.pictures} | {"output": f"{stem}.png"}
+    """The files of a case's pictures by kind; `output` is the model's."""
+    output = output_name(case.task, case.index)
+    stem = output.removesuffix(".png")
+    return {kind: f"{stem}_{kind}.png" for kind in case.pictures} | {"output": output}
+
+
+def existing(cases: Cases, folder: epath.PathLike) -> set[int]:
+    """The cases whose images are there. All processes call it, and get the same."""
+    names = [output_name(cases.task, index) for index in range(len(cases))]
+    return {index for index, there in enumerate(exist(names, folder)) if there}
+
+
+def read_picture(folder: epath.Path, case: Case) -> Image:
+    """The model's image of a case. Raises UserError naming a file that is no picture."""
+    path = folder / output_name(case.task, case.index)
+    try:
+        image = to_rgb(open_picture(path.read_bytes()))
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    if image.shape != case.example.target.shape:
+        raise UserError(f"{path} is {image.shape}: expected {case.example.target.shape}")
+    return image
+
+
+def exist(names: Sequence[str], folder: epath.PathLike) -> Bool[np.ndarray, " n"]:
+    """Which files are in a folder. All processes call it, and get the same."""
+    with together(), concurrent.futures.ThreadPoolExecutor(64) as pool:
+        paths = (epath.Path(folder) / name for name in names)
+        there = np.array(list(pool.map(lambda path: path.exists(), paths)), np.uint8)
+    if jax.process_count() > 1:  # one that began earlier may have written some
+        there = np.asarray(multihost_utils.process_allgather(there))
+        there = there.reshape(-1, len(names)).max(axis=0)
+    return there > 0
 
 
 def write_pictures(folder: epath.Path, case: Case, image: Image, *, with_case: bool) -> None:

@@ -19,16 +19,17 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import UInt8
 
-from data_pipelines import transforms
+from data_pipelines import tasks, transforms
 from data_pipelines.collate import Collator
 from data_pipelines.tasks import INPUTS, TASKS
 from univg_jax.batch import Batch
 from univg_jax.errors import UserError
+from univg_jax.evaluation.generate import exist
 from univg_jax.evaluation.metrics import Image
 from univg_jax.evaluation.official import Official, Output, Request, Row
+from univg_jax.evaluation.prompts import EncodedPrompts
 from univg_jax.files import write_whole
 from univg_jax.images import jpeg_bytes, png_bytes
 from univg_jax.pipeline import Pixels, read_input
@@ -38,6 +39,7 @@ from univg_jax.together import each_together, together
 JPEG_QUALITY = 95
 _WRITERS = 4
 _AHEAD = 2  # batches that are read and tokenized while one is computed
+_WINDOW = 4  # batches whose prompts are encoded before: more take memory, 5 MB each with T5-XXL
 
 # Images of a batch of one task, for the rows of this process.
 Answer = Callable[[Batch, str], Pixels]
@@ -69,22 +71,30 @@ class _Rows:
     files: tuple[_File | None, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """Images of one task, some batches of them: files and numbers of images, by process.
+
+    Without any left, a process works on the image `spare` again: a program runs on all devices or
+    none.
+    """
+
+    task: str
+    shares: Sequence[Sequence[tuple[_File, int]]]
+    spare: tuple[_File, int]
+
+
 def missing(requests: Sequence[Request], folder: epath.PathLike) -> list[_File]:
     """The files that are not there yet. All processes call it, and get the same.
 
     Raises UserError if two requests ask for one file.
     """
-    folder, files = epath.Path(folder), [_File(r, k) for r in requests for k in range(len(r.files))]
+    files = [_File(r, k) for r in requests for k in range(len(r.files))]
     names = [file.name for file in files]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two items of the benchmark ask for the file {twice}")
-    with together(), concurrent.futures.ThreadPoolExecutor(64) as pool:
-        there = np.array(list(pool.map(lambda name: (folder / name).exists(), names)), np.uint8)
-    if jax.process_count() > 1:  # one that began earlier may have written some
-        there = np.asarray(multihost_utils.process_allgather(there))
-        there = there.reshape(-1, len(names)).max(axis=0)
-    return [file for file, is_there in zip(files, there) if not is_there]
+    return [file for file, is_there in zip(files, exist(names, folder)) if not is_there]
 
 
 def write_side_files(benchmark: Official, rows: Sequence[Row], folder: epath.PathLike) -> None:
@@ -102,11 +112,13 @@ def generate(
     answer: Answer,
     collator: Collator,
     batch_size: int,
+    prompts: EncodedPrompts | None = None,
 ) -> int:
     """Makes the files of `requests` that `folder` does not have; returns how many images that were.
 
     All processes call it. `batch_size` is global; the last batch of a task is padded with rows that
-    are not `valid`. Files are written by threads, whole or not at all.
+    are not `valid`. Files are written by threads, whole or not at all. `prompts` is the collator's
+    tokenizer where prompts are to be encoded before, each of them once.
 
     Raises UserError for a batch size that does not divide over the processes, an input that cannot
     be read, and a file that cannot be written; what was made before is kept. Raises ValueError for
@@ -117,22 +129,24 @@ def generate(
         raise UserError(f"batch size {batch_size}: expected a multiple of {count} processes")
     folder, todo = epath.Path(folder), missing(requests, folder)
     total = sum(file.request.cells for file in todo)
-    made = 0
-    stages = _stages(todo)
+    made, rows, stages = 0, batch_size // count, _stages(todo)
     with (
         Bar(total=total, desc="generate", unit="image", disable=jax.process_index() > 0) as bar,
         _Writer(folder) as writer,
     ):
         for files in stages:
-            batches = _batches(files, folder, collator=collator, rows=batch_size // count)
-            for rows in each_together(_ahead(batches)):
-                images = answer(rows.batch, rows.task)
-                for image, file, row in zip(images, rows.files, range(rows.batch.size)):
-                    if file is not None:
-                        kept = _keep(image, rows.batch, row) if file.request.composite else image
-                        writer.add(file, kept)
-                        made += 1
-                bar.update(min(made * count, total) - bar.n)
+            for window in _windows(files, rows=rows):
+                if prompts is not None:
+                    prompts.encode(_texts(window), collator.shape.num_tokens, rows=rows)
+                batches = _batches(window, folder, collator=collator, rows=rows)
+                for part in each_together(_ahead(batches)):
+                    images = answer(part.batch, part.task)
+                    for row, (image, file) in enumerate(zip(images, part.files)):
+                        if file is not None:
+                            is_whole = not file.request.composite
+                            writer.add(file, image if is_whole else _keep(image, part.batch, row))
+                            made += 1
+                    bar.update(min(made * count, total) - bar.n)
             with together():  # the next stage may read what any process wrote
                 writer.finish()
     return total
@@ -156,29 +170,48 @@ def _taken(request: Request) -> set[str]:
     return {given.file for given in request.inputs.values() if isinstance(given, Output)}
 
 
-def _batches(
-    todo: Sequence[_File], folder: epath.Path, *, collator: Collator, rows: int
-) -> Iterator[_Rows]:
-    """This process's rows of all batches; every process has equally many."""
-    count, index = jax.process_count(), jax.process_index()
+def _windows(todo: Sequence[_File], *, rows: int) -> Iterator[_Window]:
+    """The next images of one task, _WINDOW batches at most, and each process's share of them."""
+    count = jax.process_count()
     for task in dict.fromkeys(file.request.task for file in todo):
         files = [file for file in todo if file.request.task == task]
-        shares = [[(f, k) for f in files[p::count] for k in f.images] for p in range(count)]
-        # Without a file, a process works on another one's: a program runs on all devices or none.
-        mine, spare = shares[index], shares[0][0]
-        for start in range(0, max(map(len, shares)), rows):
-            part = mine[start : start + rows]
-            padding = rows - len(part)
-            made = [
-                collator.row(
-                    _example(file.request, folder, collator),
-                    task=task,
-                    sample_id=file.request.sample_id(image),
-                    valid=k < len(part),
-                )
-                for k, (file, image) in enumerate(part + (part[-1:] or [spare]) * padding)
-            ]
-            yield _Rows(task, collator(made), (*(file for file, _ in part), *[None] * padding))
+        # The images of one request on one process, where its prompt is encoded.
+        order = {index: k for k, index in enumerate(dict.fromkeys(f.request.index for f in files))}
+        shares = [
+            [(f, k) for f in files if order[f.request.index] % count == p for k in f.images]
+            for p in range(count)
+        ]
+        for start in range(0, max(map(len, shares)), rows * _WINDOW):
+            parts = [share[start : start + rows * _WINDOW] for share in shares]
+            yield _Window(task, parts, spare=next(part[0] for part in parts if part))
+
+
+def _texts(window: _Window) -> list[list[str]]:
+    """The prompts of each process, with their tags, and the tag alone."""
+    shares = [share or [window.spare] for share in window.shares]
+    prompts = [[f.request.inputs.get("prompt", "").strip() for f, _ in share] for share in shares]
+    return [[tasks.prompt(window.task, text) for text in ("", *own)] for own in prompts]
+
+
+def _batches(
+    window: _Window, folder: epath.Path, *, collator: Collator, rows: int
+) -> Iterator[_Rows]:
+    """This process's rows of all batches; every process has equally many."""
+    mine = window.shares[jax.process_index()]
+    for start in range(0, max(map(len, window.shares)), rows):
+        part = list(mine[start : start + rows])
+        padding = [(mine or [window.spare])[-1]] * (rows - len(part))
+        made = [
+            collator.row(
+                _example(file.request, folder, collator),
+                task=window.task,
+                sample_id=file.request.sample_id(image),
+                valid=k < len(part),
+            )
+            for k, (file, image) in enumerate(part + padding)
+        ]
+        files = [file for file, _ in part] + [None] * len(padding)
+        yield _Rows(window.task, collator(made), tuple(files))
 
 
 def _example(request: Request, folder: epath.Path, collator: Collator) -> Any:

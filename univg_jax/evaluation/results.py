@@ -28,6 +28,16 @@ Json = Mapping[str, Any]  # an object of a JSON file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a finished job says: its folder, the numbers by name, and all in a few lines."""
+
+    folder: epath.PathLike
+    text: str
+    numbers: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    primary: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
     """What one evaluation found, as its file has it."""
 

@@ -10,9 +10,10 @@ import dataclasses
 import datetime
 import functools
 import itertools
+import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,17 +24,20 @@ from data_pipelines.collate import Collator
 from data_pipelines.reader import MissingFieldError
 from data_pipelines.tasks import TASKS
 from univg_jax import assembly, version
+from univg_jax.batch import Batch
 from univg_jax.errors import UserError, check_name
 from univg_jax.evaluation import generate, score
-from univg_jax.evaluation.benchmark import AnswerFn, Benchmark, Cases, ScoreFn
+from univg_jax.evaluation.benchmark import AnswerFn, Benchmark, Case, Cases, ScoreFn
 from univg_jax.evaluation.generate import System
-from univg_jax.evaluation.results import FILE, Results, digest
+from univg_jax.evaluation.metrics import Image
+from univg_jax.evaluation.results import FILE, Done, Results, digest
 from univg_jax.evaluation.scorers import Scorers, local_mesh, scorer_digests
 from univg_jax.pipeline import Pipeline
 from univg_jax.progress import Bar
 from univg_jax.settings import Config
 from univg_jax.together import each_together
 
+Only = Literal["generate", "score"]
 NUM_TRAIN = 256  # training cases that trivial answers are made from
 NUM_SAMPLES = 6  # cases of a task that the report shows, so that input and target are written, too
 
@@ -50,13 +54,16 @@ def evaluate(
     seed: int = 0,
     data_dir: epath.PathLike | None = None,
     settings: Mapping[str, Any] | None = None,
+    only: Only | None = None,
+    images: epath.PathLike | None = None,
 ) -> Results:
     """Scores a pipeline on a benchmark, with its untrained self, its codec and the true answers.
 
     All processes call it. `tasks` and `split` are those of `open_cases`, `num_examples` is for each
     task. `batch_size` is global. `data_dir` replaces the folder of the run's own data. `settings`
     are stored with the results, beside those that the pipeline knows. See `Evaluator.run` for what
-    is written to `out`, and returned.
+    is written to `out` and returned, and for `only`. With `images` the images of that folder are
+    scored in place of the pipeline's.
 
     Raises UserError for what `open_cases` refuses, a pipeline that was not loaded from a
     checkpoint, a batch size that does not divide over the devices, or a scorer that cannot be had.
@@ -93,12 +100,40 @@ def evaluate(
             "examples": num_examples,
             "dataset": digest(benchmark.fingerprint(config, (split, "train"))),
             **pipeline.digests,
+            **({} if images is None else {"images": os.path.abspath(images)}),
         },
         provenance=provenance(pipeline),
         out=out,
         batch_size=batch_size,
+        images=images,
     )
-    return evaluator.run(cases, train=train)
+    return evaluator.run(cases, train=train, only=only)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddedJob:
+    """What is done with a pipeline on a benchmark that has its own data; see `evaluate`."""
+
+    benchmark: Benchmark
+    out: epath.PathLike
+    only: Only | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of `evaluate`
+
+    def __call__(self, pipeline: Pipeline) -> Done:
+        results = evaluate(pipeline, self.benchmark, out=self.out, only=self.only, **self.options)
+        if self.only == "generate":
+            return Done(folder=results.folder(self.out), text="the images are made")
+        numbers = {
+            f"{name}/{metric}": entry["value"]
+            for name, task in results.tasks.items()
+            for metric, entry in task["systems"]["model"].items()
+        }
+        return Done(
+            folder=results.folder(self.out),
+            text=score.table(results.tasks),
+            numbers=numbers,
+            primary=next(iter(numbers), ""),
+        )
 
 
 def provenance(pipeline: Pipeline) -> dict[str, str]:
@@ -203,16 +238,21 @@ class Evaluator:
     out: epath.PathLike
     batch_size: int  # global
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    images: epath.PathLike | None = None  # of the model, if somebody else made them
 
-    def run(self, cases: Mapping[str, Cases], *, train: Mapping[str, Cases]) -> Results:
+    def run(
+        self, cases: Mapping[str, Cases], *, train: Mapping[str, Cases], only: Only | None = None
+    ) -> Results:
         """Scores the cases of each task; returns what process 0 writes below `out`.
 
         Trivial answers are made from the cases `train`. A task that `out` has for the same
         settings, checkpoint and scorers is not run again, and no other one is changed. The model's
-        images are written beside the results (`evaluation.results`).
+        images are written beside the results (`evaluation.results`); one that is there is not made
+        again. With `only="generate"` nothing else is done, and the results have no task. With
+        `only="score"` all images have to be there.
 
-        Raises UserError for a task without cases, a scorer that is absent, a batch size that does
-        not divide over the processes, or results that are damaged.
+        Raises UserError for a task without cases, a scorer that is absent, an image that is, a
+        batch size that does not divide over the processes, or results that are damaged.
         """
         if "model" not in self.systems:
             raise ValueError(f"systems must have 'model', got {', '.join(self.systems) or 'none'}")
@@ -222,6 +262,9 @@ class Evaluator:
         compared = {"benchmark": self.benchmark.version, "systems": sorted(self.systems)}
         results = Results(benchmark=self.benchmark.name, settings={**self.settings, **compared})
         folder = results.folder(self.out)
+        if only == "generate":
+            self._generate(cases, folder)
+            return results
         if (folder / FILE).exists():
             results = Results.read(folder)
         made_of = {name: self._made_of(name, cases[name]) for name in cases}
@@ -232,6 +275,8 @@ class Evaluator:
         with Bar(total=total, unit="image", disable=quiet) as bar:
             for name in todo:
                 bar.set_description(f"evaluate {name}")
+                if only == "score" or self.images is not None:
+                    _check_images(cases[name], self._images(folder))
                 task = self._evaluate(cases[name], train=train[name], folder=folder, bar=bar)
                 found = {**results.tasks, name: {"made_of": made_of[name], **task}}
                 # In the benchmark's order, whichever were finished before.
@@ -241,6 +286,42 @@ class Evaluator:
                     results.write(folder)
         logging.info("results are in %s", folder)
         return results
+
+    def _images(self, folder: epath.Path) -> epath.Path:
+        return folder if self.images is None else epath.Path(self.images)
+
+    def _generate(self, cases: Mapping[str, Cases], folder: epath.Path) -> None:
+        """Writes the model's images that are not there."""
+        total = sum(map(len, cases.values()))
+        with Bar(
+            total=total, desc="generate", unit="image", disable=jax.process_index() > 0
+        ) as bar:
+            for name in cases:
+                for mine, _, _ in self._answered(cases[name], folder):
+                    bar.update(min(len(mine) * jax.process_count(), total - bar.n))
+
+    def _answered(
+        self, cases: Cases, folder: epath.Path
+    ) -> Iterator[tuple[list[Case], Batch, list[Image]]]:
+        """This process's cases in batches, with the model's images, made where they are not there.
+
+        All processes make a batch of which any of them lacks an image.
+        """
+        images, there = self._images(folder), generate.existing(cases, self._images(folder))
+        batches = generate.case_batches(cases, collator=self.collator, batch_size=self.batch_size)
+        for number, (mine, batch) in enumerate(each_together(batches)):
+            first = number * self.batch_size
+            asked = range(first, min(first + self.batch_size, len(cases)))
+            made = None if there.issuperset(asked) else np.asarray(self.systems["model"](batch))
+            found = []
+            for k, case in enumerate(mine):
+                if case.index in there:
+                    found.append(generate.read_picture(images, case))
+                else:
+                    found.append(made[k])
+                    with_case = case.index < NUM_SAMPLES
+                    generate.write_pictures(folder, case, made[k], with_case=with_case)
+            yield mine, batch, found
 
     def _made_of(self, name: str, cases: Cases) -> dict[str, Any]:
         """What a task's results depend on beside the settings."""
@@ -302,14 +383,13 @@ class Evaluator:
         """The scores of this process's cases, by who answered and case index.
 
         All systems answer a batch before the next one is read, so that each case is decoded once.
-        The model's images are written on the way.
         """
         rows: dict[Key, dict[int, score.Scores]] = collections.defaultdict(dict)
-        batches = generate.case_batches(cases, collator=self.collator, batch_size=self.batch_size)
-        for mine, batch in each_together(batches):
+        for mine, batch, answered in self._answered(cases, folder):
             images: dict[Key, Iterable[np.ndarray]] = {}
             for name, system in self.systems.items():
-                images["systems", name] = np.asarray(system(batch))
+                is_model = name == "model"
+                images["systems", name] = answered if is_model else np.asarray(system(batch))
                 bar.update(len(mine) * jax.process_count())
             with local_mesh():
                 for kind, functions in answers.items():
@@ -318,7 +398,13 @@ class Evaluator:
                 for key, pictures in images.items():
                     for case, image in zip(mine, pictures):  # without the images of padding
                         rows[key][case.index] = score_fn(case, image)
-            for case, image in zip(mine, images["systems", "model"]):
-                with_case = case.index < NUM_SAMPLES
-                generate.write_pictures(folder, case, image, with_case=with_case)
         return rows
+
+
+def _check_images(cases: Cases, folder: epath.Path) -> None:
+    missing = set(range(len(cases))) - generate.existing(cases, folder)
+    if missing:
+        name = generate.output_name(cases.task, min(missing))
+        raise UserError(
+            f"{folder} lacks {len(missing)} images, such as {name}: generate them first"
+        )

@@ -1,0 +1,53 @@
+"""Sweeps: one model at several settings of its sampling."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from univg_jax.errors import UserError, check_name
+from univg_jax.fields import parse_literal
+from univg_jax.pipeline import Pipeline
+from univg_jax.settings import Options, Sampler
+
+SCALES = {"guidance": "text", "image_guidance": "image"}  # keys of `sampling.guidance`
+KEYS = (*SCALES, *(field.name for field in dataclasses.fields(Sampler)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Values of some KEYS."""
+
+    values: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.values.items())
+
+    def applied_to(self, pipeline: Pipeline) -> Pipeline:
+        """The pipeline at these settings; guidance is that of every task that has any.
+
+        Raises UserError for a value that cannot be.
+        """
+        if not self.values:
+            return pipeline
+        options: dict[str, Any] = {k: v for k, v in self.values.items() if k not in SCALES}
+        scales = {SCALES[k]: v for k, v in self.values.items() if k in SCALES}
+        stored: Options = pipeline.config.to_dict()["sampling"]["guidance"]
+        if scales:
+            options["guidance"] = {task: {**given, **scales} for task, given in stored.items()}
+        return pipeline.with_sampling(options)
+
+
+def combinations(flags: Sequence[str]) -> list[Choice]:
+    """All choices that `KEY=A,B,C` of each flag allow; one of nothing without any.
+
+    Raises UserError for a key that is none of KEYS, with the nearest one, or without values.
+    """
+    found: dict[str, list[Any]] = {}
+    for text in flags:
+        name, _, values = text.partition("=")
+        check_name(name, KEYS, what="key of --sweep:")
+        if not values:
+            raise UserError(f"--sweep={text}: expected {name}=A,B,C")
+        found[name] = [parse_literal(value) for value in values.split(",")]
+    return [Choice(dict(zip(found, values))) for values in itertools.product(*found.values())]
