@@ -2,25 +2,19 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.collate import Collator
 from data_pipelines.reader import Reader
 from data_pipelines.sources import MemorySource
-from tests import helpers, processes
+from tests import processes
 from tests.evaluation import evaluation_cases as data
-from univg_jax import sharding
 from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmark import Cases
 from univg_jax.evaluation.benchmarks.emoji_scenes import BENCHMARK
 from univg_jax.evaluation.results import Results
 from univg_jax.evaluation.run import Evaluator, evaluate, open_cases
-from univg_jax.pipeline import Pipeline
-from univg_jax.sampling import Generator
-from univg_jax.settings import Config
 
 TASKS = ("ie", "seg", "depth")
 
@@ -182,35 +176,6 @@ TOY = dataclasses.replace(
     fingerprint=lambda config, splits: config.data.dir,
     open_scorers=lambda pipeline, *, needs: {},
 )
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    """A model at its initialization."""
-    config = helpers.tiny_config().to_dict()
-    config["data"] |= {"resolution": 16, "dataset": "", "dir": "nowhere"}
-    config["sampling"]["steps"] = 1
-    config = Config.of(config)
-    conditioner, frozen = helpers.tiny_conditioner()
-    generator = Generator(
-        model=helpers.tiny_model(conditioner),
-        conditioner=conditioner,
-        sampler=config.sampling.sampler,
-    )
-    blank = Pipeline(
-        config=config,
-        params=None,
-        frozen=frozen,
-        mesh=sharding.make_mesh(data=-1),
-        generator=generator,
-        collator=Collator(tokenizer=data.tokenize, shape=helpers.SHAPE),
-        path="run",
-        step=7,
-        digests={"weights": "abc", "text": "def"},
-    )
-    init = jax.jit(blank._init_params, out_shardings=sharding.replicated(blank.mesh))
-    with jax.set_mesh(blank.mesh):
-        return dataclasses.replace(blank, params=init(jax.random.key(1)))
 
 
 def test_a_pipeline_is_compared_with_its_untrained_self_its_codec_and_the_truth(pipeline, tmp_path):

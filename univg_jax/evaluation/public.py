@@ -204,7 +204,7 @@ def score_folder(
         published=published_of(benchmark.published),
         rows=len(rows[:limit]),
         # Beside the results, which may then be moved with them.
-        images=f"../{epath.Path(folder).name}" if ours else os.path.abspath(folder),
+        images=epath.Path(folder).name if ours else os.path.abspath(folder),
     )
     at = card.folder(out)
     if ours and (at / FILE).exists():

@@ -32,7 +32,7 @@ class Scorecard:
     """What a benchmark found, as its file has it.
 
     `settings` are what the numbers depend on; `provenance` says where and when they were made.
-    `images` is the folder of the images, seen from that of the file, if it lies beside it.
+    `images` is the folder of the images: its name where it lies beside that of the file, or a path.
     `numbers` are None where nothing was counted. `cases` are rows to show: `first`, `best`,
     `worst`, each with its prompt, files and `quality`.
     """
@@ -51,6 +51,10 @@ class Scorecard:
         """Where results of these settings lie below `out`."""
         name = digest([VERSION, self.benchmark, self.settings])[:12]
         return epath.Path(out) / f"{self.benchmark}-{name}"
+
+    def images_at(self, folder: epath.PathLike) -> epath.Path:
+        """Where the images of results in `folder` lie."""
+        return epath.Path(folder).parent / self.images  # a path that is absolute stays so
 
     def write(self, folder: epath.PathLike) -> None:
         """Writes results.json, whole or not at all."""

@@ -1,0 +1,180 @@
+"""A public benchmark from its files to its numbers: nothing twice, and alike on any devices."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import processes
+from tests.evaluation import evaluation_cases as data
+from tests.evaluation.benchmarks.test_geneval import write
+from tests.evaluation.test_score_files import SCORERS, picture
+from tests.evaluation.tiny_pipeline import answering, make_pipeline
+from univg_jax.errors import UserError
+from univg_jax.evaluation.benchmarks import geneval
+from univg_jax.evaluation.benchmarks.geneval import BENCHMARK, read
+from univg_jax.evaluation.job import generate
+from univg_jax.evaluation.public import PublicJob
+from univg_jax.evaluation.scorecard import Scorecard
+from univg_jax.images import write_png
+from univg_jax.pipeline import Pipeline
+
+TOKENS = {}
+
+
+def tokenize(text, num_tokens):
+    """As `data.tokenize`, but other texts have other tokens."""
+    number = TOKENS.setdefault(text, len(TOKENS) + 1)
+    tokenized = data.tokenize(text, num_tokens)
+    return dataclasses.replace(tokenized, tokens=tokenized.tokens * 10 + number)
+
+
+@pytest.fixture(scope="module")
+def model(pipeline) -> Pipeline:
+    collator = dataclasses.replace(pipeline.collator, tokenizer=tokenize)
+    return answering(dataclasses.replace(pipeline, collator=collator))
+
+
+def job(tmp_path, **options) -> PublicJob:
+    rows = read(write(tmp_path), excerpt=True)
+    options = dict(scorers=SCORERS, batch_size=8) | options
+    return PublicJob(benchmark=BENCHMARK, rows=rows, out=tmp_path / "out", **options)
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def pixels(folder):
+    return {
+        str(p.relative_to(folder)): np.asarray(Image.open(p)).astype(int)
+        for p in sorted(folder.rglob("*.png"))
+    }
+
+
+def test_images_numbers_and_all_that_is_needed_to_repeat_them(model, tmp_path):
+    done = job(tmp_path, settings={"parameters": "ema"})(model)
+    card = Scorecard.read(done.folder)
+    assert card.numbers == done.numbers
+    assert card.numbers["missing"] == 0
+    assert done.text.startswith("overall")
+    settings = card.settings
+    assert (settings["step"], settings["parameters"], settings["weights"]) == (7, "ema", "abc")
+    assert (settings["seed"], settings["rows"], settings["without"]) == (0, 4, [])
+    assert set(settings["guidance"]) == {"t2i"}
+    assert {"solver", "steps", "items", "scorers", "version"} <= set(settings)
+    assert {"checkpoint", "date", "revision", "machine"} <= set(card.provenance)
+    images = card.images_at(done.folder)
+    assert len(pixels(pathlib.Path(images))) == 4 * geneval.IMAGES
+    assert (images / "00001" / "metadata.jsonl").is_file()
+    assert [case["prompt"] for case in card.cases["first"]][1] == "two cups"
+    assert all((images / name).is_file() for c in card.cases["first"] for name in c["files"])
+    lines = [json.loads(line) for line in (done.folder / "scores.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == [0, 1, 2, 3]
+    assert lines[0]["file"] == "00000/samples/0000.png"
+
+
+def test_what_is_finished_is_not_made_again(model, tmp_path, monkeypatch):
+    part = job(tmp_path, limit=2)(model)
+    whole = job(tmp_path)(model)
+    assert part.folder != whole.folder
+    assert len(list((tmp_path / "out").glob("geneval-images-*"))) == 1
+    before = files(tmp_path / "out")
+    monkeypatch.setattr(Pipeline, "generate_batch", None)
+    monkeypatch.setattr(type(BENCHMARK), "summary", None, raising=False)
+    assert job(tmp_path)(model).numbers == whole.numbers
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(settings={"parameters": "params"})])
+def test_images_of_other_settings_lie_beside(model, tmp_path, change):
+    job(tmp_path, scores=False)(model)
+    done = job(tmp_path, scores=False, **change)(model)
+    assert len(list((tmp_path / "out").glob("geneval-images-*"))) == 2
+    assert done.numbers == {}
+
+
+def test_scores_of_a_folder_that_somebody_made(tmp_path):
+    folder = tmp_path / "theirs"
+    for request in BENCHMARK.requests(job(tmp_path).rows):
+        for name in request.files:
+            write_png(folder / name, picture("cup", "cow"))
+    done = job(tmp_path, images=folder, generates=False)(None)
+    assert done.numbers["overall"] == 0.75
+    (folder / "00000" / "samples" / "0000.png").unlink()
+    again = job(tmp_path, images=folder, generates=False)(None)
+    assert again.numbers["missing"] == 1  # a folder of others may change: it is scored each time
+    assert Scorecard.read(again.folder).images_at(again.folder) == folder
+
+
+def test_each_prompt_is_encoded_once(model, tmp_path, monkeypatch):
+    counts = collections.Counter()
+    embed = Pipeline.embed_prompts
+
+    def counting(self, prompts):
+        counts.update({str(prompt.tokens) for prompt in prompts})  # padding repeats one
+        return embed(self, prompts)
+
+    monkeypatch.setattr(Pipeline, "embed_prompts", counting)
+    job(tmp_path, scores=False)(model)
+    assert len(counts) == 4 + 1  # and the one without a text, for guidance
+    assert set(counts.values()) == {1}
+    (encoded,) = (tmp_path / "out").iterdir()
+    generate(
+        BENCHMARK.requests(job(tmp_path).rows),
+        tmp_path / "plain",
+        answer=lambda batch, task: model.generate_batch(batch, task),
+        collator=model.collator,
+        batch_size=8,
+    )
+    ours, plain = pixels(encoded), pixels(tmp_path / "plain")
+    assert len(set(map(bytes, (x.tobytes() for x in plain.values())))) == 16
+    for name, image in plain.items():
+        np.testing.assert_allclose(ours[name], image, atol=1)  # two programs round otherwise
+
+
+def test_what_the_run_was_not_trained_on_is_refused(model, tmp_path):
+    rows = [dataclasses.replace(row) for row in job(tmp_path).rows]
+    asked = dataclasses.replace(
+        BENCHMARK,
+        requests=lambda rows: [
+            dataclasses.replace(r, task="seg") for r in BENCHMARK.requests(rows)
+        ],
+    )
+    seg = PublicJob(benchmark=asked, rows=rows, out=tmp_path / "out", scorers=SCORERS)
+    with pytest.raises(UserError, match="geneval needs the task 'seg': this run was trained on t2"):
+        seg(model)
+    with pytest.raises(UserError, match="batch size 12: expected a multiple of 8 devices"):
+        job(tmp_path, batch_size=12)(model)
+    assert not list(tmp_path.glob("out/*"))
+
+
+PROGRAM = """
+import pathlib, sys
+from tests import processes
+processes.join()
+from tests.evaluation.test_public import job
+from tests.evaluation.tiny_pipeline import answering, make_pipeline
+folder = pathlib.Path(sys.argv[1])
+job(folder)(answering(make_pipeline()))
+"""
+
+
+@pytest.mark.parametrize("devices", [[1], [4, 4]], ids=["1", "2x4"])
+def test_any_devices_and_processes_make_the_same(tmp_path, devices):
+    folders = [tmp_path / name for name in ("eight", "others")]
+    for folder in folders:
+        folder.mkdir()
+    mine = job(folders[0])(answering(make_pipeline()))
+    processes.run(devices, str(folders[1]), program=("-c", PROGRAM))
+    (theirs,) = folders[1].glob("out/*/results.json")
+    assert theirs.parent.name == mine.folder.name
+    assert Scorecard.read(theirs.parent).numbers == mine.numbers
+    found = [pixels(folder / "out") for folder in folders]
+    assert list(found[0]) == list(found[1])
+    for name, image in found[0].items():
+        np.testing.assert_allclose(found[1][name], image, atol=1)  # of 255, by rounding
