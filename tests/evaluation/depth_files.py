@@ -6,7 +6,11 @@ import pathlib
 import numpy as np
 import pytest
 
+from data_pipelines import renderings
 from univg_jax import images
+from univg_jax.evaluation import depth
+from univg_jax.evaluation.benchmark import open_benchmark
+from univg_jax.evaluation.score_files import score_images
 
 LISTS = pathlib.Path(os.environ.get("UNIVG_BENCHMARKS", ".")) / "depth"
 needs_lists = pytest.mark.skipif(
@@ -34,3 +38,13 @@ def read_by_hand(prediction, depth, valid, low, high):
     aligned = np.clip(design @ np.linalg.lstsq(design, g, rcond=None)[0], low, high)
     ratio = np.maximum(aligned / g, g / aligned)
     return np.mean(np.abs(aligned - g) / g), np.mean(ratio < 1.25)
+
+
+def summary_of_truths(spec, source, out):
+    """The numbers of a benchmark whose first picture has its true depth; the rest is missing."""
+    bench = open_benchmark(spec)
+    rows = bench.read(source, excerpt=True)
+    (name,) = depth.image_files(rows[0])
+    shown = renderings.render_depth(rows[0].case().depth.astype(np.float32))
+    write_png(out / name, shown[::2, ::2])  # a picture of any size is of the whole photograph
+    return score_images(bench, rows, out, {}).summary(bench, rows)

@@ -4,21 +4,33 @@ A prediction is scaled and shifted to the depth by least squares over the pixels
 to the range of the data set, and compared there (MiDaS, arXiv 1907.01341; Marigold, arXiv
 2312.02145). AbsRel and delta1 are means over the pixels of an image, then over images. What counts,
 the range and how depth is stored are the benchmark's own: nyuv2, kitti_depth and diode.
+
+A generated picture is read as depth by `renderings.decode_depth`, near is bright. It is of the
+whole photograph, whatever its size. AbsRel has no worst value: where a picture is missing,
+`strict/` has a delta1 of 0, and no AbsRel. `constant/` are the numbers of one depth everywhere, on
+the pictures that are there.
 """
 
 import dataclasses
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 from etils import epath
 from jaxtyping import Float64
 
+from data_pipelines import renderings
 from univg_jax import images
 from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.evaluation import metrics
-from univg_jax.evaluation.metrics import Image, Map, Mask, Ratio
+from univg_jax.evaluation.judging import is_inside
+from univg_jax.evaluation.metrics import Image, Map, Mask, Ratio, merge
+from univg_jax.evaluation.official import Official, Request
+from univg_jax.evaluation.summaries import Scores, Summary, column
 
 Row = tuple[str, ...]
 
@@ -124,3 +136,124 @@ def levels_of(data: bytes) -> np.ndarray:
 def between(depth: np.ndarray, limits: tuple[float, float]) -> Mask:
     """Where the depth is in the range, without its ends."""
     return (depth > limits[0]) & (depth < limits[1])
+
+
+# The benchmark that cases are
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A row of a benchmark: one of the cases, which is read where it is needed."""
+
+    cases: DepthCases
+    number: int
+
+    @property
+    def name(self) -> str:
+        """The photograph's name in the list."""
+        return self.cases.rows[self.number][0]
+
+    def case(self) -> DepthCase:
+        """Raises UserError for files that are missing or not as expected."""
+        return self.cases[self.number]
+
+    def image(self) -> Image:
+        """The photograph, or the benchmark's part of it. Raises what `case` raises."""
+        return self.case().image
+
+
+def asked(cases: DepthCases, *, counts: Sequence[int], excerpt: bool) -> tuple[Asked, ...]:
+    """The rows of a benchmark that has one of `counts` pictures, or fewer in an `excerpt`.
+
+    Raises UserError for another number, and for a name that would lie in another folder.
+    """
+    found = len(cases)
+    if found > max(counts) or not (found in counts or excerpt):
+        official = " or ".join(map(str, counts))
+        raise UserError(f"the list has {found} pictures with depth: expected {official}")
+    rows = tuple(Asked(cases, number) for number in range(found))
+    for row in rows:
+        if not is_inside(row.name):
+            raise UserError(f"the list has the picture {quote(row.name)}: expected one in a folder")
+    return rows
+
+
+def image_files(row: Asked) -> tuple[str, ...]:
+    """Where the generated depth lies: there is no official layout of pictures."""
+    return (os.fspath(pathlib.PurePosixPath(row.name).with_suffix(".png")),)
+
+
+def _requests(rows: Sequence[Asked]) -> list[Request]:
+    return [
+        Request(
+            index=index,
+            task="depth",
+            inputs={"image": row.image},
+            files=image_files(row),
+            whole=True,
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def score(
+    row: Asked, images: Sequence[Image | None], scorers: Mapping[str, Any]
+) -> dict[str, Ratio]:
+    """AbsRel and delta1 of a generated picture, and of one depth everywhere; no scorer is needed.
+
+    Raises what `Asked.case` raises.
+    """
+    (image,) = images
+    nothing = dict.fromkeys(("abs_rel", "delta1"), Ratio.of(0.0, 0.0))
+    found, constant, strict = nothing, nothing, Ratio.of(0.0)
+    if image is not None:
+        case = row.case()
+        found = case.score(renderings.decode_depth(image))
+        constant = case.score(np.ones_like(case.depth))
+        strict = found["delta1"]
+    return {
+        **{f"official/{name}": ratio for name, ratio in found.items()},
+        **{f"constant/{name}": ratio for name, ratio in constant.items()},
+        "strict/delta1": strict,
+        "missing": Ratio.of(float(image is None)),
+    }
+
+
+def summary(rows: Sequence[Asked], scores: Sequence[Scores]) -> Summary:
+    """Means over pictures, and how many are missing."""
+    found = {name: merge(column(scores, name)).value for name in scores[0]}
+    return found | {"missing": float(merge(column(scores, "missing")).total[0])}
+
+
+def benchmark_of(
+    name: str,
+    open_cases: Callable[[epath.PathLike], DepthCases],
+    *,
+    counts: Sequence[int],
+    settings: Mapping[str, Any],
+) -> Official:
+    """The benchmark of the cases that `open_cases(path)` reads."""
+
+    def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Asked, ...]:
+        return asked(open_cases(path), counts=counts, excerpt=excerpt)
+
+    return Official(
+        name=name,
+        version=1,
+        read=read,
+        requests=_requests,
+        score=score,
+        summary=summary,
+        quality=lambda scores: scores["official/delta1"].value,
+        primary="official/abs_rel",
+        settings=settings,
+    )
+
+
+def list_digest(path: str) -> str:
+    """The SHA-256 of a list, which results store; nothing without a list."""
+    if not path:
+        return ""
+    if not os.path.isfile(path):
+        raise NotFoundError(f"{path} does not exist: expected a list of pictures and depths")
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()

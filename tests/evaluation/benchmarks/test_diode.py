@@ -5,7 +5,14 @@ import io
 import numpy as np
 import pytest
 
-from tests.evaluation.depth_files import LISTS, needs_lists, read_by_hand, scene, write_png
+from tests.evaluation.depth_files import (
+    LISTS,
+    needs_lists,
+    read_by_hand,
+    scene,
+    summary_of_truths,
+    write_png,
+)
 from univg_jax.errors import UserError
 from univg_jax.evaluation import depth
 from univg_jax.evaluation.benchmarks import diode
@@ -38,6 +45,13 @@ def test_depth_counts_where_the_mask_says_so(source):
     scores = case.score(prediction)
     want = read_by_hand(prediction, meters.astype(np.float32).astype(float), valid, 0.6, 350)
     assert (scores["abs_rel"].value, scores["delta1"].value) == pytest.approx(want, abs=1e-12)
+
+
+def test_a_true_depth_is_scored(source, tmp_path):
+    found = summary_of_truths(f"diode:list_file={source / 'list.txt'}", source, tmp_path / "out")
+    assert found["official/delta1"] > found["constant/delta1"]
+    assert found["official/abs_rel"] < found["constant/abs_rel"]
+    assert found["missing"] == 0
 
 
 def test_depth_beyond_the_range_counts_if_the_mask_has_it(source):

@@ -5,8 +5,16 @@ import tarfile
 import numpy as np
 import pytest
 
-from tests.evaluation.depth_files import LISTS, needs_lists, read_by_hand, scene, write_png
+from tests.evaluation.depth_files import (
+    LISTS,
+    needs_lists,
+    read_by_hand,
+    scene,
+    summary_of_truths,
+    write_png,
+)
 from univg_jax.errors import NotFoundError, UserError
+from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import kitti_depth
 
 DRIVE = "2011_09_26_drive_0002_sync"
@@ -76,6 +84,16 @@ def test_one_archive_of_the_lists_files_is_read(tmp_path):
     for a, b in zip(cases, folder):
         np.testing.assert_array_equal(a.image, b.image)
         np.testing.assert_array_equal(a.depth, b.depth)
+
+
+def test_a_generated_picture_is_of_the_cut(source, tmp_path):
+    """Depth is known at some pixels only, and black elsewhere: blurred, it is still the best."""
+    (source / "list.txt").rename(source / kitti_depth.LIST)
+    found = summary_of_truths("kitti_depth:region=garg", source, tmp_path / "out")
+    assert 0 < found["official/abs_rel"] < found["constant/abs_rel"]
+    assert found["missing"] == 1
+    settings = open_benchmark("kitti_depth:region=garg").settings
+    assert settings == {"list": "", "region": "garg"}
 
 
 def test_what_is_missing_or_unknown_is_told(source, tmp_path):

@@ -6,10 +6,22 @@ import pathlib
 import numpy as np
 import pytest
 
-from tests.evaluation.depth_files import LISTS, needs_lists, read_by_hand, scene, write_png
+from data_pipelines import renderings
+from tests.evaluation import evaluation_cases as data
+from tests.evaluation.depth_files import (
+    LISTS,
+    needs_lists,
+    read_by_hand,
+    scene,
+    summary_of_truths,
+    write_png,
+)
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import depth
+from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import nyuv2
+from univg_jax.evaluation.job import generate
+from univg_jax.evaluation.score_files import score_images
 
 
 @pytest.fixture
@@ -50,6 +62,46 @@ def test_cases_have_meters_and_count_in_the_crop(source):
     scores = second.score(prediction)
     want = read_by_hand(prediction, second.depth, inside, 1e-3, 10)
     assert (scores["abs_rel"].value, scores["delta1"].value) == pytest.approx(want, abs=1e-12)
+
+
+def test_a_true_depth_is_scored_and_a_missing_picture_is_the_worst(source, tmp_path):
+    found = summary_of_truths(f"nyuv2:list_file={source / 'list.txt'}", source, tmp_path / "out")
+    assert found["official/abs_rel"] < 0.02  # of a gray level, and of pixels between
+    assert found["official/delta1"] == 1
+    assert found["constant/abs_rel"] > 0.3
+    assert (found["strict/delta1"], found["missing"]) == (0.5, 1)
+
+
+def test_what_is_generated_is_read_as_depth_of_the_whole_picture(source, tmp_path):
+    """An answer that is black at the top and white at the bottom, where the scene is near."""
+
+    def answer(batch, task):
+        assert task == "depth"
+        ramp = np.linspace(0, 255, batch.target.shape[1]).astype(np.uint8)
+        return np.broadcast_to(ramp[:, None, None], batch.target.shape)
+
+    bench = open_benchmark(f"nyuv2:list_file={source / 'list.txt'}")
+    rows, out = bench.read(source, excerpt=True), tmp_path / "out"
+    generate(bench.requests(rows), out, answer=answer, collator=data.COLLATOR, batch_size=2)
+    file = out / "test/kitchen_0004/rgb_0002.png"
+    assert file.exists()
+    scored = score_images(bench, rows, out, {})
+    picture = answer(type("B", (), {"target": np.zeros((1, 48, 48, 3))}), "depth")[0]
+    want = rows[1].case().score(renderings.decode_depth(picture))["abs_rel"].value
+    assert scored.rows[1]["official/abs_rel"].value == pytest.approx(want)
+    assert bench.quality(scored.rows[1]) == scored.rows[1]["official/delta1"].value
+
+
+def test_a_list_has_all_pictures_and_is_named_by_its_hash(source):
+    bench = open_benchmark(f"nyuv2:list_file={source / 'list.txt'}")
+    assert len(bench.settings["list"]) == 64
+    with pytest.raises(UserError, match="the list has 2 pictures with depth: expected 654"):
+        bench.read(source)
+    (source / "list.txt").write_text("../a.png ../b.png")
+    with pytest.raises(UserError, match=r"has the picture '../a.png': expected one in a folder"):
+        bench.read(source, excerpt=True)
+    with pytest.raises(NotFoundError, match=r"no.txt does not exist: expected a list of pictures"):
+        open_benchmark(f"nyuv2:list_file={source / 'no.txt'}")
 
 
 def test_files_that_are_missing_or_of_another_kind_are_named(source):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests.evaluation.benchmarks.picture_scorers import SCORERS, plain
-from univg_jax.evaluation import score
+from univg_jax.evaluation import depth, score
 from univg_jax.evaluation.benchmarks import (
+    BENCHMARKS,
     coco30k,
     dpg,
     dsg,
@@ -108,7 +109,18 @@ def _ratios(columns):
     return {name: column for name, column in columns.items() if isinstance(column, Ratio)}
 
 
+def of_depth():
+    gray = np.full((4, 6, 3), 100, np.uint8)
+    gray[1] = 50
+    known = depth.make_case(
+        ("a.png",), gray, np.arange(1, 25).reshape(4, 6), np.ones((4, 6), bool), (0.1, 30.0)
+    )
+    rows = [depth.Asked(depth.DepthCases([("a.png",)] * 2, lambda row: known), k) for k in range(2)]
+    return depth, rows, [depth.score(r, [i], {}) for r, i in zip(rows, (gray, None), strict=True)]
+
+
 CASES = {
+    "depth": of_depth,
     "geneval": lambda: (
         geneval,
         [geneval.Row(k, "colors", "", (), (), str(k)) for k in range(2)],
@@ -188,7 +200,8 @@ def test_a_summary_is_that_of_the_gathered_rows(case):
 
 
 def test_readers_and_rules_need_no_jax():
-    names = [f"univg_jax.evaluation.benchmarks.{name}" for name in NAMES]
+    official = {*BENCHMARKS, *NAMES} - {"depth", "emoji_scenes"}  # the latter is made with JAX
+    names = [f"univg_jax.evaluation.benchmarks.{name}" for name in sorted(official)]
     code = f"import sys, {', '.join(names)}; print('jax' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True

@@ -4,13 +4,16 @@ To add one, write its module with a `BENCHMARK` (`evaluation.benchmark`) and nam
 """
 
 BENCHMARKS = (  # each the name of a module of this folder
+    "diode",
     "emoji_scenes",
     "emu_edit",
     "geneval",
     "identity_set",
     "inpainting",
+    "kitti_depth",
     "layout_boxes",
     "magicbrush",
+    "nyuv2",
     "phrasecut_seg",
     "refcoco_seg",
 )

@@ -5,6 +5,7 @@ Marigold's `diode_val_all_filename_list.txt` (or its parts for indoors and outdo
 mask` in each row; depth and mask are .npy files, in meters and 0 or 1.
 """
 
+import dataclasses
 import io
 import os
 
@@ -14,9 +15,22 @@ from univg_jax import images
 from univg_jax.errors import UserError
 from univg_jax.evaluation import depth
 from univg_jax.evaluation.depth import DepthCase, DepthCases, Row
+from univg_jax.evaluation.official import Official
+from univg_jax.fields import setting
 
 NUM_IMAGES = 771
+PARTS = (325, 446)  # indoors, outdoors
+LIST = "diode_val_all_filename_list.txt"
 LIMITS = (0.6, 350.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which pictures are asked for; a result stores the list's hash."""
+
+    list_file: str = setting(
+        "", f"the list of pictures; by default {LIST} beside them", is_path=True
+    )
 
 
 def open_cases(source: str | os.PathLike, list_file: str | os.PathLike) -> DepthCases:
@@ -49,3 +63,16 @@ def _plane(data: bytes, name: str) -> np.ndarray:
             f"its {name} is {values.dtype} {list(values.shape)}: expected numbers [h, w]"
         )
     return values
+
+
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark with these settings. Raises NotFoundError for a list that is not there."""
+    return depth.benchmark_of(
+        "diode",
+        lambda path: open_cases(path, settings.list_file or os.path.join(path, LIST)),
+        counts=(NUM_IMAGES, *PARTS),
+        settings={"list": depth.list_digest(settings.list_file)},
+    )
+
+
+BENCHMARK = benchmark()

@@ -6,6 +6,7 @@ it) or in Garg's (arXiv 1603.04992). The list is `eigen_test_files_with_gt.txt`,
 focal`; rows whose depth is None are left out. Depth is 16-bit PNG of 1/256 m, 0 where unknown.
 """
 
+import dataclasses
 import os
 
 import numpy as np
@@ -14,14 +15,28 @@ from univg_jax.errors import UserError, check_name
 from univg_jax.evaluation import depth
 from univg_jax.evaluation.depth import DepthCase, DepthCases, Row
 from univg_jax.evaluation.metrics import Mask
+from univg_jax.evaluation.official import Official
+from univg_jax.fields import setting
 
 NUM_IMAGES = 652
 SHAPE = (352, 1216)
 LIMITS = (1e-5, 80.0)
+LIST = "eigen_test_files_with_gt.txt"
 REGIONS = {  # top, bottom, left, right, as fractions of the cut
     "eigen": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
     "garg": (0.40810811, 0.99189189, 0.03594771, 0.96405229),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which pictures are asked for, and where depth counts; a result stores the list's hash."""
+
+    list_file: str = setting(
+        "", f"the list of pictures; by default {LIST} beside them", is_path=True
+    )
+    raw: str = setting("", "where the raw release is, if not with the depth", is_path=True)
+    region: str = setting("eigen", "where depth counts in the cut", names=tuple(REGIONS))
 
 
 def open_cases(
@@ -73,3 +88,21 @@ def region_mask(name: str) -> Mask:
     (height, width), mask = SHAPE, np.zeros(SHAPE, bool)
     mask[int(top * height) : int(bottom * height), int(left * width) : int(right * width)] = True
     return mask
+
+
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark with these settings. Raises NotFoundError for a list that is not there."""
+
+    def cases(path: str | os.PathLike) -> DepthCases:
+        file = settings.list_file or os.path.join(path, LIST)
+        return open_cases(path, file, raw=settings.raw, region=settings.region)
+
+    return depth.benchmark_of(
+        "kitti_depth",
+        cases,
+        counts=(NUM_IMAGES,),
+        settings={"list": depth.list_digest(settings.list_file), "region": settings.region},
+    )
+
+
+BENCHMARK = benchmark()

@@ -7,6 +7,7 @@ column of filled depth that does not count), or ZoeDepth's `nyudepthv2_test_file
 the same pictures as HDF5 files with `rgb` and `depth` (FastDepth's `val/official/*.h5`).
 """
 
+import dataclasses
 import io
 import os
 
@@ -16,11 +17,22 @@ from univg_jax import images
 from univg_jax.errors import NotFoundError, UserError, needs_extra
 from univg_jax.evaluation import depth
 from univg_jax.evaluation.depth import DepthCase, DepthCases, Row
+from univg_jax.evaluation.official import Official
+from univg_jax.fields import setting
 
 NUM_IMAGES = 654
 SHAPE = (480, 640)
 LIMITS = (1e-3, 10.0)
 CROP = np.s_[45:471, 41:601]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which pictures are asked for; a result stores the list's hash."""
+
+    list_file: str = setting(
+        "", "the list of pictures and depths; without one all .h5 files are read", is_path=True
+    )
 
 
 def open_cases(source: str | os.PathLike, list_file: str | os.PathLike = "") -> DepthCases:
@@ -68,3 +80,16 @@ def _read_hdf5(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[0] != 3:
         raise UserError(f"its rgb is {rgb.dtype} {list(rgb.shape)}: expected uint8 [3, h, w]")
     return np.moveaxis(rgb, 0, -1), meters.astype(float)
+
+
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark with these settings. Raises NotFoundError for a list that is not there."""
+    return depth.benchmark_of(
+        "nyuv2",
+        lambda path: open_cases(path, settings.list_file),
+        counts=(NUM_IMAGES,),
+        settings={"list": depth.list_digest(settings.list_file)},
+    )
+
+
+BENCHMARK = benchmark()
