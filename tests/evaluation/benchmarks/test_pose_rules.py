@@ -216,12 +216,12 @@ def test_a_rendered_skeleton_is_read_back():
     fractions[:, :2] = (fractions[:, :2] + 0.5) / (width, height)
     picture = renderings.render_pose(fractions[None], height=height, width=width)
     found = coco_pose.in_pixels(renderings.decode_pose(picture), height=height, width=width)
-    scores = coco_pose.score(found, person)
+    scores = coco_pose.compare(found, person)
     assert scores["pck@0.1"].value == scores["pck@0.2"].value == 1
     assert scores["oks"].value > 0.8
     exact = coco_pose.in_pixels(fractions, height=height, width=width)
     np.testing.assert_allclose(exact[:, :2], xy, atol=1e-4)  # fractions are float32
-    assert coco_pose.score(exact, person)["oks"].value == pytest.approx(1, abs=1e-6)
+    assert coco_pose.compare(exact, person)["oks"].value == pytest.approx(1, abs=1e-6)
 
 
 def test_joints_that_were_not_found_score_nothing():
@@ -229,7 +229,7 @@ def test_joints_that_were_not_found_score_nothing():
     person["keypoints"][:3] = [0, 0, 2]  # at the corner, where missing joints are put
     nothing = coco_pose.in_pixels(np.full((17, 3), (0.5, 0.5, 0)), height=300, width=400)
     assert not nothing.any()
-    scores = coco_pose.score(nothing, person)
+    scores = coco_pose.compare(nothing, person)
     assert scores["oks"].value == scores["pck@0.2"].value == 0
     assert coco_pose.keypoint_results(0, nothing[None]) == []
 
@@ -241,7 +241,7 @@ def test_pck_averages_over_joints_that_are_labeled_somewhere():
         joints = joints_of(person)
         joints[:, 2] = 1
         joints[0, 0] += 0.15 * 120  # every nose: within .2 of the box and not within .1
-        rows.append(coco_pose.score(joints, person))
+        rows.append(coco_pose.compare(joints, person))
     labeled = np.array([joints_of(p)[:, 2] > 0 for p in truth["annotations"]]).any(axis=0).sum()
     merged = {name: metrics.merge(row[name] for row in rows).value for name in rows[0]}
     assert merged["pck@0.1"] == pytest.approx((labeled - 1) / labeled, abs=1e-12)

@@ -4,6 +4,7 @@ To add one, write its module with a `BENCHMARK` (`evaluation.benchmark`) and nam
 """
 
 BENCHMARKS = (  # each the name of a module of this folder
+    "coco_pose",
     "diode",
     "emoji_scenes",
     "emu_edit",

@@ -7,23 +7,33 @@ over pictures, so results of all shards are joined (as lists, in any order) and 
 PCK is the share of joints within a part of the box's longer side, averaged over joints.
 
 A generated skeleton is of one person: of the people in a picture it is compared, by OKS and PCK,
-with the largest one, which renderings draw last. AP asks for all people.
+with the largest one, which renderings draw last. AP asks for all people, so a picture of several
+has at most one of them found. A generated picture is read by `renderings.decode_pose`, and is of
+the whole photograph, whatever its size. One that is missing finds nobody: AP has it so, OKS and PCK
+leave it out, and `strict/` counts it as 0. A picture without labeled people counts in AP alone.
 """
 
 import contextlib
 import copy
+import dataclasses
 import io
 import math
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Num
 
-from univg_jax.errors import UserError, needs_extra
+from data_pipelines import renderings
+from data_pipelines.native.tables import get
+from univg_jax.errors import NotFoundError, UserError, needs_extra, quote
 from univg_jax.evaluation import metrics
-from univg_jax.evaluation.metrics import Ratio
+from univg_jax.evaluation.metrics import Image, Ratio, merge
+from univg_jax.evaluation.official import Official, Request
+from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.fields import setting
 
 Annotations = dict[str, list[dict[str, Any]]]  # images, annotations, categories
 Result = dict[str, Any]  # one person in COCO's format of results
@@ -35,6 +45,108 @@ SIGMAS = np.array([0.026, *np.repeat([25, 35, 79, 72, 62, 107, 87, 89], 2) / 100
 PCK_AT = (0.1, 0.2)
 STATISTICS = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")
 PERSON = 1  # the id of its category
+IMAGES = {"val2017": 5000}  # of a split, in the official file
+CHOICES = ("all", "labeled")
+_NOTHING = {"oks": Ratio.of(0.0, 0.0)} | {
+    f"pck@{at}": Ratio.of(np.zeros(17), np.zeros(17)) for at in PCK_AT
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which pictures are asked for; a result stores `split` and `choice`.
+
+    AP is over all pictures of the split, as COCO has it, or only over those with a labeled person.
+    """
+
+    split: str = setting("val2017", "of person_keypoints_SPLIT.json", least=1)
+    choice: str = setting("all", "all pictures, or those with a labeled person", names=CHOICES)
+    pictures: str = setting("", "their folder; by default SPLIT beside annotations", is_path=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A photograph and the annotations of its people, as COCO has them."""
+
+    image_id: int
+    picture: str
+    height: int
+    width: int
+    people: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False, hash=False)
+
+
+def read(
+    path: str | os.PathLike, settings: Settings = Settings(), *, excerpt: bool = False
+) -> tuple[Row, ...]:
+    """The photographs of annotations/person_keypoints_SPLIT.json in COCO's folder, by their ids.
+
+    Raises UserError for a file that is missing or another one, or, unless it is an `excerpt`, has
+    not as many pictures as the official one.
+    """
+    from data_pipelines.native import coco
+
+    root = os.fspath(path)
+    file = os.path.join(root, "annotations", f"person_keypoints_{settings.split}.json")
+    pictures = settings.pictures or os.path.join(root, settings.split)
+    content = read_annotations(file)
+    people: dict[int, list[Mapping[str, Any]]] = {}
+    try:
+        for image in content["images"]:
+            people[get(image, "id", int)] = []
+        for annotation in content["annotations"]:
+            person = _person(annotation)
+            if person["image_id"] not in people:
+                raise UserError(f"annotation {person['id']} is of no picture of the list")
+            people[person["image_id"]].append(person)
+        rows = []
+        for image in sorted(content["images"], key=lambda image: image["id"]):
+            name = get(image, "file_name", str)
+            if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+                raise UserError(f"{quote(name)} is the name of no picture")
+            found = tuple(people[image["id"]])
+            if settings.choice == "all" or largest_person(found) is not None:
+                place = os.path.join(pictures, name)
+                rows.append(Row(image["id"], place, *coco.image_size(image), found))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    official = IMAGES.get(settings.split, len(people))
+    if len(people) > official or (len(people) < official and not excerpt):
+        raise UserError(f"{file} has {len(people)} pictures instead of {official}")
+    if not rows:
+        raise NotFoundError(f"{file} has no pictures: expected COCO's keypoints")
+    return tuple(rows)
+
+
+def _person(annotation: Mapping[str, Any]) -> dict[str, Any]:
+    """What is scored of an annotation. Raises UserError for one that is not as COCO has it."""
+    person: dict[str, Any] = {name: get(annotation, name, int) for name in ("id", "image_id")}
+    person |= {name: get(annotation, name, int, 0) for name in ("iscrowd", "num_keypoints")}
+    person |= {"category_id": PERSON, "area": get(annotation, "area", float)}
+    for name, length in {"bbox": 4, "keypoints": 51}.items():
+        numbers = get(annotation, name, list)
+        if len(numbers) != length or not all(type(n) in (int, float) for n in numbers):
+            raise UserError(f"{name} of annotation {person['id']} is not {length} numbers")
+        person[name] = numbers
+    return person
+
+
+def image_files(row: Row) -> tuple[str, ...]:
+    """Where the generated skeleton lies; there is no official layout."""
+    return (f"{row.image_id:012}.png",)
+
+
+def requests(rows: Sequence[Row]) -> list[Request]:
+    """The skeleton in each photograph, all of it."""
+    return [
+        Request(
+            index=index,
+            task="pose",
+            inputs={"image": row.picture},
+            files=image_files(row),
+            whole=True,
+        )
+        for index, row in enumerate(rows)
+    ]
 
 
 def read_annotations(path: str | os.PathLike) -> Annotations:
@@ -130,7 +242,7 @@ def oks(prediction: Joints, target: Joints, *, area: float) -> float:
     return float(similarity[labeled].mean()) if labeled.any() else math.nan
 
 
-def score(prediction: Joints, person: Mapping[str, Any]) -> dict[str, Ratio]:
+def compare(prediction: Joints, person: Mapping[str, Any]) -> dict[str, Ratio]:
     """OKS and PCK of joints in pixels against a person's annotation with labeled joints."""
     target = np.array(person["keypoints"], float).reshape(17, 3)
     xy = np.where(prediction[:, 2:] > 0, prediction[:, :2].astype(float), np.nan)
@@ -140,3 +252,62 @@ def score(prediction: Joints, person: Mapping[str, Any]) -> dict[str, Ratio]:
         for at in PCK_AT
     }
     return {"oks": Ratio.of(oks(prediction, target, area=float(person["area"])))} | pck
+
+
+def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:
+    """OKS and PCK of a picture's largest person, and the joints themselves; no scorer is needed.
+
+    `joints` are sums that are added to nothing: AP needs them one by one.
+    """
+    (image,) = images
+    joints = np.zeros((17, 3))
+    if image is not None:
+        joints = in_pixels(renderings.decode_pose(image), height=row.height, width=row.width)
+    person = largest_person(row.people)
+    strict = _NOTHING if person is None else compare(joints, person)
+    is_there = float(image is not None)
+    return {
+        **{n: Ratio(r.total * is_there, r.count * is_there) for n, r in strict.items()},
+        **{f"strict/{n}": r for n, r in strict.items()},
+        "joints": Ratio.of(joints.ravel()),
+        "missing": Ratio.of(float(image is None)),
+    }
+
+
+def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
+    """pycocotools' STATISTICS over all rows, means of OKS and PCK, and how many are missing."""
+    people = [dict(person) for row in rows for person in row.people]
+    sizes = [{"id": row.image_id, "height": row.height, "width": row.width} for row in rows]
+    categories = [{"id": PERSON, "name": "person"}]
+    results = [
+        result
+        for row, entry in zip(rows, scores, strict=True)
+        for result in keypoint_results(row.image_id, entry["joints"].total.reshape(1, 17, 3))
+    ]
+    content = {"images": sizes, "annotations": people, "categories": categories}
+    found = average_precision(content, results)
+    names = [name for name in scores[0] if name not in ("joints", "missing")]
+    found |= {name: merge(column(scores, name)).value for name in names}
+    return found | {"missing": float(merge(column(scores, "missing")).total[0])}
+
+
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark with these settings."""
+
+    def read_rows(path: str | os.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
+        return read(path, settings, excerpt=excerpt)
+
+    return Official(
+        name="coco_pose",
+        version=1,
+        read=read_rows,
+        requests=requests,
+        score=score,
+        summary=summary,
+        quality=lambda scores: scores["oks"].value,
+        primary="AP",
+        settings={"split": settings.split, "choice": settings.choice},
+    )
+
+
+BENCHMARK = benchmark()
