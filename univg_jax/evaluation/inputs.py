@@ -9,12 +9,17 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
+from data_pipelines.native.table_files import Part
+from data_pipelines.native.tables import Table, picture_bytes
+from univg_jax import images
 from univg_jax.errors import NotFoundError, UserError, quote
+from univg_jax.evaluation.metrics import Image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +109,49 @@ class InputFile:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise self.error(self.at(path), f"is torn, {where} is not JSON ({error})") from None
+
+
+class TablePictures:
+    """The pictures of a table's column, by the numbers of their rows, read as a stream.
+
+    Any number of threads ask for rows in about their order. The last pictures are kept as files;
+    for a row from before them its part of the table is read again.
+    """
+
+    KEPT = 256
+
+    def __init__(self, table: Table, column: str):
+        self._table, self._column = table, column
+        self._kept: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._parts = table.parts()
+        self._part: Part | None = None
+        self._rows: Iterator[tuple[int, Any]] = iter(())
+        self._next = 0
+
+    def __call__(self, number: int) -> Image:
+        """The picture of a row. Raises UserError, with the file and the row, where there is none."""
+        with self._lock:
+            part, row = self._row(number)
+        try:
+            if isinstance(row, UserError):
+                raise row
+            return images.decode_rgb(picture_bytes(row.get(self._column)))
+        except UserError as error:
+            where = f"{part.file} row {number}: {self._column}"
+            raise UserError(f"{where} {error}") from None
+
+    def _row(self, number: int) -> tuple[Part, Any]:
+        part = next(p for p in self._parts if p.first <= number < p.first + p.count)
+        if number in self._kept:
+            return part, self._kept[number]
+        if part != self._part or number < self._next:
+            self._part, self._next = part, part.first
+            self._rows = iter(self._table.rows(part, columns=(self._column,)))
+        while self._next <= number:
+            self._next, row = next(self._rows)
+            self._kept[self._next] = row
+            self._next += 1
+            if len(self._kept) > self.KEPT:
+                del self._kept[next(iter(self._kept))]
+        return part, self._kept[number]

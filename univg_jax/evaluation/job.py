@@ -102,7 +102,11 @@ def write_side_files(benchmark: Official, rows: Sequence[Row], folder: epath.Pat
     with together():
         if jax.process_index() == 0:
             for name, content in benchmark.side_files(rows).items():
-                write_whole(epath.Path(folder) / name, content)
+                path = epath.Path(folder) / name
+                if not callable(content):
+                    write_whole(path, content)
+                elif not path.exists():
+                    write_whole(path, content())
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""What benchmarks with a judge share: its prompts, the pictures it is given, how items end.
+"""What benchmarks with a judge share: its prompts, and how items end.
 
 A judge is a vision-language model (`scorers.endpoint`) that is shown pictures and a prompt of the
 benchmark's authors, and whose reply is parsed for scores. Its prompts are read at run time from the
@@ -17,13 +17,12 @@ from collections.abc import Mapping, Sequence
 from absl import logging
 from etils import epath
 
-from univg_jax import images
 from univg_jax.errors import UserError, suggestion
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Ratio, merge
 from univg_jax.evaluation.summaries import Scores, Summary, column
 
-OUTCOMES = ("judged", "unparsed", "refused", "failed", "missing_image")
+FAILURES = ("unparsed", "refused", "failed", "missing_image")
 MOST_DROPPED = 0.01  # of items, without a warning
 
 
@@ -86,31 +85,18 @@ def is_inside(name: str) -> bool:
     return name != "" and not path.is_absolute() and ".." not in path.parts
 
 
-def picture_file(path: epath.PathLike) -> bytes | None:
-    """The bytes of a picture's file; None, and a warning, where there is no whole picture."""
-    path = epath.Path(path)
-    try:
-        content = path.read_bytes()
-        images.verify(content)
-        return content
-    except FileNotFoundError:
-        logging.warning("%s is missing", path)
-    except OSError as error:
-        logging.warning("%s cannot be read: %s", path, error.strerror or error)
-    except UserError as error:
-        logging.warning("%s %s", path, error)
-    return None
-
-
 def outcome_columns(outcome: str) -> dict[str, Ratio]:
-    """The columns of an item's scores that say how it ended."""
-    return {name: Ratio.of(float(name == outcome)) for name in OUTCOMES}
+    """The columns of an item's scores that say how it ended: `judged`, or one of FAILURES."""
+    columns = {"judged": "judged"} | {f"failures/{name}": name for name in FAILURES}
+    return {column: Ratio.of(float(name == outcome)) for column, name in columns.items()}
 
 
 def outcome_counts(scores: Sequence[Scores], *, what: str) -> Summary:
     """How many items ended how. Warns where more than MOST_DROPPED of them have no score."""
-    counts = {name: float(merge(column(scores, name)).total.sum()) for name in OUTCOMES}
-    dropped = {name: count for name, count in counts.items() if name != "judged" and count}
+    names = outcome_columns("judged")
+    counts = {name: float(merge(column(scores, name)).total.sum()) for name in names}
+    dropped = {name: counts[f"failures/{name}"] for name in FAILURES}
+    dropped = {name: count for name, count in dropped.items() if count}
     if sum(dropped.values()) > MOST_DROPPED * len(scores):
         logging.warning(
             "%s: %d of %d items have no score (%s): do not compare the averages that leave them "

@@ -75,7 +75,8 @@ class Official:
     """A public benchmark, one module of `evaluation/benchmarks/`.
 
     `read(path)` reads its official files. `requests(rows)` has the images that each row asks for,
-    and `side_files(rows)` what the official scorer reads beside them, by name. `score(row, images,
+    and `side_files(rows)` what the official scorer reads beside them, by name: a text, or a
+    function that is called where the file is not there yet. `score(row, images,
     scorers)` has the sums and counts of a row's images, and features of sets of pictures; None is
     an image that is not there. `summary(rows, scores)` has the official numbers, of which `primary`
     is the first to look at, and `distances(sums)` those that compare sets of pictures, from the
@@ -103,7 +104,7 @@ class Official:
     quality: Callable[[Scores], float] = lambda scores: next(iter(scores.values())).value
     distances: Callable[[Mapping[str, FeatureSums]], Summary] = lambda sums: {}
     needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    side_files: Callable[[Sequence[Row]], Mapping[str, str]] = lambda rows: {}
+    side_files: Callable[[Sequence[Row]], Mapping[str, str | Callable[[], bytes]]] = lambda rows: {}
     published: tuple[Published, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

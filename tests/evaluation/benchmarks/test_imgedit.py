@@ -7,13 +7,18 @@ import json
 import numpy as np
 import pytest
 
+from tests.evaluation import evaluation_cases as data
 from tests.evaluation.benchmarks.official import FILES, needs_files
+from tests.evaluation.benchmarks.picture_scorers import plain
 from tests.evaluation.chat_server import ChatServer, images_of, prompt_of, said
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import judging, metrics
+from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import imgedit
+from univg_jax.evaluation.job import generate
+from univg_jax.evaluation.score_files import score_images
 from univg_jax.evaluation.scorers.endpoint import Endpoint, Reply
-from univg_jax.images import png_bytes
+from univg_jax.images import decode_rgb, write_png
 
 EDITS = {
     "7": {"id": "daily object/1.jpg", "prompt": "Add a <b> hat", "edit_type": "add"},
@@ -34,11 +39,11 @@ def rows(tmp_path):
     return imgedit.read(write(tmp_path, EDITS), excerpt=True)
 
 
-def test_reads_edits_in_the_order_of_the_file(rows):
+def test_reads_edits_in_the_order_of_the_file(tmp_path, rows):
     assert [row.key for row in rows] == ["7", "12", "3", "5"]
     assert [row.edit_type for row in rows] == ["add", "adjust", "adjust", "add"]
-    assert rows[1].prompts == ("Make it blue",)
-    assert rows[0].source == "daily object/1.jpg"
+    assert rows[1].prompt == "Make it blue"
+    assert rows[0].source == str(tmp_path / "daily object/1.jpg")
     assert imgedit.image_files(rows[0]) == ("7.png",)
 
 
@@ -65,18 +70,40 @@ def test_another_file_is_one_line(tmp_path, value, reason):
     assert "\n" not in str(error.value)
 
 
-def test_hard_edits_and_edits_in_a_row(tmp_path):
+def test_hard_edits_have_no_type(tmp_path):
     write(tmp_path, {"1": {"id": "a.jpg", "prompt": "Remove it"}}, "UGE_edit.json")
-    (hard,) = imgedit.read_uge(tmp_path, excerpt=True)
-    assert (hard.edit_type, imgedit.image_files(hard)) == ("uge", ("1.png",))
+    bench = open_benchmark("imgedit:suite=uge,pictures=/p")
+    (hard,) = bench.read(tmp_path, excerpt=True)
+    assert (hard.edit_type, imgedit.image_files(hard), hard.source) == (
+        "uge",
+        ("1.png",),
+        "/p/a.jpg",
+    )
+    with pytest.raises(UserError, match="has 1 edits instead of 47"):
+        bench.read(tmp_path)
+
+
+def test_a_turn_edits_the_result_of_the_one_before(tmp_path):
+    """An answer that halves what it is given, so that a file tells how often it was edited."""
     turns = {
-        "1": {"id": "a.jpg", "turn1": "Add it", "turn2": "Move it", "turn3": "Remove it"},
-        "2": {"id": "b.jpg", "turn1": "Add it", "turn2": "Move it"},
+        "1": {"id": "a.png", "turn1": "Add it", "turn2": "Move it", "turn3": "Remove it"},
+        "2": {"id": "b.png", "turn1": "Add it", "turn2": "Move it"},
     }
-    write(tmp_path, turns, "content_memory.json")
-    three, two = imgedit.read_turns(tmp_path / "content_memory.json")
-    assert three.prompts == ("Add it", "Move it", "Remove it")
-    assert imgedit.image_files(two) == ("2_turn1.png", "2_turn2.png")
+    path = write(tmp_path, turns, "content_memory.json") / "content_memory.json"
+    for name in ("a", "b"):
+        write_png(tmp_path / f"{name}.png", plain((200, 200, 200)))
+    bench, out = open_benchmark("imgedit:suite=multiturn"), tmp_path / "out"
+    rows = bench.read(path)
+    assert [row.prompt for row in rows[:3]] == ["Add it", "Move it", "Remove it"]
+    answer = lambda batch, task: batch.source // 2  # noqa: E731
+    generate(bench.requests(rows), out, answer=answer, collator=data.COLLATOR, batch_size=2)
+    for name, level in {"1_turn1": 100, "1_turn3": 25, "2_turn2": 50}.items():
+        assert (decode_rgb((out / f"{name}.png").read_bytes()) == level).all()
+    (out / "2_turn2.png").unlink()
+    found = score_images(bench, rows, out, {}).summary(bench, rows)
+    assert found == {"made": 4 / 5, "missing": 1.0}
+    with pytest.raises(UserError, match="has no judge's prompts: people judge it"):
+        open_benchmark(f"imgedit:suite=multiturn,prompts={path}")
 
 
 def test_prompts_are_of_the_official_file(tmp_path):
@@ -144,9 +171,9 @@ def test_what_has_no_score_is_left_out_or_the_least(rows, reply, outcome, offici
     assert found["official"].count.sum() == (official is not None)
     assert official is None or found["official"].value == official
     assert found["strict"].value == strict
-    assert {name: found[name].value for name in judging.OUTCOMES if found[name].value} == {
-        outcome: 1.0
-    }
+    column = outcome if outcome == "judged" else f"failures/{outcome}"
+    names = judging.outcome_columns("judged")
+    assert {name: found[name].value for name in names if found[name].value} == {column: 1.0}
 
 
 def test_averages_of_types_and_of_images(rows):
@@ -160,14 +187,14 @@ def test_averages_of_types_and_of_images(rows):
     assert found["official/mean_of_images"] == pytest.approx((4.33 + 1 + 2) / 3)
     assert found["strict/adjust"] == 1.0
     assert found["strict/mean_of_images"] == pytest.approx((4.33 + 1 + 1 + 2) / 4)
-    assert (found["judged"], found["unparsed"]) == (3, 1)
+    assert (found["judged"], found["failures/unparsed"]) == (3, 1)
 
 
 def test_a_type_is_the_rounded_mean_of_rounded_replies():
     """By its definition, of many random replies."""
     rng = np.random.default_rng(0)
     names = [str(name) for name in rng.choice(list(imgedit.TYPES), 300)]
-    rows = [imgedit.Row(i, str(i), name, ("x",), "a") for i, name in enumerate(names)]
+    rows = [imgedit.Row(str(i), name, "x", "a") for i, name in enumerate(names)]
     marks = [rng.integers(1, 6, rng.integers(0, 4)) for _ in rows]
     texts = ["\n".join(f"A: {mark}" for mark in some) for some in marks]
     scores = [imgedit.score(row, answered(text)) for row, text in zip(rows, texts)]
@@ -184,11 +211,11 @@ def test_the_mean_of_nothing_is_no_number(rows):
     found = imgedit.summary(rows, [imgedit.score(row, None) for row in rows])
     assert np.isnan(found["official/mean_of_types"])
     assert found["strict/mean_of_types"] == 1.0
-    assert found["missing_image"] == 4
+    assert found["failures/missing_image"] == 4
 
 
 def test_hard_edits_have_one_mean():
-    rows = [imgedit.Row(i, str(i), "uge", ("x",), "a") for i in range(3)]
+    rows = [imgedit.Row(str(i), "uge", "x", "a") for i in range(3)]
     scores = [imgedit.score(row, answered(f"Score: {i + 3}")) for i, row in enumerate(rows)]
     found = imgedit.summary(rows, scores)
     assert found["official/mean"] == found["strict/mean"] == 4.0
@@ -206,30 +233,32 @@ def test_shards_add_up(rows):
     assert imgedit.summary(rows, travelled) == imgedit.summary(rows, scores)
 
 
-def test_official_scripts_can_read_the_replies(rows):
-    replies = [answered(GOOD), None, Reply(kind="failed", text="x"), answered("sorry")]
-    assert json.loads(imgedit.official_replies(rows, replies)) == {"7": GOOD, "5": "sorry"}
-
-
 # From pictures to numbers
 
 
 @pytest.fixture
-def folders(tmp_path, rows):
-    """Sources of all edits, and results of all but the third."""
-    sources, results = tmp_path / "sources", tmp_path / "results"
-    for i, row in enumerate(rows):
+def folders(tmp_path):
+    """The list with its sources, prompts, and results of all but the third edit."""
+    write(tmp_path, EDITS)
+    for i, (key, edit) in enumerate(EDITS.items()):
         picture = np.full((4, 6, 3), 40 * i, np.uint8)
-        (sources / row.source).parent.mkdir(parents=True, exist_ok=True)
-        (sources / row.source).write_bytes(png_bytes(255 - picture))
-        results.mkdir(exist_ok=True)
-        if row.key != "3":
-            (results / f"{row.key}.png").write_bytes(png_bytes(picture))
-    prompts = imgedit.read_prompts(write(tmp_path, PROMPTS, "prompts.json"))
-    return dict(sources=sources, results=results, prompts=prompts)
+        write_png(tmp_path / "sources" / edit["id"], 255 - picture)
+        if key != "3":
+            write_png(tmp_path / "results" / f"{key}.png", picture)
+    write(tmp_path, PROMPTS, "prompts.json")
+    return tmp_path
 
 
-def test_from_pictures_to_numbers(monkeypatch, tmp_path, rows, folders):
+def bench_of(folder, **options):
+    named = dict(pictures=folder / "sources", prompts=folder / "prompts.json") | options
+    return open_benchmark("imgedit:" + ",".join(f"{k}={v}" for k, v in named.items()))
+
+
+def endpoint(folder, url="http://127.0.0.1:9/v1"):
+    return Endpoint(url=url, model="m", cache=folder / "answers", concurrency=2)
+
+
+def test_from_pictures_to_numbers(monkeypatch, folders):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     def rule(request):
@@ -237,13 +266,15 @@ def test_from_pictures_to_numbers(monkeypatch, tmp_path, rows, folders):
             return said(None, refusal="I will not")
         return GOOD if "hat" in prompt_of(request) else "sorry"
 
+    bench = bench_of(folders, temperature=0)
+    rows = bench.read(folders, excerpt=True)
     with ChatServer(rule) as server:
-        endpoint = Endpoint(url=server.url, model="m", cache=tmp_path / "answers")
-        replies = imgedit.judge(endpoint, rows, **folders, quiet=True)
-        found = imgedit.summary(rows, [imgedit.score(*pair) for pair in zip(rows, replies)])
+        scorers = {"judge": endpoint(folders, server.url)}
+        scored = score_images(bench, rows, folders / "results", scorers)
+        found = scored.summary(bench, rows)
         assert len(server.requests) == 3
-        again = imgedit.judge(endpoint, rows[:2], **folders, quiet=True)
-        assert again == replies[:2]
+        again = score_images(bench, rows, folders / "results", scorers)
+        assert again.summary(bench, rows) == found
         assert len(server.requests) == 3
     first = next(request for request in server.requests if "hat" in prompt_of(request))
     assert prompt_of(first) == "Rate this add: Add a <b> hat!"
@@ -251,20 +282,66 @@ def test_from_pictures_to_numbers(monkeypatch, tmp_path, rows, folders):
         *("text", "image_url", "image_url")
     ]
     assert images_of(first) == [
-        ("data:image/png;base64", (folders["sources"] / "daily object/1.jpg").read_bytes()),
-        ("data:image/png;base64", (folders["results"] / "7.png").read_bytes()),
+        ("data:image/png;base64", (folders / "sources" / "daily object/1.jpg").read_bytes()),
+        ("data:image/png;base64", (folders / "results" / "7.png").read_bytes()),
     ]
-    assert "temperature" not in first
-    assert [found[name] for name in judging.OUTCOMES] == [1, 1, 1, 0, 1]
+    assert first["temperature"] == 0
+    assert {name: x for name, x in found.items() if name.startswith("failures/")} == {
+        "failures/unparsed": 1,
+        "failures/refused": 1,
+        "failures/failed": 0,
+        "failures/missing_image": 1,
+    }
     assert found["official/mean_of_images"] == 4.33
     assert found["strict/mean_of_images"] == pytest.approx((4.33 + 3) / 4)
+    assert [bench.quality(entry) for entry in scored.rows[:2]] == [
+        4.33,
+        pytest.approx(np.nan, nan_ok=True),
+    ]
 
 
-def test_a_source_that_is_not_there_is_one_line(tmp_path, rows, folders):
-    (folders["sources"] / "animal/2.jpg").unlink()
-    endpoint = Endpoint(url="http://127.0.0.1:9/v1", model="m", cache=tmp_path / "answers")
+def test_hard_edits_are_judged_by_the_prompt_of_their_script(monkeypatch, tmp_path):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    write(tmp_path, {"1": {"id": "a.png", "prompt": "Remove it"}}, "UGE_edit.json")
+    (tmp_path / "UGE_bench.py").write_text('prompt = """Rate <edit_prompt>."""')
+    write_png(tmp_path / "a.png", plain("red"))
+    write_png(tmp_path / "out" / "1.png", plain("blue"))
+    bench = open_benchmark(f"imgedit:suite=uge,prompts={tmp_path / 'UGE_bench.py'}")
+    rows = bench.read(tmp_path, excerpt=True)
+    with ChatServer(lambda request: "Reasons.\nScore: 3") as server:
+        scorers = {"judge": endpoint(tmp_path, server.url)}
+        found = score_images(bench, rows, tmp_path / "out", scorers).summary(bench, rows)
+        assert server.prompts == ["Rate Remove it."]
+    assert found[bench.primary] == 3
+
+
+def test_what_is_generated_is_an_edit_of_the_source(folders):
+    bench = bench_of(folders)
+    rows = bench.read(folders, excerpt=True)
+    requests = bench.requests(rows)
+    assert requests[0].inputs["image"] == str(folders / "sources" / "daily object/1.jpg")
+    answer = lambda batch, task: batch.source  # noqa: E731
+    out = folders / "out"
+    generate(requests, out, answer=answer, collator=data.COLLATOR, batch_size=2)
+    assert (decode_rgb((out / "12.png").read_bytes()) == 255 - 80).all()
+
+
+def test_the_hash_of_the_prompts_and_the_sampling_are_stored(folders):
+    settings = json.loads(json.dumps(bench_of(folders).settings))
+    content = (folders / "prompts.json").read_bytes()
+    assert settings["prompts"] == hashlib.sha256(content).hexdigest()
+    assert settings["suite"] == "basic"
+    assert settings["sampling"]["temperature"] is None
+
+
+def test_a_source_or_prompts_that_are_not_there_are_one_line(folders):
+    (folders / "sources" / "animal/2.jpg").unlink()
+    bench, scorers = bench_of(folders), {"judge": endpoint(folders)}
+    rows = bench.read(folders, excerpt=True)[1:3]
     with pytest.raises(NotFoundError, match="expected the pictures of ImgEdit-Bench"):
-        imgedit.judge(endpoint, rows[1:3], **folders, quiet=True)
+        score_images(bench, rows, folders / "results", scorers)
+    with pytest.raises(UserError, match="imgedit needs its judge's prompts: give prompts=FILE"):
+        score_images(open_benchmark("imgedit"), rows, folders / "results", scorers)
 
 
 @needs_files

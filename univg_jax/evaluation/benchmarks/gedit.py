@@ -18,27 +18,30 @@ official code does where an image is missing, and in `strict` it has 0.
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from PIL import Image as Pillow
 
 from data_pipelines.native.table_files import object_of
-from data_pipelines.native.tables import get, open_table, picture_bytes
-from univg_jax import images
-from univg_jax.errors import NotFoundError, UserError, check_name
-from univg_jax.evaluation import judging
-from univg_jax.evaluation.inputs import InputFile
+from data_pipelines.native.tables import get, open_table
+from univg_jax.errors import UserError, check_name
+from univg_jax.evaluation import judging, similarity
+from univg_jax.evaluation.inputs import InputFile, TablePictures
 from univg_jax.evaluation.judging import Prompts
 from univg_jax.evaluation.metrics import Image, Ratio
+from univg_jax.evaluation.official import Official, Published, Request
 from univg_jax.evaluation.scorers.endpoint import Endpoint, Reply, Sampling
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
+from univg_jax.fields import setting
+from univg_jax.images import png_bytes
 
 _WHAT = "the parquet files of huggingface.co/datasets/stepfun-ai/GEdit-Bench"
 LIST_FILE = InputFile("gedit_edit.json", f"UniWorld's list of GEdit-Bench; or {_WHAT}")
@@ -68,22 +71,42 @@ ATTEMPTS = 2  # to get a pair of replies that parse
 # The two official judges: GPT-4.1 (2025-04-14) and Qwen2.5-VL-72B-Instruct-AWQ.
 GPT = Sampling(images_first=False, encoding="jpeg", quality=75, max_tokens=1400)
 QWEN = Sampling(images_first=True, encoding="png", temperature=0.0, max_tokens=512)
+JUDGES = {"gpt-4.1": GPT, "qwen2.5-vl-72b": QWEN}
 
-# The full set in English by GPT-4.1: SC, PQ, O, of the README of BAGEL. GPT-4.1 drifts, and two
-# runs differ by 0.1.
-PUBLISHED = {
-    "GPT-4o": ((7.85, 7.62, 7.53), "README of BAGEL"),
-    "Step1X-Edit": ((7.09, 6.76, 6.70), "README of BAGEL"),
-    "BAGEL": ((7.36, 6.83, 6.52), "README of BAGEL"),
-}
+# The full set in English by GPT-4.1, which drifts: two runs differ by 0.1.
+PUBLISHED = tuple(
+    Published(system, f"official/en/full/{metric}", value, "README of BAGEL")
+    for system, numbers in {
+        "GPT-4o": (7.85, 7.62, 7.53),
+        "Step1X-Edit": (7.09, 6.76, 6.70),
+        "BAGEL": (7.36, 6.83, 6.52),
+    }.items()
+    for metric, value in zip(METRICS, numbers, strict=True)
+)
+PICTURES = ("input_image", "input_image_raw")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which edits, of which pictures, and how a judge is asked; a result stores its prompts' hash.
+
+    The judge is always shown `input_image`, as in the official code.
+    """
+
+    language: str = setting("en", "of the instructions", names=LANGUAGES)
+    picture: str = setting("input_image", "which of the two is edited", names=PICTURES)
+    prompts: str = setting("", "the judge's prompts, vie_prompts.py, to score", is_path=True)
+    judge: str = setting(
+        "gpt-4.1", "in which of the official ways it is asked", names=tuple(JUDGES)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """An edit. `index` is its place in the data, `copy` counts rows with one name before it.
 
-    `in_intersection` is None where the data does not say. `source` is where UniWorld's list says
-    that the source lies.
+    `in_intersection` is None where the data does not say. `source` reads the picture that the judge
+    is shown, and `given` that which is edited.
     """
 
     index: int
@@ -92,41 +115,44 @@ class Row:
     language: str
     instruction: str
     in_intersection: bool | None = None
-    source: str = ""
+    source: Callable[[], Image] | None = dataclasses.field(default=None, repr=False, compare=False)
+    given: Callable[[], Image] | None = dataclasses.field(default=None, repr=False, compare=False)
     copy: int = 0
 
 
-def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
-    """The edits, of the data set's folder or parquet files, or of UniWorld's list, a JSON file.
+def read(
+    path: epath.PathLike, settings: Settings = Settings(), *, excerpt: bool = False
+) -> tuple[Row, ...]:
+    """The edits in a language, of the data set's folder or files, or of UniWorld's list, a JSON
+    file with the pictures beside it.
 
     Raises UserError if it is neither, or, unless it is an `excerpt`, not all of it: 606 rows of
-    each language that is there, or 604 of the list.
+    the language, or 604 of the list.
     """
     is_list = os.fspath(path).endswith(".json")
-    rows = _of_list(path) if is_list else _of_table(path)
-    languages = collections.Counter(row.language for row in rows)
-    for language, count in languages.items():
-        official = LIST_ROWS if is_list else ROWS
-        if count > official or (count < official and not excerpt):
-            raise UserError(
-                f"{path} has {count} rows of language {language!r} instead of {official}: expected "
-                f"{_WHAT}"
-            )
+    everything = _of_list(path, settings) if is_list else _of_table(path, settings)
+    rows = [row for row in everything if row.language == settings.language]
+    official = LIST_ROWS if is_list else ROWS
     if not rows:
-        raise UserError(f"{path} has no rows: expected {_WHAT}")
-    seen: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        raise UserError(f"{path} has no rows in {settings.language}: expected {_WHAT}")
+    if len(rows) > official or (len(rows) < official and not excerpt):
+        raise UserError(
+            f"{path} has {len(rows)} rows of language {settings.language!r} instead of {official}: "
+            f"expected {_WHAT}"
+        )
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
     numbered = []
     for row in rows:
-        name = (row.task, row.language, row.key)
-        numbered.append(dataclasses.replace(row, copy=seen[name]))
-        seen[name] += 1
+        numbered.append(dataclasses.replace(row, copy=seen[row.task, row.key]))
+        seen[row.task, row.key] += 1
     return tuple(numbered)
 
 
-def _of_table(path: epath.PathLike) -> list[Row]:
+def _of_table(path: epath.PathLike, settings: Settings) -> list[Row]:
     table = open_table(os.fspath(path), what=_WHAT)
     names = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
-    table.require(*names)
+    table.require(*names, "input_image", settings.picture)
+    shown, given = (TablePictures(table, name) for name in ("input_image", settings.picture))
     rows = []
     for part in table.parts():
         for number, row in table.rows(part, columns=names):
@@ -140,6 +166,8 @@ def _of_table(path: epath.PathLike) -> list[Row]:
                     language=get(row, "instruction_language", str),
                     instruction=get(row, "instruction", str),
                     in_intersection=get(row, "Intersection_exist", bool),
+                    source=functools.partial(shown, number),
+                    given=functools.partial(given, number),
                 )
                 _check(found)
             except UserError as error:
@@ -148,19 +176,25 @@ def _of_table(path: epath.PathLike) -> list[Row]:
     return rows
 
 
-def _of_list(path: epath.PathLike) -> list[Row]:
+def _of_list(path: epath.PathLike, settings: Settings) -> list[Row]:
     value, at = LIST_FILE.json(path), LIST_FILE.at(path)
+    if settings.picture != "input_image":
+        raise LIST_FILE.error(at, f"has no {settings.picture}, only the pictures beside it")
     if not isinstance(value, dict):
         raise LIST_FILE.error(at, "is no JSON object")
     rows = []
     for index, (key, entry) in enumerate(value.items()):
         try:
             row = object_of(entry)
-            task, source, instruction = (
+            task, file, instruction = (
                 get(row, name, str) for name in ("edit_type", "id", "prompt")
             )
-            language = "cn" if f"/{task}/cn/" in source else "en"
-            rows.append(Row(index, key, task, language, instruction, source=source))
+            if not judging.is_inside(file):
+                raise UserError(f"the picture {file!r} is in another folder")
+            language = "cn" if f"/{task}/cn/" in file else "en"
+            what = "a source of GEdit-Bench"
+            source = functools.partial(similarity.read_rgb, at.parent / file, what=what)
+            rows.append(Row(index, key, task, language, instruction, None, source, source))
             _check(rows[-1])
         except UserError as error:
             raise LIST_FILE.error(at, f"has no edit in {key!r} ({error})") from None
@@ -170,10 +204,8 @@ def _of_list(path: epath.PathLike) -> list[Row]:
 def _check(row: Row) -> None:
     check_name(row.task, TASKS, what="task")
     check_name(row.language, LANGUAGES, what="language")
-    # The key becomes the name of a file, and the file that the source names is read.
-    is_name = re.fullmatch(r"[\w-]+", row.key, re.ASCII)
-    if not is_name or (row.source and not judging.is_inside(row.source)):
-        raise UserError(f"the key {row.key!r} or the source {row.source!r} is no plain name")
+    if not re.fullmatch(r"[\w-]+", row.key, re.ASCII):  # it becomes the name of a file
+        raise UserError(f"the key {row.key!r} is no plain name")
 
 
 def image_files(row: Row) -> tuple[str, ...]:
@@ -193,48 +225,27 @@ def _stem(row: Row) -> str:
     return f"fullset/{row.task}/{row.language}/{row.key}{number}"
 
 
-def pictures(
-    path: epath.PathLike, rows: Sequence[Row], *, column: str = "input_image"
-) -> Iterator[tuple[Row, Image]]:
-    """Each row with its source, in the data's order, read as a stream.
-
-    `path` is that of `read`; for UniWorld's list the pictures lie beside it. `column` may be
-    `input_image_raw`, the picture at its own size. Raises UserError for what cannot be read.
-    """
-    wanted = {row.index: row for row in rows}
-    if os.fspath(path).endswith(".json"):
-        for row in rows:
-            file = epath.Path(path).parent / row.source
-            if not file.exists():
-                raise NotFoundError(f"{file} does not exist: expected a source of GEdit-Bench")
-            yield row, _decoded(file.read_bytes(), where=file)
-        return
-    table = open_table(os.fspath(path), what=_WHAT)
-    table.require(column)
-    for part in table.parts():
-        if not any(part.first <= index < part.first + part.count for index in wanted):
-            continue
-        for number, found in table.rows(part, columns=(column,)):
-            if number in wanted:
-                where = f"{part.file} row {number}"
-                if isinstance(found, UserError):
-                    raise UserError(f"{where}: {found}")
-                yield wanted[number], _decoded(picture_bytes(found.get(column)), where=where)
+def requests(rows: Sequence[Row]) -> list[Request]:
+    """An edit of each picture."""
+    return [
+        Request(
+            index=index,
+            task="ie",
+            inputs={"prompt": row.instruction, "image": row.given},
+            files=image_files(row),
+            whole=True,
+        )
+        for index, row in enumerate(rows)
+    ]
 
 
-def _decoded(content: bytes, *, where: object) -> Image:
-    try:
-        return images.decode_rgb(content)
-    except UserError as error:
-        raise UserError(f"{where}: the picture {error}") from None
+def side_files(rows: Sequence[Row]) -> dict[str, Callable[[], bytes]]:
+    """The sources, which the official code reads beside the results."""
+    return {source_file(row): functools.partial(_source_png, row) for row in rows}
 
 
-def write_sources(path: epath.PathLike, rows: Sequence[Row], *, out: epath.PathLike) -> None:
-    """Writes the sources of rows to where the official layout has them, but for those there."""
-    absent = [row for row in rows if not (epath.Path(out) / source_file(row)).exists()]
-    if absent:
-        for row, picture in pictures(path, absent):
-            images.write_png(epath.Path(out) / source_file(row), picture)
+def _source_png(row: Row) -> bytes:
+    return png_bytes(row.source())
 
 
 def read_prompts(path: epath.PathLike) -> Prompts:
@@ -246,7 +257,7 @@ def read_prompts(path: epath.PathLike) -> Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """How an item ended (`judging.OUTCOMES`), its scores if it has them, and the replies."""
+    """How an item ended (`judging.outcome_columns`), its scores if it has them, and the replies."""
 
     outcome: str
     sc: float = math.nan
@@ -255,61 +266,20 @@ class Verdict:
 
 
 def judge(
+    row: Row,
+    image: Pixels,
     endpoint: Endpoint,
-    rows: Sequence[Row],
     *,
-    results: epath.PathLike,
     prompts: Prompts,
     sampling: Sampling = GPT,
-    quiet: bool = False,
-) -> list[Verdict]:
-    """The verdict of each row, of a folder `results` in the official layout, sources included.
-
-    The result is shown at the source's size. Raises UserError where a source is not there (see
-    `write_sources`), and what `Endpoint.judge` raises.
-    """
-    folder = epath.Path(results)
-
-    def verdict(row: Row) -> Verdict:
-        source = folder / source_file(row)
-        if not source.exists():
-            raise NotFoundError(f"{source} does not exist: expected the source of GEdit-Bench")
-        found = _result(folder, row)
-        if found is None:
-            return Verdict("missing_image")
-        before = _decoded(source.read_bytes(), where=source)
-        after = _resized(_decoded(found, where=folder / image_files(row)[0]), like=before)
-        return _verdict(endpoint, row, before, after, prompts=prompts, sampling=sampling)
-
-    return endpoint.map(verdict, rows, desc="judge GEdit-Bench", quiet=quiet)
-
-
-def _result(folder: epath.Path, row: Row) -> bytes | None:
-    """The file of a row's result. Others write one for all rows of a name, of any format."""
-    own, shared = (folder / image_files(r)[0] for r in (row, dataclasses.replace(row, copy=0)))
-    for file in (own, shared):
-        if file.exists():
-            return judging.picture_file(file)
-    others = sorted(shared.parent.glob(f"{row.key}.*"))
-    return judging.picture_file(others[0] if others else own)
-
-
-def _resized(image: Pixels, *, like: Pixels) -> Pixels:
-    height, width = like.shape[:2]
-    resized = Pillow.fromarray(image).resize((width, height), Pillow.Resampling.BICUBIC)
-    return np.asarray(resized)
-
-
-def _verdict(
-    endpoint: Endpoint,
-    row: Row,
-    source: Pixels,
-    result: Pixels,
-    *,
-    prompts: Prompts,
-    sampling: Sampling,
 ) -> Verdict:
-    """Asks both questions, and both once more where one of the replies does not parse."""
+    """Asks both questions about a result, and both once more where a reply does not parse.
+
+    The result is shown at the source's size. Raises UserError where the source cannot be read, and
+    what `Endpoint.judge` raises.
+    """
+    source = row.source()
+    result = similarity.resized(image, like=source)
     prompt = prompts["SC"].replace("<instruction>", row.instruction)
     questions = (((source, result), prompt), ((result,), prompts["PQ"]))
     for again in range(ATTEMPTS):
@@ -409,3 +379,46 @@ def _means(where: str, tasks: Sequence[str], scores: Sequence[Scores]) -> Summar
             found[f"{kind}/{where}/{name}"] = math.fsum(means) / len(TASKS)
             found |= values(f"{kind}/{where}/{name}/", by_task)
     return found
+
+
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark with these settings. Raises UserError for a file of prompts that is none."""
+    prompts = read_prompts(settings.prompts) if settings.prompts else None
+    sampling = JUDGES[settings.judge]
+
+    def read_rows(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
+        return read(path, settings, excerpt=excerpt)
+
+    def score_image(
+        row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
+    ) -> dict[str, Ratio]:
+        (image,) = images
+        if image is None:
+            return score(row, Verdict("missing_image"))
+        if prompts is None:
+            raise UserError("gedit needs its judge's prompts: give prompts=FILE")
+        found = judge(row, image, scorers["judge"], prompts=prompts, sampling=sampling)
+        return score(row, found)
+
+    return Official(
+        name="gedit",
+        version=1,
+        read=read_rows,
+        requests=requests,
+        side_files=side_files,
+        needs={"judge": ()},
+        score=score_image,
+        summary=summary,
+        quality=lambda scores: scores["official/O"].value,
+        primary=f"official/{settings.language}/full/O",
+        published=PUBLISHED if settings.language == "en" else (),
+        settings={
+            "language": settings.language,
+            "picture": settings.picture,
+            "prompts": prompts.sha256 if prompts else "",
+            "sampling": dataclasses.asdict(sampling),
+        },
+    )
+
+
+BENCHMARK = benchmark()

@@ -8,25 +8,30 @@ and the result, and answers with a line of reasons and three lines "Label: score
   the nine types or the mean over images, so both are here.
 * UGE: 47 hard edits with one score each.
 * Multi-turn: two or three edits in a row, each of the result of the one before. People judge them,
-  so they are generated and laid out here, and not scored.
+  so they are generated and laid out here, and only counted.
 
 Replies that do not parse are left out by the official code. The rule that the second and the third
-score should not be above the first one is in the prompt alone, and not enforced there or here.
+score should not be above the first one is in the prompt alone, and not enforced there or here. The
+judge is sent the source's file as it is, and the result's pixels as PNG.
 """
 
 import dataclasses
-import json
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
-from univg_jax.errors import NotFoundError, check_name
+from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.evaluation import judging
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import Prompts
-from univg_jax.evaluation.metrics import Ratio
+from univg_jax.evaluation.metrics import Image, Ratio, merge
+from univg_jax.evaluation.official import Official, Output, Published, Request
 from univg_jax.evaluation.scorers.endpoint import Endpoint, Reply, Sampling
-from univg_jax.evaluation.summaries import Scores, Summary, mean
+from univg_jax.evaluation.summaries import Scores, Summary, column, mean
+from univg_jax.fields import setting
 
 _SOURCE = "Benchmark/ of github.com/PKU-YuanGroup/ImgEdit"
 FILE = InputFile("basic_edit.json", f"the edits of ImgEdit-Bench: Basic in {_SOURCE}")
@@ -51,62 +56,81 @@ LEAST = 1.0  # of the scale
 SAMPLING = Sampling(images_first=False)
 JUDGE = "gpt-4.1"  # of published tables; the official script says gpt-4o
 
-# What others print, and where. Not all say whether it is the mean over types or over images.
-_README, _UNIWORLD = "README of Mage-Flow", "UniWorld-V1's paper, arXiv 2506.03147"
-PUBLISHED = {
-    "Qwen-Image-Edit-2511": (4.51, _README),
-    "GPT-4o": (4.20, f"{_UNIWORLD}, mean of images"),
-    "Step1X-Edit-1.2": (3.95, _README),
-    "FLUX.2-klein-base-4B": (3.80, _README),
-    "FLUX.1-Kontext-dev": (3.71, _README),
-    "MagicBrush": (1.83, f"{_UNIWORLD}, mean of types"),
-}
+# What others print, and where. Not all say which of the two means it is.
+_README = "README of Mage-Flow, which does not say which mean"
+_UNIWORLD = "UniWorld-V1 (arXiv 2506.03147)"
+_TYPES, _IMAGES = "official/mean_of_types", "official/mean_of_images"
+PUBLISHED = (
+    Published("Qwen-Image-Edit-2511", _TYPES, 4.51, _README),
+    Published("GPT-4o", _IMAGES, 4.20, _UNIWORLD),
+    Published("Step1X-Edit-1.2", _TYPES, 3.95, _README),
+    Published("FLUX.2-klein-base-4B", _TYPES, 3.80, _README),
+    Published("FLUX.1-Kontext-dev", _TYPES, 3.71, _README),
+    Published("MagicBrush", _TYPES, 1.83, _UNIWORLD),
+)
+SUITES = ("basic", "uge", "multiturn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which edits, and how the judge is asked; a result stores the hash of its prompts."""
+
+    suite: str = setting("basic", "which of the three lists", names=SUITES)
+    pictures: str = setting(
+        "", "the folder of sources, Benchmark.tar unpacked; by default the list's", is_path=True
+    )
+    prompts: str = setting(
+        "", "the judge's prompts, to score: prompts.json, or UGE_bench.py of uge", is_path=True
+    )
+    temperature: float | None = setting(
+        None, "of the judge", least=0, none="the server's own, as in the official script"
+    )
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the judge is asked."""
+        return dataclasses.replace(SAMPLING, temperature=self.temperature)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An edit, or two or three in a row. `source` is the name of its picture in the archive."""
+    """An edit of the file `source`; turn 2 or 3 of several edits the result of the turn before."""
 
-    index: int
     key: str
     edit_type: str
-    prompts: tuple[str, ...]
+    prompt: str
     source: str
+    turn: int = 0  # 0: the only one
 
 
-def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
-    """The edits. `path` is basic_edit.json or its folder.
+def read(
+    path: epath.PathLike, settings: Settings = Settings(), *, excerpt: bool = False
+) -> tuple[Row, ...]:
+    """The edits. `path` is the list of the suite or, unless it is that of turns, its folder.
 
     Raises UserError if it is not that file, or, unless it is an `excerpt`, not all of it.
     """
-    rows = _read(FILE, path, ("prompt",))
-    FILE.check_count(path, found=len(rows), official=EDITS, what="edits", excerpt=excerpt)
+    if settings.suite == "multiturn":
+        return _read(TURNS_FILE, path, settings, ("turn1", "turn2", "turn3"))
+    file, official = (FILE, EDITS) if settings.suite == "basic" else (UGE_FILE, UGE_EDITS)
+    rows = _read(file, path, settings, ("prompt",))
+    file.check_count(path, found=len(rows), official=official, what="edits", excerpt=excerpt)
     return rows
-
-
-def read_uge(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
-    """The hard edits, of UGE_edit.json or its folder. Raises as `read`."""
-    rows = _read(UGE_FILE, path, ("prompt",), edit_type=UGE)
-    UGE_FILE.check_count(path, found=len(rows), official=UGE_EDITS, what="edits", excerpt=excerpt)
-    return rows
-
-
-def read_turns(path: epath.PathLike) -> tuple[Row, ...]:
-    """The edits in a row of one of the three lists, a file. Raises UserError for another file."""
-    return _read(TURNS_FILE, path, ("turn1", "turn2", "turn3"), edit_type="turns")
 
 
 def _read(
-    file: InputFile, path: epath.PathLike, prompts: Sequence[str], *, edit_type: str | None = None
+    file: InputFile, path: epath.PathLike, settings: Settings, names: Sequence[str]
 ) -> tuple[Row, ...]:
     value, at = file.json(path), file.at(path)
+    pictures = settings.pictures or at.parent
     if not isinstance(value, dict):
         raise file.error(at, "is no JSON object")
-    rows = []
-    for index, (key, entry) in enumerate(value.items()):
+    rows: list[Row] = []
+    for key, entry in value.items():
         try:
-            texts = [entry[name] for name in prompts if name == prompts[0] or name in entry]
-            kind, source = edit_type or entry["edit_type"], entry["id"]
+            texts = [entry[name] for name in names if name == names[0] or name in entry]
+            kind = entry["edit_type"] if settings.suite == "basic" else settings.suite
+            source = entry["id"]
         except (TypeError, KeyError) as error:
             raise file.error(at, f"has no edit in {key!r} ({error!r})") from None
         if not all(isinstance(text, str) for text in (*texts, kind, source)):
@@ -114,18 +138,39 @@ def _read(
         # These become names of files, of which one is sent to the judge.
         if "/" in key or not judging.is_inside(key) or not judging.is_inside(source):
             raise file.error(at, f"has a key or a picture in another folder in {key!r}")
-        row = Row(index, key, "adjust" if kind == "alter" else kind, tuple(texts), source)
-        if edit_type is None:
-            check_name(row.edit_type, TYPES, what=f"type of edit of {key!r} in {at}:")
-        rows.append(row)
+        kind = "adjust" if kind == "alter" else kind
+        if settings.suite == "basic":
+            check_name(kind, TYPES, what=f"type of edit of {key!r} in {at}:")
+        for turn, text in enumerate(texts, 1):
+            number = turn if settings.suite == "multiturn" else 0
+            rows.append(Row(key, kind, text, os.path.join(pictures, source), number))
     return tuple(rows)
 
 
 def image_files(row: Row) -> tuple[str, ...]:
-    """Where the results lie: one, or one of each turn, for which there is no official name."""
-    if len(row.prompts) == 1:
-        return (f"{row.key}.png",)
-    return tuple(f"{row.key}_turn{k}.png" for k in range(1, len(row.prompts) + 1))
+    """Where the result lies; of a turn there is no official name."""
+    return (_file(row.key, row.turn),)
+
+
+def _file(key: str, turn: int) -> str:
+    return f"{key}_turn{turn}.png" if turn else f"{key}.png"
+
+
+def requests(rows: Sequence[Row]) -> list[Request]:
+    """An edit of the source, or of the result of the turn before."""
+    return [
+        Request(
+            index=index,
+            task="ie",
+            inputs={
+                "prompt": row.prompt,
+                "image": Output(_file(row.key, row.turn - 1)) if row.turn > 1 else row.source,
+            },
+            files=image_files(row),
+            whole=True,
+        )
+        for index, row in enumerate(rows)
+    ]
 
 
 def read_prompts(path: epath.PathLike) -> Prompts:
@@ -146,36 +191,23 @@ def read_uge_prompts(path: epath.PathLike) -> Prompts:
     return dataclasses.replace(prompts, texts={UGE: prompts["prompt"]})
 
 
-def judge(
-    endpoint: Endpoint,
-    rows: Sequence[Row],
-    *,
-    results: epath.PathLike,
-    sources: epath.PathLike,
-    prompts: Prompts,
-    sampling: Sampling = SAMPLING,
-    quiet: bool = False,
-) -> list[Reply | None]:
-    """What the judge says about each row; None where the folder `results` has no image of it.
+def ask(
+    row: Row, image: Image | None, endpoint: Endpoint, *, prompts: Prompts, sampling: Sampling
+) -> Reply | None:
+    """What the judge says about a result; None without one.
 
-    `sources` is the unpacked archive of pictures. Raises UserError where it lacks one, where
-    `prompts` lack a type, and what `Endpoint.judge` raises.
+    Raises UserError where the source is not there, and what `Endpoint.judge` raises.
     """
-
-    def ask(row: Row) -> Reply | None:
-        source = epath.Path(sources) / row.source
-        if not source.exists():
-            raise NotFoundError(
-                f"{source} does not exist: expected the pictures of ImgEdit-Bench, Benchmark.tar "
-                "of the data set ImgEdit, unpacked"
-            )
-        result = judging.picture_file(epath.Path(results) / image_files(row)[0])
-        if result is None:
-            return None
-        prompt = prompts[row.edit_type].replace("<edit_prompt>", row.prompts[0])
-        return endpoint.judge([source.read_bytes(), result], prompt, sampling=sampling)
-
-    return endpoint.map(ask, rows, desc="judge ImgEdit", quiet=quiet)
+    if image is None:
+        return None
+    source = epath.Path(row.source)
+    if not source.exists():
+        raise NotFoundError(
+            f"{source} does not exist: expected the pictures of ImgEdit-Bench, Benchmark.tar of "
+            "the data set ImgEdit, unpacked (pictures=DIR)"
+        )
+    prompt = prompts[row.edit_type].replace("<edit_prompt>", row.prompt)
+    return endpoint.judge([source.read_bytes(), image], prompt, sampling=sampling)
 
 
 def parse(text: str) -> float | None:
@@ -233,7 +265,7 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
             found[f"{kind}/mean_of_types"] = mean(types.values())
             found[f"{kind}/mean_of_images"] = mean(everything)
         else:
-            found[f"{kind}/mean"] = _rounded_mean(everything) if everything else float("nan")
+            found[f"{kind}/mean"] = _rounded_mean(everything) if everything else math.nan
     return found | judging.outcome_counts(scores, what="ImgEdit")
 
 
@@ -242,14 +274,70 @@ def _rounded_mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 2)
 
 
-def official_replies(rows: Sequence[Row], replies: Sequence[Reply | None]) -> str:
-    """The content of result.json, which the official scripts for the averages read.
+def score_turn(
+    row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
+) -> dict[str, Ratio]:
+    """Whether the result of a turn is there: people are to judge it."""
+    (image,) = images
+    return {"made": Ratio.of(float(image is not None))}
 
-    They cannot read what has no reply: that is left out.
-    """
-    answered = {
-        row.key: reply.text
-        for row, reply in zip(rows, replies, strict=True)
-        if reply is not None and reply.kind == "answered"
-    }
-    return json.dumps(answered, indent=4)
+
+def summarize_turns(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
+    """`made`, the share of results that are there, and how many are `missing`."""
+    made = merge(column(scores, "made"))
+    return {"made": made.value, "missing": float(made.count[0] - made.total[0])}
+
+
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark with these settings. Raises UserError for a file of prompts that is none."""
+    prompts: Prompts | None = None
+    if settings.prompts:
+        read_them = {"basic": read_prompts, "uge": read_uge_prompts}.get(settings.suite)
+        if read_them is None:
+            raise UserError("imgedit:suite=multiturn has no judge's prompts: people judge it")
+        prompts = read_them(settings.prompts)
+
+    def read_rows(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
+        return read(path, settings, excerpt=excerpt)
+
+    def score_image(
+        row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
+    ) -> dict[str, Ratio]:
+        (image,) = images
+        if image is None:
+            return score(row, None)
+        if prompts is None:
+            raise UserError("imgedit needs its judge's prompts: give prompts=FILE")
+        endpoint, how = scorers["judge"], settings.sampling
+        return score(row, ask(row, image, endpoint, prompts=prompts, sampling=how))
+
+    stored: dict[str, Any] = {"suite": settings.suite}
+    if settings.suite == "multiturn":
+        return Official(
+            name="imgedit",
+            version=1,
+            read=read_rows,
+            requests=requests,
+            score=score_turn,
+            summary=summarize_turns,
+            primary="made",
+            settings=stored,
+        )
+    is_basic = settings.suite == "basic"
+    sampling = dataclasses.asdict(settings.sampling)
+    return Official(
+        name="imgedit",
+        version=1,
+        read=read_rows,
+        requests=requests,
+        needs={"judge": ()},
+        score=score_image,
+        summary=summary,
+        quality=lambda scores: scores["official"].value,
+        primary=_TYPES if is_basic else "official/mean",
+        published=PUBLISHED if is_basic else (),
+        settings=stored | {"prompts": prompts.sha256 if prompts else "", "sampling": sampling},
+    )
+
+
+BENCHMARK = benchmark()
