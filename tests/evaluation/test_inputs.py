@@ -1,11 +1,17 @@
 """Official input files: what is missing or torn is one line that names what was expected."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.native.tables import open_table
 from univg_jax.errors import NotFoundError, UserError
-from univg_jax.evaluation.inputs import InputFile
+from univg_jax.evaluation.inputs import InputFile, TablePictures
+from univg_jax.images import png_bytes
 
 FILE = InputFile("rows.csv", "the rows of Example: example.org")
 
@@ -66,3 +72,31 @@ def test_json_that_is_nested_without_end_is_one_line(tmp_path):
     (tmp_path / "rows.csv").write_text("[" * 100_000)
     with pytest.raises(UserError, match="is torn, the file is not JSON"):
         FILE.json(tmp_path)
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "shuffled"])
+def test_pictures_of_a_table_in_any_order_by_any_number_of_threads(tmp_path, monkeypatch, order):
+    """Of two files with two groups of rows each, where three pictures are kept."""
+    monkeypatch.setattr(TablePictures, "KEPT", 3)
+    files = [[png_bytes(np.full((2, 2, 3), 5 * k + j, np.uint8)) for j in range(5)] for k in (0, 1)]
+    for k, content in enumerate(files):
+        table = pa.table({"number": range(5), "picture": content})
+        pq.write_table(table, tmp_path / f"{k}.parquet", row_group_size=3)
+    pictures = TablePictures(open_table(tmp_path), "picture")
+    asked = {
+        "forward": list(range(10)),
+        "backward": list(range(10))[::-1],
+        "shuffled": np.random.default_rng(0).integers(0, 10, 40).tolist(),
+    }[order]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(pictures, asked))
+    assert [int(picture[0, 0, 0]) for picture in found] == asked
+
+
+def test_a_picture_of_a_table_that_is_none_is_named(tmp_path):
+    whole = png_bytes(np.zeros((2, 2, 3), np.uint8))
+    pq.write_table(pa.table({"picture": [whole, b"no"]}), tmp_path / "a.parquet")
+    pictures = TablePictures(open_table(tmp_path), "picture")
+    with pytest.raises(UserError, match=r"a.parquet row 1: picture is not a readable image"):
+        pictures(1)
+    assert pictures(0).shape == (2, 2, 3)

@@ -130,7 +130,7 @@ class TablePictures:
         self._next = 0
 
     def __call__(self, number: int) -> Image:
-        """The picture of a row. Raises UserError, with the file and the row, where there is none."""
+        """The picture of a row. Raises UserError, with its file, where there is none."""
         with self._lock:
             part, row = self._row(number)
         try:

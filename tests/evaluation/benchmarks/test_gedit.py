@@ -10,13 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Pillow
 
+from tests.evaluation import evaluation_cases as data
 from tests.evaluation.benchmarks.official import FILES, needs_files
 from tests.evaluation.chat_server import ChatServer, images_of, prompt_of, said
 from univg_jax import images
 from univg_jax.errors import NotFoundError, UserError
-from univg_jax.evaluation import judging
+from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import gedit
-from univg_jax.evaluation.benchmarks.gedit import Verdict
+from univg_jax.evaluation.benchmarks.gedit import Settings, Verdict
+from univg_jax.evaluation.job import generate, write_side_files
+from univg_jax.evaluation.score_files import score_images
 from univg_jax.evaluation.scorers.endpoint import Endpoint, Reply
 
 PROMPTS = '''
@@ -71,23 +74,23 @@ def prompts(tmp_path):
     return gedit.read_prompts(tmp_path)
 
 
-def test_reads_the_data_set(rows):
+def test_reads_the_data_set_in_a_language(tmp_path, rows):
     assert [(row.index, row.task, row.language, row.in_intersection) for row in rows] == [
         (0, "subject-add", "en", True),
         (1, "text_change", "en", False),
-        (2, "subject-add", "cn", True),
         (3, "subject-add", "en", True),
     ]
-    assert rows[2].instruction == "加上二"
+    (chinese,) = gedit.read(tmp_path / "data", Settings(language="cn"), excerpt=True)
+    assert chinese.instruction == "加上二"
     zero = f"{0:032x}"
     assert gedit.image_files(rows[0]) == (f"fullset/subject-add/en/{zero}.png",)
-    assert gedit.source_file(rows[2]) == f"fullset/subject-add/cn/{2:032x}_SRCIMG.png"
+    assert gedit.source_file(chinese) == f"fullset/subject-add/cn/{2:032x}_SRCIMG.png"
 
 
 def test_rows_of_one_key_have_files_of_their_own(rows):
     zero = f"{0:032x}"
-    assert gedit.image_files(rows[3]) == (f"fullset/subject-add/en/{zero}_2.png",)
-    assert gedit.source_file(rows[3]) == f"fullset/subject-add/en/{zero}_2_SRCIMG.png"
+    assert gedit.image_files(rows[2]) == (f"fullset/subject-add/en/{zero}_2.png",)
+    assert gedit.source_file(rows[2]) == f"fullset/subject-add/en/{zero}_2_SRCIMG.png"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +100,7 @@ def test_rows_of_one_key_have_files_of_their_own(rows):
         ([], "has no rows"),
         ([entry(0, task_type="subject-ad")], "row 0: unknown task 'subject-ad'; did you mean"),
         ([entry(0, instruction_language="zh")], "row 0: unknown language 'zh'"),
-        ([entry(0), entry(1, key="../up")], "row 1: the key '../up' or the source '' is no plain"),
+        ([entry(0), entry(1, key="../up")], "row 1: the key '../up' is no plain name"),
         ([entry(0), entry(1, instruction=None)], "row 1: 'instruction' is null"),
         ([{"key": "a"}], "has no column 'task_type'"),
     ],
@@ -116,6 +119,14 @@ def test_other_data_is_one_line(tmp_path, entries, reason):
     assert "\n" not in str(error.value)
 
 
+def test_the_language_is_that_of_the_data(tmp_path):
+    with pytest.raises(UserError, match=r"gedit.language: unknown name 'zh'|'zh'.*en, cn"):
+        open_benchmark("gedit:language=zh")
+    path = write_table(tmp_path / "data", ENTRIES[:1])
+    with pytest.raises(UserError, match="has no rows in cn"):
+        open_benchmark("gedit:language=cn").read(path, excerpt=True)
+
+
 def test_reads_the_list_of_uniworld(tmp_path):
     listed = {
         "ab": {
@@ -131,38 +142,46 @@ def test_reads_the_list_of_uniworld(tmp_path):
         *("ab", "ps_human", "en", "Change it."),
     )
     assert row.in_intersection is None
-    with pytest.raises(NotFoundError, match="expected a source of GEdit-Bench"):
-        list(gedit.pictures(path, [row]))
-    images.write_png(tmp_path / row.source, picture(5))
-    ((found, image),) = gedit.pictures(path, [row])
-    assert found == row
-    np.testing.assert_array_equal(image, picture(5))
+    with pytest.raises(
+        NotFoundError, match=r"ab\.png does not exist: expected a source of GEdit-B"
+    ):
+        row.source()
+    images.write_png(tmp_path / "fullset/ps_human/en/ab.png", picture(5))
+    np.testing.assert_array_equal(row.source(), picture(5))
     for value, reason in {
         "[]": "is no JSON object",
         '{"a": 3}': "has no edit in 'a'",
-        json.dumps({"a": {**listed["ab"], "id": "../../x.png"}}): "is no plain name",
+        json.dumps({"a": {**listed["ab"], "id": "../../x.png"}}): "is in another folder",
         json.dumps({"a": {**listed["ab"], "prompt": 3}}): "'prompt' is 3, a int: expected str",
     }.items():
         path.write_text(value)
         with pytest.raises(UserError, match=reason):
             gedit.read(path, excerpt=True)
+    with pytest.raises(UserError, match="has no input_image_raw, only the pictures beside it"):
+        gedit.read(path, Settings(picture="input_image_raw"), excerpt=True)
 
 
 def test_sources_are_written_once_where_the_official_layout_has_them(tmp_path, rows):
-    data, out = tmp_path / "data", tmp_path / "out"
-    gedit.write_sources(data, rows, out=out)
-    for row, seed in zip(rows, (0, 1, 2, 0)):
+    bench, out = open_benchmark("gedit"), tmp_path / "out"
+    write_side_files(bench, rows, out)
+    for row, seed in zip(rows, (0, 1, 0)):
         written = images.decode_rgb((out / gedit.source_file(row)).read_bytes())
         np.testing.assert_array_equal(written, picture(seed))
-    (data / "train-00000-of-00001.parquet").unlink()
-    gedit.write_sources(data, rows, out=out)  # reads nothing
+    (tmp_path / "data" / "train-00000-of-00001.parquet").unlink()
+    write_side_files(bench, rows, out)  # reads nothing
 
 
-def test_raw_pictures_and_a_part_of_the_rows(tmp_path, rows):
-    found = list(gedit.pictures(tmp_path / "data", rows[1:2], column="input_image_raw"))
-    ((row, image),) = found
-    assert row == rows[1]
-    np.testing.assert_array_equal(image, picture(1, 12, 18))
+@pytest.mark.parametrize("column", gedit.PICTURES)
+def test_what_is_generated_is_an_edit_of_either_picture(tmp_path, rows, column):
+    bench, out = open_benchmark(f"gedit:picture={column}"), tmp_path / "out"
+    rows = bench.read(tmp_path / "data", excerpt=True)
+    size = (6, 9) if column == "input_image" else (12, 18)
+    assert bench.requests(rows)[0].inputs["image"]().shape[:2] == size
+    answer = lambda batch, task: batch.source // 2  # noqa: E731
+    generate(bench.requests(rows), out, answer=answer, collator=data.COLLATOR, batch_size=2)
+    assert all((out / gedit.image_files(row)[0]).exists() for row in rows)
+    assert bench.settings["picture"] == column
+    np.testing.assert_array_equal(rows[1].source(), picture(1))
 
 
 def test_prompts_are_put_together_from_the_official_file(prompts):
@@ -286,11 +305,11 @@ def test_means_are_over_tasks_and_not_over_images():
                 means[gedit.TASKS.index("ps_human")][2]
             )
             assert found[f"strict/{language}/{name}/O"] < expected[2]
-    assert found["missing_image"] == sum(v.outcome == "missing_image" for v in verdicts)
+    assert found["failures/missing_image"] == sum(v.outcome == "missing_image" for v in verdicts)
 
 
 def test_a_task_without_a_score_has_no_mean(rows):
-    verdicts = [Verdict("judged", 4.0, 4.0), *[Verdict("failed")] * 3]
+    verdicts = [Verdict("judged", 4.0, 4.0), *[Verdict("failed")] * 2]
     found = gedit.summary(rows, [gedit.score(*pair) for pair in zip(rows, verdicts)])
     assert math.isnan(found["official/en/full/O"])
     assert found["official/en/full/O/subject-add"] == 4
@@ -310,131 +329,123 @@ def test_without_an_intersection_there_is_no_mean_of_it():
 
 @pytest.fixture
 def results(tmp_path, rows):
-    """A folder in the official layout; results have other sizes than sources."""
+    """Results of other sizes than the sources, where the official layout has them."""
     out = tmp_path / "out"
-    gedit.write_sources(tmp_path / "data", rows, out=out)
     for row in rows:
         images.write_png(out / gedit.image_files(row)[0], picture(100 + row.index, 10, 10))
     return out
 
 
 @pytest.fixture
-def serve(monkeypatch):
+def judged(monkeypatch, tmp_path, rows, prompts, results):
+    """The scores and the summary by a judge that follows a rule, and the requests it had."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    return ChatServer
+
+    def judged(rule, rows=rows, again=False, concurrency=4, **options):
+        named = dict(prompts=tmp_path / "vie_prompts.py") | options
+        bench = open_benchmark("gedit:" + ",".join(f"{k}={v}" for k, v in named.items()))
+        with ChatServer(rule) as server:
+            endpoint = Endpoint(
+                url=server.url, model="m", cache=tmp_path / "answers", concurrency=concurrency
+            )
+            for _ in range(1 + again):
+                scored = score_images(bench, rows, results, {"judge": endpoint})
+        return scored.rows, scored.summary(bench, rows), server.requests
+
+    return judged
 
 
 def resized(seed):
     return np.asarray(Pillow.fromarray(picture(100 + seed, 10, 10)).resize((9, 6)))
 
 
-def test_from_pictures_to_numbers(serve, tmp_path, rows, prompts, results):
+def numbers(entry):
+    return [entry[f"official/{name}"].value for name in gedit.METRICS]
+
+
+def test_from_pictures_to_numbers(judged, prompts):
     def rule(request):
         if "Quality" in prompt_of(request):
             return '{"score": [9, 8]}'
         return "[2, 3]" if "number 0" in prompt_of(request) else '{"score": [7, 6]}'
 
-    with serve(rule) as server:
-        endpoint = Endpoint(url=server.url, model="m", cache=tmp_path / "answers")
-        verdicts = gedit.judge(endpoint, rows, results=results, prompts=prompts, quiet=True)
-        again = gedit.judge(endpoint, rows, results=results, prompts=prompts, quiet=True)
-    assert again == verdicts
-    assert len(server.requests) == 8
-    assert [(v.outcome, v.sc, v.pq) for v in verdicts] == [
-        ("judged", 2, 8),
-        *[("judged", 6, 8)] * 3,
-    ]
-    sc = next(request for request in server.requests if "加上二" in prompt_of(request))
-    assert prompt_of(sc) == prompts["SC"].replace("<instruction>", "加上二")
+    scores, found, asked = judged(rule, again=True)
+    assert len(asked) == 6
+    assert [numbers(entry) for entry in scores] == [[2, 8, 4], *[[6, 8, math.sqrt(48)]] * 2]
+    assert found["official/en/full/SC/subject-add"] == 4
+    assert found["judged"] == 3
+    sc = next(request for request in asked if "number 1" in prompt_of(request))
+    assert prompt_of(sc) == prompts["SC"].replace("<instruction>", "Add number 1")
     assert sc["max_tokens"] == 1400
     assert "temperature" not in sc
     assert [part["type"] for part in sc["messages"][0]["content"]] == [
         *("text", "image_url", "image_url")
     ]
-    shown = [images.jpeg_bytes(p, quality=75) for p in (picture(2), resized(2))]
+    shown = [images.jpeg_bytes(p, quality=75) for p in (picture(1), resized(1))]
     assert images_of(sc) == [("data:image/jpeg;base64", jpeg) for jpeg in shown]
-    pq_requests = [r for r in server.requests if "Quality" in prompt_of(r)]
-    assert [len(images_of(request)) for request in pq_requests] == [1] * 4
+    pq_requests = [r for r in asked if "Quality" in prompt_of(r)]
+    assert [len(images_of(request)) for request in pq_requests] == [1] * 3
     assert images_of(pq_requests[0])[0][1] in [
-        images.jpeg_bytes(resized(i), quality=75) for i in range(4)
+        images.jpeg_bytes(resized(i), quality=75) for i in (0, 1, 3)
     ]
 
 
-def test_the_other_official_judge_is_shown_png_first(serve, tmp_path, rows, prompts, results):
-    with serve(lambda request: "[2, 3]") as server:
-        endpoint = Endpoint(url=server.url, model="m", cache=tmp_path / "answers")
-        gedit.judge(
-            *(endpoint, rows[:1]),
-            **dict(results=results, prompts=prompts, sampling=gedit.QWEN, quiet=True),
-        )
-    request = server.requests[0]
+def test_the_other_official_judge_is_shown_png_first(judged, rows):
+    _, _, asked = judged(lambda request: "[2, 3]", rows[:1], judge="qwen2.5-vl-72b")
+    request = next(r for r in asked if "Quality" not in prompt_of(r))
     assert [part["type"] for part in request["messages"][0]["content"]][-1] == "text"
     assert (request["temperature"], request["max_tokens"]) == (0.0, 512)
     np.testing.assert_array_equal(images.decode_rgb(images_of(request)[1][1]), resized(0))
 
 
-def test_both_are_asked_once_more_where_one_does_not_parse(serve, tmp_path, rows, prompts, results):
-    asked = collections.Counter()
+def test_both_are_asked_once_more_where_one_does_not_parse(judged, rows):
+    times = collections.Counter()
 
     def rule(request):
-        asked[prompt_of(request)] += 1
+        times[prompt_of(request)] += 1
         if "Quality" in prompt_of(request):
-            return f"[{asked[prompt_of(request)]}, 9]"
+            return f"[{times[prompt_of(request)]}, 9]"
         if "number 1" in prompt_of(request):
             return "sorry"
-        return "sorry" if asked[prompt_of(request)] == 1 else "[4, 5]"
+        return "sorry" if times[prompt_of(request)] == 1 else "[4, 5]"
 
-    with serve(rule) as server:
-        endpoint = Endpoint(url=server.url, model="m", cache=tmp_path / "answers", concurrency=1)
-        good, bad = gedit.judge(endpoint, rows[:2], results=results, prompts=prompts, quiet=True)
-        assert len(server.requests) == 8
-        again = gedit.judge(endpoint, rows[:2], results=results, prompts=prompts, quiet=True)
-        assert len(server.requests) == 8
-    assert again == [good, bad]
-    assert (good.outcome, good.sc, good.pq) == ("judged", 4, 2)
-    assert bad.outcome == "unparsed"
-    assert [reply.text for reply in bad.replies] == ["sorry", "[4, 9]"]
+    (good, bad), found, asked = judged(rule, rows[:2], again=True, concurrency=1)
+    assert len(asked) == 8
+    assert numbers(good) == [4, 2, math.sqrt(8)]
+    assert bad["failures/unparsed"].value == 1
+    assert (found["judged"], found["failures/unparsed"]) == (1, 1)
 
 
-def test_how_items_end_is_counted(serve, tmp_path, rows, prompts, results, caplog):
-    (results / gedit.image_files(rows[2])[0]).write_bytes(b"torn")
+def test_how_items_end_is_counted(judged, rows, results, caplog):
+    (results / gedit.image_files(rows[2])[0]).unlink()
 
     def rule(request):
         if "number 0" in prompt_of(request):
             return said(None, refusal="I will not")
         return (400, {}, b"no") if "number 1" in prompt_of(request) else "[1, 2]"
 
-    with serve(rule) as server:
-        endpoint = Endpoint(url=server.url, model="m", cache=tmp_path / "answers")
-        verdicts = gedit.judge(endpoint, rows, results=results, prompts=prompts, quiet=True)
-    found = gedit.summary(rows, [gedit.score(*pair) for pair in zip(rows, verdicts)])
-    assert {name: found[name] for name in judging.OUTCOMES} == {
-        **{"judged": 1, "unparsed": 0, "refused": 1, "failed": 1, "missing_image": 1},
+    _, found, _ = judged(rule)
+    assert {name: found[name] for name in found if name.startswith("failures/")} == {
+        "failures/unparsed": 0,
+        "failures/refused": 1,
+        "failures/failed": 1,
+        "failures/missing_image": 1,
     }
-    assert "3 of 4 items have no score" in caplog.text
+    assert "3 of 3 items have no score" in caplog.text
 
 
-def test_a_folder_of_others_has_one_result_of_any_format_for_all_rows_of_a_key(
-    serve, tmp_path, rows, prompts, results
-):
-    for row in (rows[0], rows[3]):
-        (results / gedit.image_files(row)[0]).unlink()
-    name = (results / gedit.image_files(rows[0])[0]).with_suffix(".jpg")
-    name.write_bytes(images.jpeg_bytes(picture(3), quality=90))
-    with serve(lambda request: "[1, 2]") as server:
-        endpoint = Endpoint(url=server.url, model="m", cache=tmp_path / "answers")
-        chosen = [rows[0], rows[3]]
-        verdicts = gedit.judge(endpoint, chosen, results=results, prompts=prompts, quiet=True)
-    assert [verdict.outcome for verdict in verdicts] == ["judged"] * 2
-    # One question about quality, since both show the same result.
-    assert len(server.requests) == 3
-
-
-def test_a_source_that_is_not_there_is_one_line(tmp_path, rows, prompts, results):
-    (results / gedit.source_file(rows[0])).unlink()
+def test_without_prompts_there_is_no_score(tmp_path, rows, results):
     endpoint = Endpoint(url="http://127.0.0.1:9/v1", model="m", cache=tmp_path / "answers")
-    with pytest.raises(NotFoundError, match="expected the source of GEdit-Bench"):
-        gedit.judge(endpoint, rows[:1], results=results, prompts=prompts, quiet=True)
+    with pytest.raises(UserError, match="gedit needs its judge's prompts: give prompts=FILE"):
+        score_images(open_benchmark("gedit"), rows, results, {"judge": endpoint})
+
+
+def test_settings_are_stored(tmp_path, prompts):
+    bench = open_benchmark(f"gedit:language=cn,prompts={tmp_path / 'vie_prompts.py'}")
+    stored = json.loads(json.dumps(bench.settings))
+    assert (stored["language"], stored["prompts"]) == ("cn", prompts.sha256)
+    assert stored["sampling"]["quality"] == 75
+    assert (bench.primary, bench.published) == ("official/cn/full/O", ())
 
 
 @needs_files
@@ -447,4 +458,5 @@ def test_the_list_of_uniworld():
         **{"subject-remove": 55, "text_change": 99},
     }
     assert {row.language for row in rows} == {"en"}
-    assert all(gedit.image_files(row) == (row.source,) for row in rows)
+    listed = json.loads((FILES / "gedit" / "gedit_edit.json").read_text()).values()
+    assert [gedit.image_files(row) for row in rows] == [(entry["id"],) for entry in listed]
