@@ -88,6 +88,10 @@ class Official:
     `quality(scores)` says how good the images of a row are, to show the best and the worst: higher
     is better, NaN if it is not known.
 
+    A benchmark of the model itself has no images, and its `score` is that of a row of which nothing
+    is known. All processes call `measure(pipeline, rows)`, and each gets the columns of its own
+    rows, by their numbers.
+
     `settings` are choices in which papers differ, so a result has to say them. Raise `version` when
     numbers would change.
     """
@@ -105,6 +109,7 @@ class Official:
     distances: Callable[[Mapping[str, FeatureSums]], Summary] = lambda sums: {}
     needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     side_files: Callable[[Sequence[Row]], Mapping[str, str | Callable[[], bytes]]] = lambda rows: {}
+    measure: Callable[[Any, Sequence[Row]], Mapping[int, Scores]] | None = None  # by a Pipeline
     published: tuple[Published, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

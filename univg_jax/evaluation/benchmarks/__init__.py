@@ -16,6 +16,7 @@ BENCHMARKS = (  # each the name of a module of this folder
     "kitti_depth",
     "layout_boxes",
     "magicbrush",
+    "mlperf_loss",
     "nyuv2",
     "phrasecut_seg",
     "refcoco_seg",
