@@ -95,7 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "previews": {"assembly", "pipeline", "training"},
     "evaluation": {
-        *("assembly", "batch", "checkpoint", "conditioning", "data_pipelines", "interop"),
+        *("assembly", "batch", "checkpoint", "conditioning", "data_pipelines", "flow", "interop"),
         *("models", "pipeline", "pretrained", "progress", "sharding", "version", "writers"),
     },
     "planning": {

@@ -8,11 +8,9 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from univg_jax import sharding
 from univg_jax.evaluation.detection import Detection, Detections
 
 if TYPE_CHECKING:
@@ -126,6 +124,10 @@ def local_mesh() -> contextlib.AbstractContextManager[Any]:
     A scorer runs on as many pictures as its process has, which differs between processes, so a
     program over the mesh of all of them would wait for calls that never come.
     """
+    import jax  # here, since benchmarks that only name a scorer need none of it
+
+    from univg_jax import sharding
+
     if jax.process_count() == 1:
         return contextlib.nullcontext()
     return jax.set_mesh(sharding.make_mesh(data=1, devices=jax.local_devices()[:1]))
