@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests import processes
 from tests.evaluation import evaluation_cases as data
+from tests.evaluation.benchmarks.official import FILES, needs_files
 from tests.evaluation.benchmarks.test_geneval import write
 from tests.evaluation.test_score_files import SCORERS, picture
 from tests.evaluation.tiny_pipeline import answering, make_pipeline
@@ -178,3 +179,51 @@ def test_any_devices_and_processes_make_the_same(tmp_path, devices):
     assert list(found[0]) == list(found[1])
     for name, image in found[0].items():
         np.testing.assert_allclose(found[1][name], image, atol=1)  # of 255, by rounding
+
+
+# --- GenEval's own 553 prompts ---
+
+REAL = """
+import pathlib, sys
+from tests.evaluation import tiny_pipeline
+from tests.evaluation.test_public import geneval_job
+pipeline = tiny_pipeline.answering(tiny_pipeline.make_pipeline())
+print(geneval_job(pathlib.Path(sys.argv[1]))(pipeline).text)
+"""
+
+
+def detect_colors(image):
+    """A person around the brightest half of an image, and a dog where its red is."""
+    found = {}
+    for name, plane in {"person": image.mean(-1), "dog": image[..., 0].astype(float)}.items():
+        ys, xs = np.nonzero(plane > np.median(plane))
+        score = float(plane.mean() / 255)
+        found[name] = [(xs.min(), ys.min(), xs.max() + 1, ys.max() + 1, score, None)]
+    return found
+
+
+def geneval_job(folder) -> PublicJob:
+    return PublicJob(
+        benchmark=BENCHMARK,
+        rows=read(FILES / "geneval"),
+        out=folder,
+        scorers=dict(detect=detect_colors, color=lambda image, boxes, name: ["red"] * len(boxes)),
+    )
+
+
+@needs_files
+def test_the_real_prompts_killed_and_continued(tmp_path):
+    program = ("-c", REAL)
+    with processes.running([1], str(tmp_path), program=program) as (first,):
+        processes.wait_for([first], lambda: len(list(tmp_path.rglob("*.png"))) > 300)
+        first.popen.kill()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert not list(tmp_path.glob("*/results.json"))
+    processes.run([1], str(tmp_path), program=program)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    (results,) = tmp_path.glob("*/results.json")
+    card = Scorecard.read(results.parent)
+    assert len(list(tmp_path.rglob("*.png"))) == 4 * 553
+    assert card.numbers["missing"] == 0
+    assert card.rows == 553
+    assert 0 < card.numbers["single_object"] < 0.1  # of 80 prompts, those of a person or a dog
