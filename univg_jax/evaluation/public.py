@@ -14,12 +14,12 @@ from absl import logging
 from etils import epath
 
 from univg_jax.errors import UserError
-from univg_jax.evaluation import job
+from univg_jax.evaluation import job, score
 from univg_jax.evaluation.official import Official, Row
 from univg_jax.evaluation.prompts import EncodedPrompts
 from univg_jax.evaluation.results import FILE, Done, digest
 from univg_jax.evaluation.run import provenance
-from univg_jax.evaluation.score_files import check_scorers, score_images
+from univg_jax.evaluation.score_files import Scored, check_scorers, score_images
 from univg_jax.evaluation.scorecard import (
     Scorecard,
     cases_of,
@@ -56,6 +56,8 @@ class PublicJob:
     def __call__(self, pipeline: Pipeline | None) -> Done:
         """Without a pipeline, `images` are scored."""
         benchmark, rows = self.benchmark, self.rows
+        if benchmark.measure is not None:
+            return self._measured(pipeline)
         folder, settings, origin = self.images, None, {}
         if folder is None:
             origin = provenance(pipeline)
@@ -87,7 +89,28 @@ class PublicJob:
             settings=settings,
             provenance=origin,
         )
-        return Done(folder=at, text=card.table(), numbers=card.numbers, primary=card.primary)
+        return _done(at, card)
+
+    def _measured(self, pipeline: Pipeline | None) -> Done:
+        """The numbers of the model itself."""
+        benchmark, rows = self.benchmark, self.rows[: self.limit]
+        if pipeline is None or not (self.generates and self.scores):
+            raise UserError(f"{benchmark.name} measures the model itself: it has no images")
+        made_with = image_settings(pipeline, benchmark, self.rows, seed=self.seed)
+        card = _new_card(benchmark, rows, {**self.settings, **made_with}, {})
+        at = card.folder(self.out)
+        if (at / FILE).exists():
+            return _done(at, Scorecard.read(at))
+        template = benchmark.score(rows[0], [], {})
+        found = benchmark.measure(pipeline, rows)
+        table = score.gather(found, count=len(rows), template=template)
+        scores = [{name: column[k] for name, column in table.items()} for k in range(len(rows))]
+        scored = Scored(scores, {})
+        return _done(at, _finish(card, at, benchmark, rows, scored, provenance(pipeline)))
+
+
+def _done(folder: epath.Path, card: Scorecard) -> Done:
+    return Done(folder=folder, text=card.table(), numbers=card.numbers, primary=card.primary)
 
 
 SAMPLING = ("solver", "steps", "shift", "rescale", "interval")
@@ -118,7 +141,9 @@ def image_settings(
         "resolution": pipeline.config.data.resolution,
         "version": benchmark.version,
         "options": dict(benchmark.settings),
-        "items": digest([(r.task, r.files, str(r.inputs.get("prompt", ""))) for r in requests]),
+        "items": digest(
+            [len(rows), *((r.task, r.files, str(r.inputs.get("prompt", ""))) for r in requests)]
+        ),
         **pipeline.digests,
     }
 
@@ -190,36 +215,64 @@ def score_folder(
     """
     check_scorers(benchmark, scorers, without=without)
     used: Scorers = {name: scorers[name] for name in benchmark.needs if name in scorers}
-    ours = settings is not None
+    card = _new_card(benchmark, rows[:limit], settings, used, without=without, folder=folder)
+    at = card.folder(out)
+    if settings is not None and (at / FILE).exists():
+        return at, Scorecard.read(at)
+    scored = score_images(benchmark, rows[:limit], folder, used)
+    return at, _finish(card, at, benchmark, rows[:limit], scored, provenance, without=without)
+
+
+def _new_card(
+    benchmark: Official,
+    rows: Sequence[Row],
+    settings: Mapping[str, Any] | None,
+    scorers: Scorers,
+    *,
+    without: Collection[str] = (),
+    folder: epath.PathLike = "",
+) -> Scorecard:
+    """A card without numbers; with no `settings` the images in `folder` are somebody else's."""
     plain = {"version": benchmark.version, "options": dict(benchmark.settings)}
-    card = Scorecard(
+    place = os.path.abspath(folder)
+    return Scorecard(
         benchmark=benchmark.name,
         settings={
-            **(settings if ours else plain | {"images": os.path.abspath(folder)}),
-            "rows": len(rows[:limit]),
-            "scorers": scorer_digests(used),
+            **(plain | {"images": place} if settings is None else settings),
+            "rows": len(rows),
+            "scorers": scorer_digests(scorers),
             "without": sorted(without),
         },
         primary=benchmark.primary,
         published=published_of(benchmark.published),
-        rows=len(rows[:limit]),
+        rows=len(rows),
         # Beside the results, which may then be moved with them.
-        images=epath.Path(folder).name if ours else os.path.abspath(folder),
+        images=place if settings is None else epath.Path(folder).name if folder else "",
     )
-    at = card.folder(out)
-    if ours and (at / FILE).exists():
-        return at, Scorecard.read(at)
-    chosen, requests = rows[:limit], benchmark.requests(rows)[:limit]
-    scored = score_images(benchmark, chosen, folder, used)
+
+
+def _finish(
+    card: Scorecard,
+    at: epath.Path,
+    benchmark: Official,
+    rows: Sequence[Row],
+    scored: Scored,
+    provenance: Mapping[str, Any] | None,
+    *,
+    without: Collection[str] = (),
+) -> Scorecard:
+    """The card with its numbers, which process 0 writes."""
     references = {name: sums.digest for name, sums in scored.sums.items()}
+    requests = benchmark.requests(rows)
     card = dataclasses.replace(
         card,
-        numbers=numbers_of(scored.summary(benchmark, chosen, without=without)),
-        cases=cases_of(benchmark, requests, scored.rows),
+        numbers=numbers_of(scored.summary(benchmark, rows, without=without)),
+        cases=cases_of(benchmark, requests, scored.rows) if requests else {},
         provenance={**(provenance or {}), **({"features": references} if references else {})},
     )
     with together():
         if jax.process_index() == 0:
-            write_rows(at, requests, scored.rows)
+            if requests:
+                write_rows(at, requests, scored.rows)
             card.write(at)
-    return at, card
+    return card
