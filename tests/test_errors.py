@@ -1,8 +1,12 @@
+import pickle
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from univg_jax.errors import check_name, suggestion
+from univg_jax import errors
+from univg_jax.errors import UserError, check_name, suggestion
 
 
 def test_a_known_name_is_returned():
@@ -31,3 +35,18 @@ def test_a_long_list_is_left_out():
     assert (
         suggestion("dept", ["depth", *(f"key{i}" for i in range(100))]) == "; did you mean 'depth'?"
     )
+
+
+KINDS = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, UserError)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(parts=st.lists(st.text(max_size=9), min_size=1))
+def test_a_message_is_one_line(kind, parts):
+    for end in ("\n", "\r\n", "\x1b", "\x85", "\u2028", "\0"):
+        error = kind(f"a {end.join(parts)} z")
+        assert len(str(error).splitlines()) == 1
+        assert str(error).isprintable() or not "".join(parts).isprintable()
+        assert isinstance(error, UserError)
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert str(kind("a: 'b  c' d")) == "a: 'b  c' d"

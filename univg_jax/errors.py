@@ -6,17 +6,26 @@ raised is a bug of ours and keeps its traceback. Standard library only: any modu
 
 import contextlib
 import difflib
+import re
 import signal
 from collections.abc import Collection, Iterator, Sequence
 
+# What ends a line, or moves a terminal's cursor, with the blanks around it.
+_BREAKS = re.compile(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029]+\s*")
 MAX_LISTED = 24  # longer lists of names, such as all keys of a config, are left out of a message
 
 
 class UserError(ValueError):
-    """Input that cannot be used. The message says what, where, and what was expected."""
+    """Input that cannot be used. The message says what, where, and what was expected.
+
+    It is one line, whatever stands in a file or in another library's message that it tells.
+    """
 
     exit_code = 1
     is_expected = False  # whether the end is no fault: then the line has no "error:"
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_BREAKS.sub(" ", message).strip())
 
 
 class NotFoundError(UserError, FileNotFoundError):
