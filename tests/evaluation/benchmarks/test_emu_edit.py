@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from tests.evaluation import evaluation_cases as data
 from tests.evaluation.benchmarks.picture_scorers import SCORERS, plain
 from univg_jax.errors import NotFoundError, UserError
+from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import emu_edit
 from univg_jax.evaluation.benchmarks.emu_edit import Settings, benchmark
 from univg_jax.evaluation.job import generate
@@ -51,7 +53,6 @@ def write(folder, name="test", *, release="set", edits=EDITS, **change):
 def scored(folder, results, settings):
     """The summary of results by idx, of a release in `folder`."""
     rows = emu_edit.read(folder, settings, excerpt=True)
-    emu_edit.write_pictures(folder, rows, settings)
     for idx, color in results.items():
         write_png(folder / "out" / f"{idx}.png", plain(color))
     bench = benchmark(settings)
@@ -67,8 +68,8 @@ def test_reads_rows_and_asks_for_edits(tmp_path):
     ]
     request = benchmark().requests(rows)[1]
     assert request.files == ("3.png",)
-    source = str(tmp_path / "pictures" / "test" / "3_source.png")
-    assert request.inputs == {"prompt": "from red", "image": source}
+    assert request.inputs["prompt"] == "from red"
+    np.testing.assert_array_equal(request.inputs["image"](), plain("red"))
     assert request.whole
 
 
@@ -106,7 +107,7 @@ def test_a_missing_result_counts_nowhere_or_as_the_worst(tmp_path):
     assert found["official/clip_i"] == pytest.approx(1)
     assert found["strict/clip_i"] == pytest.approx(2 / 3)
     assert (found["official/l1"], found["strict/l1"]) == (0, pytest.approx(1 / 3))
-    assert (found["missing"], found["black"]) == (1, 0)
+    assert (found["failures/missing"], found["failures/black"]) == (1, 0)
     assert math.isclose(found["official/clip_t/add"], 1)
 
 
@@ -117,36 +118,34 @@ def test_what_is_left_out_is_a_setting(tmp_path, drop, official):
     """7 is black, 3 is wrong, and the captions of 9 ask for nothing."""
     found = scored(write(tmp_path), {7: (0, 0, 0), 3: "green", 9: "blue"}, Settings(drop=drop))
     assert found["official/clip_t"] == pytest.approx(official)
-    assert found["black"] == 1
+    assert found["failures/black"] == 1
     assert found["strict/clip_t"] == pytest.approx(1 / 3 if "equal_captions" not in drop else 0)
 
 
 def test_what_is_generated_is_scored(tmp_path):
     rows = emu_edit.read(write(tmp_path), excerpt=True)
-    emu_edit.write_pictures(tmp_path, rows, Settings())
     requests = benchmark().requests(rows)
     answer = lambda batch, task: batch.source  # noqa: E731
     generate(requests, tmp_path / "out", answer=answer, collator=data.COLLATOR, batch_size=2)
     found = scored(tmp_path, {}, Settings())
-    assert found["official/l1"] == found["official/l2"] == found["missing"] == 0
+    assert found["official/l1"] == found["official/l2"] == found["failures/missing"] == 0
 
 
 def test_settings_are_stored_and_checked():
-    settings = Settings(clip="ViT-L/14", drop=("black_results",))
-    stored = json.loads(json.dumps(benchmark(settings).settings))
-    assert stored == {
+    bench = open_benchmark("emu_edit:clip=ViT-L/14,split=validation,drop=['black_results']")
+    assert json.loads(json.dumps(bench.settings)) == {
         "clip": "ViT-L/14",
         "dino": "dino_vits16",
-        "split": "test",
+        "split": "validation",
         "release": "set",
         "reference": "source",
         "drop": ["black_results"],
     }
-    for wrong in (dict(split="train"), dict(reference="target"), dict(drop=("some",))):
+    for wrong in ("split=train", "reference=target", "drop=['some']"):
         with pytest.raises(UserError, match=r"'(train|target|some)'"):
-            Settings(**wrong)
-    with pytest.raises(UserError, match="needs release='generations'"):
-        Settings(reference="emu_output")
+            open_benchmark(f"emu_edit:{wrong}")
+    with pytest.raises(UserError, match="reference=emu_output needs release=generations"):
+        open_benchmark("emu_edit:reference=emu_output")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +168,4 @@ def test_files_and_pictures_that_are_missing_are_named(tmp_path):
         emu_edit.read(write(tmp_path, "validation"), GENERATIONS)
     rows = emu_edit.read(write(tmp_path, image=dict(bytes=b"no", path=None)), excerpt=True)
     with pytest.raises(UserError, match=r"row 0: image is not a readable image"):
-        emu_edit.write_pictures(tmp_path, rows, Settings())
-    with pytest.raises(NotFoundError, match=r"7_source\.png does not exist"):
         emu_edit.score(rows[0], [plain("red")], SCORERS)

@@ -71,7 +71,7 @@ PICTURES = {
         for k in (1, 2)
     ],
     "emu_edit": lambda file: [
-        emu_edit.Row(k, "add", "", "a red pig", file, file) for k in range(2)
+        emu_edit.Row(k, "add", "", "a red pig", *[lambda: PICTURE] * 2) for k in range(2)
     ],
     "identity_set": lambda file: [identity_set.Row("ann", file, k, "red", 1) for k in range(2)],
     "refcoco_seg": lambda file: [

@@ -15,18 +15,17 @@ import dataclasses
 import functools
 import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
-from data_pipelines.native.tables import Table, get, open_table, picture_bytes, text_of
-from univg_jax import images
-from univg_jax.errors import NotFoundError, UserError, check_name
+from data_pipelines.native.tables import Table, get, open_table, text_of
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import similarity
+from univg_jax.evaluation.inputs import TablePictures
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Request
+from univg_jax.evaluation.official import Official, Published, Request
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
+from univg_jax.fields import setting
 
 ROWS = {"validation": 2022, "test": 3589}
 RELEASES = ("set", "generations")
@@ -41,27 +40,23 @@ _SOURCES = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What papers differ in. Raises UserError for what is none of the names.
+    """What papers differ in; a result stores it.
 
     `drop` leaves out rows whose two captions are the same, which ask for no change, or results that
     are all black, as AnyBench does (a model that refuses then loses nothing).
     """
 
-    clip: str = "ViT-B/32"
-    dino: str = "dino_vits16"
-    split: str = "test"
-    release: str = "set"
-    reference: str = "source"
-    drop: tuple[str, ...] = ()
+    clip: str = setting("ViT-B/32", "the CLIP that is given")
+    dino: str = setting("dino_vits16", "the DINO that is given")
+    split: str = setting("test", "as the set calls it", names=tuple(ROWS))
+    release: str = setting("set", "which of the two releases is read", names=RELEASES)
+    reference: str = setting("source", "what results are compared with", names=REFERENCES)
+    drop: tuple[str, ...] = setting((), "what is left out, such as ['black_results']", names=DROPS)
 
-    def __post_init__(self):
-        check_name(self.split, ROWS, what="split of Emu Edit's test set")
-        check_name(self.release, RELEASES, what="release of Emu Edit's test set")
-        check_name(self.reference, REFERENCES, what="reference")
-        for name in self.drop:
-            check_name(name, DROPS, what="filter of Emu Edit's test set")
+    def check(self, where: str) -> None:
+        """Raises UserError for a reference that the release does not have."""
         if self.reference == "emu_output" and self.release != "generations":
-            raise UserError("reference='emu_output' needs release='generations', which has it")
+            raise UserError(f"{where}.reference=emu_output needs release=generations, which has it")
 
     @property
     def files(self) -> str:
@@ -71,36 +66,35 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An edit, and the files of its source and of what its result is compared with."""
+    """An edit; `source` and `reference`, with which its result is compared, read their pictures."""
 
     idx: int
     task: str
     instruction: str
     caption: str
-    source: str
-    reference: str
+    source: Callable[[], Image]
+    reference: Callable[[], Image]
     drops_black: bool = False
 
 
 def read(
-    path: str | os.PathLike,
-    settings: Settings = Settings(),
-    *,
-    pictures: str | os.PathLike = "",
-    excerpt: bool = False,
+    path: str | os.PathLike, settings: Settings = Settings(), *, excerpt: bool = False
 ) -> tuple[Row, ...]:
     """The edits of the split, of a release's folder, in the order of its files.
 
-    Pictures are in the files, and `write_pictures` puts them into the folder `pictures` (default:
-    `path`/pictures). Raises UserError if a column is missing or a row is damaged, or, unless it is
-    an `excerpt`, if the split has another number of rows, before any are dropped.
+    Raises UserError if a column is missing or a row is damaged, or, unless it is an `excerpt`, if
+    the split has another number of rows, before any are dropped.
     """
-    table, folder = _open(path, settings), os.fspath(pictures) or os.path.join(path, "pictures")
+    table = _open(path, settings)
+    compared = "image" if settings.reference == "source" else "edited_image"
+    sources, references = (TablePictures(table, name) for name in ("image", compared))
     rows, count = {}, 0
     names = ("idx", "task", "instruction", "input_caption", "output_caption")
-    for where, row in _rows(table, names):
+    for part, (number, row) in ((p, r) for p in table.parts() for r in table.rows(p, names)):
         count += 1
         try:
+            if isinstance(row, UserError):
+                raise row
             idx, task, instruction = get(row, "idx", int), get(row, "task", str), row["instruction"]
             before, after = (text_of(row.get(k)) for k in ("input_caption", "output_caption"))
             if not after:
@@ -108,16 +102,14 @@ def read(
             if idx in rows:
                 raise UserError(f"the idx {idx} is there twice: files of two uploads?")
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        stem = os.path.join(folder, settings.split, f"{idx}")
-        source, emu = f"{stem}_source.png", f"{stem}_emu.png"
+            raise UserError(f"{part.file} row {number}: {error}") from None
         rows[idx] = Row(
             idx=idx,
             task=task,
             instruction=text_of(instruction),
             caption=after,
-            source=source,
-            reference=source if settings.reference == "source" else emu,
+            source=functools.partial(sources, number),
+            reference=functools.partial(references, number),
             drops_black="black_results" in settings.drop,
         )
         if "equal_captions" in settings.drop and before == after:
@@ -143,40 +135,6 @@ def _open(path: str | os.PathLike, settings: Settings) -> Table:
     return table
 
 
-def _rows(table: Table, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for part in table.parts():
-        for number, row in table.rows(part, columns=columns):
-            where = f"{part.file} row {number}"
-            if isinstance(row, UserError):
-                raise UserError(f"{where}: {row}")
-            yield where, row
-
-
-def write_pictures(path: str | os.PathLike, rows: Sequence[Row], settings: Settings) -> None:
-    """Writes the sources and references of `rows` as PNG, but for those that are there.
-
-    Raises UserError for a picture that cannot be read.
-    """
-    columns = {"source": "image"}
-    if settings.reference == "emu_output":
-        columns["reference"] = "edited_image"
-    wanted = {
-        (row.idx, column): file
-        for row in rows
-        for name, column in columns.items()
-        if not (file := epath.Path(getattr(row, name))).exists()
-    }
-    if not wanted:
-        return
-    for where, found in _rows(_open(path, settings), ("idx", *columns.values())):
-        for name in columns.values():
-            if (file := wanted.get((found["idx"], name))) is not None:
-                try:
-                    images.write_png(file, images.decode_rgb(picture_bytes(found.get(name))))
-                except UserError as error:
-                    raise UserError(f"{where}: {name} {error}") from None
-
-
 def image_files(row: Row) -> tuple[str, ...]:
     """Where the result lies; there is no official layout."""
     return (f"{row.idx}.png",)
@@ -199,25 +157,24 @@ def requests(rows: Sequence[Row]) -> list[Request]:
 def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:
     """METRICS of `similarity`, and whether the result is missing or black.
 
-    Raises UserError (NotFoundError) for a reference that cannot be read.
+    Raises UserError for a reference that cannot be read.
     """
     (image,) = images
     is_black = image is not None and not image.any()
     values = None
     if image is not None and not (is_black and row.drops_black):
-        reference = similarity.read_rgb(row.reference, what="a picture of Emu Edit's test set")
-        values = similarity.compare(image, reference, row.caption, scorers)
+        values = similarity.compare(image, row.reference(), row.caption, scorers)
     return similarity.ratios(values) | {
-        "missing": Ratio.of(float(image is None)),
-        "black": Ratio.of(float(is_black)),
+        "failures/missing": Ratio.of(float(image is None)),
+        "failures/black": Ratio.of(float(is_black)),
     }
 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     """`official/` over the results that count, `strict/` over all rows, and each task's.
 
-    In `strict/` a result that is missing or dropped has the worst numbers. `missing` and `black`
-    count results.
+    In `strict/` a result that is missing or dropped has the worst numbers. `failures/` count
+    results.
     """
     found: Summary = {}
     for name in similarity.METRICS:
@@ -225,8 +182,8 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
         found[f"official/{name}"] = merge(ratios).value
         found[f"strict/{name}"] = merge(r if r.count[0] else worst for r in ratios).value
         found |= values(f"official/{name}/", by_group([row.task for row in rows], ratios))
-    counts = {name: merge(column(scores, name)).total[0] for name in ("missing", "black")}
-    return found | {name: float(count) for name, count in counts.items()}
+    counts = ("failures/missing", "failures/black")
+    return found | {name: float(merge(column(scores, name)).total[0]) for name in counts}
 
 
 def benchmark(settings: Settings = Settings()) -> Official:
@@ -239,9 +196,15 @@ def benchmark(settings: Settings = Settings()) -> Official:
         needs=similarity.NEEDS,
         score=score,
         summary=summary,
+        quality=lambda scores: scores["clip_t"].value,
         primary="official/dino",
+        published=PUBLISHED,
         settings=dataclasses.asdict(settings),
     )
 
 
+# Which split, networks and filter this is of, the paper does not say.
+PUBLISHED = (
+    Published("UniVG", "official/clip_t", 0.259, "UniVG (arXiv 2503.12652), 100 x cosine"),
+)
 BENCHMARK = benchmark()
