@@ -215,14 +215,15 @@ def score(
         **{f"official/{name}": ratio for name, ratio in found.items()},
         **{f"constant/{name}": ratio for name, ratio in constant.items()},
         "strict/delta1": strict,
-        "missing": Ratio.of(float(image is None)),
+        "failures/missing": Ratio.of(float(image is None)),
     }
 
 
 def summary(rows: Sequence[Asked], scores: Sequence[Scores]) -> Summary:
     """Means over pictures, and how many are missing."""
     found = {name: merge(column(scores, name)).value for name in scores[0]}
-    return found | {"missing": float(merge(column(scores, "missing")).total[0])}
+    name = "failures/missing"
+    return found | {name: float(merge(column(scores, name)).total[0])}
 
 
 def benchmark_of(

@@ -99,7 +99,10 @@ def test_ap_is_of_all_people_and_pck_of_the_largest(rows, out):
     assert found["AR50"] == pytest.approx(2 / 3)
     assert found["pck@0.1"] == found["pck@0.2"] == 1
     assert found["oks"] > 0.7
-    assert (found["strict/pck@0.1"], found["missing"]) == (1, 1)  # the fourth has no joints
+    assert (found["strict/pck@0.1"], found["failures/missing"]) == (
+        1,
+        1,
+    )  # the fourth has no joints
 
 
 def test_a_missing_picture_finds_nobody(rows, out):
@@ -143,7 +146,7 @@ def test_what_is_generated_is_scored(tmp_path, rows):
     )
     found = summary(BENCH, rows, tmp_path / "out")
     assert found["pck@0.1"] == 1
-    assert found["missing"] == 0
+    assert found["failures/missing"] == 0
 
 
 def test_another_file_is_one_line(tmp_path):

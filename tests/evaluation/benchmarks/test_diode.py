@@ -51,7 +51,7 @@ def test_a_true_depth_is_scored(source, tmp_path):
     found = summary_of_truths(f"diode:list_file={source / 'list.txt'}", source, tmp_path / "out")
     assert found["official/delta1"] > found["constant/delta1"]
     assert found["official/abs_rel"] < found["constant/abs_rel"]
-    assert found["missing"] == 0
+    assert found["failures/missing"] == 0
 
 
 def test_depth_beyond_the_range_counts_if_the_mask_has_it(source):

@@ -13,6 +13,7 @@ from tests.evaluation import evaluation_cases as data
 from tests.evaluation.benchmarks.picture_scorers import SCORERS, plain
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import score
+from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import identity_set
 from univg_jax.evaluation.benchmarks.identity_set import Row, Settings, benchmark
 from univg_jax.evaluation.job import generate
@@ -83,6 +84,7 @@ def test_both_policies_for_faces_that_are_not_found(faces):
     assert found["skip/similarity"] == pytest.approx(1)
     assert found["zero/similarity"] == pytest.approx(1 / 2)
     assert found["detection_rate"] == 1 / 2
+    assert (found["failures/no_face"], found["failures/missing"]) == (1, 0)
     assert found["clip_t"] == pytest.approx(1 / 2)
     nobody = scored(rows, [plain((0, 0, 0))] * 2)
     assert math.isnan(nobody["skip/similarity"])
@@ -94,7 +96,7 @@ def test_a_missing_picture_is_no_undetected_face(faces):
     found = scored(rows, [plain("red"), None])
     assert found["skip/similarity"] == found["zero/similarity"] == pytest.approx(1)
     assert found["strict/similarity"] == found["strict/clip_t"] == pytest.approx(1 / 2)
-    assert (found["detection_rate"], found["missing"]) == (1, 1)
+    assert (found["detection_rate"], found["failures/missing"]) == (1, 1)
 
 
 def test_faces_are_compared_in_pictures_of_some_prompts_and_texts_in_all(faces):
@@ -128,24 +130,25 @@ def test_what_is_generated_is_scored(faces, tmp_path):
     found = bench.summary(rows, scores)
     assert found["zero/similarity"] == pytest.approx(1)
     assert found["clip_t"] == pytest.approx(1 / 2)
-    assert found["missing"] == 0
+    assert found["failures/missing"] == 0
     # Whoever has which row.
     table = score.gather(dict(reversed(list(enumerate(scores)))), count=4, template=scores[1])
     again = [{name: ratios[k] for name, ratios in table.items()} for k in range(4)]
     assert bench.summary(rows, again) == found
 
 
-def test_settings_are_stored(faces):
+def test_settings_are_read_and_stored(faces):
+    bench = open_benchmark("identity_set:people=None,images=2,prompts=['<p>, at sea','a <p>']")
+    rows = bench.read(faces)
+    assert [row.prompt for row in rows[:2]] == ["<p>, at sea", "a <p>"]
+    assert len(bench.requests(rows)[0].files) == 2
     stored = benchmark(SETTINGS).settings
     assert stored["encoder"] == "CurricularFace"
     assert stored["prompts"] == ("<p> as a red pirate",)
     assert json.loads(json.dumps(stored))["clip_prompts"] == ["in green"]
     assert benchmark(SETTINGS).published == ()
-    assert {p.system for p in identity_set.BENCHMARK.published} == {
-        "PhotoMaker",
-        "InstantID",
-        "PuLID",
-    }
+    systems = {p.system for p in identity_set.BENCHMARK.published}
+    assert systems > {"PhotoMaker", "InstantID", "PuLID"}
 
 
 def test_unsplash_has_50_portraits_one_prompt_and_4_pictures(tmp_path):

@@ -91,7 +91,7 @@ def test_a_generated_picture_is_of_the_cut(source, tmp_path):
     (source / "list.txt").rename(source / kitti_depth.LIST)
     found = summary_of_truths("kitti_depth:region=garg", source, tmp_path / "out")
     assert 0 < found["official/abs_rel"] < found["constant/abs_rel"]
-    assert found["missing"] == 1
+    assert found["failures/missing"] == 1
     settings = open_benchmark("kitti_depth:region=garg").settings
     assert settings == {"list": "", "region": "garg"}
 

@@ -13,10 +13,12 @@ from tests.evaluation import evaluation_cases as data
 from tests.native import boxes as coco
 from tests.native import flickr30k_entities as flickr30k
 from univg_jax.errors import UserError
+from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import layout_boxes
 from univg_jax.evaluation.benchmarks.layout_boxes import Row, Settings, benchmark
 from univg_jax.evaluation.job import generate
 from univg_jax.evaluation.score_files import score_images
+from univg_jax.images import write_png
 
 HALVES = Row(
     key="7",
@@ -33,6 +35,10 @@ def seen(**boxes):
     """A detector that sees these boxes, in pixels of PICTURE."""
     found = {name: np.array(rows, float).reshape(-1, 4) for name, rows in boxes.items()}
     return {"locate": lambda image, names: {n: found[n] for n in names if n in found}}
+
+
+def score(row, images, scorers):
+    return layout_boxes.score(row, images, scorers, settings=Settings(scorer="locate"))
 
 
 def test_cocos_boxes_are_named_by_their_category(tmp_path):
@@ -87,28 +93,26 @@ def test_more_boxes_than_colors_are_the_largest(tmp_path):
 
 
 def test_success_and_iou_of_boxes():
-    found = layout_boxes.score(HALVES, [PICTURE], seen(cat=[[0, 0, 50, 50]], dog=[[50, 0, 75, 50]]))
+    found = score(HALVES, [PICTURE], seen(cat=[[0, 0, 50, 50]], dog=[[50, 0, 75, 50]]))
     assert found["official/layout_miou"].value == pytest.approx(0.75)
     assert found["official/layout_success"].value == 1  # one half is enough
-    found = layout_boxes.score(HALVES, [PICTURE], seen(cat=[[0, 0, 24, 50]]))
+    found = score(HALVES, [PICTURE], seen(cat=[[0, 0, 24, 50]]))
     assert found["official/layout_success"].value == 0
     assert found["official/layout_miou"].value == pytest.approx(0.24)
 
 
 def test_the_best_detection_of_the_same_name_counts():
     boxes = [[0, 0, 5, 5], [0, 0, 50, 50]]
-    assert (
-        layout_boxes.score(HALVES, [PICTURE], seen(cat=boxes))["official/layout_miou"].value == 0.5
-    )
+    assert score(HALVES, [PICTURE], seen(cat=boxes))["official/layout_miou"].value == 0.5
     swapped = seen(dog=[[0, 0, 50, 50]], cat=[[50, 0, 100, 50]])
-    assert layout_boxes.score(HALVES, [PICTURE], swapped)["official/layout_miou"].value == 0
+    assert score(HALVES, [PICTURE], swapped)["official/layout_miou"].value == 0
 
 
 def test_means_over_boxes_and_over_classes():
     cats = Row("8", "cats", ((0.0, 0.0, 1.0, 1.0),), ("cats",), ("cat",), HALVES.classes)
     scores = [
-        layout_boxes.score(HALVES, [PICTURE], seen(cat=[[0, 0, 50, 50]])),
-        layout_boxes.score(cats, [PICTURE], seen(cat=[[0, 0, 100, 50]])),
+        score(HALVES, [PICTURE], seen(cat=[[0, 0, 50, 50]])),
+        score(cats, [PICTURE], seen(cat=[[0, 0, 100, 50]])),
     ]
     values = layout_boxes.summary([HALVES, cats], scores)
     assert values["official/layout_success"] == pytest.approx(2 / 3)
@@ -121,8 +125,8 @@ def test_means_over_boxes_and_over_classes():
 
 def test_a_missing_picture_counts_nowhere_or_finds_nothing():
     scores = [
-        layout_boxes.score(HALVES, [PICTURE], seen(cat=[[0, 0, 50, 50]], dog=[[50, 0, 100, 50]])),
-        layout_boxes.score(HALVES, [None], seen()),
+        score(HALVES, [PICTURE], seen(cat=[[0, 0, 50, 50]], dog=[[50, 0, 100, 50]])),
+        score(HALVES, [None], seen()),
     ]
     assert {n: r.total.shape for n, r in scores[0].items()} == {
         n: r.total.shape for n, r in scores[1].items()
@@ -130,7 +134,7 @@ def test_a_missing_picture_counts_nowhere_or_finds_nothing():
     values = layout_boxes.summary([HALVES] * 2, scores)
     assert values["official/layout_miou"] == 1
     assert values["strict/layout_miou"] == values["strict/layout_success_by_class"] == 0.5
-    assert values["missing"] == 1
+    assert values["failures/missing"] == 1
 
 
 def test_a_detector_of_classes_is_asked_for_its_classes():
@@ -141,10 +145,35 @@ def test_a_detector_of_classes_is_asked_for_its_classes():
     assert found["dog"].shape == (0, 4)
 
 
+def test_a_detector_of_classes_is_enough_for_coco(tmp_path):
+    bench = open_benchmark("layout_boxes:above=0.6,detector=yolo")
+    assert bench.needs == {"detect": ()}
+
+    def detect(image):
+        cat, dog = (0, 0, 50, 50, 0.9, None), (90, 0, 100, 50, 0.9, None)
+        return {"cat": [cat], "dog": [dog, (50, 0, 100, 50, 0.5, None)]}
+
+    write_png(tmp_path / "7.png", PICTURE)
+    rows = [HALVES, dataclasses.replace(HALVES, key="8")]
+    scored = score_images(bench, rows, tmp_path, {"detect": detect})
+    found = scored.summary(bench, rows)
+    assert found["official/layout_success"] == 0.5
+    assert found["official/layout_miou"] == bench.quality(scored.rows[0]) == pytest.approx(0.6)
+    kinds = {name: x for name, x in found.items() if name.startswith("failures/")}
+    assert kinds == {
+        "failures/missing": 1,
+        "failures/box_not_found": 0,
+        "failures/box_elsewhere": 1,
+    }
+    detect.classes = ("cat", "dogs")
+    with pytest.raises(UserError, match="unknown class of the detector 'dog'"):
+        score_images(bench, rows, tmp_path, {"detect": detect})
+
+
 def test_what_is_generated_is_scored(tmp_path):
     """An answer that paints the blocks, and a detector that knows their colors."""
     coco.write(tmp_path / "coco")
-    bench = benchmark(Settings(split="train"))
+    bench = open_benchmark("layout_boxes:split=train,scorer=locate")
     rows = bench.read(tmp_path / "coco")
     requests = bench.requests(rows)
     folder = tmp_path / "out"
@@ -162,12 +191,14 @@ def test_what_is_generated_is_scored(tmp_path):
     found = score_images(bench, rows, folder, {"locate": locate}).summary(bench, rows)
     assert found["official/layout_success"] == 1
     assert found["official/layout_miou"] > 0.8
-    assert found["missing"] == 0
+    assert found["failures/missing"] == 0
 
 
 def test_what_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="data of boxes"):
-        Settings(data="lvis")
+    with pytest.raises(UserError, match=r"unknown layout_boxes\.data 'lvis'"):
+        open_benchmark("layout_boxes:data=lvis")
+    with pytest.raises(UserError, match="have phrases and no classes: give scorer=locate"):
+        open_benchmark("layout_boxes:data=flickr30k")
     coco.write(tmp_path)
     with pytest.raises(UserError, match="has no split test of coco, but train, validation"):
         layout_boxes.read(tmp_path, Settings(split="test"))

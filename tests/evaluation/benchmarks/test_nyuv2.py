@@ -69,7 +69,7 @@ def test_a_true_depth_is_scored_and_a_missing_picture_is_the_worst(source, tmp_p
     assert found["official/abs_rel"] < 0.02  # of a gray level, and of pixels between
     assert found["official/delta1"] == 1
     assert found["constant/abs_rel"] > 0.3
-    assert (found["strict/delta1"], found["missing"]) == (0.5, 1)
+    assert (found["strict/delta1"], found["failures/missing"]) == (0.5, 1)
 
 
 def test_what_is_generated_is_read_as_depth_of_the_whole_picture(source, tmp_path):

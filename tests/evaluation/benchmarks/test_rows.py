@@ -91,7 +91,7 @@ PICTURES = {
 }
 ALL = SCORERS | {
     "identify": lambda image: image.mean(axis=(0, 1)),
-    "locate": lambda image, names: {"cat": np.array([[0.0, 0.0, 16.0, 16.0]])},
+    "detect": lambda image: {"cat": [(0, 0, 16, 16, 0.9, None)]},
     "inception": lambda images: np.array([image.mean(axis=(0, 1)) for image in images]),
     "lpips": lambda a, b: 0.25,
 }

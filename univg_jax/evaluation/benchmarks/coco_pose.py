@@ -270,7 +270,7 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
         **{n: Ratio(r.total * is_there, r.count * is_there) for n, r in strict.items()},
         **{f"strict/{n}": r for n, r in strict.items()},
         "joints": Ratio.of(joints.ravel()),
-        "missing": Ratio.of(float(image is None)),
+        "failures/missing": Ratio.of(float(image is None)),
     }
 
 
@@ -286,9 +286,10 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     ]
     content = {"images": sizes, "annotations": people, "categories": categories}
     found = average_precision(content, results)
-    names = [name for name in scores[0] if name not in ("joints", "missing")]
+    missing = "failures/missing"
+    names = [name for name in scores[0] if name not in ("joints", missing)]
     found |= {name: merge(column(scores, name)).value for name in names}
-    return found | {"missing": float(merge(column(scores, "missing")).total[0])}
+    return found | {missing: float(merge(column(scores, missing)).total[0])}
 
 
 def benchmark(settings: Settings = Settings()) -> Official:

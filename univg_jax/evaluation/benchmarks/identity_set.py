@@ -26,8 +26,9 @@ from univg_jax.evaluation import metrics, similarity
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import is_inside
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Published, Request
+from univg_jax.evaluation.official import MAX_IMAGES, Official, Published, Request
 from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.fields import setting
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 UNSPLASH = 50  # people
@@ -42,15 +43,14 @@ class Settings:
     """What is asked of each portrait, and by what its face is compared; a result stores it.
 
     Faces are compared in pictures of `prompts`, and texts in these and in `clip_prompts`.
-    `people` is how many portraits there have to be, if that is known.
     """
 
-    encoder: str = UNSPLASH_ENCODER
-    clip: str = "ViT-B/32"
-    prompts: tuple[str, ...] = (UNSPLASH_PROMPT,)
-    clip_prompts: tuple[str, ...] = ()
-    images: int = 4
-    people: int | None = UNSPLASH
+    encoder: str = setting(UNSPLASH_ENCODER, "the encoder of faces that is given")
+    clip: str = setting("ViT-B/32", "the CLIP that is given")
+    prompts: tuple[str, ...] = setting((UNSPLASH_PROMPT,), "of all people, such as ['<p> at sea']")
+    clip_prompts: tuple[str, ...] = setting((), "further ones, where only texts are compared")
+    images: int = setting(4, "of each person and prompt", least=1, most=MAX_IMAGES)
+    people: int | None = setting(UNSPLASH, "how many portraits there have to be", none="any number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,8 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
         "detection_rate": Ratio.of(len(found), len(faces)),
         "clip_t": Ratio.of(math.fsum(texts), len(texts)),
         "strict/clip_t": Ratio.of(math.fsum(texts), len(images)),
-        "missing": Ratio.of(len(images) - len(there)),
+        "failures/missing": Ratio.of(len(images) - len(there)),
+        "failures/no_face": Ratio.of(len(faces) - len(found)),
     }
 
 
@@ -168,9 +169,12 @@ def _cosines(row: Row, images: Sequence[Image], identify: Any) -> list[float | N
 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
-    """Means over pictures, by policy; `missing` counts pictures."""
-    found = {name: merge(column(scores, name)).value for name in scores[0] if name != "missing"}
-    return found | {"missing": float(merge(column(scores, "missing")).total[0])}
+    """Means over pictures, by policy; `failures/` count pictures."""
+    total = {name: merge(column(scores, name)) for name in scores[0]}
+    return {
+        name: float(ratio.total[0]) if name.startswith("failures/") else ratio.value
+        for name, ratio in total.items()
+    }
 
 
 def benchmark(settings: Settings = Settings()) -> Official:
@@ -181,18 +185,23 @@ def benchmark(settings: Settings = Settings()) -> Official:
         version=1,
         read=lambda path: read(path, settings),
         requests=requests,
-        needs={"identify": ("similarity", "detection_rate"), "clip": ("clip_t",)},
+        needs={"identify": ("similarity", "detection_rate", "no_face"), "clip": ("clip_t",)},
         score=score,
         summary=summary,
+        quality=lambda scores: scores["zero/similarity"].value,
         primary="zero/similarity",
         settings=dataclasses.asdict(settings),
         published=PUBLISHED if is_unsplash else (),
     )
 
 
-# PuLID does not say what it does where no face is found.
-PUBLISHED = tuple(
-    Published(system, "skip/similarity", value, "PuLID (arXiv 2404.16022), table 6")
-    for system, value in {"PhotoMaker": 0.193, "InstantID": 0.648, "PuLID": 0.654}.items()
+# PuLID does not say what it does where no face is found. UniVG and OneDiffusion name no encoder.
+PUBLISHED = (
+    Published("UniVG", "skip/similarity", 0.329, "UniVG (arXiv 2503.12652), of an unnamed encoder"),
+    Published("OneDiffusion", "skip/similarity", 0.283, "its paper, of an unnamed encoder"),
+    *(
+        Published(system, "skip/similarity", value, "PuLID (arXiv 2404.16022), table 6")
+        for system, value in {"PhotoMaker": 0.193, "InstantID": 0.648, "PuLID": 0.654}.items()
+    ),
 )
 BENCHMARK = benchmark()

@@ -283,9 +283,9 @@ def score_turn(
 
 
 def summarize_turns(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
-    """`made`, the share of results that are there, and how many are `missing`."""
+    """`made`, the share of results that are there, and how many are missing."""
     made = merge(column(scores, "made"))
-    return {"made": made.value, "missing": float(made.count[0] - made.total[0])}
+    return {"made": made.value, "failures/missing": float(made.count[0] - made.total[0])}
 
 
 def benchmark(settings: Settings = Settings()) -> Official:

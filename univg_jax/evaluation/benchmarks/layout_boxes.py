@@ -8,9 +8,9 @@ its name with the largest IoU counts:
     miou = mean IoU over boxes            success = share of boxes with IoU >= 0.5
 
 and for COCO also the means over classes of both. A detector of classes finds COCO's categories; one
-that is told what to look for also Flickr30k's phrases (`locate`, see `of_classes`). Which detector,
-from which score on, how small boxes may be and which caption is taken moves numbers, and is stored
-(`Settings`).
+that is told what to look for also Flickr30k's phrases. So COCO takes the scorer `detect` or
+`locate`, and Flickr30k `locate` alone. Which detector, from which score on, how small boxes may be
+and which caption is taken moves numbers, and is stored (`Settings`).
 """
 
 import dataclasses
@@ -36,30 +36,38 @@ from univg_jax.evaluation.detection import Detections
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Request
 from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.fields import setting
 
 DATA = {"coco": coco_boxes.DATASET, "flickr30k": flickr30k_entities.DATASET}
 MOST = len(renderings.PALETTE)  # boxes of a picture: each has a color of its own
+SCORERS = ("detect", "locate")
 Boxes = Float[np.ndarray, "_ 4"]
 _SIDE = 512  # pixels of a canvas
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Which boxes are asked for, and by what they are found. Raises UserError for no such data.
+    """Which boxes are asked for, and by what they are found; a result stores it.
 
-    Boxes below `min_area` of the picture are left out, and of more than MOST the smallest.
+    Of more than MOST boxes the smallest are left out.
     """
 
-    data: str = "coco"
-    split: str = "validation"
-    min_area: float = 0.02  # of the picture's
-    detector: str = ""
-    above: float = 0.5  # the least score of a detection
-    seed: int = 0  # of the colors
+    data: str = setting("coco", "whose boxes", names=tuple(DATA))
+    split: str = setting("validation", "of the data", names=tuple(SPLITS))
+    min_area: float = setting(0.02, "of the picture's; smaller boxes are left out", least=0)
+    scorer: str = setting(
+        "detect", "a detector of classes, or one that is told what to look for", names=SCORERS
+    )
+    detector: str = setting("", "the name of the one that is given")
+    above: float = setting(0.5, "the least score of what `detect` finds", least=0, most=1)
+    seed: int = setting(0, "of the colors of blocks", least=0)
 
-    def __post_init__(self):
-        check_name(self.data, DATA, what="data of boxes")
-        check_name(self.split, SPLITS, what="split")
+    def check(self, where: str) -> None:
+        """Raises UserError for a detector that does not know the phrases of the data."""
+        if self.data == "flickr30k" and self.scorer == "detect":
+            raise UserError(
+                f"{where}: flickr30k's boxes have phrases and no classes: give scorer=locate"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,31 +204,59 @@ def of_classes(
     return locate
 
 
-def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:
-    """Sums over a picture's boxes, and counts; strictly, a missing one has no detection."""
+def score(
+    row: Row,
+    images: Sequence[Image | None],
+    scorers: Mapping[str, Any],
+    *,
+    settings: Settings = Settings(),
+) -> dict[str, Ratio]:
+    """Sums over a picture's boxes, and counts; strictly, a missing one has no detection.
+
+    Raises UserError for a detector that lacks a class of the boxes.
+    """
     (image,) = images
     detections: Mapping[str, Any] = {}
     if image is not None:
         height, width = image.shape[:2]
-        found = scorers["locate"](image, tuple(dict.fromkeys(row.names)))
+        names = tuple(dict.fromkeys(row.names))
+        found = _locator(scorers, names, settings)(image, names)
         # An IoU is that of the pixels: both axes are scaled for all boxes alike.
         detections = {n: boxes / np.array([width, height] * 2) for n, boxes in found.items()}
     strict = metrics.layout(np.array(row.boxes), row.names, detections, classes=row.classes)
     is_there = float(image is not None)
     official = {n: Ratio(r.total * is_there, r.count * is_there) for n, r in strict.items()}
+    not_found = sum(not len(detections.get(name, ())) for name in row.names)
+    failed = len(row.names) - strict["layout_success"].total[0]
     return {f"official/{n}": r for n, r in official.items()} | {
         **{f"strict/{n}": r for n, r in strict.items()},
-        "missing": Ratio.of(1 - is_there),
+        "failures/missing": Ratio.of(1 - is_there),
+        "failures/box_not_found": Ratio.of(is_there * not_found),
+        "failures/box_elsewhere": Ratio.of(is_there * (failed - not_found)),
     }
 
 
+def _locator(scorers: Mapping[str, Any], names: Sequence[str], settings: Settings) -> Any:
+    if settings.scorer == "locate":
+        return scorers["locate"]
+    detect = scorers["detect"]
+    # A class by another name would just never be found.
+    if (classes := getattr(detect, "classes", None)) is not None:
+        for name in names:
+            check_name(name, sorted(classes), what="class of the detector")
+    return of_classes(detect, above=settings.above)
+
+
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
-    """`official/` over the pictures that are there, `strict/` over all, and each class."""
+    """`official/` over the pictures that are there, `strict/` over all, and each class.
+
+    `failures/` count pictures that are missing, and boxes of those that are there.
+    """
     found: Summary = {}
     for name in scores[0]:
         total = merge(column(scores, name))
         found[name] = total.value
-        if name == "missing":
+        if name.startswith("failures/"):
             found[name] = float(total.total[0])
         elif name.endswith("_by_class") and name.startswith("official/"):
             short = name.removesuffix("_by_class")
@@ -236,9 +272,10 @@ def benchmark(settings: Settings = Settings()) -> Official:
         version=1,
         read=lambda path: read(path, settings),
         requests=functools.partial(requests, seed=settings.seed),
-        needs={"locate": ()},
-        score=score,
+        needs={settings.scorer: ()},
+        score=functools.partial(score, settings=settings),
         summary=summary,
+        quality=lambda scores: scores["official/layout_miou"].value,
         primary="official/layout_success",
         settings=dataclasses.asdict(settings),
     )
