@@ -8,7 +8,6 @@ photograph (bicubic), and a pixel belongs to the mask if the mean of its channel
 photograph.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +35,8 @@ def score(
     """Sums and counts of a sample, `official` and `strict`; None is a picture that is missing.
 
     Officially a missing picture counts nowhere, and strictly it is an empty mask. Precision asks
-    the IoU to be at least a number, or to `exceed` it.
+    the IoU to be at least a number, or to `exceed` it. `failures/` say that the picture is missing,
+    that its mask is empty, or that it lies beside the true one.
     """
     mask = np.zeros(target.shape, bool) if image is None else decode(image, shape=target.shape)
     scores = {
@@ -49,8 +49,13 @@ def score(
     }
     is_there = float(image is not None)
     official = {k: Ratio(r.total * is_there, r.count * is_there) for k, r in scores.items()}
-    return {f"official/{k}": r for k, r in official.items()} | {
-        f"strict/{k}": r for k, r in scores.items()
+    is_empty, is_beside = not mask.any(), mask.any() and not (mask & target).any()
+    return {
+        **{f"official/{k}": r for k, r in official.items()},
+        **{f"strict/{k}": r for k, r in scores.items()},
+        "failures/missing": Ratio.of(1 - is_there),
+        "failures/empty_mask": Ratio.of(is_there * float(is_empty)),
+        "failures/mask_elsewhere": Ratio.of(float(is_beside)),
     }
 
 
@@ -59,8 +64,16 @@ def name_of(x: float, *, exceed: bool) -> str:
     return f"accuracy@{x}" if exceed else f"precision@{x}"
 
 
-def summary(scores: Sequence[Scores], *, prefix: str = "") -> Summary:
-    """The number of each column of these samples; NaN where nothing was counted."""
-    found = {prefix + name: merge(column(scores, name)).value for name in scores[0]}
-    there = math.fsum(float(r.count[0]) for r in column(scores, "official/miou"))
-    return found | {f"{prefix}missing": len(scores) - there}
+def summary(splits: Sequence[str], scores: Sequence[Scores]) -> Summary:
+    """The numbers of each split, such as `testA/official/oiou`, and how many samples failed.
+
+    `splits` names that of each sample. A number is NaN where nothing was counted.
+    """
+    found: Summary = {}
+    failures = [name for name in scores[0] if name.startswith("failures/")]
+    for split in dict.fromkeys(splits):
+        chosen = [entry for name, entry in zip(splits, scores, strict=True) if name == split]
+        for name in scores[0]:
+            if name not in failures:
+                found[f"{split}/{name}"] = merge(column(chosen, name)).value
+    return found | {name: float(merge(column(scores, name)).total[0]) for name in failures}

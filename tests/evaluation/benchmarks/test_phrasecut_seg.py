@@ -8,6 +8,7 @@ import pytest
 from data_pipelines import renderings
 from tests.native import phrasecut as release
 from univg_jax.errors import NotFoundError, UserError
+from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import phrasecut_seg
 from univg_jax.evaluation.benchmarks.phrasecut_seg import BENCHMARK
 from univg_jax.evaluation.score_files import score_images
@@ -83,20 +84,22 @@ def test_numbers_of_a_folder(root, tmp_path):
     assert found["test/official/miou"] == (1 / 2 + 1) / 2
     assert found["test/strict/miou"] == pytest.approx(1.5 / 3)
     assert found["test/strict/oiou"] == 200 / (300 + 1600)
-    assert found["test/missing"] == 1
+    assert (found["failures/missing"], found["failures/mask_elsewhere"]) == (1, 0)
 
 
 def test_requests_are_of_the_whole_picture(root):
-    request = BENCHMARK.requests(phrasecut_seg.read(root, pictures="VG"))[1]
+    request = BENCHMARK.requests(open_benchmark("phrasecut_seg:pictures=VG").read(root))[1]
     assert request.inputs == {"prompt": "a box", "image": "VG/24.jpg"}
     assert (request.task, request.whole) == ("seg", True)
 
 
 def test_splits_are_by_the_files(root):
-    (row,) = phrasecut_seg.read(root, split="miniv")
+    bench = open_benchmark("phrasecut_seg:split=miniv")
+    (row,) = bench.read(root)
     assert (row.split, row.phrase) == ("miniv", "mini")
-    with pytest.raises(UserError, match="split of PhraseCut"):
-        phrasecut_seg.read(root, split="train")
+    assert (bench.primary, bench.settings["split"]) == ("miniv/official/miou", "miniv")
+    with pytest.raises(UserError, match=r"unknown phrasecut_seg\.split 'train'"):
+        open_benchmark("phrasecut_seg:split=train")
 
 
 def test_another_file_is_one_line(root):

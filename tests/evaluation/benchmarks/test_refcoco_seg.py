@@ -14,8 +14,9 @@ from tests.evaluation import evaluation_cases as data
 from tests.native import refcoco as release
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import segmentation
+from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import refcoco_seg
-from univg_jax.evaluation.benchmarks.refcoco_seg import BENCHMARK
+from univg_jax.evaluation.benchmarks.refcoco_seg import BENCHMARK, Settings
 from univg_jax.evaluation.job import generate
 from univg_jax.evaluation.score_files import score_images
 from univg_jax.images import write_png
@@ -27,8 +28,8 @@ def root(tmp_path):
     return tmp_path
 
 
-def read(root, **options):
-    return refcoco_seg.read(root, excerpt=True, **options)
+def read(root, **settings):
+    return refcoco_seg.read(root, Settings(**settings), excerpt=True)
 
 
 def masks(shape, *boxes) -> np.ndarray:
@@ -44,7 +45,7 @@ def picture(mask) -> np.ndarray:
 
 
 def test_every_sentence_is_a_sample(root):
-    rows = read(root, subsets=("refcoco",), splits=("train",))
+    rows = read(root, splits=("train",))
     assert [(r.ref, r.number, r.sentence) for r in rows] == [
         (0, 0, "left square"),
         (0, 1, "the left one"),
@@ -62,28 +63,38 @@ def test_every_sentence_is_a_sample(root):
     assert len(set(names)) == 6
 
 
-def test_by_default_all_subsets_without_train(root):
-    sets = {(r.subset, r.partition, r.split) for r in read(root)}
-    assert sets == {
-        ("refcoco", "unc", "val"),
-        ("refcoco", "unc", "testA"),
-        ("refcoco", "unc", "testB"),
-        ("refcoco+", "unc", "testA"),
-        ("refcocog", "google_refexp", "val"),
-    }
+@pytest.mark.parametrize(
+    ("spec", "sets", "primary"),
+    [
+        ("refcoco_seg", {"refcoco_unc/val", "refcoco_unc/testA", "refcoco_unc/testB"}, "val"),
+        ("refcoco_seg:splits=['testB']", {"refcoco_unc/testB"}, "testB"),
+        ("refcoco_seg:subset=refcoco+", {"refcoco+_unc/testA"}, "val"),
+        (
+            "refcoco_seg:subset=refcocog,partition=google",
+            {"refcocog_google_refexp/val"},
+            "val",
+        ),
+    ],
+)
+def test_one_subset_without_train(root, spec, sets, primary):
+    bench = open_benchmark(spec)
+    rows = bench.read(root, excerpt=True)
+    assert {row.name.rsplit("/", 1)[0] for row in rows} == sets
+    assert bench.primary == f"{primary}/official/oiou"
+    assert bench.settings["partition"] == ("google" if "google" in spec else "unc")
 
 
 def test_pictures_are_those_of_train2014(root):
-    (row,) = read(root, subsets=("refcoco",), splits=("testB",))
+    (row,) = read(root, splits=("testB",))
     assert row.picture == str(root / "train2014" / "COCO_train2014_000000000014.jpg")
-    (row,) = read(root, subsets=("refcoco",), splits=("testB",), pictures="coco")
+    (row,) = read(root, splits=("testB",), pictures="coco")
     (request,) = BENCHMARK.requests([row])
     assert request.inputs == {"prompt": "right box", "image": "coco/" + release._name(14)}
     assert (request.task, request.whole) == ("seg", True)
 
 
 def test_sets_are_apart_and_a_ratio_of_sums_is_no_mean(root, tmp_path):
-    rows = read(root, subsets=("refcoco",))
+    rows = read(root)
     shape, folder = (60, 140), tmp_path / "out"
     answers = {
         "the box": masks((96, 96), (20, 20, 60, 60)),
@@ -93,22 +104,21 @@ def test_sets_are_apart_and_a_ratio_of_sums_is_no_mean(root, tmp_path):
     for row in rows:
         write_png(folder / refcoco_seg.image_files(row)[0], picture(answers[row.sentence]))
     found = score_images(BENCHMARK, rows, folder, {}).summary(BENCHMARK, rows)
-    assert found["refcoco_unc/val/official/oiou"] == found["refcoco_unc/val/official/miou"] == 1
-    assert found["refcoco_unc/testA/official/oiou"] == 0.5
-    assert found["refcoco_unc/testA/official/precision@0.5"] == 1  # at least
-    assert found["refcoco_unc/testA/official/precision@0.6"] == 0
-    assert found["refcoco_unc/testB/official/miou"] == 0.8
-    assert found["refcoco_unc/testB/official/precision@0.8"] == 1
+    assert found["val/official/oiou"] == found["val/official/miou"] == 1
+    assert found["testA/official/oiou"] == 0.5
+    assert found["testA/official/precision@0.5"] == 1  # at least
+    assert found["testA/official/precision@0.6"] == 0
+    assert found["testB/official/miou"] == 0.8
+    assert found["testB/official/precision@0.8"] == 1
     both = [r for r in rows if r.split != "val"]
-    merged = segmentation.summary(
-        [segmentation.score(picture(answers[r.sentence]), r.mask) for r in both]
-    )
-    assert merged["official/oiou"] == (800 + 1600) / (1600 + 2000)
-    assert merged["official/miou"] == pytest.approx((0.5 + 0.8) / 2)
+    scores = [segmentation.score(picture(answers[r.sentence]), r.mask) for r in both]
+    merged = segmentation.summary(["both"] * 2, scores)
+    assert merged["both/official/oiou"] == (800 + 1600) / (1600 + 2000)
+    assert merged["both/official/miou"] == pytest.approx((0.5 + 0.8) / 2)
 
 
 def test_a_picture_of_any_size_is_of_the_whole_photograph(root):
-    (row,) = read(root, subsets=("refcoco",), splits=("testA",))
+    (row,) = read(root, splits=("testA",))
     small = picture(masks((30, 70), (5, 5, 25, 25)))
     assert segmentation.score(small, row.mask)["official/miou"].value > 0.9
     square = picture(masks((70, 70), (5, 12, 25, 58)))
@@ -122,13 +132,12 @@ def test_the_threshold_is_half_of_white(level, inside):
 
 
 def test_a_missing_picture_is_left_out_or_an_empty_mask(root, tmp_path):
-    rows = read(root, subsets=("refcoco",), splits=("testA", "testB"))
+    rows = read(root, splits=("testA", "testB"))
     write_png(tmp_path / refcoco_seg.image_files(rows[0])[0], picture(rows[0].mask))
     found = score_images(BENCHMARK, rows, tmp_path, {}).summary(BENCHMARK, rows)
-    assert found["refcoco_unc/testA/missing"] == 0
-    assert found["refcoco_unc/testB/missing"] == 1
-    assert np.isnan(found["refcoco_unc/testB/official/miou"])
-    assert found["refcoco_unc/testB/strict/miou"] == found["refcoco_unc/testB/strict/oiou"] == 0
+    assert found["failures/missing"] == 1
+    assert np.isnan(found["testB/official/miou"])
+    assert found["testB/strict/miou"] == found["testB/strict/oiou"] == 0
 
 
 def test_what_is_generated_lies_on_the_whole_photograph(root, tmp_path):
@@ -139,26 +148,28 @@ def test_what_is_generated_lies_on_the_whole_photograph(root, tmp_path):
         images[:, :, : images.shape[2] // 2] = 255
         return images
 
-    rows = read(root, subsets=("refcoco",), splits=("testA", "testB"))
+    rows = read(root, splits=("testA", "testB"))
     folder = tmp_path / "out"
     requests = BENCHMARK.requests(rows)
     generate(requests, folder, answer=answer, collator=data.COLLATOR, batch_size=2)
     found = score_images(BENCHMARK, rows, folder, {}).summary(BENCHMARK, rows)
     # All of 40 x 40 pixels within 70 x 60, and none of those to the right.
-    assert found["refcoco_unc/testA/official/oiou"] == pytest.approx(1600 / 4200, abs=0.01)
-    assert found["refcoco_unc/testB/official/oiou"] == 0
+    assert found["testA/official/oiou"] == pytest.approx(1600 / 4200, abs=0.01)
+    assert found["testB/official/oiou"] == 0
 
 
 def test_another_release_is_one_line(root):
     with pytest.raises(UserError, match=r"has 1 sentences of refcoco unc val instead of 10834"):
-        refcoco_seg.read(root, subsets=("refcoco",))
-    with pytest.raises(NotFoundError, match=r"has no refcoco\+: expected refcoco\+/refs\(google\)"):
-        read(root, subsets=("refcoco+",), partition="google")
+        refcoco_seg.read(root)
+    with pytest.raises(NotFoundError, match=r"has no refcoco\+ of google: expected refcoco\+/refs"):
+        read(root, subset="refcoco+", partition="google")
     with pytest.raises(UserError, match="'refcok'"):
-        read(root, subsets=("refcok",))
-    with pytest.raises(NotFoundError, match=r"has no sentences of testC: expected refcoco/refs"):
-        read(root, splits=("testC",))
-    with pytest.raises(NotFoundError, match=r"has no sentences of val, testA"):
+        open_benchmark("refcoco_seg:subset=refcok")
+    with pytest.raises(NotFoundError, match=r"refcoco has no sentences of testC"):
+        read(root, splits=("val", "testC"))
+    with pytest.raises(
+        NotFoundError, match=r"nothing has no refcoco of unc: expected refcoco/refs"
+    ):
         read(root / "nothing")
 
 
@@ -168,11 +179,11 @@ def test_refs_of_other_instances_are_refused(root):
     content["images"] = [i for i in content["images"] if i["id"] != 13]
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"has not picture 13 with annotation 131, of refcoco \(u"):
-        read(root, subsets=("refcoco",))
+        read(root)
     content["images"].append(dict(release._image(13), file_name="../13.jpg"))
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=re.escape("'../13.jpg' is the name of no picture")):
-        read(root, subsets=("refcoco",))
+        read(root)
 
 
 @pytest.mark.skipif(
@@ -190,6 +201,6 @@ def test_real_refs(tmp_path):
     instances = dict(images=images, annotations=list(anns.values()), categories=[])
     (tmp_path / "refcoco" / "instances.json").write_text(json.dumps(instances))
     splits = {r["split"] for r in refs}
-    rows = read(tmp_path, splits=tuple(splits), pictures=folder / "coco_train2014")
+    rows = read(tmp_path, splits=tuple(splits), pictures=str(folder / "coco_train2014"))
     assert len(rows) == sum(len(r["sentences"]) for r in refs)
     assert all(row.mask.any() and os.path.isfile(row.picture) for row in rows)

@@ -9,7 +9,6 @@ code prints that mean, too).
 """
 
 import dataclasses
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,12 +16,12 @@ from typing import Any
 from data_pipelines import renderings
 from data_pipelines.datasets import phrasecut
 from data_pipelines.native import coco, tables
-from univg_jax.errors import NotFoundError, UserError, check_name
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import segmentation
-from univg_jax.evaluation.benchmarks.refcoco_seg import by_set
 from univg_jax.evaluation.metrics import Image, Mask, Ratio
 from univg_jax.evaluation.official import Official, Request
 from univg_jax.evaluation.summaries import Scores, Summary
+from univg_jax.fields import setting
 
 SPLITS = ("val", "test", "miniv")
 SIZES_FILES = ("image_data_split3000.json", "image_data_split.json")
@@ -51,17 +50,23 @@ class Row:
             raise UserError(f"phrase {self.number} of {self.split}: {error}") from None
 
 
-def read(
-    path: str | os.PathLike, *, split: str = "test", pictures: str | os.PathLike = ""
-) -> tuple[Row, ...]:
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which phrases; a result stores the split."""
+
+    split: str = setting("test", "of refer_SPLIT.json", names=SPLITS)
+    pictures: str = setting(
+        "", "the folder of IMAGE_ID.jpg; by default `images` beside the phrases", is_path=True
+    )
+
+
+def read(path: str | os.PathLike, settings: Settings = Settings()) -> tuple[Row, ...]:
     """The phrases of refer_SPLIT.json in the folder `path`, in the file's order.
 
-    `pictures` is the folder of IMAGE_ID.jpg (default: `path`/images). Raises UserError for a file
-    that is missing or another one.
+    Raises UserError for a file that is missing or another one.
     """
-    check_name(split, SPLITS, what="split of PhraseCut")
-    root = os.fspath(path)
-    pictures = os.fspath(pictures) or os.path.join(root, "images")
+    root, split = os.fspath(path), settings.split
+    pictures = settings.pictures or os.path.join(root, "images")
     file = os.path.join(root, f"refer_{split}.json")
     tasks = list(coco.read_list(file, what=_WHAT))
     sizes = _sizes(root)
@@ -117,16 +122,22 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     """The numbers of each split, such as `test/official/miou`."""
-    return by_set([row.split for row in rows], scores)
+    return segmentation.summary([row.split for row in rows], scores)
 
 
-BENCHMARK = Official(
-    name="phrasecut_seg",
-    version=1,
-    read=functools.partial(read, split="test"),
-    requests=requests,
-    score=score,
-    summary=summary,
-    primary="test/official/miou",
-    settings={"mask_threshold": renderings.MASK_THRESHOLD},
-)
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark with these settings."""
+    return Official(
+        name="phrasecut_seg",
+        version=1,
+        read=lambda path: read(path, settings),
+        requests=requests,
+        score=score,
+        summary=summary,
+        quality=lambda scores: scores["official/miou"].value,
+        primary=f"{settings.split}/official/miou",
+        settings={"split": settings.split, "mask_threshold": renderings.MASK_THRESHOLD},
+    )
+
+
+BENCHMARK = benchmark()

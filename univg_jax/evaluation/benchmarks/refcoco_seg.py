@@ -8,7 +8,6 @@ case without punctuation (`sent`), as they are evaluated.
 """
 
 import dataclasses
-import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,13 +15,14 @@ from typing import Any
 
 from data_pipelines import renderings
 from data_pipelines.native import coco, refer
-from univg_jax.errors import NotFoundError, UserError, check_name, quote
+from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.evaluation import segmentation
 from univg_jax.evaluation.metrics import Image, Mask, Ratio
 from univg_jax.evaluation.official import Official, Request
 from univg_jax.evaluation.summaries import Scores, Summary, by_group
+from univg_jax.fields import setting
 
-SPLITS = {"refcoco": ("val", "testA", "testB"), "refcoco+": ("val", "testA", "testB")}
+PARTITIONS = ("unc", "umd", "google")
 # Sentences of each split, by the release's own count.
 SENTENCES = {
     ("refcoco", "unc", "val"): 10834,
@@ -65,38 +65,47 @@ class Row:
         return f"{self.subset}_{self.partition}/{self.split}/{self.ref:05}_{self.number}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Whose sentences of which splits; a result stores all but the pictures' place."""
+
+    subset: str = setting("refcoco", "one of the three", names=tuple(refer.PARTITIONS))
+    partition: str | None = setting(
+        None, "who split it: unc, umd or google", names=PARTITIONS, none="unc, or umd of refcocog"
+    )
+    splits: tuple[str, ...] = setting((), "such as ['testA']; by default all but train")
+    pictures: str = setting(
+        "", "the folder of COCO's train2014; by default that beside the sentences", is_path=True
+    )
+
+    @property
+    def of(self) -> str:
+        """The partition."""
+        return self.partition or refer.PARTITIONS[self.subset][0]
+
+
 def read(
-    path: str | os.PathLike,
-    *,
-    pictures: str | os.PathLike = "",
-    subsets: Sequence[str] = (),
-    partition: str = "",
-    splits: Sequence[str] = (),
-    excerpt: bool = False,
+    path: str | os.PathLike, settings: Settings = Settings(), *, excerpt: bool = False
 ) -> tuple[Row, ...]:
     """The sentences of a release below `path`, as `data_pipelines.datasets.refcoco` reads it.
 
-    `pictures` is the folder of COCO's train2014 (default: `path`/train2014). Without names all
-    subsets and all splits but train are taken. Raises UserError for what is missing or another
-    file, or, unless it is an `excerpt`, has another number of sentences than the release.
+    Raises UserError for what is missing or another file, or, unless it is an `excerpt`, has another
+    number of sentences than the release.
     """
     root = os.fspath(path)
-    pictures = os.fspath(pictures) or os.path.join(root, "train2014")
-    rows: list[Row] = []
-    for name in subsets or refer.PARTITIONS:
-        check_name(name, refer.PARTITIONS, what="subset")
-        subset = refer.open_subset(root, name, partition)
-        if subset is not None:
-            rows += _rows(subset, pictures, splits)
-        elif subsets:
-            expected = f"refs({partition or refer.PARTITIONS[name][0]}).p"
-            raise NotFoundError(f"{root} has no {name}: expected {name}/{expected}")
-    if not rows:
-        which = ", ".join(splits) or "val, testA, testB or test"
+    subset = refer.open_subset(root, settings.subset, settings.of)
+    if subset is None:
+        expected = f"{settings.subset}/refs({settings.of}).p"
         raise NotFoundError(
-            f"{root} has no sentences of {which}: expected refcoco/refs(unc).p beside "
-            "instances.json, or the same of refcoco+ or refcocog"
+            f"{root} has no {settings.subset} of {settings.of}: expected {expected} beside "
+            "instances.json"
         )
+    pictures = settings.pictures or os.path.join(root, "train2014")
+    rows = _rows(subset, pictures, settings.splits)
+    absent = [name for name in settings.splits if all(row.split != name for row in rows)]
+    if absent or not rows:
+        which = absent[0] if absent else "val, testA, testB or test"
+        raise NotFoundError(f"{root}: {subset.name} has no sentences of {which}")
     if not excerpt:
         _check_counts(root, rows)
     return tuple(rows)
@@ -163,26 +172,32 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
-    """The numbers of each set, such as `refcoco_unc/testA/official/oiou`; sets are not mixed."""
-    return by_set([row.name.rsplit("/", 1)[0] for row in rows], scores)
+    """The numbers of each split, such as `testA/official/oiou`; splits are not mixed."""
+    return segmentation.summary([row.split for row in rows], scores)
 
 
-def by_set(names: Sequence[str], scores: Sequence[Scores]) -> Summary:
-    """The numbers of the samples of each name, in the order in which names first come."""
-    found: Summary = {}
-    for name in dict.fromkeys(names):
-        chosen = [entry for other, entry in zip(names, scores, strict=True) if other == name]
-        found |= segmentation.summary(chosen, prefix=f"{name}/")
-    return found
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark with these settings."""
+
+    def read_rows(path: str | os.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
+        return read(path, settings, excerpt=excerpt)
+
+    return Official(
+        name="refcoco_seg",
+        version=1,
+        read=read_rows,
+        requests=requests,
+        score=score,
+        summary=summary,
+        quality=lambda scores: scores["official/miou"].value,
+        primary=f"{(*settings.splits, 'val')[0]}/official/oiou",
+        settings={
+            "subset": settings.subset,
+            "partition": settings.of,
+            "splits": settings.splits,
+            "mask_threshold": renderings.MASK_THRESHOLD,
+        },
+    )
 
 
-BENCHMARK = Official(
-    name="refcoco_seg",
-    version=1,
-    read=functools.partial(read, subsets=("refcoco",), partition="unc"),
-    requests=requests,
-    score=score,
-    summary=summary,
-    primary="refcoco_unc/val/official/oiou",
-    settings={"mask_threshold": renderings.MASK_THRESHOLD},
-)
+BENCHMARK = benchmark()
