@@ -24,12 +24,16 @@ from jaxtyping import install_import_hook
 # Before the packages are imported: jaxtyping's annotations become run-time checks.
 install_import_hook(["univg_jax", "data_pipelines"], "beartype.beartype")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.smoke_run import root  # noqa: E402, F401 (a fixture)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A busy machine may be late: no test is about time.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 NO_MESH = jax.sharding.get_mesh()
 

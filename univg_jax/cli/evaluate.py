@@ -70,6 +70,11 @@ def add_arguments(parser: Parser) -> None:
         "--without", default="", metavar="A,B", help="scorers to do without, and their numbers"
     )
     parser.add_argument(
+        "--excerpt",
+        action="store_true",
+        help="the official files have fewer items than published, so numbers do not compare",
+    )
+    parser.add_argument(
         "--limit",
         action=flags.Number,
         least=1,
@@ -168,7 +173,7 @@ def _public_job(args: argparse.Namespace, benchmark: "Official") -> "PublicJob":
             from univg_jax.evaluation.scorers.opening import open_scorers
 
             scorers = open_scorers(specs)
-    rows = benchmark.read(args.data)
+    rows = benchmark.read(args.data, excerpt=args.excerpt)
     if args.checkpoint is not None:
         options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)
         check_tasks(benchmark, rows, trained_tasks(load_config(args.checkpoint, **options)))
@@ -193,7 +198,7 @@ def _embedded_job(args: argparse.Namespace, benchmark: "Benchmark") -> "Embedded
     from univg_jax.evaluation.run import EmbeddedJob, open_cases, with_data
     from univg_jax.pipeline import load_config
 
-    for name in ("scorer", "without", "limit"):
+    for name in ("scorer", "without", "limit", "excerpt"):
         if getattr(args, name):
             raise UserError(f"{benchmark.name} takes no --{name}: it has all that it needs")
     tasks = [find_task(name).name for name in args.tasks.split(",")] if args.tasks else None

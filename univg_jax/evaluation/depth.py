@@ -170,7 +170,8 @@ def asked(cases: DepthCases, *, counts: Sequence[int], excerpt: bool) -> tuple[A
     found = len(cases)
     if found > max(counts) or not (found in counts or excerpt):
         official = " or ".join(map(str, counts))
-        raise UserError(f"the list has {found} pictures with depth: expected {official}")
+        hint = " (--excerpt takes fewer)" if found < max(counts) else ""
+        raise UserError(f"the list has {found} pictures with depth: expected {official}{hint}")
     rows = tuple(Asked(cases, number) for number in range(found))
     for row in rows:
         if not is_inside(row.name):

@@ -22,6 +22,17 @@ from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.evaluation.metrics import Image
 
 
+def check_count(
+    where: str, *, found: int, official: int, what: str, excerpt: bool, expected: str
+) -> None:
+    """Raises UserError unless `where` has as many `what` as published, or fewer in an `excerpt`."""
+    if not 0 < found <= official or (found < official and not excerpt):
+        hint = " (--excerpt takes fewer)" if 0 < found < official else ""
+        raise UserError(
+            f"{where} has {found} {what} instead of {official}{hint}: expected {expected}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class InputFile:
     """A file by its official name; `source` says in messages what it is and who publishes it."""
@@ -101,8 +112,14 @@ class InputFile:
         """Raises UserError unless there are as many `what` as in the official file, or fewer in an
         `excerpt`.
         """
-        if not 0 < found <= official or (found < official and not excerpt):
-            raise self.error(self.at(path), f"has {found} {what} instead of {official}")
+        check_count(
+            str(self.at(path)),
+            found=found,
+            official=official,
+            what=what,
+            excerpt=excerpt,
+            expected=f"{self.name}, {self.source}",
+        )
 
     def _json(self, path: epath.PathLike, text: str, *, where: str) -> Any:
         try:

@@ -9,8 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from univg_jax.evaluation.fid import FeatureSums
 from univg_jax.evaluation.metrics import Image, Ratio
 from univg_jax.evaluation.summaries import Features, Scores, Summary
@@ -74,13 +72,13 @@ class Published:
 class Official:
     """A public benchmark, one module of `evaluation/benchmarks/`.
 
-    `read(path)` reads its official files. `requests(rows)` has the images that each row asks for,
-    and `side_files(rows)` what the official scorer reads beside them, by name: a text, or a
-    function that is called where the file is not there yet. `score(row, images,
-    scorers)` has the sums and counts of a row's images, and features of sets of pictures; None is
-    an image that is not there. `summary(rows, scores)` has the official numbers, of which `primary`
-    is the first to look at, and `distances(sums)` those that compare sets of pictures, from the
-    sums of all features by name.
+    `read(path)` reads its official files; with `excerpt=True` there may be fewer rows.
+    `requests(rows)` has the images that each row asks for, and `side_files(rows)` what the official
+    scorer reads beside them, by name: a text, or a function that is called where the file is not
+    there yet. `score(row, images, scorers)` has the sums and counts of a row's images, and features
+    of sets of pictures; None is an image that is not there. `summary(rows, scores)` has the
+    official numbers, of which `primary` is the first to look at, and `distances(sums)` those that
+    compare sets of pictures, from the sums of all features by name.
 
     `needs` says for each scorer which numbers it is for, by the parts of their names: of
     "strict/clip_t" these are "strict" and "clip_t", and none stands for all numbers. A scorer that
@@ -89,16 +87,16 @@ class Official:
     is better, NaN if it is not known.
 
     A benchmark of the model itself has no images, and its `score` is that of a row of which nothing
-    is known. All processes call `measure(pipeline, rows)`, and each gets the columns of its own
-    rows, by their numbers.
+    is known. All processes call `measure(pipeline, rows, seed)`, and each gets the columns of its
+    own rows, by their numbers.
 
-    `settings` are choices in which papers differ, so a result has to say them. Raise `version` when
-    numbers would change.
+    `settings` are choices in which papers differ, so a result has to say them; those that are
+    named in `scoring` change no image. Raise `version` when numbers would change.
     """
 
     name: str
     version: int
-    read: Callable[[epath.PathLike], Sequence[Row]]
+    read: Callable[..., Sequence[Row]]
     requests: Callable[[Sequence[Row]], list[Request]]
     score: Callable[
         [Row, Sequence[Image | None], Mapping[str, Any]], Mapping[str, Ratio | Features]
@@ -109,9 +107,10 @@ class Official:
     distances: Callable[[Mapping[str, FeatureSums]], Summary] = lambda sums: {}
     needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     side_files: Callable[[Sequence[Row]], Mapping[str, str | Callable[[], bytes]]] = lambda rows: {}
-    measure: Callable[[Any, Sequence[Row]], Mapping[int, Scores]] | None = None  # by a Pipeline
+    measure: Callable[[Any, Sequence[Row], int], Mapping[int, Scores]] | None = None
     published: tuple[Published, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scoring: tuple[str, ...] = ()
 
 
 def text_requests(

@@ -102,7 +102,7 @@ class PublicJob:
         if (at / FILE).exists():
             return _done(at, Scorecard.read(at))
         template = benchmark.score(rows[0], [], {})
-        found = benchmark.measure(pipeline, rows)
+        found = benchmark.measure(pipeline, rows, self.seed)
         table = score.gather(found, count=len(rows), template=template)
         scores = [{name: column[k] for name, column in table.items()} for k in range(len(rows))]
         scored = Scored(scores, {})
@@ -140,9 +140,10 @@ def image_settings(
         "seed": seed,
         "resolution": pipeline.config.data.resolution,
         "version": benchmark.version,
-        "options": dict(benchmark.settings),
+        "options": {k: v for k, v in benchmark.settings.items() if k not in benchmark.scoring},
         "items": digest(
-            [len(rows), *((r.task, r.files, str(r.inputs.get("prompt", ""))) for r in requests)]
+            [(r.task, r.files, str(r.inputs.get("prompt", ""))) for r in requests]
+            or list(map(repr, rows))
         ),
         **pipeline.digests,
     }
@@ -233,12 +234,13 @@ def _new_card(
     folder: epath.PathLike = "",
 ) -> Scorecard:
     """A card without numbers; with no `settings` the images in `folder` are somebody else's."""
-    plain = {"version": benchmark.version, "options": dict(benchmark.settings)}
+    plain = {"version": benchmark.version}
     place = os.path.abspath(folder)
     return Scorecard(
         benchmark=benchmark.name,
         settings={
             **(plain | {"images": place} if settings is None else settings),
+            "options": dict(benchmark.settings),
             "rows": len(rows),
             "scorers": scorer_digests(scorers),
             "without": sorted(without),

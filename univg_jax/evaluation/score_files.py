@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -105,11 +106,19 @@ def score_images(
         Bar(total=len(rows), desc="score", unit="row", disable=index > 0) as bar,
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
     ):
-        for item in each_together(_in_order(pool, scored, turns, ahead=2 * workers)):
-            if item is not None:
-                number, columns = item
-                found[number] = sums.without_features(columns)
-            bar.update(min(count, len(rows) - bar.n))
+        try:
+            for item in each_together(_in_order(pool, scored, turns, ahead=2 * workers)):
+                if item is not None:
+                    number, columns = item
+                    found[number] = sums.without_features(columns)
+                bar.update(min(count, len(rows) - bar.n))
+        except BaseException:
+            with contextlib.ExitStack() as stack:  # who waits to ask a server again gives up
+                for scorer in scorers.values():
+                    if hasattr(scorer, "interrupted"):
+                        stack.enter_context(scorer.interrupted())
+                pool.shutdown(cancel_futures=True)
+            raise
     ratios = {name: ratio for name, ratio in template.items() if isinstance(ratio, Ratio)}
     table = score.gather(found, count=len(rows), template=ratios)
     by_row = [{name: column[k] for name, column in table.items()} for k in range(len(rows))]
@@ -125,16 +134,12 @@ def _in_order(
 ) -> Iterator[Item]:
     """`function(number)` of each in their order, some of them computed ahead."""
     waiting: collections.deque[concurrent.futures.Future[Item]] = collections.deque()
-    try:
-        for number in numbers:
-            waiting.append(pool.submit(function, number))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
+    for number in numbers:
+        waiting.append(pool.submit(function, number))
+        if len(waiting) > ahead:
             yield waiting.popleft().result()
-    finally:  # after an error the rest is not waited for
-        for future in waiting:
-            future.cancel()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 class _Sums:

@@ -130,12 +130,12 @@ def by_hand(pipe, rows) -> list[float]:
 
 
 def test_the_loss_of_a_model_on_any_mesh_is_that_by_hand(rows):
-    bench = open_benchmark(f"mlperf_loss:seed={SEED}")
+    bench = open_benchmark("mlperf_loss")
     pipes = [pipeline(data=8, fsdp=1), pipeline(data=2, fsdp=2, tensor=2)]
     expected = by_hand(pipes[0], rows)
     template = bench.score(rows[0], [], {})
     for pipe in pipes:
-        found = bench.measure(pipe, rows)
+        found = bench.measure(pipe, rows, SEED)
         assert sorted(found) == list(range(COUNT))
         losses = [found[k]["loss"].total.sum() for k in range(COUNT)]
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
@@ -149,7 +149,7 @@ def test_the_loss_of_a_model_on_any_mesh_is_that_by_hand(rows):
 def test_two_processes_measure_the_rows_of_one(rows, monkeypatch):
     """Each its own rows, in equally many batches that are filled up."""
     pipe = pipeline(data=8, fsdp=1)
-    whole = mlperf_loss.measure(pipe, rows, seed=SEED)
+    whole = mlperf_loss.measure(pipe, rows, SEED)
     monkeypatch.setattr("jax.process_count", lambda: 2)
     found = {}
     for index in (0, 1):
@@ -167,4 +167,4 @@ def test_nothing_is_asked_for_and_pictures_are_beside_the_captions(tmp_path, row
     moved = open_benchmark("mlperf_loss:pictures=/p").read(tmp_path, excerpt=True)
     assert moved[0].picture == "/p/COCO_val2014_000000000020.jpg"
     with pytest.raises(NotFoundError, match=r"020.jpg does not exist: expected COCO's val2014"):
-        bench.measure(pipeline(data=8, fsdp=1), moved)
+        bench.measure(pipeline(data=8, fsdp=1), moved, 0)

@@ -28,8 +28,9 @@ from jaxtyping import Float, Num
 
 from data_pipelines import renderings
 from data_pipelines.native.tables import get
-from univg_jax.errors import NotFoundError, UserError, needs_extra, quote
+from univg_jax.errors import UserError, needs_extra, quote
 from univg_jax.evaluation import metrics
+from univg_jax.evaluation.inputs import check_count
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Request
 from univg_jax.evaluation.summaries import Scores, Summary, column
@@ -110,10 +111,14 @@ def read(
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     official = IMAGES.get(settings.split, len(people))
-    if len(people) > official or (len(people) < official and not excerpt):
-        raise UserError(f"{file} has {len(people)} pictures instead of {official}")
-    if not rows:
-        raise NotFoundError(f"{file} has no pictures: expected COCO's keypoints")
+    check_count(
+        str(file),
+        found=len(people),
+        official=official,
+        what="pictures",
+        excerpt=excerpt,
+        expected="COCO's keypoints",
+    )
     return tuple(rows)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from data_pipelines.native.tables import Table, get, open_table, text_of
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import similarity
-from univg_jax.evaluation.inputs import TablePictures
+from univg_jax.evaluation.inputs import TablePictures, check_count
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Published, Request
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
@@ -115,11 +115,14 @@ def read(
         if "equal_captions" in settings.drop and before == after:
             rows[idx] = None
     official = ROWS[settings.split]
-    if not count or count > official or (count < official and not excerpt):
-        raise UserError(
-            f"{path} has {count} rows of {settings.split} ({settings.files}-*.parquet) instead of "
-            f"{official}: expected {_SOURCES[settings.release]}"
-        )
+    check_count(
+        str(path),
+        found=count,
+        official=official,
+        what=f"rows of {settings.split} ({settings.files}-*.parquet)",
+        excerpt=excerpt,
+        expected=_SOURCES[settings.release],
+    )
     return tuple(row for row in rows.values() if row is not None)
 
 
@@ -200,6 +203,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         primary="official/dino",
         published=PUBLISHED,
         settings=dataclasses.asdict(settings),
+        scoring=("clip", "dino", "release", "reference", "drop"),
     )
 
 

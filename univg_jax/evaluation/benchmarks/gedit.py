@@ -34,7 +34,7 @@ from data_pipelines.native.table_files import object_of
 from data_pipelines.native.tables import get, open_table
 from univg_jax.errors import UserError, check_name
 from univg_jax.evaluation import judging, similarity
-from univg_jax.evaluation.inputs import InputFile, TablePictures
+from univg_jax.evaluation.inputs import InputFile, TablePictures, check_count
 from univg_jax.evaluation.judging import Prompts
 from univg_jax.evaluation.metrics import Image, Ratio
 from univg_jax.evaluation.official import Official, Published, Request
@@ -135,11 +135,10 @@ def read(
     official = LIST_ROWS if is_list else ROWS
     if not rows:
         raise UserError(f"{path} has no rows in {settings.language}: expected {_WHAT}")
-    if len(rows) > official or (len(rows) < official and not excerpt):
-        raise UserError(
-            f"{path} has {len(rows)} rows of language {settings.language!r} instead of {official}: "
-            f"expected {_WHAT}"
-        )
+    what = f"rows of language {settings.language!r}"
+    check_count(
+        str(path), found=len(rows), official=official, what=what, excerpt=excerpt, expected=_WHAT
+    )
     seen: collections.Counter[tuple[str, str]] = collections.Counter()
     numbered = []
     for row in rows:
@@ -418,6 +417,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
             "prompts": prompts.sha256 if prompts else "",
             "sampling": dataclasses.asdict(sampling),
         },
+        scoring=("picture", "prompts", "sampling"),
     )
 
 

@@ -13,6 +13,7 @@ have `<p>` where the person is; in others it is put first, and CLIP is given "pe
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from etils import epath
 from data_pipelines.examples import PLACEHOLDER
 from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.evaluation import metrics, similarity
-from univg_jax.evaluation.inputs import InputFile
+from univg_jax.evaluation.inputs import InputFile, check_count
 from univg_jax.evaluation.judging import is_inside
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import MAX_IMAGES, Official, Published, Request
@@ -70,7 +71,9 @@ class Row:
         return self.prompt.replace(PLACEHOLDER, "person")
 
 
-def read(path: epath.PathLike, settings: Settings = Settings()) -> tuple[Row, ...]:
+def read(
+    path: epath.PathLike, settings: Settings = Settings(), *, excerpt: bool = False
+) -> tuple[Row, ...]:
     """The portraits of a folder, each with all prompts; or of a file people.jsonl with their own.
 
     The name of a person is that of the file. Raises UserError for a folder without pictures, two
@@ -91,8 +94,14 @@ def read(path: epath.PathLike, settings: Settings = Settings()) -> tuple[Row, ..
         if names.count(name) > 1 or not re.fullmatch(r"[\w .-]+", name):
             reason = "are two portraits" if names.count(name) > 1 else "is no name of a person"
             raise UserError(f"{place}: {quote(name)} {reason}: expected files of plain names")
-    if settings.people not in (None, len(names)):
-        raise UserError(f"{place} has {len(names)} portraits instead of {settings.people}")
+    check_count(
+        str(place),
+        found=len(names),
+        official=settings.people or len(names),
+        what="portraits",
+        excerpt=excerpt,
+        expected="one of each person",
+    )
     return tuple(
         Row(face.stem, str(face), number, prompt, settings.images, number < len(prompts))
         for face, prompts in asked
@@ -183,7 +192,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
     return Official(
         name="identity_set",
         version=1,
-        read=lambda path: read(path, settings),
+        read=functools.partial(read, settings=settings),
         requests=requests,
         needs={"identify": ("similarity", "detection_rate", "no_face"), "clip": ("clip_t",)},
         score=score,
@@ -191,6 +200,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         quality=lambda scores: scores["zero/similarity"].value,
         primary="zero/similarity",
         settings=dataclasses.asdict(settings),
+        scoring=("encoder", "clip"),
         published=PUBLISHED if is_unsplash else (),
     )
 

@@ -337,6 +337,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         primary=_TYPES if is_basic else "official/mean",
         published=PUBLISHED if is_basic else (),
         settings=stored | {"prompts": prompts.sha256 if prompts else "", "sampling": sampling},
+        scoring=("prompts", "sampling"),
     )
 
 

@@ -204,7 +204,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
     return Official(
         name="inpainting",
         version=1,
-        read=lambda path: read(path, settings),
+        read=lambda path, *, excerpt=False: read(path, settings),
         requests=requests,
         needs={"inception": ("fid",), "lpips": ("lpips",)},
         score=score,
@@ -213,6 +213,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         quality=lambda scores: scores["raw/psnr"].value,
         primary="composited/fid",
         settings=dataclasses.asdict(settings),
+        scoring=("convention", "lpips"),
     )
 
 

@@ -270,7 +270,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
     return Official(
         name="layout_boxes",
         version=1,
-        read=lambda path: read(path, settings),
+        read=lambda path, *, excerpt=False: read(path, settings),
         requests=functools.partial(requests, seed=settings.seed),
         needs={settings.scorer: ()},
         score=functools.partial(score, settings=settings),
@@ -278,6 +278,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         quality=lambda scores: scores["official/layout_miou"].value,
         primary="official/layout_success",
         settings=dataclasses.asdict(settings),
+        scoring=("scorer", "detector", "above"),
     )
 
 

@@ -238,4 +238,5 @@ BENCHMARK = Official(
     summary=summary,
     primary="official/single/dino",
     settings=dataclasses.asdict(similarity.Backbones()),
+    scoring=("clip", "dino"),
 )

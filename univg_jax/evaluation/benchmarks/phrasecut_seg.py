@@ -130,7 +130,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
     return Official(
         name="phrasecut_seg",
         version=1,
-        read=lambda path: read(path, settings),
+        read=lambda path, *, excerpt=False: read(path, settings),
         requests=requests,
         score=score,
         summary=summary,

@@ -300,10 +300,14 @@ class Endpoint:
                     future.result()
                     bar.update()
             except BaseException:
-                with self._state.stopping_all():
+                with self.interrupted():
                     pool.shutdown(cancel_futures=True)
                 raise
         return [future.result() for future in futures]
+
+    def interrupted(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which threads that wait to ask again give up, by a CancelledError."""
+        return self._state.stopping_all()
 
     def settings(self, sampling: Sampling) -> dict[str, Any]:
         """What results store. `served` are the names by which the server called what answered."""
