@@ -115,7 +115,10 @@ def test_processes_share_the_rows(tmp_path, rows, monkeypatch):
 def test_what_is_missing_or_torn_is_one_line(tmp_path, rows):
     with pytest.raises(UserError, match="has no image of geneval: expected 00000/samples/0000"):
         score_images(BENCHMARK, rows, tmp_path / "nothing", SCORERS)
-    with pytest.raises(UserError, match=r"needs the scorer 'color': CLIP.*--without=color leaves"):
+    with pytest.raises(
+        UserError,
+        match=r"needs the scorer 'color': --scorer=color=DIR, CLIP.*--without=color leaves",
+    ):
         check_scorers(BENCHMARK, ["detect"])
     with pytest.raises(UserError, match="geneval has no number without the scorer 'detect'"):
         check_scorers(BENCHMARK, ["color"], without=["detect"])

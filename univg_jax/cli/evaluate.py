@@ -1,6 +1,7 @@
 """`univg evaluate`: a benchmark's numbers for a checkpoint, or for a folder of images."""
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from data_pipelines.tasks import TASKS, find_task
@@ -172,7 +173,8 @@ def _public_job(args: argparse.Namespace, benchmark: "Official") -> "PublicJob":
         if specs:
             from univg_jax.evaluation.scorers.opening import open_scorers
 
-            scorers = open_scorers(specs)
+            answers = os.path.join(args.out, "answers")
+            scorers = open_scorers(specs, answers=answers)
     rows = benchmark.read(args.data, excerpt=args.excerpt)
     if args.checkpoint is not None:
         options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)

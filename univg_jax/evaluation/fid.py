@@ -79,7 +79,12 @@ def preprocess(image: Image, *, convention: str) -> Input:
 
     Raises UserError for a convention that is none of CONVENTIONS.
     """
-    return CONVENTIONS[check_name(convention, CONVENTIONS, what="convention of FID")](image)
+    return CONVENTIONS[check_convention(convention)](image)
+
+
+def check_convention(name: str) -> str:
+    """The name of one of CONVENTIONS. Raises UserError for another, with the nearest one."""
+    return check_name(name, CONVENTIONS, what="convention of FID")
 
 
 # --- sums of features, and the normal distribution that they describe ---

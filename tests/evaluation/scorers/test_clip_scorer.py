@@ -17,12 +17,12 @@ from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation.benchmarks import geneval
 from univg_jax.evaluation.scorers import scorer_digests
 from univg_jax.evaluation.scorers.clip import (
-    BATCH_SIZE,
     Clip,
     ClipColors,
     hpsv2_pixels,
     openai_pixels,
 )
+from univg_jax.evaluation.scorers.network import BATCH_SIZE
 from univg_jax.interop.transformers import load_clip_text, load_clip_vision
 from univg_jax.models.clip import MEAN, STD, preprocess
 

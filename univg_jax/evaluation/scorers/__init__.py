@@ -99,17 +99,21 @@ PROTOCOLS = {  # what to do about one that is missing
     "text_embed": "the run's own text encoder (`scorers.embedders`)",
     "face_embed": "the run has no face encoder, set conditioning.identity, e.g. dict(kind='lda')",
     "scene": "a scene scorer fitted on the data (`scorers.scene`)",
-    "detect": "a detector of the benchmark's classes, as an ONNX file with its description "
-    "(`scorers.detector`)",
-    "locate": "a detector that is told what to look for, or `layout_boxes.of_classes` of one",
-    "color": "CLIP ViT-L/14, as a folder of Hugging Face (`scorers.clip`)",
-    "clip": "the CLIP that the benchmark names, as a folder of Hugging Face (`scorers.clip`)",
-    "dino": "a DINO, such as dino_vits16",
+    "detect": "--scorer=detect=MODEL.onnx, a detector of the benchmark's classes with its "
+    "description beside it (docs/detectors.md)",
+    "locate": "a detector that is told what to look for, from Python; or scorer=detect",
+    "color": "--scorer=color=DIR, CLIP ViT-L/14 as a folder of openai/clip-vit-large-patch14",
+    "clip": "--scorer=clip=DIR, the CLIP that the benchmark names, such as a folder of "
+    "openai/clip-vit-base-patch32",
+    "dino": "--scorer=dino=DIR, a folder of facebook/dino-vits16",
     "identify": "a detector and an encoder of faces",
     "lpips": "LPIPS with its network",
-    "inception": "FID's Inception with one of `fid.CONVENTIONS`, of pictures of any sizes",
-    "vqa": "a vision-language model that you serve, with log-probabilities (`scorers.endpoint`)",
-    "judge": "a vision-language model that you serve (`scorers.endpoint`)",
+    "inception": "--scorer=inception=FILE.safetensors, pt_inception-2015-12-05 of pytorch-fid or "
+    "torch-fidelity, converted",
+    "vqa": "--scorer=vqa=http://HOST:PORT/v1,model=NAME, a vision-language model that you serve, "
+    "with log-probabilities",
+    "judge": "--scorer=judge=http://HOST:PORT/v1,model=NAME, a vision-language model that you "
+    "serve",
 }
 
 

@@ -5,7 +5,6 @@ It runs on one device of each process, since each process scores only its own ro
 """
 
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,11 +20,10 @@ from univg_jax.errors import UserError, check_name
 from univg_jax.evaluation.benchmarks import geneval
 from univg_jax.evaluation.detection import Detection
 from univg_jax.evaluation.metrics import unit_vectors
+from univg_jax.evaluation.scorers.network import digest_of, in_batches, weights_of
 from univg_jax.interop.transformers import load_clip_text, load_clip_vision
 from univg_jax.models.clip import MEAN, STD
 from univg_jax.pretrained import local_path
-
-BATCH_SIZE = 32  # pictures, or texts, that are embedded at once
 
 Pixels = Float32[np.ndarray, "{size} {size} 3"]
 
@@ -121,12 +119,7 @@ class Clip:
     def digest(self) -> str:
         """16 digits of the SHA-256 of the folder's weights and all that the vectors depend on."""
         settings = [self._preprocessing, self._dtype, self._tokenizer.fingerprint]
-        digest = hashlib.sha256(" ".join(settings).encode())
-        for file in sorted(self._folder.iterdir()):
-            if file.suffix == ".safetensors" or file.name == "config.json":
-                with file.open("rb") as content:
-                    digest.update(hashlib.file_digest(content, "sha256").digest())
-        return digest.hexdigest()[:16]
+        return digest_of(weights_of(self._folder), *settings)
 
     def _embed(
         self,
@@ -135,15 +128,9 @@ class Clip:
         items: Sequence[Any],
         prepare: Callable[[Any], np.ndarray],
     ) -> Float[np.ndarray, "n d"]:
-        rows = [np.zeros((0, self._text.projection_dim), np.float32)]
-        for start in range(0, len(items), BATCH_SIZE):
-            batch = [prepare(item) for item in items[start : start + BATCH_SIZE]]
-            count = len(batch)
-            # Padded to one shape, so that the network is compiled once.
-            batch += batch[-1:] * (BATCH_SIZE - count)
-            found = np.asarray(embed(params, np.stack(batch)), np.float32)
-            rows.append(unit_vectors(found[:count]))
-        return np.concatenate(rows)
+        if not items:
+            return np.zeros((0, self._text.projection_dim), np.float32)
+        return unit_vectors(in_batches(embed, params, items, prepare))
 
 
 class ClipColors:

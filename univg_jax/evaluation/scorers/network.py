@@ -1,0 +1,63 @@
+"""A network of pictures from files, on one device of each process."""
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+BATCH_SIZE = 32  # inputs that are computed at once
+
+Apply = Callable[[Any, jax.Array], jax.Array]
+
+
+class PictureNetwork:
+    """Vectors of pictures, each of any size: `prepare(picture)` is what the network is given."""
+
+    def __init__(
+        self,
+        apply: Apply,
+        params: Any,
+        prepare: Callable[[UInt8[np.ndarray, "h w 3"]], np.ndarray],
+        *,
+        digest: str,
+    ):
+        self._apply, self._params, self._prepare = jax.jit(apply), params, prepare
+        self.digest = digest
+
+    def __call__(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "n d"]:
+        """A vector of each picture, of which there is one at least."""
+        return in_batches(self._apply, self._params, images, self._prepare)
+
+
+def in_batches(
+    apply: Apply, params: Any, items: Sequence[Any], prepare: Callable[[Any], np.ndarray]
+) -> Float[np.ndarray, "n d"]:
+    """`apply(params, x)` of all items, in batches of one shape, so that it is compiled once."""
+    rows = []
+    for start in range(0, len(items), BATCH_SIZE):
+        batch = [prepare(item) for item in items[start : start + BATCH_SIZE]]
+        count = len(batch)
+        batch += batch[-1:] * (BATCH_SIZE - count)
+        rows.append(np.asarray(apply(params, np.stack(batch)), np.float32)[:count])
+    return np.concatenate(rows)
+
+
+def digest_of(files: Sequence[pathlib.Path], *settings: str) -> str:
+    """16 digits of the SHA-256 of files and of settings that the vectors depend on."""
+    digest = hashlib.sha256(" ".join(settings).encode())
+    for file in sorted(files):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def weights_of(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a folder that say what a network computes, or the file itself."""
+    if not path.is_dir():
+        return [path]
+    kept = (file for file in path.iterdir() if file.suffix == ".safetensors")
+    return [*kept, *path.glob("config.json")]
