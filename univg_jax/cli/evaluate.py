@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data_pipelines.tasks import TASKS, find_task
@@ -138,7 +139,9 @@ def run(args: argparse.Namespace) -> None:
     configure(args)
     job = _public_job(args, benchmark) if is_public else _embedded_job(args, benchmark)
     if args.checkpoint is None:
-        _show(job(None))
+        done = job(None)
+        _show(done)
+        _write_page(args.out, [done])
         return
     from univg_jax.evaluation.sweep import combinations
     from univg_jax.pipeline import Pipeline
@@ -146,8 +149,11 @@ def run(args: argparse.Namespace) -> None:
     options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)
     choices = combinations(args.sweep)
     pipeline = Pipeline.load(args.checkpoint, ema=not args.raw_params, **options)
+    done = []
     for choice in choices:
-        _show(job(choice.applied_to(pipeline)), title=str(choice))
+        done.append(job(choice.applied_to(pipeline)))
+        _show(done[-1], title=str(choice))
+    _write_page(args.out, done)
 
 
 def _show(done: "Done", *, title: str = "") -> None:
@@ -155,6 +161,20 @@ def _show(done: "Done", *, title: str = "") -> None:
 
     if jax.process_index() == 0:
         print(*filter(None, [title, done.text, f"in {done.folder}"]), sep="\n")
+
+
+def _write_page(out: str, done: Sequence["Done"]) -> None:
+    """Writes report.html about what has numbers."""
+    import jax
+    from etils import epath
+
+    from univg_jax.evaluation.report import write_page
+
+    folders = [each.folder for each in done if each.numbers]
+    if folders and jax.process_index() == 0:
+        page = epath.Path(out) / "report.html"
+        write_page(page, folders)
+        print(f"all of it is on the page {page}")
 
 
 def _public_job(args: argparse.Namespace, benchmark: "Official") -> "PublicJob":

@@ -37,6 +37,10 @@ class Done:
     primary: str = ""
 
 
+class OtherKindError(UserError):
+    """The results are of a public benchmark (`evaluation.scorecard`)."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
     """What one evaluation found, as its file has it."""
@@ -61,12 +65,16 @@ class Results:
         """The results in a folder.
 
         Raises NotFoundError if there are none, UserError naming the file if it is torn, changed
-        since it was written, or of another version.
+        since it was written, or of another version; OtherKindError for a public benchmark's.
         """
         path = epath.Path(folder) / FILE
         if not path.exists():
             raise NotFoundError(f"{path} is missing: `univg evaluate` writes it")
         content = read_sealed(path)
+        if content.get("kind") == "public":
+            raise OtherKindError(
+                f"{path} is of a public benchmark: `univg report` without --stages shows it"
+            )
         if not {"settings", "tasks"} <= set(content):
             raise UserError(f"{path} is not the results of an evaluation: move it away")
         if content.get("version") != VERSION:
@@ -83,7 +91,8 @@ def find(
 
     `out` is what `univg evaluate` was given, or the folder of one evaluation in it. Of several it
     is the newest one of a checkpoint in `weights`, the digests of its files; without any, the
-    newest of all. A damaged one is passed over with a warning.
+    newest of all. A damaged one is passed over with a warning, and one of a public benchmark
+    without.
 
     Raises UserError if there is none, or none of these checkpoints.
     """
@@ -92,9 +101,13 @@ def find(
     if not folders:
         return out, Results.read(out), []
     found: dict[epath.Path, Results] = {}
+    public = []
     for folder in folders:
         try:
             found[folder] = Results.read(folder)
+        except OtherKindError as error:
+            damage = error
+            public.append(folder)
         except UserError as error:
             logging.warning("%s", error)
             damage = error
@@ -115,7 +128,8 @@ def find(
             f"name one of: {there}"
         )
     chosen = max(suitable, key=lambda folder: (suitable[folder].provenance.get("date", ""), folder))
-    return chosen, found[chosen], [folder.name for folder in folders if folder != chosen]
+    others = [folder.name for folder in folders if folder not in (chosen, *public)]
+    return chosen, found[chosen], others
 
 
 def digest(content: Any) -> str:

@@ -6,6 +6,7 @@ holds and none of `exclude` does. The overall score is the mean over the six tag
 right images, so a tag with few prompts weighs as much as the others.
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -46,6 +47,7 @@ COLORS = (
     *("purple", "pink", "brown", "black", "white"),
 )
 RELATIONS = ("left of", "right of", "above", "below")
+FAILURES = ("missing", "excess", "color", "position", "target")  # of objects; target: of a relation
 BACKGROUND = 0x99  # gray, of the crops whose color is asked for
 
 # Colors of some detections of a class.
@@ -80,7 +82,7 @@ class Verdict:
     """Whether an image is right, and the kinds of what is wrong with it."""
 
     is_correct: bool
-    failures: tuple[str, ...] = ()  # missing, color, target, position, excess
+    failures: tuple[str, ...] = ()  # of FAILURES
 
 
 def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
@@ -245,13 +247,19 @@ def score(verdicts: Sequence[Verdict | None]) -> dict[str, Ratio]:
     """
     there = [verdict for verdict in verdicts if verdict is not None]
     right = sum(verdict.is_correct for verdict in there)
-    return {"correct": Ratio.of(right, len(there)), "strict": Ratio.of(right, len(verdicts))}
+    kinds = collections.Counter(kind for verdict in there for kind in verdict.failures)
+    return {
+        "correct": Ratio.of(right, len(there)),
+        "strict": Ratio.of(right, len(verdicts)),
+        **{f"failures/{kind}": Ratio.of(kinds[kind], len(there)) for kind in FAILURES},
+    }
 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     """`overall`, each tag, the share of right images, and of prompts with at least one.
 
-    A missing image counts nowhere, and is wrong in what is `strict/`.
+    A missing image counts nowhere, and is wrong in what is `strict/`. `failures/` counts what is
+    wrong with the images, by its kind.
     """
     correct, strict = column(scores, "correct"), column(scores, "strict")
     tags = [row.tag for row in rows]
@@ -267,6 +275,7 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
         "strict/overall": mean_of(all_asked.values()),
         **values("strict/", all_asked),
         "missing": float(asked.count.sum() - images.count.sum()),
+        **{name: float(merge(column(scores, name)).total.sum()) for name in map("failures/{}".format, FAILURES)},
     }
 
 
@@ -299,7 +308,7 @@ BENCHMARK = Official(
     side_files=_side_files,
     needs={
         "detect": (),
-        "color": ("overall", "colors", "color_attr", "images", "prompts"),
+        "color": ("overall", "colors", "color_attr", "images", "prompts", "color"),
     },
     score=_score,
     summary=summary,

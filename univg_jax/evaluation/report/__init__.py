@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from univg_jax.evaluation.report import views, wording
+from univg_jax.evaluation.report.page import write_page
 from univg_jax.evaluation.report.plot import color_of
 from univg_jax.evaluation.report.read import Evaluation, Stage, TaskResult
 from univg_jax.evaluation.report.sheet import write_sheet
@@ -19,7 +20,7 @@ from univg_jax.evaluation.results import Json
 from univg_jax.files import write_whole
 from univg_jax.pages import load_templates
 
-__all__ = ["Evaluation", "TaskResult", "write_report", "write_sheet"]
+__all__ = ["Evaluation", "TaskResult", "write_page", "write_report", "write_sheet"]
 
 PAGES = load_templates(__name__)
 PAGES.globals |= dict(color=color_of, words=wording)

@@ -1,8 +1,11 @@
-"""The plot of a stage's losses, as SVG that stands in the page and follows its colors."""
+"""Plots as SVG that stands in the page and follows its colors: losses, and numbers over a setting."""
 
+import contextlib
+import dataclasses
 import html
 import io
 import re
+from collections.abc import Iterator, Mapping
 
 import matplotlib as mpl
 import numpy as np
@@ -36,10 +39,46 @@ def color_of(task: str) -> str:
 
 def loss_plot(run: Stage) -> str:
     """The loss of all tasks (thick) and of each (thin), with validation losses as dots."""
+    stage = run.summary["stage"]
+    # The ids in two plots of one page must differ, and be the same in the next report.
+    with _drawing(salt=stage, label=f"Loss of stage {stage} over its steps") as plot:
+        _draw_losses(plot.axes, run)
+    return plot.svg
+
+
+def line_color(number: int) -> str:
+    """The color of a plot's line, by its place among all."""
+    return [*COLORS.values(), *SPARE_COLORS][number % (len(COLORS) + len(SPARE_COLORS))]
+
+
+def line_plot(lines: Mapping[str, Mapping[float, float]], *, x: str, y: str) -> str:
+    """Numbers `y` over `x`, each line in its `line_color`."""
+    with _drawing(salt=f"{y} over {x}", label=f"{y} over {x}") as plot:
+        for number, line in enumerate(lines.values()):
+            xs = sorted(line)
+            color = line_color(number)
+            plot.axes.plot(xs, [line[x] for x in xs], "o-", color=color, lw=2, ms=4.5)
+        # A name may have dollars, which are no formula.
+        plot.axes.set_xlabel(x, parse_math=False)
+        plot.axes.margins(y=0.15)
+        _plain(plot.axes)
+        if len(places := sorted({place for line in lines.values() for place in line})) <= 6:
+            plot.axes.set_xticks(places, [f"{place:g}" for place in places])
+    return plot.svg
+
+
+@dataclasses.dataclass
+class _Plot:
+    axes: Axes
+    svg: str = ""
+
+
+@contextlib.contextmanager
+def _drawing(*, salt: str, label: str) -> Iterator[_Plot]:
+    """What draws in it makes `svg`, whose meaning is `label`. `salt` makes the ids its own."""
     style = {
         "svg.fonttype": "none",
-        # The ids in two plots of one page must differ, and be the same in the next report.
-        "svg.hashsalt": run.summary["stage"],
+        "svg.hashsalt": salt,
         "font.size": 9,
         "axes.edgecolor": FAINT,
         **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), INK),
@@ -47,13 +86,13 @@ def loss_plot(run: Stage) -> str:
     }
     with mpl.rc_context(style):
         figure = Figure(figsize=(4.8, 2.6), layout="constrained")
-        _draw_losses(figure.add_subplot(), run)
+        plot = _Plot(figure.add_subplot())
+        yield plot
         buffer = io.StringIO()
         # Without a date, so that the same run gives the same page.
         no_metadata = {"Date": None, "Creator": None}
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    label = html.escape(f"Loss of stage {run.summary['stage']} over its steps", quote=True)
-    return _inline(buffer.getvalue(), label=label)
+    plot.svg = _inline(buffer.getvalue(), label=html.escape(label, quote=True))
 
 
 def _draw_losses(axes: Axes, run: Stage) -> None:
@@ -78,9 +117,15 @@ def _draw_losses(axes: Axes, run: Stage) -> None:
         margin = 0.08 * max(high - low, 1e-6)
         axes.set_ylim(max(low - margin, 0), high + margin)
     axes.set_xlabel("step")
+    _plain(axes)
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True))
+
+
+def _plain(axes: Axes) -> None:
+    """Few marks: thin horizontal lines, and five numbers at most."""
     axes.grid(axis="y", color=FAINT, lw=0.6)
     axes.tick_params(length=0)
-    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
     axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
 
 
