@@ -214,6 +214,9 @@ def test_evaluation_and_report(root, capsys):
     assert all(name in capsys.readouterr().out for name in names[:1])
     for task in results["tasks"].values():
         assert {"model", "untrained", "trivial", "codec"} <= set(task["systems"])
+    page = (root / "evaluation" / "report.html").read_text()
+    assert "ie/l1_changed" in page
+    assert results["provenance"]["date"] in page
     stages = ",".join(str(root / f"stage{i}") for i in (1, 2, 3))
     assert (
         main(

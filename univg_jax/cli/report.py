@@ -1,4 +1,4 @@
-"""`univg report`: one page about the stages of a run and its evaluation, or about any evaluations."""
+"""`univg report`: a page about the stages of a run and its evaluation, or about any evaluations."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--stages",
         metavar="DIR,DIR",
-        help="workdirs, in order: the page of a run; without them it is one about evaluations alone",
+        help="workdirs, in order: for the page of a run; without them it has evaluations alone",
     )
     parser.add_argument(
         "--evaluation",
         required=True,
         metavar="DIR,DIR",
-        help="the --out of `univg evaluate`, one of the folders in it, or the workdir of a run that "
-        "was followed; several are shown side by side. With --stages one, of which the newest of the "
-        "last stage is shown",
+        help="the --out of `univg evaluate`, one of the folders in it, or the workdir of a run "
+        "that was followed; several are shown side by side. With --stages only one, of which the "
+        "newest of the last stage is shown",
     )
     parser.add_argument(
         "--out",

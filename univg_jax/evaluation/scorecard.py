@@ -85,13 +85,14 @@ class Scorecard:
         names = [name for name in names if name in self.numbers]
         width = max(map(len, names), default=0)
         lines = [
-            f"{name:{width}}  {format_number(self.numbers[name]):>10}  {', '.join(published.get(name, ()))}"
+            f"{name:{width}}  {format_number(self.numbers[name]):>10}  "
+            f"{', '.join(published.get(name, ()))}"
             for name in names
         ]
         return "\n".join(map(str.rstrip, lines))
 
 
-def format_number(value: float | None) -> str:
+def format_number(value: int | float | None) -> str:
     """A number as people read it; a dash for one that nothing was counted for."""
     return "-" if value is None else f"{value:.0f}" if value == int(value) else f"{value:.4f}"
 

@@ -275,7 +275,10 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
         "strict/overall": mean_of(all_asked.values()),
         **values("strict/", all_asked),
         "missing": float(asked.count.sum() - images.count.sum()),
-        **{name: float(merge(column(scores, name)).total.sum()) for name in map("failures/{}".format, FAILURES)},
+        **{
+            name: float(merge(column(scores, name)).total.sum())
+            for name in map("failures/{}".format, FAILURES)
+        },
     }
 
 

@@ -28,13 +28,13 @@ class Album:
     def __init__(self, most: int) -> None:
         self._rest, self.left_out = most, 0
 
-    def add(self, path: epath.Path) -> Thumbnail:
+    def add(self, path: epath.PathLike) -> Thumbnail:
         """A small copy of a picture. One that is not there or torn is no error."""
         if self._rest <= 0:
             self.left_out += 1
             return Thumbnail(reason="left out")
         try:
-            pixels = to_rgb(open_picture(path.read_bytes()))
+            pixels = to_rgb(open_picture(epath.Path(path).read_bytes()))
         except (FileNotFoundError, NotADirectoryError):
             return Thumbnail(reason="missing")
         except UserError:

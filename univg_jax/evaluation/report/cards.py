@@ -25,7 +25,7 @@ class Case:
     key: Key
     given: Mapping[str, epath.Path] = dataclasses.field(default_factory=dict)
     files: Sequence[epath.Path] = ()
-    quality: float | None = None  # higher is better
+    quality: int | float | None = None  # higher is better
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Card:
     settings: Json
     provenance: Json
     items: int
-    numbers: Mapping[str, float | None]
+    numbers: Mapping[str, int | float | None]
     primaries: Sequence[str]  # names of the numbers to look at first
     beside: Sequence[Json]
     cases: Mapping[str, Sequence[Case]]  # first, best, worst

@@ -11,7 +11,7 @@ from univg_jax.evaluation.report.plot import line_plot
 from univg_jax.evaluation.results import Json
 from univg_jax.evaluation.scorecard import format_number
 
-Line = Mapping[float, float]  # y by x
+Line = Mapping[int | float, int | float]  # y by x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,13 @@ class Curves:
 
 
 def of_sweep(cards: Sequence[Card]) -> list[Curves]:
-    """Each primary number over the setting that has most values; none without such a setting.
+    """Each primary number over the setting that has most values; none without such a setting,
+    and a seed is none.
 
     There is a line for each value of the others.
     """
     differing = axes(cards)
-    numeric = [axis for axis in differing if axis.is_numeric]
+    numeric = [axis for axis in differing if axis.is_numeric and axis.name != "seed"]
     if not numeric:
         return []
     x = max(numeric, key=lambda axis: len(set(axis.values)))
@@ -55,7 +56,7 @@ def of_sweep(cards: Sequence[Card]) -> list[Curves]:
     others = [axis for axis in differing if axis is not x and axis.partition != x.partition]
     found = []
     for name in dict.fromkeys(name for card in cards for name in card.primaries):
-        lines: dict[str, dict[float, float]] = {}
+        lines: dict[str, dict[int | float, int | float]] = {}
         for k, card in enumerate(cards):
             if (value := card.numbers.get(name)) is not None:
                 line = ", ".join(f"{axis.name} {setting_text(axis.values[k])}" for axis in others)

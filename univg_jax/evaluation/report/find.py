@@ -56,7 +56,9 @@ def find(paths: Sequence[epath.PathLike]) -> Found:
 def _logs(folder: epath.Path) -> dict[str, Log]:
     """The rows of each benchmark that have numbers."""
     rows = {file.stem: read_metrics(file) for file in sorted(folder.glob("*.jsonl"))}
-    kept = {name: [r for r in log if isinstance(r.get("numbers"), dict)] for name, log in rows.items()}
+    kept = {
+        name: [r for r in log if isinstance(r.get("numbers"), dict)] for name, log in rows.items()
+    }
     return {name: log for name, log in kept.items() if log}
 
 

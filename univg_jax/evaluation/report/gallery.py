@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from univg_jax.evaluation.report.album import Album, Thumbnail
-from univg_jax.evaluation.report.cards import Card, Case
+from univg_jax.evaluation.report.cards import Card, Case, Key
 
 FILES = 4  # of an item that are shown, where one evaluation is
+FEW = 4  # of the best and the worst items, where several are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Extremes:
 
 
 def first_items(cards: Sequence[Card], labels: Sequence[str], *, album: Album) -> list[Item]:
-    """The first items of the first evaluation that has some; of several one picture of each."""
+    """The first items with pictures: all of one evaluation, or one of each of several."""
     if len(cards) == 1:
-        return [_item(case, album=album) for case in cards[0].cases.get("first", ())]
-    items: dict[tuple, list[tuple[str, Case]]] = {}
+        return [_item(case, album=album) for case in _shown(cards[0], "first")]
+    items: dict[Key, list[tuple[str, Case]]] = {}
     for card, label in zip(cards, labels, strict=True):
-        for case in card.cases.get("first", ()):
+        for case in _shown(card, "first"):
             items.setdefault(case.key, []).append((label, case))
     return [
         Item(
@@ -52,14 +53,18 @@ def extremes(cards: Sequence[Card], labels: Sequence[str], *, album: Album) -> l
     """Those of each evaluation in which items differ; fewer of each where there are several."""
     found = []
     for card, label in zip(cards, labels, strict=True):
-        best, worst = (card.cases.get(kind, ()) for kind in ("best", "worst"))
+        best, worst = (_shown(card, kind) for kind in ("best", "worst"))
         if best and worst and best[0].quality != worst[0].quality:
             shown = [
-                [_item(case, album=album) for case in cases[: 12 if len(cards) == 1 else 4]]
+                [_item(case, album=album) for case in (cases if len(cards) == 1 else cases[:FEW])]
                 for cases in (best, worst)
             ]
             found.append(Extremes(label, *shown))
     return found
+
+
+def _shown(card: Card, kind: str) -> list[Case]:
+    return [case for case in card.cases.get(kind, ()) if case.files]
 
 
 def _item(case: Case, *, album: Album) -> Item:

@@ -1,4 +1,4 @@
-"""Plots as SVG that stands in the page and follows its colors: losses, and numbers over a setting."""
+"""Plots as SVG that stands in the page and follows its colors: losses, numbers over a setting."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ def line_color(number: int) -> str:
     return [*COLORS.values(), *SPARE_COLORS][number % (len(COLORS) + len(SPARE_COLORS))]
 
 
-def line_plot(lines: Mapping[str, Mapping[float, float]], *, x: str, y: str) -> str:
+def line_plot(lines: Mapping[str, Mapping[int | float, int | float]], *, x: str, y: str) -> str:
     """Numbers `y` over `x`, each line in its `line_color`."""
     with _drawing(salt=f"{y} over {x}", label=f"{y} over {x}") as plot:
         for number, line in enumerate(lines.values()):

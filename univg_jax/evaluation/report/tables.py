@@ -41,7 +41,10 @@ def failure_rows(cards: Sequence[Card]) -> list[tuple[str, list[str]]]:
     )
     ordered = sorted(kinds, key=lambda name: -sum(card.numbers.get(name) or 0 for card in cards))
     return [
-        (name.removeprefix(f"{FAILURES}/"), [format_number(card.numbers.get(name)) for card in cards])
+        (
+            name.removeprefix(f"{FAILURES}/"),
+            [format_number(card.numbers.get(name)) for card in cards],
+        )
         for name in ordered
     ]
 
@@ -59,7 +62,7 @@ def setting_rows(cards: Sequence[Card]) -> list[tuple[str, list[str]]]:
     flat = [trees.flatten({**_origin(card), **card.settings}) for card in cards]
     rows = []
     for key in dict.fromkeys(key for settings in flat for key in settings):
-        texts = [setting_text(settings[key]) if key in settings else "–" for settings in flat]
+        texts = [setting_text(settings[key]) if key in settings else "-" for settings in flat]
         rows.append((key, texts if len(set(texts)) > 1 else texts[:1]))
     return rows
 
@@ -86,7 +89,7 @@ def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _table(title: str, names: Sequence[str], cards: Sequence[Card]) -> Table:
     primaries = [name for card in cards for name in card.primaries]
-    beside: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    beside: dict[tuple[str, str], list[int | float]] = collections.defaultdict(list)
     for entry in (entry for card in cards for entry in card.beside if entry["metric"] in names):
         beside[entry["system"], entry["metric"]].append(entry["value"])
     systems = list(dict.fromkeys(system for system, _ in beside))
@@ -105,7 +108,7 @@ def _table(title: str, names: Sequence[str], cards: Sequence[Card]) -> Table:
     )
 
 
-def _range(values: Sequence[float]) -> str:
+def _range(values: Sequence[int | float]) -> str:
     """One text for numbers that may differ between evaluations; empty for none."""
     texts = list(dict.fromkeys(map(format_number, sorted(values))))
     return texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}" if texts else ""
