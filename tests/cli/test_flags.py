@@ -57,7 +57,7 @@ def test_numbers_and_paths_are_of_their_kinds(words, action):
     assert is_number == isinstance(action, flags.Number)
     if any(word in str(action.metavar) for word in ("DIR", "FILE")) and action.dest not in (
         "config",  # expanded where it is read
-        "stages",  # a list of paths
+        *("stages", "evaluation"),  # lists of paths
     ):
         assert isinstance(action, flags.Output) or action.type is flags.path
 
