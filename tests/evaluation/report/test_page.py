@@ -170,6 +170,9 @@ def test_a_followed_run_is_plotted_over_its_steps(tmp_path):
     assert "overall over step" in text_of(beside)
     assert "step|overall|100|0.1000|200|0.2000" in text_of(beside)
     assert beside.count("<svg") == 1
+    for steps in (20, 30, 40):
+        write_card(tmp_path / "out", steps=steps)
+    assert page_of(tmp_path, tmp_path / "run", tmp_path / "out").count("<svg") == 2
 
 
 def test_both_kinds_of_results_are_shown_and_only_its_own_kind_is_found(tmp_path):

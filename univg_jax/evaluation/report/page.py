@@ -41,7 +41,7 @@ class Group:
         album, names = Album(most), labels(cards)
         primaries = list(dict.fromkeys(name for card in cards for name in card.primaries))
         followed = curves.of_logs(logs, primaries)
-        swept = [] if followed or len(cards) < 2 else curves.of_sweep(cards)
+        swept = [c for c in curves.of_sweep(cards) if not (followed and c.x == followed[0].x)]
         first = gallery.first_items(cards, names, album=album) if cards else []
         extremes = gallery.extremes(cards, names, album=album)
         return cls(
