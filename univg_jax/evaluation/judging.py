@@ -13,13 +13,14 @@ import hashlib
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import logging
 from etils import epath
 
 from univg_jax.errors import UserError, suggestion
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.summaries import Scores, Summary, column
 
 FAILURES = ("unparsed", "refused", "failed", "missing_image")
@@ -83,6 +84,12 @@ def is_inside(name: str) -> bool:
     """Whether a name from a list stays in the folder that it is put after."""
     path = pathlib.PurePosixPath(name)
     return name != "" and not path.is_absolute() and ".." not in path.parts
+
+
+def ask_all(vqa: Any, image: Image, questions: Sequence[str]) -> list[Any]:
+    """The replies of a `scorers.endpoint.Endpoint` about an image; None could not be used."""
+    replies = [vqa.vqa(image, question) for question in questions]
+    return [reply if reply.kind == "answered" else None for reply in replies]
 
 
 def outcome_columns(outcome: str) -> dict[str, Ratio]:

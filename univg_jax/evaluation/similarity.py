@@ -60,6 +60,12 @@ def distances(image: UInt8[np.ndarray, "_ _ 3"], other: UInt8[np.ndarray, "_ _ 3
     return {"l1": float(np.abs(difference).mean()), "l2": float(np.square(difference).mean())}
 
 
+def clip_cosine(clip: Any, image: Image, text: str) -> float:
+    """The cosine of a picture and a text by a CLIP (`scorers.clip`)."""
+    (own,), (its,) = clip.image_embed([image]), clip.text_embed([text])
+    return metrics.cosine(own, its).value
+
+
 def compare(
     image: UInt8[np.ndarray, "_ _ 3"],
     other: UInt8[np.ndarray, "_ _ 3"],

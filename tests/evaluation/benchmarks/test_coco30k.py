@@ -83,5 +83,7 @@ def test_another_file_is_one_line(tmp_path, content, name, reason):
 
 def test_the_clip_score_is_a_mean_of_raw_cosines():
     rows = [Row(k, k, k, "") for k in range(3)]
-    found = coco30k.summary(rows, [coco30k.score(c) for c in (0.25, -0.125, None)])
+    found = coco30k.summary(
+        rows, [coco30k.score(c, missing=c is None) for c in (0.25, -0.125, None)]
+    )
     assert found == {"clip": 0.0625, "missing": 1}

@@ -12,6 +12,7 @@ pandas draws the shuffle from numpy's old generator, whose numbers never change.
 import csv
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,9 +20,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from univg_jax.evaluation import fid
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.metrics import Ratio, merge
-from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.evaluation.metrics import Image, Ratio, merge
+from univg_jax.evaluation.official import Columns, Official, text_requests
+from univg_jax.evaluation.similarity import clip_cosine, read_rgb, resized
+from univg_jax.evaluation.summaries import Features, Scores, Summary, column
+from univg_jax.fields import setting
 
 CAPTIONS = InputFile("captions_val2014.json", "COCO's captions: annotations_trainval2014.zip")
 TABLE = InputFile("val2014_30k.tsv", "MLPerf's captions (image_id, id, caption)")
@@ -38,6 +43,24 @@ class Row:
     image_id: int
     caption_id: int
     caption: str
+    real: str = ""  # the file of the real picture
+
+    @property
+    def prompt(self) -> str:
+        """What is painted."""
+        return self.caption
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The real pictures that FID compares with, and how Inception is given pictures.
+
+    These are a folder of COCO's val2014, or published statistics of another set.
+    """
+
+    real: str = setting("", "the folder that has val2014/; by default that of the captions")
+    stats: str = setting("", "an .npz of `mu` and `sigma` instead", is_path=True)
+    convention: str = setting("pytorch-fid", "how FID resizes", names=tuple(fid.CONVENTIONS))
 
 
 def read(path: epath.PathLike, *, samples: int = SAMPLES, excerpt: bool = False) -> tuple[Row, ...]:
@@ -112,16 +135,75 @@ def real_file(row: Row) -> str:
     return f"val2014/COCO_val2014_{row.image_id:012}.jpg"
 
 
-def score(cosine: float | None) -> dict[str, Ratio]:
-    """Sums and counts of an image's CLIP score, the raw cosine; None is an image that is missing.
+def score(cosine: float | None, *, missing: bool = False) -> dict[str, Ratio]:
+    """Sums and counts of an image's CLIP score, the raw cosine; None where there is none.
 
     Every row counts once: MLPerf's code says of itself that the rows that pad its last batch count
     twice.
     """
-    return {"clip": Ratio.of(0.0, 0.0) if cosine is None else Ratio.of(cosine)}
+    clip = Ratio.of(0.0, 0.0) if cosine is None else Ratio.of(cosine)
+    return {"clip": clip, "missing": Ratio.of(float(missing))}
 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     """The mean CLIP score. FID is no mean over images: its state merges on its own."""
     total = merge(column(scores, "clip"))
-    return {"clip": total.value, "missing": float(len(rows) - total.count.sum())}
+    return {"clip": total.value, "missing": float(merge(column(scores, "missing")).total[0])}
+
+
+REAL_SIDE = 512  # pixels a side of the real pictures, whose shape is not kept
+
+
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark with these settings."""
+
+    def read_rows(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
+        place = epath.Path(path)
+        folder = settings.real or (place if place.is_dir() else place.parent)
+        return tuple(
+            dataclasses.replace(row, real=os.path.join(folder, real_file(row)))
+            for row in read(path, excerpt=excerpt)
+        )
+
+    def score_image(
+        row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
+    ) -> Columns:
+        (image,) = images
+        clip, inception = scorers.get("clip"), scorers.get("inception")
+        cosine = clip_cosine(clip, image, row.caption) if clip and image is not None else None
+        columns: dict[str, Ratio | Features] = {**score(cosine, missing=image is None)}
+        if inception is None:
+            return columns
+        pictures: dict[str, Image | None] = {"generated": image}
+        if not settings.stats:
+            real = read_rgb(row.real, what="COCO's val2014.zip, unpacked (real=DIR)")
+            pictures["real"] = resized(real, like=np.zeros((REAL_SIDE, REAL_SIDE, 3), np.uint8))
+        for name, picture in pictures.items():
+            vector = None if picture is None else np.asarray(inception([picture]), float)[0]
+            columns[name] = Features(vector, settings.convention)
+        return columns
+
+    def distances(sums: Mapping[str, fid.FeatureSums]) -> Summary:
+        if not settings.stats:
+            return {"fid": fid.distance(sums.get("generated"), sums.get("real"))}
+        if "generated" not in sums or sums["generated"].count < 2:
+            return {"fid": math.nan}
+        real = fid.read_reference(settings.stats, convention=settings.convention)
+        return {"fid": fid.frechet_distance(sums["generated"].gaussian(), real)}
+
+    return Official(
+        name="coco30k",
+        version=1,
+        read=read_rows,
+        requests=lambda rows: text_requests(rows, image_files),
+        needs={"inception": ("fid",), "clip": ("clip",)},
+        score=score_image,
+        summary=summary,
+        distances=distances,
+        primary="fid",
+        settings={"convention": settings.convention, "real": "stats" if settings.stats else "real"},
+        scoring=("convention", "real"),
+    )
+
+
+BENCHMARK = benchmark()

@@ -21,6 +21,7 @@ order. Such numbers cannot be had again.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -30,7 +31,9 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmarks import dsg
 from univg_jax.evaluation.benchmarks.dsg import Question
 from univg_jax.evaluation.inputs import InputFile
+from univg_jax.evaluation.judging import ask_all
 from univg_jax.evaluation.metrics import Image, Ratio, merge
+from univg_jax.evaluation.official import Official, Published, text_requests
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 
 FILE = InputFile(
@@ -52,6 +55,7 @@ class Row:
     prompt: str
     questions: tuple[Question, ...]
     known: tuple[int, ...]
+    categories: tuple[str, ...] = ()  # of all rows
 
 
 def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
@@ -86,10 +90,12 @@ def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
     texts = FILE.at(path).parent / PROMPTS_FOLDER
     if texts.exists():
         prompts = {item: _prompt(texts, item) for item in prompts}
-    return tuple(
+    rows = [
         Row(index, item, prompts[item], tuple(questions[item].values()), tuple(known.get(item, ())))
         for index, item in enumerate(sorted(prompts))
-    )
+    ]
+    names = categories(rows)
+    return tuple(dataclasses.replace(row, categories=names) for row in rows)
 
 
 def read_prompts(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
@@ -227,3 +233,39 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     found["dropped"] = float(len(rows) - merge(column(scores, "official")).count.sum())
     found["unusable"] = float(usable.count.sum() - usable.total.sum())
     return found
+
+
+def _score(
+    row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
+) -> dict[str, Ratio]:
+    (grid,) = images
+    if grid is None:
+        return score(row, None, names=row.categories)
+    asked = [question.text for question in row.questions]
+    answers = []
+    for cell in cells(grid):
+        replies = ask_all(scorers["vqa"], cell, asked)
+        answers.append(
+            {
+                question.number: None if reply is None else reply.text.strip().lower()
+                for question, reply in zip(row.questions, replies, strict=True)
+            }
+        )
+    return score(row, answers, names=row.categories)
+
+
+BENCHMARK = Official(
+    name="dpg",
+    version=1,
+    read=read,
+    requests=lambda rows: text_requests(rows, image_files, cells=CELLS),
+    needs={"vqa": ()},
+    score=_score,
+    summary=summary,
+    quality=lambda scores: scores["fixed"].value,
+    primary="official/overall",
+    published=tuple(
+        Published(system, "official/overall", value, "README of Mage-Flow, by mPLUG-large")
+        for system, value in {"FLUX.1-dev": 83.84, "FLUX.2-dev": 87.57, "Qwen-Image": 88.32}.items()
+    ),
+)

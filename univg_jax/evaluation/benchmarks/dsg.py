@@ -15,13 +15,16 @@ Two things in the official code move numbers, so there are two scores:
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
 from univg_jax.errors import UserError
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.evaluation.judging import ask_all
+from univg_jax.evaluation.metrics import Image, Ratio, merge
+from univg_jax.evaluation.official import Official, Published, text_requests
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 
 FILE = InputFile("dsg-1k-anns.csv", "the questions of DSG-1k: github.com/j-min/DSG")
@@ -168,3 +171,27 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     found["without_parents"] = 100 * merge(column(scores, "without_parents")).value
     found["unusable"] = float(usable.count.sum() - usable.total.sum())
     return found
+
+
+def _score(
+    row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
+) -> dict[str, Ratio]:
+    (image,) = images
+    if image is None:
+        return score(row, None)
+    replies = ask_all(scorers["vqa"], image, [question.text for question in row.questions])
+    return score(row, [None if reply is None else reply.text.strip().lower() for reply in replies])
+
+
+BENCHMARK = Official(
+    name="dsg",
+    version=1,
+    read=read,
+    requests=lambda rows: text_requests(rows, image_files),
+    needs={"vqa": ()},
+    score=_score,
+    summary=summary,
+    quality=lambda scores: scores["fixed"].value,
+    primary="official/overall",
+    published=(Published("UniVG 3.7B", "official/overall", 75.0, "UniVG (arXiv 2503.12652)"),),
+)

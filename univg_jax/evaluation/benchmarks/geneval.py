@@ -21,7 +21,7 @@ from univg_jax.errors import check_name
 from univg_jax.evaluation.detection import Detection, Detections
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, text_requests
+from univg_jax.evaluation.official import Official, Published, text_requests
 from univg_jax.evaluation.summaries import (
     Scores,
     Summary,
@@ -47,6 +47,7 @@ COLORS = (
     *("purple", "pink", "brown", "black", "white"),
 )
 RELATIONS = ("left of", "right of", "above", "below")
+PUBLISHED = {"UniVG 3.7B": 0.70, "SD3": 0.71, "OmniGen": 0.70, "FLUX": 0.66}
 FAILURES = ("missing", "excess", "color", "position", "target")  # of objects; target: of a relation
 BACKGROUND = 0x99  # gray, of the crops whose color is asked for
 
@@ -316,4 +317,13 @@ BENCHMARK = Official(
     score=_score,
     summary=summary,
     primary="overall",
+    published=tuple(
+        Published(system, "overall", value, "UniVG (arXiv 2503.12652)")
+        for system, value in {
+            "UniVG 3.7B": 0.70,
+            "SD3": 0.71,
+            "OmniGen": 0.70,
+            "FLUX": 0.66,
+        }.items()
+    ),
 )

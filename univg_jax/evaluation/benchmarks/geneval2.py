@@ -15,15 +15,19 @@ all in percent.
 import collections
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from univg_jax.errors import UserError
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.evaluation.judging import ask_all
+from univg_jax.evaluation.metrics import Image, Ratio, merge
+from univg_jax.evaluation.official import Official, Published, text_requests
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 
 FILE = InputFile(
@@ -76,6 +80,7 @@ class Row:
     prompt: str
     atom_count: int
     questions: tuple[Question, ...]
+    skills: tuple[str, ...] = ()  # of all rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +114,8 @@ def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
         if not questions:
             raise FILE.error(FILE.at(path), f"has no questions in line {index + 1}")
     FILE.check_count(path, found=len(rows), official=PROMPTS, what="prompts", excerpt=excerpt)
-    return tuple(rows)
+    names = skills(rows)
+    return tuple(dataclasses.replace(row, skills=names) for row in rows)
 
 
 def image_files(row: Row) -> tuple[str, ...]:
@@ -216,3 +222,32 @@ def count_by_skill(rows: Sequence[Row]) -> dict[str, int]:
     """How many questions of each skill there are."""
     asked = itertools.chain.from_iterable(row.questions for row in rows)
     return dict(collections.Counter(question.skill for question in asked))
+
+
+def _score(
+    row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
+) -> dict[str, Ratio]:
+    (image,) = images
+    answers: list[Answer | None] | None = None
+    if image is not None:
+        replies = ask_all(scorers["vqa"], image, [question.prompt for question in row.questions])
+        answers = [None if reply is None else Answer(reply.text, reply.p) for reply in replies]
+    return score(row, answers, qwen_first_token, row.skills)
+
+
+BENCHMARK = Official(
+    name="geneval2",
+    version=1,
+    read=read,
+    requests=lambda rows: text_requests(rows, image_files),
+    side_files=lambda rows: {"images.json": json.dumps(index_file(rows), indent=1)},
+    needs={"vqa": ()},
+    score=_score,
+    summary=summary,
+    quality=lambda scores: scores["am"].value,
+    primary="gm",
+    published=(
+        Published("SDXL", "am", 50.1, "BiDPO, second hand"),
+        Published("SDXL", "gm", 9.1, "BiDPO, second hand"),
+    ),
+)

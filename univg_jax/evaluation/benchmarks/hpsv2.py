@@ -12,18 +12,30 @@ each score to float16, which is 1/64 there; ours does not.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.evaluation.metrics import Image, Ratio, merge
+from univg_jax.evaluation.official import Official, Published, text_requests
+from univg_jax.evaluation.similarity import clip_cosine
 from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.fields import setting
 
+VERSIONS = ("v2.0", "v2.1")
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPTS = 800  # of each style
 CHUNK = 80  # images
 SOURCE = "benchmark/ of huggingface.co/datasets/zhwang/HPDv2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which weights the CLIP has that is given; their numbers do not compare."""
+
+    weights: str = setting("v2.1", "of HPSv2", names=VERSIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,3 +103,45 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
             found[f"{version}/{style}/deviation"] = deviation
         found[f"{version}/missing"] = float(len(rows) - total.count.sum())
     return found
+
+
+# UniVG's number does not say which weights: it stands beside both.
+UNIVG = 28.2
+PUBLISHED = {
+    "v2.0": {"SDXL-base-0.9": 27.73, "SD1.4": 26.95},
+    "v2.1": {"SDXL-base-0.9": 30.63, "SD1.4": 25.35},
+}
+
+
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark with one version of the weights."""
+    version = settings.weights
+
+    def score_image(
+        row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
+    ) -> dict[str, Ratio]:
+        (image,) = images
+        if image is None:
+            return score(None, [version])
+        return score({version: clip_cosine(scorers["clip"], image, row.prompt)}, [version])
+
+    primary = f"{version}/average"
+    return Official(
+        name="hpsv2",
+        version=1,
+        read=read,
+        requests=lambda rows: text_requests(rows, image_files),
+        needs={"clip": ()},
+        score=score_image,
+        summary=summary,
+        primary=primary,
+        published=(
+            Published("UniVG 3.7B (v2.0 or v2.1)", primary, UNIVG, "UniVG (arXiv 2503.12652)"),
+            *(Published(s, primary, v, "README of HPSv2") for s, v in PUBLISHED[version].items()),
+        ),
+        settings={"weights": version},
+        scoring=("weights",),
+    )
+
+
+BENCHMARK = benchmark()

@@ -10,15 +10,18 @@ in both, over the number of asked words, summed over all images before the divis
 import collections
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from etils import epath
 
 from univg_jax.errors import check_name
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.evaluation.metrics import Image, Ratio, merge
+from univg_jax.evaluation.official import Official, text_requests
+from univg_jax.evaluation.scorers.endpoint import Sampling
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
+from univg_jax.fields import setting
 
 SOURCE = "the prompts of LongText-Bench: textbench/ of github.com/X-Omni-Team/X-Omni"
 FILES = {
@@ -30,6 +33,23 @@ NOTHING_READ = "No text recognized."  # what a reader says of an image without t
 KEPT = "一-龥a-zA-Z0-9àâäéèêëîïôöùûüçÀÂÄÉÈÊËÎÏÔÖÙÛÜÇ"
 
 Language = Literal["en", "zh"]
+
+
+# Ours: the official script's question is its own. The model says all that it reads.
+QUESTION = (
+    "Write down all text in this image, in reading order, and nothing else. If there is none, "
+    f"write: {NOTHING_READ}"
+)
+SAMPLING = Sampling(images_first=True, temperature=0.0, max_tokens=1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The language, how many images are made of a prompt, and what the reader is asked."""
+
+    language: str = setting("en", "of the prompts", names=tuple(FILES))
+    images: int = setting(4, "of each prompt", least=1, most=16)
+    question: str = setting(QUESTION, "what the model that reads is asked", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,3 +133,40 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
         **values("length/", by_group([row.length for row in rows], ratios)),
         "missing": float(present.count.sum() - present.total.sum()),
     }
+
+
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark with these settings."""
+
+    def score_images(
+        row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
+    ) -> dict[str, Ratio]:
+        texts: list[str | None] = []
+        for image in images:
+            text = None
+            if image is not None:
+                reply = scorers["judge"].judge([image], settings.question, sampling=SAMPLING)
+                text = reply.text if reply.kind == "answered" else None
+            texts.append(text)
+        return score(row, texts)
+
+    return Official(
+        name="longtext",
+        version=1,
+        read=lambda path, *, excerpt=False: read(path, settings.language, excerpt=excerpt),
+        requests=lambda rows: text_requests(
+            rows, lambda row: image_files(row, images=settings.images)
+        ),
+        needs={"judge": ()},
+        score=score_images,
+        summary=summary,
+        primary="overall",
+        settings={
+            **dataclasses.asdict(settings),
+            "sampling": dataclasses.asdict(SAMPLING),
+        },
+        scoring=("question", "sampling"),
+    )
+
+
+BENCHMARK = benchmark()

@@ -6,12 +6,15 @@ by category and by challenge.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.evaluation.metrics import Image, Ratio, merge
+from univg_jax.evaluation.official import Official, text_requests
+from univg_jax.evaluation.similarity import clip_cosine
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 
 FILE = InputFile("PartiPrompts.tsv", "the prompts of github.com/google-research/parti")
@@ -62,3 +65,22 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
         **values("challenge/", by_group([row.challenge for row in rows], ratios)),
         "missing": float(len(rows) - total.count.sum()),
     }
+
+
+def _score(
+    row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
+) -> dict[str, Ratio]:
+    (image,) = images
+    return score(None if image is None else clip_cosine(scorers["clip"], image, row.prompt))
+
+
+BENCHMARK = Official(
+    name="parti",
+    version=1,
+    read=read,
+    requests=lambda rows: text_requests(rows, image_files),
+    needs={"clip": ()},
+    score=_score,
+    summary=summary,
+    primary="overall",
+)

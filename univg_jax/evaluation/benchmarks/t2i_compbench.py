@@ -18,18 +18,24 @@ places and numbers have one form, of which no grammar is needed.
 import dataclasses
 import itertools
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
-from univg_jax.errors import check_name
+from univg_jax.errors import UserError, check_name, quote
 from univg_jax.evaluation.detection import Detection, Detections, by_score
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.metrics import Number, Ratio, merge
+from univg_jax.evaluation.judging import ask_all
+from univg_jax.evaluation.metrics import Image, Number, Ratio, merge
+from univg_jax.evaluation.official import Official, text_requests
+from univg_jax.evaluation.similarity import clip_cosine, resized
 from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.fields import setting
 
 SETS = (
     *("color", "shape", "texture", "spatial", "3d_spatial"),
@@ -69,6 +75,19 @@ class Parse:
 
     words: tuple[tuple[str, str], ...]  # such as ("red", "ADJ")
     phrases: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Which set, and the parses of its prompts; a result stores the set."""
+
+    set: str = setting("color", "of prompts", names=SETS)
+    parses: str = setting(
+        "",
+        "a file with a line of JSON for each prompt, {prompt, words, phrases}, as spaCy's "
+        "en_core_web_sm reads it: of color, shape, texture and complex",
+        is_path=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +200,22 @@ def _with_parts(row: Row, spatial: frozenset[str], action: frozenset[str]) -> Ro
     elif _key(row.prompt) in action:
         parts = ("attribute", "action")
     return dataclasses.replace(row, relation=relation_of(row.prompt), parts=parts)
+
+
+def read_parses(path: epath.PathLike) -> dict[str, Parse]:
+    """The parse of each prompt, from lines of {"prompt", "words": [[word, POS]], "phrases"}.
+
+    Raises UserError for a file that is none of these.
+    """
+    file = InputFile(os.path.basename(path), "what spaCy reads in each prompt")
+    found = {}
+    for number, line in enumerate(file.objects(path, ("prompt", "words", "phrases")), 1):
+        try:
+            words = tuple((str(word), str(kind)) for word, kind in line["words"])
+            found[line["prompt"]] = Parse(words, tuple(map(str, line["phrases"])))
+        except (TypeError, ValueError):
+            raise file.error(path, f"has no words with parts of speech in line {number}") from None
+    return found
 
 
 def image_files(row: Row) -> tuple[str, ...]:
@@ -427,3 +462,87 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
         missing = totals["official_strict"].count - totals["official"].count
         found[f"missing/{name}"] = float(missing.sum())
     return found
+
+
+# What each set asks of scorers.
+NEEDS = {
+    **dict.fromkeys(("color", "shape", "texture"), ("vqa",)),
+    **dict.fromkeys(("spatial", "numeracy"), ("detect",)),
+    "3d_spatial": ("detect", "depth"),
+    "non_spatial": ("clip",),
+    "complex": ("vqa", "detect", "clip"),
+}
+_Rule = Callable[[Row, Image, Mapping[str, Any]], Mapping[str, float] | float | None]
+
+
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark of one set."""
+    parses = read_parses(settings.parses) if settings.parses else {}
+
+    def parse(row: Row) -> Parse:
+        if row.prompt not in parses:
+            where = settings.parses or "t2i_compbench"
+            raise UserError(f"{where} has no parse of {quote(row.prompt)}: give parses=FILE")
+        return parses[row.prompt]
+
+    def attribute_score(row: Row, image: Image, scorers: Mapping[str, Any]) -> float | None:
+        replies = ask_all(scorers["vqa"], image, questions(parse(row)))
+        answers = [None if reply is None else yes_probability(reply.p) for reply in replies]
+        return None if None in answers else attributes(answers)
+
+    def spatial_score(row: Row, image: Image, scorers: Mapping[str, Any]) -> float:
+        return spatial(row.relation, row.objects, scorers["detect"](_small(image)))
+
+    def depth_score(row: Row, image: Image, scorers: Mapping[str, Any]) -> dict[str, float]:
+        small = _small(image)
+        return depth(row.relation, row.objects, scorers["detect"](small), scorers["depth"](small))
+
+    def complex_parts(row: Row, image: Image, scorers: Mapping[str, Any]) -> float | None:
+        parts: dict[str, float | None] = {}
+        if "attribute" in row.parts:
+            parts["attribute"] = attribute_score(row, image, scorers)
+        if "spatial" in row.parts:
+            objects = complex_objects(parse(row))
+            parts["spatial"] = spatial(row.relation, objects, scorers["detect"](_small(image)))
+        if "action" in row.parts:
+            text = without_adjectives(parse(row))
+            parts["action"] = clip_cosine(scorers["clip"], image, text)
+        return None if None in parts.values() else complex_score(row, parts)
+
+    rules: dict[str, _Rule] = {
+        **dict.fromkeys(("color", "shape", "texture"), attribute_score),
+        "spatial": spatial_score,
+        "3d_spatial": depth_score,
+        "numeracy": lambda row, image, scorers: numeracy(row, scorers["detect"](_small(image))),
+        "non_spatial": lambda row, image, scorers: clip_cosine(scorers["clip"], image, row.prompt),
+        "complex": complex_parts,
+    }
+
+    def score_images(
+        row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
+    ) -> dict[str, Ratio]:
+        rule = rules[row.set]
+        return score([None if image is None else rule(row, image, scorers) for image in images])
+
+    return Official(
+        name="t2i_compbench",
+        version=1,
+        read=lambda path, *, excerpt=False: read(path, settings.set, excerpt=excerpt),
+        requests=lambda rows: text_requests(rows, image_files),
+        needs=dict.fromkeys(NEEDS[settings.set], ()),
+        score=score_images,
+        summary=summary,
+        quality=lambda scores: scores["official"].value,
+        primary=f"official/{settings.set}",
+        settings={"set": settings.set},
+    )
+
+
+def _small(image: Image) -> UInt8[np.ndarray, "_ _ 3"]:
+    """The picture at the size at which the detector is given it."""
+    height, width = image.shape[:2]
+    w, h = detector_size(width, height)
+    return resized(image, like=np.broadcast_to(np.uint8(0), (h, w, 3)))
+
+
+BENCHMARK = benchmark()

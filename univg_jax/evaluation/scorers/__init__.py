@@ -25,6 +25,8 @@ FaceEmbedder = Callable[[UInt8[np.ndarray, "b h w 3"]], Float[np.ndarray, "b e"]
 PictureEmbedder = Callable[[Sequence[UInt8[np.ndarray, "_ _ 3"]]], Float[np.ndarray, "b d"]]
 # The face in a picture as a vector of any length; None where no face is found.
 FaceFinder = Callable[[UInt8[np.ndarray, "h w 3"]], Float[np.ndarray, " d"] | None]
+# How near each pixel of a picture is: larger where it is nearer, on any scale.
+DepthEstimator = Callable[[UInt8[np.ndarray, "h w 3"]], Float[np.ndarray, "h w"]]
 # How different two pictures of one size are, 0 if they are the same.
 PictureDistance = Callable[[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]], float]
 
@@ -87,6 +89,7 @@ class Scorers(TypedDict, total=False):
     locate: Locator
     color: ColorNamer
     clip: "Clip"
+    depth: DepthEstimator
     dino: PictureEmbedder
     identify: FaceFinder
     lpips: PictureDistance
@@ -106,6 +109,7 @@ PROTOCOLS = {  # what to do about one that is missing
     "clip": "--scorer=clip=DIR, the CLIP that the benchmark names, such as a folder of "
     "openai/clip-vit-base-patch32",
     "dino": "--scorer=dino=DIR, a folder of facebook/dino-vits16",
+    "depth": "a network of relative depth, from Python: a picture -> how near each pixel is",
     "identify": "a detector and an encoder of faces",
     "lpips": "LPIPS with its network",
     "inception": "--scorer=inception=FILE.safetensors, pt_inception-2015-12-05 of pytorch-fid or "
