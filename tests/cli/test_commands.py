@@ -12,6 +12,8 @@ from PIL import Image
 
 from data_pipelines.tasks import TASKS, Example, Task
 from tests import processes, smoke_run
+from tests.evaluation.benchmarks.test_text_benchmarks import write as write_benchmark
+from tests.evaluation.chat_server import ChatServer, with_tokens
 from tests.smoke_run import CONFIG
 from univg_jax import Pipeline, checkpoint, encoders
 from univg_jax.cli.main import main
@@ -506,3 +508,75 @@ def test_a_torn_summary_is_made_again(root, tmp_path, caplog):
     assert "summary.json is not JSON" in caplog.text
     assert json.loads(summary.read_text()) == json.loads(before)
     assert list_steps(workdir) == (1, 2)
+
+
+def test_a_public_benchmark_from_generation_to_a_swept_report(root, tmp_path, capsys):
+    """DSG in its own format, answered by a server; apart, together, and at two settings."""
+    data = write_benchmark(tmp_path / "data", "dsg")
+    out = tmp_path / "out"
+    common = [
+        "evaluate",
+        f"--checkpoint={root / 'stage3'}",
+        "--benchmark=dsg",
+        f"--data={data}",
+        f"--out={out}",
+        "--excerpt",
+        "--batch_size=8",
+    ]
+    assert main([*common, "--generate_only"]) == 0
+    (images,) = out.iterdir()
+    assert sorted(path.name for path in images.iterdir()) == ["vrd_1.png", "whoops_2.png"]
+    assert f"in {images}" in capsys.readouterr().out
+    with ChatServer(yes) as server:
+        scorer = f"--scorer=vqa={server.url},model=rule"
+        assert main([*common, "--score_only", scorer]) == 0
+        asked = len(server.requests)
+        assert "official/overall" in capsys.readouterr().out
+        # The same again asks nothing; a folder of anybody is scored without a checkpoint.
+        assert main([*common, scorer]) == 0
+        theirs = [a for a in common if not a.startswith("--checkpoint")]
+        assert main([*theirs, f"--score_only={images}", scorer]) == 0
+        assert len(server.requests) == asked
+        assert main([*common, scorer, "--sweep=guidance=1,3", "--sweep=steps=1,2"]) == 0
+    told = capsys.readouterr().out
+    assert "guidance=3, steps=2" in told
+    assert len(list(out.glob("dsg-images-*"))) == 5
+    assert len(list(out.glob("dsg-*/results.json"))) == 6
+    page = (out / "report.html").read_text()
+    assert "guidance" in page
+    assert page.count("<svg") >= 1
+    assert main(["report", f"--evaluation={out}", f"--out={tmp_path / 'page'}"]) == 0
+
+
+def yes(request):
+    return with_tokens("yes", [("yes", -0.1)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark=genval"], "unknown benchmark 'genval'; did you mean 'geneval'?"),
+        (["--benchmark=dsg"], "--data is missing: the official files of dsg"),
+        (["--benchmark=dsg", "--data=nowhere"], "dsg needs the scorer 'vqa': --scorer=vqa=http"),
+        (["--benchmark=dsg", "--data=nowhere", "--generate_only"], "expected dsg-1k-anns.csv"),
+        (["--benchmark=inpainting:hol=box"], "unknown key of inpainting: 'hol'; did you mean 'hol"),
+        (["--benchmark=emoji_scenes", "--scorer=clip=x"], "emoji_scenes takes no --scorer"),
+        (["--benchmark=parti", "--data=.", "--scorer=clip"], "--scorer=clip: expected NAME=VALUE"),
+        (["--benchmark=parti", "--data=.", "--scorer=clip=x"], "--scorer=clip: "),
+        (["--benchmark=emoji_scenes", "--sweep=step=1,2"], "unknown key of --sweep: 'step'"),
+        (["--benchmark=emoji_scenes", "--sweep=steps"], "--sweep=steps: expected steps=A,B,C"),
+    ],
+)
+def test_bad_input_of_evaluate(root, tmp_path, capsys, arguments, message):
+    out = tmp_path / "out"
+    given = [f"--checkpoint={root / 'stage3'}", f"--out={out}", *arguments]
+    assert main(["evaluate", *given]) == 1
+    assert message in error_line(capsys)
+    assert not out.exists()
+
+
+def test_an_evaluation_needs_a_checkpoint_or_a_folder_of_images(tmp_path, capsys):
+    for more in ([], ["--score_only"], ["--generate_only"]):
+        command = ["evaluate", "--benchmark=dsg", "--data=.", f"--out={tmp_path / 'out'}", *more]
+        assert main(command) == 1
+        assert "--checkpoint is missing: only --score_only=DIR" in error_line(capsys)
