@@ -130,3 +130,21 @@ def test_the_tree_of_readme_has_every_module_and_no_other():
 def test_the_drawing_of_the_rooms_is_that_of_the_code():
     """If not: python tools/architecture.py."""
     assert architecture.DRAWING.read_text() == architecture.draw(architecture.import_graph())
+
+
+def test_the_page_of_evaluation_has_every_benchmark_and_scorer():
+    from univg_jax.evaluation.benchmark import open_benchmark
+    from univg_jax.evaluation.benchmarks import BENCHMARKS
+    from univg_jax.evaluation.official import Official
+    from univg_jax.evaluation.scorers.opening import OPENERS
+
+    lines = (ROOT / "docs" / "evaluation.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| `")]
+    for name in BENCHMARKS:
+        (row,) = [row for row in rows if re.search(rf"`{name}[:`]", row.split("|")[1])]
+        bench = open_benchmark(name)
+        if isinstance(bench, Official) and "SET" not in row:
+            assert f"| {bench.primary} |" in row, row
+            assert all(need in row for need in bench.needs), row
+    for name in OPENERS:
+        assert any(f"`{name}`" in row for row in rows), name
