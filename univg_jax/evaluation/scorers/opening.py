@@ -77,6 +77,12 @@ def _dino(folder: str) -> Any:
     return open_dino(folder)
 
 
+def _lpips(path: str, **options: str) -> Any:
+    from univg_jax.evaluation.scorers.lpips import Lpips
+
+    return Lpips(path, **{name: os.path.expanduser(value) for name, value in options.items()})
+
+
 def _endpoint(url: str, **options: str) -> Any:
     from univg_jax.evaluation.scorers.endpoint import Endpoint
 
@@ -97,6 +103,7 @@ OPENERS = {
     "detect": _Opener(_detect),
     "dino": _Opener(_dino),
     "inception": _Opener(_inception, ("convention",)),
+    "lpips": _Opener(_lpips, ("heads",)),
     "vqa": _Opener(_endpoint, _ASKED),
     "judge": _Opener(_endpoint, _ASKED),
 }
