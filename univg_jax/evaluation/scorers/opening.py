@@ -77,6 +77,12 @@ def _dino(folder: str) -> Any:
     return open_dino(folder)
 
 
+def _identify(path: str) -> Any:
+    from univg_jax.evaluation.scorers.faces import FaceEncoder
+
+    return FaceEncoder(path)
+
+
 def _lpips(path: str, **options: str) -> Any:
     from univg_jax.evaluation.scorers.lpips import Lpips
 
@@ -102,6 +108,7 @@ OPENERS = {
     "color": _Opener(_color),
     "detect": _Opener(_detect),
     "dino": _Opener(_dino),
+    "identify": _Opener(_identify),
     "inception": _Opener(_inception, ("convention",)),
     "lpips": _Opener(_lpips, ("heads",)),
     "vqa": _Opener(_endpoint, _ASKED),
