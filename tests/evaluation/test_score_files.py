@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import types
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from tests.evaluation import evaluation_cases as data
 from tests.evaluation.benchmarks.official import FILES, needs_files
 from tests.evaluation.benchmarks.test_geneval import write
 from univg_jax.errors import UserError
+from univg_jax.evaluation.benchmarks import inpainting
 from univg_jax.evaluation.benchmarks.geneval import BENCHMARK, read
 from univg_jax.evaluation.job import generate, write_side_files
-from univg_jax.evaluation.score_files import check_scorers, score_images
+from univg_jax.evaluation.score_files import check_scorers, check_settings, score_images
 from univg_jax.images import write_png
 
 COLORS = {"cow": (200, 0, 0), "cup": (0, 0, 200)}
@@ -139,3 +141,17 @@ def test_all_prompts_of_the_official_file_ask_for_images_of_their_own(tmp_path):
     ids = {request.sample_id(k) for request in requests for k in range(4)}
     assert len(ids) == 2212
     assert max(ids) < 2**32
+
+
+@pytest.mark.parametrize(("scorer", "key"), [("inception", "convention"), ("lpips", "lpips")])
+def test_a_scorer_of_another_setting_is_refused(tmp_path, scorer, key):
+    """Its numbers would be stored under the benchmark's setting."""
+    named = inpainting.BENCHMARK.settings[key]
+    opened = types.SimpleNamespace(settings={key: named})
+    check_settings(inpainting.BENCHMARK, {scorer: opened})
+    opened.settings = {key: "other"}
+    message = f"inpainting has {key}={named}, but the scorer '{scorer}' has {key}=other"
+    with pytest.raises(UserError, match=message):
+        check_settings(inpainting.BENCHMARK, {scorer: opened})
+    with pytest.raises(UserError, match=message):
+        score_images(inpainting.BENCHMARK, [], tmp_path, {scorer: opened})

@@ -180,7 +180,7 @@ def _write_page(out: str, done: Sequence["Done"]) -> None:
 def _public_job(args: argparse.Namespace, benchmark: "Official") -> "PublicJob":
     """What is done with a pipeline. All that can be wrong is found before it is loaded."""
     from univg_jax.evaluation.public import PublicJob, check_tasks
-    from univg_jax.evaluation.score_files import check_scorers
+    from univg_jax.evaluation.score_files import check_scorers, check_settings
     from univg_jax.pipeline import load_config, trained_tasks
 
     if args.data is None:
@@ -195,6 +195,7 @@ def _public_job(args: argparse.Namespace, benchmark: "Official") -> "PublicJob":
 
             answers = os.path.join(args.out, "answers")
             scorers = open_scorers(specs, answers=answers)
+            check_settings(benchmark, scorers)
     rows = benchmark.read(args.data, excerpt=args.excerpt)
     if args.checkpoint is not None:
         options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)

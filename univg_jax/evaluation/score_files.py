@@ -75,6 +75,18 @@ def check_scorers(
             raise UserError(f"{benchmark.name} needs the scorer {name!r}: {PROTOCOLS[name]}{rest}")
 
 
+def check_settings(benchmark: Official, scorers: Scorers) -> None:
+    """Raises UserError for a scorer opened with another setting than the benchmark names."""
+    for name, scorer in scorers.items():
+        for key, value in getattr(scorer, "settings", {}).items():
+            wanted = benchmark.settings.get(key, value)
+            if wanted != value:
+                raise UserError(
+                    f"{benchmark.name} has {key}={wanted}, but the scorer {name!r} has "
+                    f"{key}={value}: give both the same"
+                )
+
+
 def score_images(
     benchmark: Official, rows: Sequence[Row], folder: epath.PathLike, scorers: Scorers
 ) -> Scored:
@@ -82,8 +94,9 @@ def score_images(
 
     All processes call it, each reads its share of the rows, and all return all rows. A scorer that
     waits for a server has a `concurrency`: so many rows are scored at once. Raises UserError for a
-    picture that cannot be read, and a folder that has none.
+    picture that cannot be read, a folder that has none, and what `check_settings` refuses.
     """
+    check_settings(benchmark, scorers)
     count, index, requests = jax.process_count(), jax.process_index(), benchmark.requests(rows)
     if len(missing(requests, folder)) == sum(len(request.files) for request in requests):
         raise UserError(

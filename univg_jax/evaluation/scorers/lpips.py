@@ -14,22 +14,24 @@ from univg_jax.pretrained import local_path
 class Lpips:
     """The distance by the network of a file, or of a backbone's file and its `heads`, in float32.
 
-    `network` is alex or vgg, as the file has it. Raises what `load_lpips` raises.
+    `settings` has the network, alex or vgg as the file is, which a benchmark's setting has to name
+    (`score_files.check_settings`). Raises what `load_lpips` raises.
     """
 
     def __init__(self, path: str, *, heads: str | None = None):
         files = [local_path(file) for file in (path, heads) if file is not None]
         module, self._params = load_lpips(files)
-        self.network = module.network
+        self._network = module.network
+        self.settings = {"lpips": module.network}
         self.digest = digest_of(files)
         self._apply = jax.jit(lambda p, a, b: module.apply({"params": p}, a, b))
 
     def __call__(self, a: UInt8[np.ndarray, "h w 3"], b: UInt8[np.ndarray, "h w 3"]) -> float:
         """0 for equal pictures, but for rounding. Each size of pictures is compiled once."""
-        least, (height, width) = SMALLEST[self.network], a.shape[:2]
+        least, (height, width) = SMALLEST[self._network], a.shape[:2]
         if min(height, width) < least:
             raise UserError(
-                f"pictures of {width} x {height}: LPIPS's {self.network} needs {least} a side"
+                f"pictures of {width} x {height}: LPIPS's {self._network} needs {least} a side"
             )
         (distance,) = np.asarray(self._apply(self._params, _pixels(a), _pixels(b)))
         return float(distance)

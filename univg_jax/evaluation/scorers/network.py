@@ -2,7 +2,8 @@
 
 import hashlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,7 +16,10 @@ Apply = Callable[[Any, jax.Array], jax.Array]
 
 
 class PictureNetwork:
-    """Vectors of pictures, each of any size: `prepare(picture)` is what the network is given."""
+    """Vectors of pictures, each of any size: `prepare(picture)` is what the network is given.
+
+    `settings` are those of a benchmark that have to be the same (`score_files.check_settings`).
+    """
 
     def __init__(
         self,
@@ -24,9 +28,10 @@ class PictureNetwork:
         prepare: Callable[[UInt8[np.ndarray, "h w 3"]], np.ndarray],
         *,
         digest: str,
+        settings: Mapping[str, str] = MappingProxyType({}),
     ):
         self._apply, self._params, self._prepare = jax.jit(apply), params, prepare
-        self.digest = digest
+        self.digest, self.settings = digest, settings
 
     def __call__(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "n d"]:
         """A vector of each picture, of which there is one at least."""
