@@ -3,14 +3,13 @@
     python benchmarks/concat.py
 
 The same MM-DiT, text, times and solver. As channels, the model reads [noisy, source, mask], 33
-channels a position, and has n image tokens. As tokens, it reads a latent of twice the height,
-[noisy, mask] above [source, mask], and has 2 n; the velocity is the upper half. Attention goes over
-the queries in blocks, as accelerators' kernels do, so that no [tokens x tokens] array lies in
-memory. Steps and rounds are few: ratios, not seconds, carry over.
+channels a position, and has n image tokens. As tokens (`MMDiT.source`), it reads [noisy, mask]
+above [source, mask], and has 2 n. Attention goes over the queries in blocks, as accelerators'
+kernels do, so that no [tokens x tokens] array lies in memory. Steps and rounds are few: ratios, not
+seconds, carry over.
 """
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Callable
 
@@ -44,56 +43,27 @@ def blocked_attention(
     return out.swapaxes(0, 1).reshape(b, -1, heads, c)[:, :n]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Input:
-    """One way for the source to enter the model.
-
-    `join(noisy, source, mask)` is the model's input, `height` times as high as the image.
-    """
-
-    model: MMDiT
-    join: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-    height: int
-
-
-def both_inputs(base: MMDiT) -> dict[str, Input]:
+def both_sources(base: MMDiT) -> dict[str, MMDiT]:
     """The same model with the source as channels, and as tokens."""
-
-    def channels(x: jax.Array, source: jax.Array, mask: jax.Array) -> jax.Array:
-        return jnp.concatenate([x, source, mask], axis=-1)
-
-    def tokens(x: jax.Array, source: jax.Array, mask: jax.Array) -> jax.Array:
-        return jnp.concatenate([jnp.concatenate([y, mask], axis=-1) for y in (x, source)], axis=1)
-
-    return {
-        "channels": Input(model=base.clone(in_channels=2 * LATENT + 1), join=channels, height=1),
-        "tokens": Input(model=base.clone(in_channels=LATENT + 1), join=tokens, height=2),
-    }
+    base = base.clone(in_channels=2 * LATENT + 1, out_channels=LATENT)
+    return {source: base.clone(source=source) for source in ("channels", "tokens")}
 
 
-def compiled(kind: Input, *, side: int, steps: int, train: bool) -> tuple[Callable[[], None], int]:
+def compiled(model: MMDiT, *, side: int, steps: int, train: bool) -> tuple[Callable[[], None], int]:
     """A function that samples one image or takes one gradient, and the bytes of its temporaries."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    x, source, mask = (
-        normal(1, side, side, LATENT),
-        normal(1, side, side, LATENT),
-        jnp.ones((1, side, side, 1)),
-    )
-    text = dict(
-        text_emb=normal(1, TOKENS, kind.model.text_dim), pooled_emb=normal(1, kind.model.pooled_dim)
-    )
-    init = jax.jit(
-        lambda: kind.model.init(
-            jax.random.key(0), kind.join(x, source, mask), **text, t=jnp.ones(1)
-        )
-    )
+    x, source = normal(1, side, side, LATENT), normal(1, side, side, LATENT)
+    text = dict(text_emb=normal(1, TOKENS, model.text_dim), pooled_emb=normal(1, model.pooled_dim))
+
+    def read(x):
+        return jnp.concatenate([x, source, jnp.ones((1, side, side, 1))], axis=-1)
+
+    init = jax.jit(lambda: model.init(jax.random.key(0), read(x), **text, t=jnp.ones(1)))
     params = init()["params"]
 
     def velocity(params, x, t):
-        return kind.model.apply({"params": params}, kind.join(x, source, mask), **text, t=t)[
-            :, :side
-        ]
+        return model.apply({"params": params}, read(x), **text, t=t)
 
     def sample(params, x):
         return solve(lambda x, t: velocity(params, x, t[None]), x, Sampler(steps=steps))
@@ -113,11 +83,9 @@ def compiled(kind: Input, *, side: int, steps: int, train: bool) -> tuple[Callab
     return lambda: jax.block_until_ready(program(params, x)), temporaries
 
 
-def flops(kind: Input, *, side: int, train: bool) -> float:
+def flops(model: MMDiT, *, side: int, train: bool) -> float:
     """The FLOPs of the matrix products of one forward pass, or of one gradient."""
-    return kind.model.matmul_flops(
-        height=kind.height * side, width=side, num_tokens=TOKENS, train=train
-    )
+    return model.matmul_flops(height=side, width=side, num_tokens=TOKENS, train=train)
 
 
 def main() -> None:
@@ -145,23 +113,23 @@ def main() -> None:
         pooled_dim=384,
         attention=blocked_attention,
     )
-    small, paper = both_inputs(model), both_inputs(make_mmdit("xl"))
+    small, paper = both_sources(model), both_sources(make_mmdit("xl"))
     print(f"{'tokens / channels':39s} {'time':>14s}  memory  FLOPs  FLOPs at the paper's size")
     results = []
     for train, sizes in ((False, args.sizes), (True, args.train_sizes)):
         for size in map(int, filter(None, sizes.split(","))):
             side = size // FACTOR
             programs = {
-                name: compiled(kind, side=side, steps=args.steps, train=train)
-                for name, kind in small.items()
+                name: compiled(one, side=side, steps=args.steps, train=train)
+                for name, one in small.items()
             }
             best = best_seconds(
                 {name: run for name, (run, _) in programs.items()}, rounds=args.rounds
             )
             memory = {name: temporaries for name, (_, temporaries) in programs.items()}
             ours, papers = (
-                {name: flops(kind, side=side, train=train) for name, kind in inputs.items()}
-                for inputs in (small, paper)
+                {name: flops(one, side=side, train=train) for name, one in models.items()}
+                for models in (small, paper)
             )
             ratios = [x["tokens"] / x["channels"] for x in (best, memory, ours, papers)]
             name = f"{'gradient' if train else f'{args.steps} steps'} at {size} px"

@@ -44,6 +44,12 @@ def test_parameters_that_do_not_fit_are_listed(folder):
         init_transformer(params, model, folder / "transformer")
 
 
+def test_public_weights_read_their_source_as_channels(folder):
+    model = make_mmdit("tiny", **fields(source="tokens"))
+    with pytest.raises(UserError, match=r"take model\.overrides\.source='channels', not 'tokens'"):
+        init_transformer({}, model, folder / "transformer")
+
+
 def fields(**overrides):
     """Fields of a backbone with the latents, text and positions of the folder's transformer."""
     same = {name: getattr(TRANSFORMER, name) for name in ("text_dim", "pooled_dim", "out_channels")}

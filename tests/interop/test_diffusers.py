@@ -203,6 +203,7 @@ def test_what_diffusers_lacks_is_not_written(tmp_path):
         dict(position="rope"),
         dict(sandwich_norm=True),
         dict(shared_adaln=True),
+        dict(source="tokens"),
         dict(mlp_ratio=2),
     ):
         model = dataclasses.replace(TINY, **option)

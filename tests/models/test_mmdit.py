@@ -167,6 +167,21 @@ def test_positions_distinguish_tokens(position):
     )
 
 
+@pytest.mark.parametrize("position", ["sincos", "rope"])
+def test_a_source_as_tokens_is_the_lower_half_of_one_tall_picture(position):
+    """[noise, mask] above [source, mask], as a model of those channels alone sees it."""
+    model = dataclasses.replace(TINY, source="tokens", position=position)
+    tall = dataclasses.replace(TINY, in_channels=3, position=position)
+    params, x = random_params(model), inputs(model)
+    noise, source, mask = jnp.split(x["latents"], [2, 4], axis=-1)
+    halves = [jnp.concatenate([half, mask], axis=-1) for half in (noise, source)]
+    want = apply(tall, params, **{**x, "latents": jnp.concatenate(halves, axis=1)})
+    got = apply(model, params, **x)
+    assert got.shape == noise.shape
+    # same sums, other fusions
+    np.testing.assert_allclose(got, want[:, : got.shape[1]], atol=1e-5 * float(want.std()))
+
+
 def test_rotation_depends_on_differences_only():
     rng = np.random.default_rng(0)
     q, k = jnp.asarray(rng.normal(size=(2, 1, 8)), jnp.float32)
@@ -220,6 +235,8 @@ def test_sharing_the_modulation_saves_12_d2_a_block():
         (lambda: make_mmdit("tiny", remat="ful"), "did you mean 'full'"),
         (lambda: make_mmdit("tiny", num_heads=3), "multiple of 4"),
         (lambda: make_mmdit("tiny", qk_norm="layer"), "qk_norm"),
+        (lambda: make_mmdit("tiny", source="token"), "did you mean 'tokens'"),
+        (lambda: dataclasses.replace(TINY, source="tokens", in_channels=6), "in_channels 6"),
         (lambda: apply(TINY, {}, **inputs(TINY, height=5)), "not divisible into patches"),
         (lambda: initial(dataclasses.replace(TINY, attention="xlb")), "did you mean 'xla'"),
     ],

@@ -170,6 +170,7 @@ def test_what_is_no_hlo_is_refused():
         dict(shared_adaln=True),
         dict(depth=1),
         dict(position="rope", mlp_ratio=3, scan=False),
+        dict(source="tokens"),
     ],
 )
 @pytest.mark.parametrize("train", [False, True])

@@ -133,8 +133,13 @@ def init_transformer(
     because it is a matter of their layout: the channels are one axis of the patches' kernel.
 
     Raises what `open_transformer` raises, and UserError listing parameters of other names or
-    shapes.
+    shapes, or if the model reads its source as tokens.
     """
+    if model.source != "channels":
+        raise UserError(
+            f"init_from {folder}: SD3's weights take model.overrides.source='channels', "
+            f"not {model.source!r}"
+        )
     stored = open_transformer(folder)
     theirs, p = stored.module, model.patch_size
     kernel = "patch_embed/kernel"

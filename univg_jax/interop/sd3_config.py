@@ -104,7 +104,11 @@ def stored_channels(model: MMDiT, folder: PathLike | None = None) -> tuple[int, 
 def config_of(model: MMDiT) -> dict[str, Any]:
     """The inverse. Raises UserError for an option that diffusers lacks."""
     for field, value in dict(
-        position="sincos", mlp_ratio=4, sandwich_norm=False, shared_adaln=False
+        position="sincos",
+        mlp_ratio=4,
+        sandwich_norm=False,
+        shared_adaln=False,
+        source="channels",
     ).items():
         if getattr(model, field) != value:
             raise UserError(

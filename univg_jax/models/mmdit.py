@@ -184,6 +184,11 @@ class MMDiT(nn.Module):
     num_heads: int = setting(help="heads of attention", least=1)
     patch_size: int = setting(2, "latent cells a side of a token", least=1)
     in_channels: int = setting(33, "channels of noise, source and mask", least=1)
+    source: str = setting(
+        "channels",
+        "source and mask enter as channels, or as tokens of their own (sequence concatenation)",
+        names=("channels", "tokens"),
+    )
     out_channels: int = setting(16, "channels of a latent", least=1)
     text_dim: int = setting(4096, "width of the tokens' embeddings", least=1)
     pooled_dim: int = setting(2048, "width of the whole text's embedding", least=1)
@@ -219,26 +224,35 @@ class MMDiT(nn.Module):
             raise UserError(
                 f"hidden_dim {self.hidden_dim} is not a multiple of 4 * num_heads {self.num_heads}"
             )
+        if self.source == "tokens" and self.in_channels != 2 * self.out_channels + 1:
+            raise UserError(
+                f"source='tokens' with in_channels {self.in_channels}: expected noise and source "
+                f"of {self.out_channels} channels each, and the mask"
+            )
 
     def matmul_flops(self, *, height: int, width: int, num_tokens: int, train: bool) -> float:
         """FLOPs of all matrix products for one example with latents of height x width.
 
         A multiply-add counts as 2. With n image and m text tokens, a block multiplies each token by
         (4 + 2 mlp_ratio) matrices of d x d and scores (n + m)^2 pairs; its modulations multiply one
-        vector per example. The last block's text has keys and values only. In training every
-        product is computed three times (itself, and its gradient by either factor), except that
-        the model's inputs need no gradient. Recomputation is not counted.
+        vector per example. The last block's text has keys and values only. A source as tokens
+        doubles n. In training every product is computed three times (itself, and its gradient by
+        either factor), except that the model's inputs need no gradient. Recomputation is not
+        counted.
         """
         d, m = self.hidden_dim, num_tokens
         patch = self.patch_size**2
-        n = height * width // patch
+        outputs = n = height * width // patch
+        in_channels = self.in_channels
+        if self.source == "tokens":
+            n, in_channels = 2 * n, self.out_channels + 1
         token, pairs = (4 + 2 * self.mlp_ratio) * d * d, 2 * d
         block = (n + m) * token + pairs * (n + m) ** 2
         last = n * token + 2 * m * d * d + pairs * n * (n + m)
         modulations = 12 * d * d if self.shared_adaln else (12 * (self.depth - 1) + 8) * d * d
-        inputs = (n * patch * self.in_channels + m * self.text_dim + 256 + self.pooled_dim) * d
+        inputs = (n * patch * in_channels + m * self.text_dim + 256 + self.pooled_dim) * d
         # the second maps of the two embeddings, the output's modulation, the output
-        ends = 2 * d * d + 2 * d * d + n * patch * self.out_channels * d
+        ends = 2 * d * d + 2 * d * d + outputs * patch * self.out_channels * d
         inner = (self.depth - 1) * block + last + modulations + ends
         return 2.0 * (3 * inner + 2 * inputs if train else inner + inputs)
 
@@ -263,6 +277,9 @@ class MMDiT(nn.Module):
                 f"latents of {height}x{width} are not divisible into patches of {p}x{p}"
             )
         h, w = height // p, width // p
+        n = h * w  # tokens that are read out
+        if self.source == "tokens":
+            latents, h = _one_below_the_other(latents), 2 * h
 
         patches = latents.reshape(b, h, p, w, p, -1).transpose(0, 1, 3, 2, 4, 5)
         image = Linear(d, **dtypes, name="patch_embed")(patches.reshape(b, h * w, -1))
@@ -282,14 +299,14 @@ class MMDiT(nn.Module):
             modulation = Linear(12 * d, **dtypes, kernel_init=zeros, name="shared_modulation")
             block_cond = modulation(cond)
 
-        image = self._run_blocks((image, text), block_cond, text_mask, grid=(h, w))
+        image = self._run_blocks((image, text), block_cond, text_mask, grid=(h, w))[:, :n]
 
         modulation = Linear(2 * d, **dtypes, kernel_init=zeros, name="out_modulation")
         scale, shift = jnp.split(modulation(cond), 2, axis=-1)
         image = modulated_norm(image, scale, shift)
         out_proj = Linear(p * p * self.out_channels, **dtypes, kernel_init=zeros, name="out_proj")
         image = out_proj(image)
-        image = image.reshape(b, h, w, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
+        image = image.reshape(b, height // p, w, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
         return image.reshape(b, height, width, -1)
 
     @nn.nowrap
@@ -330,6 +347,13 @@ class MMDiT(nn.Module):
             carry, _ = stack(**options, name="blocks")(carry, cond, text_mask)
         (image, _), _ = block(**options, final=True, name="last_block")(carry, cond, text_mask)
         return image
+
+
+def _one_below_the_other(latents: Float[Array, "b h w _"]) -> Float[Array, "b 2*h w _"]:
+    """[noise, source, mask] along the channels, as a picture [noise, mask] above [source, mask]."""
+    c = latents.shape[-1] // 2
+    noise, source, mask = jnp.split(latents, [c, 2 * c], axis=-1)
+    return jnp.concatenate([jnp.concatenate([x, mask], axis=-1) for x in (noise, source)], axis=1)
 
 
 # With SD3's conditioning (text 4096, pooled 2048, 33 channels in, 16 out), b, l and xl have 416M,

@@ -14,9 +14,10 @@ class UniVG(nn.Module):
     """v = MMDiT([x_t, image latent, mask], text, pooled, t), with text[`<p>`] = projector(face).
 
     The channel concatenation and the replacement are UniVG's (arXiv 2503.12652): the sequence
-    never grows. A row without a face keeps its text. Replacing after the text encoder, by a 2-layer
-    MLP, is our choice. The projector exists only where `face_dim` is set, so the stages before
-    identity have no such parameters.
+    never grows, unless the backbone reads the source as tokens (`MMDiT.source`). A row without a
+    face keeps its text. Replacing after the text encoder, by a 2-layer MLP, is our choice. The
+    projector exists only where `face_dim` is set, so the stages before identity have no such
+    parameters.
     """
 
     backbone: MMDiT
