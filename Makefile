@@ -8,7 +8,7 @@ export JAX_PLATFORMS ?= cpu
 # XLA's temporaries are mapped and unmapped every step; in huge pages that is 27 times fewer page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart test parity datasets lint lock clean
+.PHONY: install quickstart ablations test parity datasets lint lock clean
 
 install: .venv/installed
 
@@ -26,6 +26,10 @@ quickstart: install
 	$(UNIVG) evaluate --checkpoint=$(RUN)/stage3 --benchmark=emoji_scenes --out=$(RUN)/evaluation
 	$(UNIVG) report --stages=$(RUN)/stage1,$(RUN)/stage2,$(RUN)/stage3 --evaluation=$(RUN)/evaluation --out=$(RUN)
 	@echo "To have the command in this shell: source .venv/bin/activate; univg --help"
+
+# The paper's ablations, at most 8 hours on 2 cores; killed, it goes on. Writes docs/ablations.md.
+ablations: install
+	.venv/bin/python -m tools.ablations
 
 test: install
 	.venv/bin/python -m pytest -n auto
