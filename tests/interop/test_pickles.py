@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from tests.interop.torch_file import NAMES, Global, torch_pickle, torch_zip
 from univg_jax.errors import NotFoundError, UserError
@@ -41,6 +42,11 @@ def check(found, expected):
 @pytest.mark.parametrize("write", [torch_zip, torch_pickle], ids=["zip", "legacy"])
 def test_pytorchs_files(read, write):
     check(read(write(TENSORS)), TENSORS)
+
+
+def test_a_file_is_converted_to_safetensors(read, tmp_path):
+    save_file(read(torch_pickle(TENSORS)), tmp_path / "weights.safetensors")
+    check(load_file(tmp_path / "weights.safetensors"), TENSORS)
 
 
 def test_numpys_arrays_in_nested_dicts(read):

@@ -134,7 +134,7 @@ def test_a_folder_is_searched(file, tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"")
     with pytest.raises(
         UserError,
-        match=r"weights.pth is a pickle, which can run code and is never read; convert it",
+        match=r"weights.pth is a pickle; convert it once, without running what it asks for",
     ):
         load_inception(tmp_path)
     with pytest.raises(UserError, match="is a pickle"):

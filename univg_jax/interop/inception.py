@@ -26,9 +26,9 @@ def open_inception(path: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
     """The network of a safetensors file, or of the only one in a folder.
 
     The file has the names of `pt_inception-2015-12-05`: `Conv2d_1a_3x3.conv.weight`, ...
-    `fc.weight` [1008 2048]; that one is a pickle, which we do not read. `dtype` is the compute
-    dtype; FID is defined in float32. Raises what `open_model` raises, and UserError for a pickle
-    and for a folder with several files.
+    `fc.weight` [1008 2048]; that one is a pickle, to be converted by `read_pickle`. `dtype` is the
+    compute dtype; FID is defined in float32. Raises what `open_model` raises, and UserError for a
+    pickle and for a folder with several files.
     """
     file = _file(local_path(path))
     model = InceptionV3(dtype=dtype)
@@ -64,8 +64,8 @@ def _file(path: Path) -> Path:
         )
     if pickles:
         raise UserError(
-            f"{pickles[0]} is a pickle, which can run code and is never read; convert it where "
-            "PyTorch is: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+            f"{pickles[0]} is a pickle; convert it once, without running what it asks for: "
+            "safetensors.numpy.save_file(univg_jax.interop.pickles.read_pickle(FILE), "
             "'inception.safetensors')"
         )
     raise NotFoundError(f"{path}: expected a .safetensors file, or a folder with one")
