@@ -147,9 +147,9 @@ def test_all_prompts_of_the_official_file_ask_for_images_of_their_own(tmp_path):
 def test_a_scorer_of_another_setting_is_refused(tmp_path, scorer, key):
     """Its numbers would be stored under the benchmark's setting."""
     named = inpainting.BENCHMARK.settings[key]
-    opened = types.SimpleNamespace(settings={key: named})
+    opened = types.SimpleNamespace(opened_with={key: named})
     check_settings(inpainting.BENCHMARK, {scorer: opened})
-    opened.settings = {key: "other"}
+    opened.opened_with = {key: "other"}
     message = f"inpainting has {key}={named}, but the scorer '{scorer}' has {key}=other"
     with pytest.raises(UserError, match=message):
         check_settings(inpainting.BENCHMARK, {scorer: opened})

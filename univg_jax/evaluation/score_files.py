@@ -78,7 +78,7 @@ def check_scorers(
 def check_settings(benchmark: Official, scorers: Scorers) -> None:
     """Raises UserError for a scorer opened with another setting than the benchmark names."""
     for name, scorer in scorers.items():
-        for key, value in getattr(scorer, "settings", {}).items():
+        for key, value in getattr(scorer, "opened_with", {}).items():
             wanted = benchmark.settings.get(key, value)
             if wanted != value:
                 raise UserError(

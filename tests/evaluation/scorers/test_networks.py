@@ -123,7 +123,7 @@ def test_inception_gives_the_features_of_a_convention(inception_file):
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     other = inception.open_inception(str(inception_file), convention="clean-fid")
     assert other.digest != scorer.digest
-    assert other.settings == {"convention": "clean-fid"}
+    assert other.opened_with == {"convention": "clean-fid"}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_lpips_of_pictures(lpips_files):
     assert scorer(a, b) == pytest.approx(float(expected), rel=1e-5)
     assert scorer(a, b) > 1e-3
     assert abs(scorer(a, a)) < 1e-9
-    assert scorer.settings == {"lpips": "alex"}
+    assert scorer.opened_with == {"lpips": "alex"}
     with pytest.raises(UserError, match="pictures of 33 x 30: LPIPS's alex needs 31 a side"):
         scorer(a[:30], b[:30])
 

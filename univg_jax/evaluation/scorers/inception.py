@@ -19,5 +19,5 @@ def open_inception(path: str, *, convention: str = "pytorch-fid") -> PictureNetw
         params,
         lambda image: fid.preprocess(image, convention=convention),
         digest=digest_of(weights_of(local_path(path)), convention),
-        settings={"convention": convention},
+        opened_with={"convention": convention},
     )

@@ -14,15 +14,15 @@ from univg_jax.pretrained import local_path
 class Lpips:
     """The distance by the network of a file, or of a backbone's file and its `heads`, in float32.
 
-    `settings` has the network, alex or vgg as the file is, which a benchmark's setting has to name
-    (`score_files.check_settings`). Raises what `load_lpips` raises.
+    `opened_with` has the network, alex or vgg as the file is, which a benchmark's setting has to
+    name (`score_files.check_settings`). Raises what `load_lpips` raises.
     """
 
     def __init__(self, path: str, *, heads: str | None = None):
         files = [local_path(file) for file in (path, heads) if file is not None]
         module, self._params = load_lpips(files)
         self._network = module.network
-        self.settings = {"lpips": module.network}
+        self.opened_with = {"lpips": module.network}
         self.digest = digest_of(files)
         self._apply = jax.jit(lambda p, a, b: module.apply({"params": p}, a, b))
 

@@ -18,7 +18,7 @@ Apply = Callable[[Any, jax.Array], jax.Array]
 class PictureNetwork:
     """Vectors of pictures, each of any size: `prepare(picture)` is what the network is given.
 
-    `settings` are those of a benchmark that have to be the same (`score_files.check_settings`).
+    `opened_with` are settings that a benchmark has to have, too (`score_files.check_settings`).
     """
 
     def __init__(
@@ -28,10 +28,10 @@ class PictureNetwork:
         prepare: Callable[[UInt8[np.ndarray, "h w 3"]], np.ndarray],
         *,
         digest: str,
-        settings: Mapping[str, str] = MappingProxyType({}),
+        opened_with: Mapping[str, str] = MappingProxyType({}),
     ):
         self._apply, self._params, self._prepare = jax.jit(apply), params, prepare
-        self.digest, self.settings = digest, settings
+        self.digest, self.opened_with = digest, opened_with
 
     def __call__(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "n d"]:
         """A vector of each picture, of which there is one at least."""
