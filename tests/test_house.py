@@ -59,12 +59,13 @@ ALLOWED: dict[str, set[str]] = {
     "pretrained": set(),
     "stored": set(),
     "tpu": set(),
+    "retention": {"workdir", "writers"},
     "workdir": {"checksums", "stored"},
     "writers": set(),
     "runtime": {"tpu"},
     "sharding": {"batch"},
     "distributed": {"sharding"},
-    "checkpoint": {"checksums", "lock", "sharding", "stored", "workdir"},
+    "checkpoint": {"checksums", "lock", "retention", "sharding", "stored", "workdir"},
     # Networks: ours, weights of others, and what encodes a batch.
     "models": {"batch", "sharding"},
     "interop": {"models", "pretrained", "sharding"},
@@ -96,7 +97,8 @@ ALLOWED: dict[str, set[str]] = {
     "previews": {"assembly", "pipeline", "training"},
     "evaluation": {
         *("assembly", "batch", "checkpoint", "conditioning", "data_pipelines", "flow", "interop"),
-        *("models", "pipeline", "pretrained", "progress", "sharding", "version", "writers"),
+        *("lock", "models", "pipeline", "pretrained", "progress", "retention", "sharding"),
+        *("version", "workdir", "writers"),
     },
     "planning": {
         *("assembly", "batch", "conditioning", "data_pipelines", "encoders", "models"),

@@ -60,6 +60,7 @@ BOXES = {
     "flow": Box(380, 475, 85, "the loss", SCIENCE),
     "conditioning": Box(480, 475, 150, "Batch -> Conditions", SCIENCE),
     "interop": Box(650, 475, 115, "public weights", SCIENCE),
+    "retention": Box(0, 520, 125, "steps that stay", TRAIN),
     "stored": Box(0, 570, 110, "one step", TRAIN),
     "workdir": Box(200, 570, 170, "a run's config and steps", TRAIN),
     "models": Box(400, 570, 365, "MM-DiT, UniVG, encoders: all of the Flax", SCIENCE),

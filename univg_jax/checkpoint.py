@@ -28,6 +28,8 @@ from univg_jax import checksums
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError, shorten
 from univg_jax.files import write_whole
 from univg_jax.lock import WorkdirLock
+from univg_jax.retention import Retention
+from univg_jax.settings import Best
 from univg_jax.sharding import with_shardings
 from univg_jax.stored import differences, read_arrays, read_item, read_state, saved_shapes
 from univg_jax.trees import Json, named_leaves, nest
@@ -82,18 +84,20 @@ class _StateHandler(ocp.PyTreeCheckpointHandler):
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one workdir; keeps the latest `keep` steps (None: all).
+    """Writes and reads the checkpoints of one workdir; `retention.Retention` says which are kept.
 
     Saves are asynchronous: the error of one is raised by the next `save`, `check`, `wait` or
     `close`.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int | None = 3) -> None:
+    def __init__(
+        self, workdir: epath.PathLike, *, keep: int | None = 3, best: Best | None = None
+    ) -> None:
         self.workdir = _absolute(workdir)
         self.directory = self.workdir / CHECKPOINTS
         self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=Retention(self.workdir, keep=keep, best=best),
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._combine_checksums),
         )

@@ -79,20 +79,23 @@ def find_problems(folder: epath.Path, *, under: str = "") -> tuple[str, ...]:
 
     Processes share the reading and agree on whether there are problems.
     """
+    sums, found = {}, ()
     try:
         sums = read_json(folder / FILE)
-    except UserError as error:
-        return (str(error),)
+    except UserError as error:  # perhaps on this process alone, so the others are told below
+        found = (str(error),)
     names = sorted(name for name in sums if name.startswith(under))
 
     def problem(name: str) -> str | None:
-        if not (folder / name).exists():
+        try:
+            is_sound = checksum(folder / name) == sums[name]
+        except FileNotFoundError:
             return f"{name} is missing"
-        return None if checksum(folder / name) == sums[name] else f"{name} is not what was written"
+        return None if is_sound else f"{name} is not what was written"
 
     own = names[jax.process_index() :: jax.process_count()]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found = tuple(filter(None, pool.map(problem, own)))
+        found += tuple(filter(None, pool.map(problem, own)))
     if jax.process_count() > 1:
         anywhere = multihost_utils.process_allgather(np.array(bool(found)))
         if np.any(anywhere):

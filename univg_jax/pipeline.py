@@ -65,6 +65,7 @@ class Pipeline:
     collator: Collator
     path: str = ""
     step: int = 0
+    which: str = "ema"  # of the checkpoint's parameters: their average, or "params"
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # What was compiled, so as to say it only once; copies with other parameters share it.
     compiled: set[Hashable] = dataclasses.field(default_factory=set, repr=False, compare=False)
@@ -103,8 +104,7 @@ class Pipeline:
         )
         model = assembly.make_model(config, found.conditioner)
         tokenizer = load_tokenizer(encoders.tokenizer_folder(config.conditioning))
-        step = checkpoint.step_of(path)
-        pipeline = cls(
+        blank = cls(
             config=config,
             params=None,
             frozen=found.frozen,
@@ -115,22 +115,37 @@ class Pipeline:
                 shape=BatchShape.of(config.data),
                 caption_weights=config.data.caption_weights,
             ),
-            path=os.fspath(path),
-            step=step,
+            which="ema" if ema else "params",
             digests={
-                "weights": checkpoint.digests(path)[step],
+                "weights": "",
                 **encoders.digests(checkpoint.workdir_of(path)),
                 "tokenizer": tokenizer.fingerprint,
             },
         )
-        abstract = jax.eval_shape(pipeline._init_params, jax.random.key(0))
+        return blank.at(path)
+
+    def at(self, path: epath.PathLike) -> "Pipeline":
+        """The same model with the parameters of another checkpoint of its run.
+
+        All else stays, the sampling too, and nothing is compiled again. Raises UserError if there
+        is no checkpoint, or it is not of this model.
+        """
+        step = checkpoint.step_of(path)
+        weights = checkpoint.digests(path)[step]
+        abstract = jax.eval_shape(self._init_params, jax.random.key(0))
         params = checkpoint.load_params(
             path,
-            which="ema" if ema else "params",
+            which=self.which,
             abstract=abstract,
-            shardings=sharding.tree_shardings(abstract, mesh),
+            shardings=sharding.tree_shardings(abstract, self.mesh),
         )
-        return dataclasses.replace(pipeline, params=params)
+        return dataclasses.replace(
+            self,
+            params=params,
+            path=os.fspath(path),
+            step=step,
+            digests={**self.digests, "weights": weights},
+        )
 
     # One method a task. Pictures are paths, PIL images or numpy uint8 [h w 3]; they are cropped to
     # the square that the model was trained on. A list of any argument makes a list of images.

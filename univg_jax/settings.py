@@ -7,11 +7,12 @@ table, made by `univg config`. Loads without JAX.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from univg_jax import fields
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, quote
 from univg_jax.fields import setting
 
 DISTRIBUTIONS = ("logit_normal", "uniform")
@@ -266,6 +267,15 @@ class InitFrom:
 
 
 AT_THE_END = "only after the last step"
+_BEST = re.compile(r"(\w+)/(.+?)(?::(min|max))?")
+
+
+class Best(NamedTuple):
+    """A number of a benchmark, by which a checkpoint is the best one of a run."""
+
+    benchmark: str
+    number: str
+    is_lower_better: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,10 +288,32 @@ class Train:
     sample_every: int | None = setting(10_000, "steps between samples", least=1, none=AT_THE_END)
     save_every: int | None = setting(2_000, "steps between checkpoints", least=1, none=AT_THE_END)
     keep: int | None = setting(3, "checkpoints that are kept, the newest", least=1, none="all")
+    best: str | None = setting(
+        None,
+        "BENCHMARK/NUMBER of univg evaluate --follow, such as geneval/overall, with :min behind it "
+        "where less is better: the best checkpoint by it is kept, too, and up to `keep` older ones "
+        "that wait for their evaluation",
+        none="the newest alone",
+    )
     eval_examples: int = setting(
         64, "validation examples of a task, at 8 fixed times each; 0: no validation", least=0
     )
     sample_examples: int = setting(4, "samples of a task, in one grid; 0: no samples", least=0)
+
+    @property
+    def best_number(self) -> Best | None:
+        """What `best` says; None without it, and where it says nothing."""
+        if self.best is None or (found := _BEST.fullmatch(self.best)) is None:
+            return None
+        return Best(found[1], found[2], is_lower_better=found[3] == "min")
+
+    def check(self, where: str) -> None:
+        """Raises UserError for a `best` that names no number of a benchmark."""
+        if self.best is not None and self.best_number is None:
+            raise UserError(
+                f"{where}.best={quote(self.best)}: expected BENCHMARK/NUMBER, such as "
+                "geneval/overall, or with :min behind it where less is better"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

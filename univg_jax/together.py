@@ -42,6 +42,13 @@ def each_together(items: Iterable[T]) -> Iterator[T]:
         yield item
 
 
+def of_first(value: np.ndarray) -> np.ndarray:
+    """The value that process 0 gives; all processes give one of its shape and type."""
+    if jax.process_count() == 1:
+        return value
+    return np.asarray(multihost_utils.broadcast_one_to_all(value))
+
+
 def raise_together(failure: Exception | None) -> None:
     """Raises on all processes where any has a failure; they give None where nothing is wrong."""
     if jax.process_count() > 1:

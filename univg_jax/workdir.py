@@ -1,7 +1,7 @@
 """A workdir: the folder of one run, which belongs to one config, and its steps.
 
 `config.json` says whose it is, `encoders` has what it encodes with, `checkpoints/STEP` are its
-checkpoints. Paths may be `gs://`.
+checkpoints, `evaluations/BENCHMARK.jsonl` has what was found of them. Paths may be `gs://`.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from univg_jax.stored import read_item
 from univg_jax.trees import Json, flatten
 
 CHECKPOINTS, CONFIG, ENCODERS = "checkpoints", "config.json", "encoders"
+EVALUATIONS = "evaluations"
 
 # Regexes of the dotted config keys that a resumed run may change: how long, how often, where; never
 # what is learned.
@@ -167,8 +168,16 @@ def list_steps(workdir: epath.PathLike) -> tuple[int, ...]:
 
 def newest_step(workdir: epath.PathLike) -> int:
     """The newest step of a workdir whose checkpoint was finished; 0 where there is none."""
+    return max(finished_steps(workdir), default=0)
+
+
+def finished_steps(workdir: epath.PathLike) -> tuple[int, ...]:
+    """The steps of a workdir whose checkpoint was finished, ascending; none if it does not exist.
+
+    What is being written, or removed, is none.
+    """
     root = epath.Path(workdir) / CHECKPOINTS
-    return max((s for s in steps_in(root) if (root / str(s) / checksums.FILE).exists()), default=0)
+    return tuple(s for s in steps_in(root) if (root / str(s) / checksums.FILE).exists())
 
 
 def steps_in(root: epath.Path) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_pipelines.tasks import TASKS, find_task
 from univg_jax.cli import flags
@@ -21,11 +21,18 @@ if TYPE_CHECKING:
     from univg_jax.evaluation.scorers import Scorers
 
 OURS = "ours"  # --score_only without a folder: the images of --generate_only
+SIDE_BY_SIDE = 4  # checkpoints of a followed run whose pictures its page shows, the newest
 
 
 def add_arguments(parser: Parser) -> None:
     """The command's flags."""
     flags.add_checkpoint(parser, required=False)
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="evaluate each checkpoint of the workdir DIR once, as training writes them, and end "
+        "when it has ended: numbers in DIR/evaluations and TensorBoard; train.best keeps the best",
+    )
     parser.add_argument(
         "--benchmark",
         required=True,
@@ -136,8 +143,13 @@ def run(args: argparse.Namespace) -> None:
     is_public = isinstance(benchmark, Official)
     if args.checkpoint is None and (not is_public or args.score_only in (None, OURS)):
         raise UserError("--checkpoint is missing: only --score_only=DIR goes without one")
+    if args.follow:
+        _check_follow(args)
     configure(args)
     job = _public_job(args, benchmark) if is_public else _embedded_job(args, benchmark)
+    if args.follow:
+        _follow(args, benchmark.name, job)
+        return
     if args.checkpoint is None:
         done = job(None)
         _show(done)
@@ -146,9 +158,8 @@ def run(args: argparse.Namespace) -> None:
     from univg_jax.evaluation.sweep import combinations
     from univg_jax.pipeline import Pipeline
 
-    options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)
     choices = combinations(args.sweep)
-    pipeline = Pipeline.load(args.checkpoint, ema=not args.raw_params, **options)
+    pipeline = Pipeline.load(args.checkpoint, ema=not args.raw_params, **_options(args))
     done = []
     for choice in choices:
         done.append(job(choice.applied_to(pipeline)))
@@ -156,15 +167,71 @@ def run(args: argparse.Namespace) -> None:
     _write_page(args.out, done)
 
 
-def _show(done: "Done", *, title: str = "") -> None:
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `load_config` takes beside the checkpoint."""
+    return dict(sampling=flags.sampling(args), pretrained=args.pretrained)
+
+
+def _check_follow(args: argparse.Namespace) -> None:
+    """Raises UserError for what does not go with --follow."""
+    for name in ("sweep", "generate_only", "score_only"):
+        if getattr(args, name):
+            raise UserError(f"--follow takes no --{name}: it evaluates every checkpoint whole")
+    if os.path.basename(os.path.dirname(os.path.abspath(args.checkpoint))) == "checkpoints":
+        raise UserError(f"--follow takes a workdir, but {args.checkpoint} is one checkpoint")
+
+
+# What the numbers of a followed run depend on, beside the checkpoints and the scorers.
+COMPARED = ("benchmark", "steps", "seed", "raw_params", "without", "excerpt", "limit", "tasks")
+COMPARED += ("examples", "split")
+
+
+def _follow(args: argparse.Namespace, name: str, job: "PublicJob | EmbeddedJob") -> None:
+    from univg_jax.evaluation.follow import follow
+    from univg_jax.evaluation.scorers import scorer_digests
+    from univg_jax.pipeline import Pipeline
+
+    settings = {key: getattr(args, key) for key in COMPARED}
+    shown: list[Done] = []
+
+    def show(step: int, done: "Done") -> None:
+        _show(done, title=f"step {step}")
+        shown.append(done)
+        _write_page(args.out, shown[-SIDE_BY_SIDE:], log=args.checkpoint)
+
+    follow(
+        args.checkpoint,
+        name,
+        load=lambda path: Pipeline.load(path, ema=not args.raw_params, **_options(args)),
+        job=job,
+        settings={**settings, "scorers": scorer_digests(getattr(job, "scorers", {}))},
+        say=_say,
+        show=show,
+    )
+
+
+def _wait_for_run(args: argparse.Namespace) -> None:
+    """With --follow, returns when the run has a checkpoint."""
+    if args.follow:
+        from univg_jax.evaluation.follow import wait_for_run
+
+        wait_for_run(args.checkpoint, say=_say)
+
+
+def _say(*lines: str) -> None:
+    """Prints lines at once, once for all processes."""
     import jax
 
     if jax.process_index() == 0:
-        print(*filter(None, [title, done.text, f"in {done.folder}"]), sep="\n")
+        print(*lines, sep="\n", flush=True)
 
 
-def _write_page(out: str, done: Sequence["Done"]) -> None:
-    """Writes report.html about what has numbers."""
+def _show(done: "Done", *, title: str = "") -> None:
+    _say(*filter(None, [title, done.text, f"in {done.folder}"]))
+
+
+def _write_page(out: str, done: Sequence["Done"], *, log: str | None = None) -> None:
+    """Writes report.html about what has numbers, and about the run that has the workdir `log`."""
     import jax
     from etils import epath
 
@@ -173,8 +240,8 @@ def _write_page(out: str, done: Sequence["Done"]) -> None:
     folders = [each.folder for each in done if each.numbers]
     if folders and jax.process_index() == 0:
         page = epath.Path(out) / "report.html"
-        write_page(page, folders)
-        print(f"all of it is on the page {page}")
+        write_page(page, [*folders, *filter(None, [log])])
+        _say(f"all of it is on the page {page}")
 
 
 def _public_job(args: argparse.Namespace, benchmark: "Official") -> "PublicJob":
@@ -198,8 +265,9 @@ def _public_job(args: argparse.Namespace, benchmark: "Official") -> "PublicJob":
             check_settings(benchmark, scorers)
     rows = benchmark.read(args.data, excerpt=args.excerpt)
     if args.checkpoint is not None:
-        options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)
-        check_tasks(benchmark, rows, trained_tasks(load_config(args.checkpoint, **options)))
+        _wait_for_run(args)
+        config = load_config(args.checkpoint, **_options(args))
+        check_tasks(benchmark, rows, trained_tasks(config))
     return PublicJob(
         benchmark=benchmark,
         rows=rows,
@@ -225,8 +293,8 @@ def _embedded_job(args: argparse.Namespace, benchmark: "Benchmark") -> "Embedded
         if getattr(args, name):
             raise UserError(f"{benchmark.name} takes no --{name}: it has all that it needs")
     tasks = [find_task(name).name for name in args.tasks.split(",")] if args.tasks else None
-    options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)
-    config = with_data(load_config(args.checkpoint, **options), args.data)
+    _wait_for_run(args)
+    config = with_data(load_config(args.checkpoint, **_options(args)), args.data)
     # The data is looked at before the model is loaded; one case of each task does for that.
     one = dict(num=1, num_train=1, collator=assembly.make_collator(config))
     open_cases(config, benchmark, tasks=tasks, split=args.split, **one)

@@ -8,7 +8,8 @@ import sys
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.cli.parser import Parser
-from univg_jax.errors import UserError
+from univg_jax.errors import UserError, check_name
+from univg_jax.evaluation.benchmarks import BENCHMARKS
 
 
 def add_arguments(parser: Parser) -> None:
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
 
     configure(args)
     config = configs.load(args.config, args.overrides)
+    if best := config.train.best_number:
+        check_name(best.benchmark, BENCHMARKS, what="benchmark in train.best:")
     profile = None
     if args.profile:
         profile = profiling.parse_steps(args.profile, total=config.train.steps)

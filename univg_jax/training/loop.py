@@ -129,8 +129,11 @@ def train(
     SIGTERM or Ctrl-C once its step is saved, UserError if the workdir is past `config.train.steps`.
     """
     check_not_past(workdir, step_fns.config.train.steps)
-    keep = step_fns.config.train.keep
-    with PreemptionNotice() as notice, Checkpointer(workdir, keep=keep) as checkpointer:
+    c = step_fns.config.train
+    with (
+        PreemptionNotice() as notice,
+        Checkpointer(workdir, keep=c.keep, best=c.best_number) as checkpointer,
+    ):
         return _train(
             step_fns,
             stream,

@@ -10,9 +10,9 @@ from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation.report.cards import Card
 from univg_jax.evaluation.report.differences import in_order
 from univg_jax.evaluation.results import FILE, Json
+from univg_jax.workdir import EVALUATIONS
 from univg_jax.writers import read_metrics
 
-EVALUATIONS = "evaluations"  # in the workdir of a run that was followed: BENCHMARK.jsonl
 MOST = 12  # evaluations of a benchmark that are shown of a folder
 
 Log = Sequence[Json]  # of a followed run: rows of step and numbers

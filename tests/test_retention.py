@@ -1,0 +1,104 @@
+"""Which checkpoints stay beside the newest ones."""
+
+import json
+
+import pytest
+
+from tests.test_checkpoint import make_state
+from univg_jax import checkpoint
+from univg_jax.errors import UserError
+from univg_jax.retention import Retention, evaluations
+from univg_jax.settings import Best, Train
+from univg_jax.workdir import list_steps
+
+OVERALL = Best("geneval", "overall", is_lower_better=False)
+STEPS = range(1, 9)
+
+
+def write(workdir, rows):
+    """Rows of steps: a number, None, or the text of an error."""
+    file = evaluations(workdir, "geneval")
+    file.parent.mkdir(exist_ok=True)
+    lines = []
+    for step, x in rows.items():
+        found = {"error": x} if isinstance(x, str) else {"numbers": {"overall": x}}
+        lines.append({"step": step, **found})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def kept(workdir, best=OVERALL, keep=2):
+    return sorted(Retention(workdir, keep=keep, best=best).kept(STEPS))
+
+
+def test_without_a_best_number_the_newest_stay(tmp_path):
+    write(tmp_path, {1: 0.9})
+    assert kept(tmp_path, best=None) == [7, 8]
+    assert kept(tmp_path, keep=None) == list(STEPS)
+
+
+def test_the_best_one_stays(tmp_path):
+    write(tmp_path, {step: 1 / step for step in STEPS})
+    assert kept(tmp_path) == [1, 7, 8]
+    assert kept(tmp_path, best=OVERALL._replace(is_lower_better=True)) == [7, 8]
+    write(tmp_path, dict.fromkeys(STEPS, 0.5))
+    assert kept(tmp_path) == [1, 7, 8]  # the first of several
+
+
+def test_what_waits_stays_as_far_as_it_is_taken_next(tmp_path):
+    assert kept(tmp_path) == [1, 2, 7, 8]
+    write(tmp_path, {1: 0.3, 2: 0.4})
+    assert kept(tmp_path) == [2, 3, 4, 7, 8]
+
+
+def test_failures_and_what_is_no_number_are_neither_best_nor_waited_for(tmp_path):
+    rows = {1: "no server", 2: None, 3: float("nan"), 4: float("inf"), 5: 0.1, 6: 0.2}
+    write(tmp_path, rows)
+    assert kept(tmp_path) == [6, 7, 8]
+    # What a killed follower left of a row is none, and what was removed is not the best.
+    write(tmp_path, {0: 0.9, **{step: step for step in range(1, 7)}})
+    with evaluations(tmp_path, "geneval").open("a") as file:
+        file.write('{"step": 1, "numb')
+    assert kept(tmp_path) == [6, 7, 8]
+
+
+def test_a_number_that_no_row_has_is_named_once(tmp_path, caplog):
+    write(tmp_path, {1: 0.3})
+    retention = Retention(tmp_path, keep=2, best=OVERALL._replace(number="overal"))
+    for _ in range(2):
+        assert 8 in retention.kept(STEPS)
+    assert caplog.text.count("has no number 'overal'; did you mean 'overall'?") == 1
+
+
+def test_a_run_removes_the_rest_when_it_saves(tmp_path):
+    state = make_state()
+    with checkpoint.Checkpointer(tmp_path, keep=1, best=OVERALL) as checkpointer:
+
+        def steps_after(step):
+            checkpointer.save(step, state, {}, {})
+            checkpointer.wait()
+            return list_steps(tmp_path)
+
+        assert [steps_after(step) for step in (1, 2, 3)] == [(1,), (1, 2), (1, 3)]
+        write(tmp_path, {1: 0.5, 3: 0.7})
+        assert steps_after(4) == (3, 4)
+        write(tmp_path, {1: 0.5, 3: 0.7, 4: 0.6})
+        assert [steps_after(step) for step in (5, 6, 7)] == [(3, 5), (3, 5, 6), (3, 5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("geneval/overall", ("geneval", "overall", False)),
+        ("emoji_scenes/depth/abs_rel:min", ("emoji_scenes", "depth/abs_rel", True)),
+        ("coco30k/fid:max", ("coco30k", "fid", False)),
+        (None, None),
+    ],
+)
+def test_how_the_number_is_named(text, found):
+    assert Train(best=text).best_number == found
+
+
+@pytest.mark.parametrize("text", ["", "geneval", "geneval/", "/overall"])
+def test_what_names_no_number(text):
+    with pytest.raises(UserError, match=r"train\.best=.*: expected BENCHMARK/NUMBER"):
+        Train(best=text).check("train")

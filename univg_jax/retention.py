@@ -1,0 +1,82 @@
+"""Which checkpoints of a run stay while it trains.
+
+The newest `keep` do. With `train.best` also the best one by a number that `univg evaluate --follow`
+writes to `evaluations/BENCHMARK.jsonl` in the workdir, and the oldest `keep` of those that wait for
+their evaluation: these are what a follower takes next, so none is removed under it, and a run that
+nobody follows keeps twice as many at most. Without `train.best` nobody waits for a follower.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from univg_jax.errors import suggestion
+from univg_jax.settings import Best
+from univg_jax.together import of_first
+from univg_jax.trees import Json
+from univg_jax.workdir import EVALUATIONS
+from univg_jax.writers import read_metrics
+
+
+class Retention:
+    """Orbax asks it at each save (its `PreservationPolicy`), on all processes.
+
+    The rows are read anew each time. Of several best steps the first one stays. A number that no
+    row has is named once, with a warning.
+    """
+
+    def __init__(
+        self, workdir: epath.PathLike, *, keep: int | None, best: Best | None = None
+    ) -> None:
+        self._keep, self._best = keep, best
+        self._file = evaluations(workdir, best.benchmark) if best else None
+        self._has_warned = False
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> Sequence[bool]:
+        """Whether each of the checkpoints, of which it looks at the `step`, stays."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = self.kept(steps)
+        # Another process may have read the file before the follower's newest row.
+        return of_first(np.array([step in kept for step in steps], bool)).tolist()
+
+    def kept(self, steps: Collection[int]) -> set[int]:
+        """Those of the steps that stay."""
+        steps = sorted(steps)
+        if self._keep is None:
+            return set(steps)
+        newest = steps[-self._keep :]
+        if self._best is None:
+            return set(newest)
+        rows = {row["step"]: row for row in read_metrics(self._file)}
+        waiting = [step for step in steps if step not in rows and step not in newest]
+        return {*newest, *self._best_of(steps, rows), *waiting[: self._keep]}
+
+    def _best_of(self, steps: Sequence[int], rows: dict[int, Json]) -> list[int]:
+        """The best of the steps; none where no row has the number."""
+        name = self._best.number
+        found = {step: row.get("numbers", {}) for step, row in rows.items()}
+        names = {key: None for numbers in found.values() for key in numbers}
+        if names and name not in names and not self._has_warned:
+            self._has_warned = True
+            logging.warning(
+                "train.best: %s has no number %r%s", self._file, name, suggestion(name, names)
+            )
+        values = {s: found[s][name] for s in steps if is_number(found.get(s, {}).get(name))}
+        if not values:
+            return []
+        choose = min if self._best.is_lower_better else max
+        return [choose(values, key=values.__getitem__)]
+
+
+def evaluations(workdir: epath.PathLike, benchmark: str) -> epath.Path:
+    """Where the rows of a run's evaluations lie."""
+    return epath.Path(workdir) / EVALUATIONS / f"{benchmark}.jsonl"
+
+
+def is_number(value: object) -> bool:
+    """Whether a row's value counts: null and what is not finite do not."""
+    return isinstance(value, int | float) and math.isfinite(value)
