@@ -40,8 +40,11 @@ class Retention:
         """Whether each of the checkpoints, of which it looks at the `step`, stays."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = self.kept(steps)
-        # Another process may have read the file before the follower's newest row.
-        return of_first(np.array([step in kept for step in steps], bool)).tolist()
+        stays = np.array([step in kept for step in steps], np.int32)
+        if self._best is not None:
+            # Another process may have read the file before the follower's newest row.
+            stays = of_first(stays)
+        return [bool(x) for x in stays]
 
     def kept(self, steps: Collection[int]) -> set[int]:
         """Those of the steps that stay."""

@@ -7,7 +7,7 @@ import types
 import pytest
 from etils import epath
 
-from tests import helpers
+from tests import helpers, processes
 from tests.test_writers import shown_events
 from univg_jax import checksums
 from univg_jax.errors import UserError
@@ -171,7 +171,7 @@ def test_what_fails_is_one_line_and_is_tried_again_only_by_another_follower(tmp_
             raise UserError("no answer from the judge")
 
     first = Follower(tmp_path, job=fail)
-    with pytest.raises(UserError, match=r"1 checkpoints .* could not be evaluated \(steps 2\)"):
+    with pytest.raises(UserError, match="the evaluation of steps 2 failed; the same command"):
         first.run()
     assert first.evaluated == [2, 4]
     assert first.said == ["step 2 could not be evaluated: no answer from the judge"]
@@ -191,7 +191,7 @@ def test_a_checkpoint_that_is_damaged_fails_alone(tmp_path):
         return load(path)
 
     follower = Follower(tmp_path, load=damaged)
-    with pytest.raises(UserError, match=r"steps 2"):
+    with pytest.raises(UserError, match="of steps 2 failed"):
         follower.run()
     assert follower.evaluated == [4]
     assert follower.said == ["step 2 could not be evaluated: step 2 is damaged"]
@@ -223,3 +223,29 @@ def test_one_follower_at_a_time(tmp_path, monkeypatch):
         monkeypatch.setattr(WorkdirLock, "_is_ours", lambda self, found: False)
         with pytest.raises(UserError, match="geneval is in use by process"):
             Follower(tmp_path).run()
+
+
+SEVERAL = """
+import sys
+from tests import processes
+processes.join()
+import pathlib
+import jax
+from tests.evaluation.test_follow import Follower
+from univg_jax.evaluation import follow
+
+follow.POLL = 0.01
+if jax.process_index() == 1:  # its disk is late
+    follow.finished_steps = lambda workdir: ()
+follower = Follower(pathlib.Path(sys.argv[1]))
+follower.run()
+print("evaluated", *follower.evaluated)
+"""
+
+
+def test_several_processes_evaluate_the_same_steps_in_the_same_order(tmp_path):
+    save(tmp_path, 2, 4, 6, finished=True)
+    for lines in processes.run([1, 1], str(tmp_path), program=("-c", SEVERAL)):
+        assert "evaluated 2 4 6" in lines
+    lines = evaluations(tmp_path, "geneval").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]

@@ -103,9 +103,9 @@ def follow(
                 log.add(step, **_found(done))
             show(step, done)
     if failed:
+        steps = ", ".join(map(str, failed))
         raise UserError(
-            f"{len(failed)} checkpoints of {workdir} could not be evaluated "
-            f"(steps {', '.join(map(str, failed))}): the same command tries them again"
+            f"{workdir}: the evaluation of steps {steps} failed; the same command tries them again"
         )
     say(f"{workdir}: the training is finished, and its checkpoints are evaluated")
 
@@ -140,7 +140,8 @@ class _Steps:
         return step
 
     def is_gone(self, step: int) -> bool:
-        """Whether a step's checkpoint was removed."""
+        """Whether a step's checkpoint was removed, or is in this moment."""
+        time.sleep(POLL)
         return bool(self._agreed(lambda: step not in finished_steps(self._workdir)))
 
     def _next(self) -> int:
