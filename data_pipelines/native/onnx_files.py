@@ -6,7 +6,7 @@ An ONNX file is a protocol buffer (onnx.proto): fields, each with a number and a
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from univg_jax.errors import NotFoundError, UserError, needs_extra
@@ -20,10 +20,17 @@ _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
 _QUANTIZED = {b"DequantizeLinear", b"QuantizeLinear"}
 
 
-def open_session(path: str, *, what: str, threads: int = 1) -> Any:
-    """onnxruntime's session of a file on the CPU; 0 threads are as many as there are cores.
+def open_session(
+    path: str,
+    *,
+    what: str,
+    threads: int = 1,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> Any:
+    """onnxruntime's session of a file, which gives the same each time.
 
-    Raises NotFoundError where `what` is missing, and UserError for a file that is none.
+    0 threads are as many as there are cores; `providers` are onnxruntime's. Raises NotFoundError
+    where `what` is missing, and UserError for a file that is none.
     """
     with needs_extra("data", what):
         import onnxruntime
@@ -32,10 +39,14 @@ def open_session(path: str, *, what: str, threads: int = 1) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.use_deterministic_compute = True
     try:
         with open(path, "rb") as file:
-            model = without_idle_block_sizes(file.read())
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            content = file.read()
+        mended = without_idle_block_sizes(content)
+        # By its path where it can be: large weights lie in files beside it.
+        model = path if mended == content else mended
+        return onnxruntime.InferenceSession(model, options, providers=list(providers))
     except Exception as error:  # onnxruntime's own kinds
         raise UserError(f"{path} is not {what}: {reason(error)}") from None
 

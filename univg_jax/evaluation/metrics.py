@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float, Num, UInt8
 from scipy import ndimage
 
 Number = float | int | np.number
-Image = UInt8[np.ndarray, "h w 3"]
+Image = UInt8[np.ndarray, "_ _ 3"]
+Aligned = UInt8[np.ndarray, "h w 3"]  # of the size of all others in a call
 Map = Num[np.ndarray, "h w"]
 Mask = Bool[np.ndarray, "h w"]
 
@@ -65,7 +66,7 @@ def mean(ratios: Iterable[Ratio]) -> Ratio:
     return Ratio(total.total / len(ratios), total.count / len(ratios))
 
 
-def l1(prediction: Image, target: Image, region: Map | Mask | None = None) -> Ratio:
+def l1(prediction: Aligned, target: Aligned, region: Map | Mask | None = None) -> Ratio:
     """Mean |prediction - target| / 255 over pixels and channels, within `region` if given.
 
     An image whose region is empty counts nowhere.
@@ -77,14 +78,14 @@ def l1(prediction: Image, target: Image, region: Map | Mask | None = None) -> Ra
     return Ratio.of(error[inside].mean()) if inside.any() else Ratio.of(0.0, 0.0)
 
 
-def psnr(prediction: Image, target: Image) -> Ratio:
+def psnr(prediction: Aligned, target: Aligned) -> Ratio:
     """10 log10(255² / MSE) in dB; the MSE is at least 0.001, so that equal images score 78.1 dB."""
     mse = np.mean((prediction.astype(float) - target.astype(float)) ** 2)
     return Ratio.of(10 * np.log10(255**2 / max(float(mse), 1e-3)))
 
 
 def ssim(
-    prediction: Image, target: Image, *, edges: Literal["inside", "mirrored"] = "inside"
+    prediction: Aligned, target: Aligned, *, edges: Literal["inside", "mirrored"] = "inside"
 ) -> Ratio:
     """Structural similarity (Wang et al. 2004) of each channel, mean over channels and windows.
 

@@ -20,7 +20,8 @@ from univg_jax.evaluation.benchmarks import gedit
 from univg_jax.evaluation.benchmarks.gedit import Settings, Verdict
 from univg_jax.evaluation.job import generate, write_side_files
 from univg_jax.evaluation.score_files import score_images
-from univg_jax.evaluation.scorers.endpoint import Endpoint, Reply
+from univg_jax.evaluation.scorers.chat import Reply
+from univg_jax.evaluation.scorers.endpoint import Endpoint
 
 PROMPTS = '''
 _context_no_delimit = """Context."""

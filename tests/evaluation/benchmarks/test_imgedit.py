@@ -17,7 +17,8 @@ from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import imgedit
 from univg_jax.evaluation.job import generate
 from univg_jax.evaluation.score_files import score_images
-from univg_jax.evaluation.scorers.endpoint import Endpoint, Reply
+from univg_jax.evaluation.scorers.chat import Reply
+from univg_jax.evaluation.scorers.endpoint import Endpoint
 from univg_jax.images import decode_rgb, write_png
 
 EDITS = {

@@ -19,13 +19,9 @@ from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation.benchmarks import geneval
 from univg_jax.evaluation.detection import by_score
 from univg_jax.evaluation.scorers import scorer_digests
-from univg_jax.evaluation.scorers.detector import (
-    Spec,
-    network_input,
-    open_detector,
-    read_spec,
-    suppress,
-)
+from univg_jax.evaluation.scorers.detector import open_detector, suppress
+from univg_jax.evaluation.scorers.detector_spec import Spec, read_spec
+from univg_jax.evaluation.scorers.framing import framed
 
 pytest.importorskip("onnxruntime")
 
@@ -100,8 +96,8 @@ def test_a_box_lies_where_the_picture_shows_what_the_input_does(write, rule, siz
     """What the network sees at a place of its input is at the box's place of the picture."""
     image = ramp(*size)
     spec_only = write({"output0": rows_of()[None]}, YOLO | RULES[rule] | dict(scale=1.0))
-    canvas, _ = network_input(image, read_spec(spec_only.with_suffix(".json")))
-    red, green, blue = canvas[0]
+    values, _ = framed(image, read_spec(spec_only.with_suffix(".json")))
+    red, green, blue = values.transpose(2, 0, 1)
     shown = np.argwhere(np.abs(blue - 200) < 0.5)  # not the padding
     (top, left), (bottom, right) = shown.min(axis=0), shown.max(axis=0)
     assert len(shown) == (bottom - top + 1) * (right - left + 1)
@@ -172,7 +168,7 @@ def test_masks_of_boxes_are_pasted_into_them(write, rule):
     path = write(outputs, spec)
     name, (x0, y0, x1, y1, score, mask) = only(open_detector(path)(image))
     assert (name, float(score)) == ("dog", pytest.approx(0.8))
-    _, frame = network_input(image, read_spec(path.with_suffix(".json")))
+    _, frame = framed(image, read_spec(path.with_suffix(".json")))
     scale_y, scale_x = frame.scale
     a, b, c, d = box[0] / [scale_x, scale_y, scale_x, scale_y]  # these rules begin at the corner
     assert (x0, y0, x1, y1) == pytest.approx((a, b, min(c, 36), min(d, 30)))
@@ -216,7 +212,7 @@ def test_masks_of_the_input_are_sampled_at_every_pixel(write, rule, kind):
     }[kind]
     path = write(outputs, spec | RULES[rule])
     _, (x0, y0, x1, y1, _, mask) = only(open_detector(path)(image))
-    _, frame = network_input(image, read_spec(path.with_suffix(".json")))
+    _, frame = framed(image, read_spec(path.with_suffix(".json")))
     least = {"mask_rcnn": 0.5, "detr-p": 0.3}.get(kind, 0)
     for y in range(30):
         for x in range(36):
@@ -241,7 +237,7 @@ def test_channels_are_scaled_in_the_order_that_the_network_wants(write):
     spec = YOLO | dict(resize="letterbox", size=[40, 20], pad=100, color="bgr", layout="hwc")
     spec |= dict(scale=0.5, mean=[1, 2, 3], std=[2, 4, 8])
     path = write({"output0": rows_of()}, spec, kind=("float32", ("h", "w", 3)))
-    values, _ = network_input(image, read_spec(path.with_suffix(".json")))
+    values, _ = framed(image, read_spec(path.with_suffix(".json")))
     assert values.shape == (40, 20, 3)
     np.testing.assert_allclose(values[20, 10], [(15 - 1) / 2, (10 - 2) / 4, (5 - 3) / 8])
     np.testing.assert_allclose(values[0, 0], [(50 - 1) / 2, (50 - 2) / 4, (50 - 3) / 8])
@@ -545,7 +541,7 @@ def test_what_is_missing_or_torn_is_one_line(write, tmp_path):
             open_detector(write(GOOD, YOLO, classes=classes))
     path = write(GOOD, YOLO)
     path.write_bytes(b"<html>not found</html>")
-    with pytest.raises(UserError, match="is no model that onnxruntime runs") as error:
+    with pytest.raises(UserError, match="is not an ONNX file that onnxruntime runs") as error:
         open_detector(path)
     assert "\n" not in str(error.value)
     path.with_suffix(".json").write_text("[]")

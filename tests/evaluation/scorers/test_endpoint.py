@@ -31,7 +31,8 @@ from univg_jax import images
 from univg_jax.errors import UnreachableError, UserError
 from univg_jax.evaluation.scorers import endpoint as module
 from univg_jax.evaluation.scorers import scorer_digests
-from univg_jax.evaluation.scorers.endpoint import Endpoint, Sampling
+from univg_jax.evaluation.scorers.chat import Sampling
+from univg_jax.evaluation.scorers.endpoint import Endpoint
 
 ROOT = pathlib.Path(__file__).parents[3]
 SAMPLING = Sampling(images_first=False)
@@ -460,7 +461,8 @@ def test_an_error_stops_those_that_wait(serve, tmp_path):
 KILLED = """
 import sys
 import numpy as np
-from univg_jax.evaluation.scorers.endpoint import Endpoint, Sampling
+from univg_jax.evaluation.scorers.chat import Sampling
+from univg_jax.evaluation.scorers.endpoint import Endpoint
 
 endpoint = Endpoint(url=sys.argv[1], model="rule-7b", cache=sys.argv[2], concurrency=2)
 picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)

@@ -14,6 +14,7 @@ from PIL import Image
 from data_pipelines.native import faces, onnx_files
 from tests.evaluation.onnx_model import onnx_model
 from univg_jax.errors import NotFoundError, UserError
+from univg_jax.evaluation.benchmarks import identity_set
 from univg_jax.evaluation.scorers.faces import MEAN_FACE, FaceEncoder, aligned
 
 YUNET, SFACE = (
@@ -105,6 +106,17 @@ def test_a_face_is_itself_when_turned_and_the_largest_one_counts(describe, hoppe
     both[:, small.shape[1] :] = hopper
     assert cosine(encode(both), encode(hopper)) > 0.9
     assert encode(np.full((64, 64, 3), 90, np.uint8)) is None
+
+
+def test_pictures_of_any_sizes_are_scored_by_the_benchmark_of_identity(describe, hopper, tmp_path):
+    Image.fromarray(hopper).save(tmp_path / "grace.png")
+    row = identity_set.Row("grace", str(tmp_path / "grace.png"), 0, "<p> at sea", 3)
+    pictures = [hopper, np.full((80, 60, 3), 90, np.uint8), None]
+    scores = identity_set.BENCHMARK.score(row, pictures, {"identify": FaceEncoder(describe())})
+    assert scores["skip/similarity"].value == pytest.approx(1)
+    assert scores["zero/similarity"].value == pytest.approx(1 / 2)
+    assert scores["strict/similarity"].value == pytest.approx(1 / 3)
+    assert scores["detection_rate"].value == 1 / 2
 
 
 @settings(deadline=None, max_examples=30)

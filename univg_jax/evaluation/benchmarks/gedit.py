@@ -38,7 +38,8 @@ from univg_jax.evaluation.inputs import InputFile, TablePictures, check_count
 from univg_jax.evaluation.judging import Prompts
 from univg_jax.evaluation.metrics import Image, Ratio
 from univg_jax.evaluation.official import Official, Published, Request
-from univg_jax.evaluation.scorers.endpoint import Endpoint, Reply, Sampling
+from univg_jax.evaluation.scorers.chat import Reply, Sampling
+from univg_jax.evaluation.scorers.endpoint import Endpoint
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 from univg_jax.fields import setting
 from univg_jax.images import png_bytes

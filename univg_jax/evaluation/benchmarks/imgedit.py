@@ -29,7 +29,8 @@ from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import Prompts
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Output, Published, Request
-from univg_jax.evaluation.scorers.endpoint import Endpoint, Reply, Sampling
+from univg_jax.evaluation.scorers.chat import Reply, Sampling
+from univg_jax.evaluation.scorers.endpoint import Endpoint
 from univg_jax.evaluation.summaries import Scores, Summary, column, mean
 from univg_jax.fields import setting
 

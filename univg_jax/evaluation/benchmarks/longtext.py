@@ -19,7 +19,7 @@ from univg_jax.errors import check_name
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, text_requests
-from univg_jax.evaluation.scorers.endpoint import Sampling
+from univg_jax.evaluation.scorers.chat import Sampling
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 from univg_jax.fields import setting
 
