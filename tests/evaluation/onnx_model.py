@@ -43,8 +43,9 @@ def onnx_model(
     outputs: Mapping[str, np.ndarray | str],
     *,
     inputs: Mapping[str, tuple[str, Sequence[int | str]]],
+    operation: str = "Identity",
 ) -> bytes:
-    """A model whose outputs are constants, or the input of that name as float32.
+    """A model whose outputs are constants, or `operation` of the input of that name.
 
     `inputs` have a dtype and a shape.
     """
@@ -55,8 +56,8 @@ def onnx_model(
         source = value if is_input else f"{name}_constant"
         if not is_input:
             constants.append(field(5, tensor(source, value)))
-        operation = field(1, source) + field(2, name) + field(4, "Identity")
-        nodes.append(field(1, operation))
+        node = field(1, source) + field(2, name) + field(4, operation if is_input else "Identity")
+        nodes.append(field(1, node))
         results.append(field(12, value_info(name, dtype, None)))
     given = [field(11, value_info(name, *kind)) for name, kind in inputs.items()]
     graph = b"".join([*nodes, field(2, "tiny"), *constants, *given, *results])

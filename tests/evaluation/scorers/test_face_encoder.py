@@ -21,7 +21,7 @@ YUNET, SFACE = (
     "face_detection_yunet_2023mar_int8bq.onnx",
     "face_recognition_sface_2021dec_int8bq.onnx",
 )
-PLAIN = dict(scale=1.0, shift=0.0)  # SFace normalizes by itself
+PLAIN = dict(scale=1, mean=[0, 0, 0], std=[1, 1, 1])  # SFace normalizes by itself
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ FACE = ("float32", (1, 3, 112, 112))
 
 
 def encoder_of(outputs, shape=FACE[1]):
-    """An encoder that gives constants, or its input."""
-    return onnx_model(outputs, inputs={"data": ("float32", shape)})
+    """An encoder that gives constants, or its input as one vector."""
+    return onnx_model(outputs, inputs={"data": ("float32", shape)}, operation="Flatten")
 
 
 def cosine(a, b):
@@ -141,14 +141,20 @@ def test_a_face_that_lies_anyhow_is_upright(angle, scale, size):
 def test_what_the_encoder_is_given(describe, hopper):
     """It returns its input: the aligned face by the description's rule."""
     shape = (1, 112, 112, 3)
-    path = describe(encoder_of({"out": "data"}, shape), layout="nhwc", scale=0.5, shift=3.0)
+    path = describe(encoder_of({"out": "data"}, shape), layout="nhwc", scale=0.5, mean=[6, 6, 6])
     encode = FaceEncoder(path)
     (face,) = faces.Detector(str(pathlib.Path(path).parent / "yunet.onnx")).find(hopper)
-    expected = aligned(hopper, face.points, size=112) * 0.5 - 3
+    expected = aligned(hopper, face.points, size=112) - 12.0  # std is a half
     np.testing.assert_allclose(encode(hopper), expected.ravel(), atol=1e-5)
 
 
 VECTOR = {"out": np.ones((1, 4), np.float32)}
+
+
+def test_one_of_several_outputs_may_be_named(describe, hopper):
+    outputs = {"norm": np.ones((1, 1), np.float32), **VECTOR}
+    encode = FaceEncoder(describe(encoder_of(outputs), output="out"))
+    np.testing.assert_array_equal(encode(hopper), np.ones(4))
 
 
 def test_a_digest_names_models_and_rules(describe):
@@ -163,18 +169,26 @@ def test_a_digest_names_models_and_rules(describe):
     ("encoder", "keys", "message"),
     [
         (encoder_of(VECTOR), dict(colour="bgr"), "colour.*did you mean 'color'"),
-        (encoder_of(VECTOR), dict(layout="hwc"), r"faces.json.layout"),
+        (encoder_of(VECTOR), dict(layout="hcw"), r"faces.json.layout"),
         (encoder_of(VECTOR), dict(detector="encoder.onnx"), "is not YuNet's ONNX file"),
-        (b"no model", {}, "encoder.onnx is not an encoder of faces"),
-        (encoder_of({"out": "data"}, (1, 3, 64, 64)), {}, "encoder.onnx does not run"),
+        (b"no model", {}, "encoder.onnx is not an ONNX file that"),
+        (encoder_of({"out": "data"}, (1, 3, 64, 64)), {}, "takes pictures of 64 x 64 alone"),
         (
             onnx_model({"a": "x", "b": "y"}, inputs=dict.fromkeys("xy", FACE)),
             {},
-            "encoder.onnx has the input 'y': expected the face alone",
+            "encoder.onnx has the input 'y' beside 'x': expected",
         ),
-        (encoder_of({**VECTOR, "more": VECTOR["out"]}), {}, r"gives \[\[1, 4\], \[1, 4\]\]"),
-        (encoder_of({"out": np.full((1, 4), np.nan, np.float32)}), {}, "of finite numbers"),
-        (encoder_of({"out": np.zeros((1, 0), np.float32)}), {}, r"gives \[\[1, 0\]\]"),
+        (
+            encoder_of({**VECTOR, "more": VECTOR["out"]}),
+            {},
+            "the outputs out, more: expected",
+        ),
+        (encoder_of({"out": np.full((1, 4), np.nan, np.float32)}), {}, "vector are not finite"),
+        (
+            encoder_of({"out": np.zeros((1, 0), np.float32)}),
+            {},
+            r"gives \[1, 0\]: expected",
+        ),
     ],
     ids=[
         "key",

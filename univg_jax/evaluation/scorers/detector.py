@@ -17,7 +17,8 @@ from univg_jax.evaluation.detection import Detection
 from univg_jax.evaluation.scorers.detector_outputs import Found, Outputs, sigmoid
 from univg_jax.evaluation.scorers.detector_spec import Spec, read_spec
 from univg_jax.evaluation.scorers.framing import Frame, framed, pixels_of
-from univg_jax.evaluation.scorers.onnx_network import OnnxNetwork, described
+from univg_jax.evaluation.scorers.onnx_network import OnnxNetwork
+from univg_jax.pretrained import local_path
 
 _TRIAL = (48, 64)  # height and width of the blank picture that tries a model
 
@@ -153,13 +154,17 @@ def open_detector(
     `providers` are onnxruntime's. Raises UserError where the model, its description and its classes
     do not fit together, and NotFoundError where one is missing.
     """
-    description = described(path)
+    model = local_path(path)
+    description = model.with_suffix(".json")
+    for file, what in ((model, "an ONNX file"), (description, f"the description of {model.name}")):
+        if not file.is_file():
+            raise NotFoundError(f"{file} does not exist: expected {what}")
     spec = read_spec(description)
     named = description.parent / spec.classes
     classes = _read_classes(named, where=description)
     size = None if isinstance(spec.size, int) else spec.size
     network = OnnxNetwork(
-        path, spec, outputs=spec.outputs, size=size, beside=[named], providers=providers
+        model, spec, outputs=spec.outputs, size=size, beside=[named], providers=providers
     )
     detector = OnnxDetector(network, spec, classes)
     detector(np.zeros((*_TRIAL, 3), np.uint8))

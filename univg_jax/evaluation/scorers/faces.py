@@ -7,8 +7,6 @@ in a square of 112 pixels.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 
@@ -16,9 +14,10 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from data_pipelines.native import faces, onnx_files
+from data_pipelines.native import faces
 from univg_jax import fields
 from univg_jax.errors import NotFoundError, UserError
+from univg_jax.evaluation.scorers.onnx_network import OnnxNetwork, PictureInput
 from univg_jax.fields import setting
 from univg_jax.files import read_json
 from univg_jax.pretrained import local_path
@@ -29,20 +28,18 @@ MEAN_FACE = (
     *((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366)),
     *((41.5493, 92.3655), (70.7299, 92.2041)),
 )
-LAYOUTS = ("nchw", "nhwc")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Spec:
-    """The keys of a description."""
+class Spec(PictureInput):
+    """The keys of a description; the input is that of ArcFace where nothing else is said."""
 
+    mean: tuple[float, float, float] = setting((0.5, 0.5, 0.5), "in the order of the channels")
+    std: tuple[float, float, float] = setting((0.5, 0.5, 0.5), "in the same order", above=0)
     detector: str = setting(help="YuNet's ONNX file, beside this one", least=1)
     encoder: str = setting(help="the encoder's ONNX file, beside this one", least=1)
+    output: str | None = setting(None, "the name of the output", none="the only one")
     size: int = setting(MEAN_SIDE, "pixels a side of an aligned face", least=16, most=1024)
-    layout: str = setting("nchw", "order of the input's axes", names=LAYOUTS)
-    color: str = setting("rgb", "order of the channels", names=("rgb", "bgr"))
-    scale: float = setting(1 / 127.5, "the input is scale x - shift, x in 0..255", above=0)
-    shift: float = setting(1.0, "see scale")
 
 
 def aligned(
@@ -76,21 +73,21 @@ class FaceEncoder:
         file = local_path(path)
         if not file.is_file():
             raise NotFoundError(f"{file} does not exist: expected a description of an encoder")
-        spec = self._spec = fields.make(Spec, read_json(file), os.fspath(file))
-        detector, self._path = (os.fspath(file.parent / n) for n in (spec.detector, spec.encoder))
-        self._detector = faces.Detector(detector)
+        spec = fields.make(Spec, read_json(file), os.fspath(file))
+        detector, encoder = file.parent / spec.detector, file.parent / spec.encoder
+        self._detector = faces.Detector(os.fspath(detector))
         self._detector.find(np.zeros((64, 64, 3), np.uint8))
-        self._session = onnx_files.open_session(self._path, what="an encoder of faces", threads=0)
-        self._input, self._idle = self._inputs()
+        # Where the files lie is no matter to the digest.
+        self._spec = dataclasses.replace(spec, detector="", encoder="")
+        self._network = OnnxNetwork(
+            encoder,
+            self._spec,
+            outputs={"vector": spec.output},
+            size=(spec.size, spec.size),
+            beside=[detector],
+        )
+        self.digest = self._network.digest
         self._encoded(np.zeros((spec.size, spec.size, 3), np.uint8))
-        digest = hashlib.sha256()
-        for model in (detector, self._path):
-            with open(model, "rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-        # Where the files lie is no matter.
-        settings = dataclasses.asdict(dataclasses.replace(spec, detector="", encoder=""))
-        digest.update(json.dumps(settings, sort_keys=True).encode())
-        self.digest = digest.hexdigest()[:16]
 
     def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, " d"] | None:
         """The vector of the face with the largest box; None where no face is found."""
@@ -100,28 +97,9 @@ class FaceEncoder:
         largest = max(found, key=lambda face: face.box[2] * face.box[3])
         return self._encoded(aligned(image, largest.points, size=self._spec.size))
 
-    def _inputs(self) -> tuple[str, dict[str, np.ndarray]]:
-        """The name of the face's input, and zeros for inputs that mean nothing."""
-        with open(self._path, "rb") as file:
-            idle = onnx_files.idle_inputs(file.read())
-        given = {one.name: one.shape for one in self._session.get_inputs()}
-        face, *others = given
-        if more := [name for name in others if name not in idle]:
-            raise UserError(f"{self._path} has the input {more[0]!r}: expected the face alone")
-        return face, {name: np.zeros(given[name], np.float32) for name in others}
-
     def _encoded(self, face: UInt8[np.ndarray, "s s 3"]) -> Float[np.ndarray, " d"]:
-        spec = self._spec
-        pixels = face if spec.color == "rgb" else face[..., ::-1]
-        values = pixels.astype(np.float32)[None] * np.float32(spec.scale) - np.float32(spec.shift)
-        if spec.layout == "nchw":
-            values = values.transpose(0, 3, 1, 2)
-        try:
-            outputs = self._session.run(None, {self._input: values, **self._idle})
-        except Exception as error:  # onnxruntime's own kinds
-            raise UserError(f"{self._path} does not run: {onnx_files.reason(error)}") from None
-        vector = np.asarray(outputs[0]).reshape(-1).astype(np.float32)
-        if len(outputs) > 1 or not len(vector) or not np.isfinite(vector).all():
-            shapes = [list(np.shape(output)) for output in outputs]
-            raise UserError(f"{self._path} gives {shapes}: expected one vector of finite numbers")
-        return vector
+        vector = self._network(self._spec.values(face))["vector"]
+        if not vector.size or vector.size != vector.shape[-1]:
+            got = list(vector.shape)
+            raise UserError(f"{self._network.where} gives {got}: expected one vector of a face")
+        return vector.reshape(-1).astype(np.float32)

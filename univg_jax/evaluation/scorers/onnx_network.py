@@ -1,7 +1,7 @@
 """A network of pictures that somebody exported to ONNX, and what its file does not say.
 
-Beside `model.onnx` stands its description `model.json`. It has the keys of `PictureInput`, and
-more that are of the kind of network: a detector, or an encoder of faces.
+A JSON file describes it. It has the keys of `PictureInput`, and more that are of the kind of
+network: a detector, or an encoder of faces.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from etils import epath
 from jaxtyping import Float32, Num
 
 from data_pipelines.native import onnx_files
-from univg_jax.errors import NotFoundError, UserError, quote, suggestion
+from univg_jax.errors import UserError, quote, suggestion
 from univg_jax.evaluation.scorers.network import digest_of
 from univg_jax.fields import setting
 from univg_jax.pretrained import local_path
@@ -34,7 +34,7 @@ _INPUT_TYPES = {
 class PictureInput:
     """How pixels become a network's only input."""
 
-    input: str | None = setting(None, "the input's name", none="the only one")
+    input: str | None = setting(None, "the input's name", none="the first one")
     layout: str = setting("nchw", "order of the input's axes", names=tuple(LAYOUTS))
     color: str = setting("rgb", "order of the channels", names=("rgb", "bgr"))
     scale: float = setting(1 / 255, "the input is (scale x - mean) / std, x in 0..255", above=0)
@@ -53,16 +53,6 @@ class PictureInput:
         return np.ascontiguousarray(axes[None] if self.layout.startswith("n") else axes)
 
 
-def described(path: epath.PathLike) -> pathlib.Path:
-    """The description of an ONNX file. Raises NotFoundError if one of the two does not exist."""
-    model = local_path(path)
-    description = model.with_suffix(".json")
-    for file, what in ((model, "an ONNX file"), (description, f"the description of {model.name}")):
-        if not file.is_file():
-            raise NotFoundError(f"{file} does not exist: expected {what}")
-    return description
-
-
 class OnnxNetwork:
     """`network(picture)` -> the outputs by their parts. May be called by threads.
 
@@ -75,15 +65,16 @@ class OnnxNetwork:
         path: epath.PathLike,
         spec: PictureInput,
         *,
-        outputs: Mapping[str, str],
+        outputs: Mapping[str, str | None],
         size: tuple[int, int] | None,
         beside: Sequence[pathlib.Path] = (),
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
         """Opens a file; `outputs` are names in it by part, and `size` is None where it varies.
 
-        `beside` are more files that its answers depend on, and `providers` onnxruntime's. Raises
-        UserError where the file and its description `spec` do not fit together.
+        An output without a name is the only one. `beside` are more files that the answers depend
+        on, and `providers` onnxruntime's. Raises UserError where the file and its description
+        `spec` do not fit together.
         """
         model = local_path(path)
         self.where = os.fspath(model)
@@ -91,22 +82,28 @@ class OnnxNetwork:
         self._session = onnx_files.open_session(
             self.where, what=what, threads=0, providers=providers
         )
-        self._spec, self._outputs = spec, dict(outputs)
+        self._spec, self._outputs = spec, {}
         self._input, self._dtype = _checked_input(self._session, spec, size, self.where)
+        self._idle = _idle_inputs(self._session, self._input, self.where)
         names = [item.name for item in self._session.get_outputs()]
         for part, name in outputs.items():
+            if name is None and len(names) > 1:
+                raise UserError(f"{self.where} has the outputs {', '.join(names)}: expected one")
+            self._outputs[part] = name = name or names[0]
             if name not in names:
                 near = suggestion(name, names)
                 raise UserError(f"{self.where} has no output {quote(name)} ({part}){near}")
-        files = [file for file in model.parent.iterdir() if file.name.startswith(model.name)]
+        files = sorted(file for file in model.parent.iterdir() if file.name.startswith(model.name))
         settings = json.dumps(dataclasses.asdict(spec), sort_keys=True)
         self.digest = digest_of([*files, *beside], settings)
 
     def __call__(self, values: Float32[np.ndarray, "h w 3"]) -> dict[str, np.ndarray]:
         """What it makes of `PictureInput.values`. Raises UserError where that is not finite."""
-        feed = {self._input: self._spec.arranged(values).astype(self._dtype)}
+        picture = self._spec.arranged(values).astype(self._dtype)
         try:
-            arrays = self._session.run(list(self._outputs.values()), feed)
+            arrays = self._session.run(
+                list(self._outputs.values()), {self._input: picture, **self._idle}
+            )
         except Exception as error:  # onnxruntime's own kinds
             raise UserError(f"{self.where} does not run: {onnx_files.reason(error)}") from None
         parts = dict(zip(self._outputs, map(np.asarray, arrays)))
@@ -114,6 +111,23 @@ class OnnxNetwork:
             if not np.isfinite(array).all():
                 raise UserError(f"{self.where}: {part} are not finite")
         return parts
+
+
+def _idle_inputs(session: Any, name: str, where: str) -> dict[str, np.ndarray]:
+    """Zeros for the inputs beside `name`, which no node takes. Raises UserError for others."""
+    others = [one for one in session.get_inputs() if one.name != name]
+    if not others:
+        return {}
+    with open(where, "rb") as file:
+        idle = onnx_files.idle_inputs(file.read())
+    for one in others:
+        is_plain = one.type == "tensor(float)" and all(isinstance(n, int) for n in one.shape)
+        if one.name not in idle or not is_plain:
+            raise UserError(
+                f"{where} has the input {one.name!r} beside {name!r}: "
+                "expected a model that is given the picture alone"
+            )
+    return {one.name: np.zeros(one.shape, np.float32) for one in others}
 
 
 def _checked_input(
@@ -124,11 +138,6 @@ def _checked_input(
     name = spec.input or next(iter(inputs))
     if name not in inputs:
         raise UserError(f"{where} has no input {quote(name)}{suggestion(name, inputs)}")
-    if others := [other for other in inputs if other != name]:
-        raise UserError(
-            f"{where} has the input {others[0]!r} beside {name!r}: "
-            "expected a model that is given the picture alone"
-        )
     given = inputs[name]
     if given.type not in _INPUT_TYPES:
         raise UserError(f"{where}: its input is a {given.type}: expected {', '.join(_INPUT_TYPES)}")
