@@ -29,7 +29,7 @@ from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.evaluation import metrics
 from univg_jax.evaluation.judging import is_inside
 from univg_jax.evaluation.metrics import Image, Map, Mask, Ratio, merge
-from univg_jax.evaluation.official import Official, Request
+from univg_jax.evaluation.official import Official, Request, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, column
 
 Row = tuple[str, ...]
@@ -185,16 +185,13 @@ def image_files(row: Asked) -> tuple[str, ...]:
 
 
 def _requests(rows: Sequence[Asked]) -> list[Request]:
-    return [
-        Request(
-            index=index,
-            task="depth",
-            inputs={"image": row.image},
-            files=image_files(row),
-            whole=True,
-        )
-        for index, row in enumerate(rows)
-    ]
+    return requests_of(
+        rows,
+        image_files,
+        task="depth",
+        inputs=lambda row: {"image": row.image},
+        whole=True,
+    )
 
 
 def score(

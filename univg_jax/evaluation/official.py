@@ -113,17 +113,16 @@ class Official:
     scoring: tuple[str, ...] = ()
 
 
-def text_requests(
-    rows: Sequence[Row], image_files: Callable[[Row], tuple[str, ...]], *, cells: int = 1
+def requests_of(
+    rows: Sequence[Row],
+    image_files: Callable[[Row], tuple[str, ...]],
+    *,
+    task: str = "t2i",
+    inputs: Callable[[Row], Mapping[str, Any]] = lambda row: {"prompt": row.prompt},
+    **options: Any,
 ) -> list[Request]:
-    """Pictures of each row's `prompt`."""
+    """A request of each row: by default, pictures of its `prompt`. `options` are of `Request`."""
     return [
-        Request(
-            index=index,
-            task="t2i",
-            inputs={"prompt": row.prompt},
-            files=image_files(row),
-            cells=cells,
-        )
+        Request(index=index, task=task, inputs=inputs(row), files=image_files(row), **options)
         for index, row in enumerate(rows)
     ]

@@ -23,7 +23,7 @@ from etils import epath
 from univg_jax.evaluation import fid
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Columns, Official, text_requests
+from univg_jax.evaluation.official import Columns, Official, requests_of
 from univg_jax.evaluation.similarity import clip_cosine, read_rgb, resized
 from univg_jax.evaluation.summaries import Features, Scores, Summary, column
 from univg_jax.fields import setting
@@ -195,7 +195,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         name="coco30k",
         version=1,
         read=read_rows,
-        requests=lambda rows: text_requests(rows, image_files),
+        requests=lambda rows: requests_of(rows, image_files),
         needs={"inception": ("fid",), "clip": ("clip",)},
         score=score_image,
         summary=summary,

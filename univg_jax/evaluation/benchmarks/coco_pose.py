@@ -32,7 +32,7 @@ from univg_jax.errors import UserError, needs_extra, quote
 from univg_jax.evaluation import metrics
 from univg_jax.evaluation.inputs import check_count
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Request
+from univg_jax.evaluation.official import Official, Request, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, column
 from univg_jax.fields import setting
 
@@ -142,16 +142,13 @@ def image_files(row: Row) -> tuple[str, ...]:
 
 def requests(rows: Sequence[Row]) -> list[Request]:
     """The skeleton in each photograph, all of it."""
-    return [
-        Request(
-            index=index,
-            task="pose",
-            inputs={"image": row.picture},
-            files=image_files(row),
-            whole=True,
-        )
-        for index, row in enumerate(rows)
-    ]
+    return requests_of(
+        rows,
+        image_files,
+        task="pose",
+        inputs=lambda row: {"image": row.picture},
+        whole=True,
+    )
 
 
 def read_annotations(path: str | os.PathLike) -> Annotations:

@@ -33,7 +33,7 @@ from univg_jax.evaluation.benchmarks.dsg import Question
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import ask_all
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Published, text_requests
+from univg_jax.evaluation.official import Official, Published, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 
 FILE = InputFile(
@@ -258,7 +258,7 @@ BENCHMARK = Official(
     name="dpg",
     version=1,
     read=read,
-    requests=lambda rows: text_requests(rows, image_files, cells=CELLS),
+    requests=lambda rows: requests_of(rows, image_files, cells=CELLS),
     needs={"vqa": ()},
     score=_score,
     summary=summary,

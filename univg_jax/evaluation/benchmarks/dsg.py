@@ -24,7 +24,7 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import ask_all
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Published, text_requests
+from univg_jax.evaluation.official import Official, Published, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 
 FILE = InputFile("dsg-1k-anns.csv", "the questions of DSG-1k: github.com/j-min/DSG")
@@ -187,7 +187,7 @@ BENCHMARK = Official(
     name="dsg",
     version=1,
     read=read,
-    requests=lambda rows: text_requests(rows, image_files),
+    requests=lambda rows: requests_of(rows, image_files),
     needs={"vqa": ()},
     score=_score,
     summary=summary,

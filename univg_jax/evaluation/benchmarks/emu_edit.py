@@ -23,7 +23,7 @@ from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import similarity
 from univg_jax.evaluation.inputs import TablePictures, check_count
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Published, Request
+from univg_jax.evaluation.official import Official, Published, Request, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 from univg_jax.fields import setting
 
@@ -145,16 +145,13 @@ def image_files(row: Row) -> tuple[str, ...]:
 
 def requests(rows: Sequence[Row]) -> list[Request]:
     """An edit of each source."""
-    return [
-        Request(
-            index=index,
-            task="ie",
-            inputs={"prompt": row.instruction, "image": row.source},
-            files=image_files(row),
-            whole=True,
-        )
-        for index, row in enumerate(rows)
-    ]
+    return requests_of(
+        rows,
+        image_files,
+        task="ie",
+        inputs=lambda row: {"prompt": row.instruction, "image": row.source},
+        whole=True,
+    )
 
 
 def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:

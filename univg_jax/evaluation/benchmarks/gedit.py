@@ -37,7 +37,7 @@ from univg_jax.evaluation import judging, similarity
 from univg_jax.evaluation.inputs import InputFile, TablePictures, check_count
 from univg_jax.evaluation.judging import Prompts
 from univg_jax.evaluation.metrics import Image, Ratio
-from univg_jax.evaluation.official import Official, Published, Request
+from univg_jax.evaluation.official import Official, Published, Request, requests_of
 from univg_jax.evaluation.scorers.chat import Reply, Sampling
 from univg_jax.evaluation.scorers.endpoint import Endpoint
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
@@ -227,16 +227,13 @@ def _stem(row: Row) -> str:
 
 def requests(rows: Sequence[Row]) -> list[Request]:
     """An edit of each picture."""
-    return [
-        Request(
-            index=index,
-            task="ie",
-            inputs={"prompt": row.instruction, "image": row.given},
-            files=image_files(row),
-            whole=True,
-        )
-        for index, row in enumerate(rows)
-    ]
+    return requests_of(
+        rows,
+        image_files,
+        task="ie",
+        inputs=lambda row: {"prompt": row.instruction, "image": row.given},
+        whole=True,
+    )
 
 
 def side_files(rows: Sequence[Row]) -> dict[str, Callable[[], bytes]]:

@@ -21,7 +21,7 @@ from univg_jax.errors import check_name
 from univg_jax.evaluation.detection import Detection, Detections
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Published, text_requests
+from univg_jax.evaluation.official import Official, Published, requests_of
 from univg_jax.evaluation.summaries import (
     Scores,
     Summary,
@@ -308,7 +308,7 @@ BENCHMARK = Official(
     name="geneval",
     version=1,
     read=read,
-    requests=lambda rows: text_requests(rows, image_files),
+    requests=lambda rows: requests_of(rows, image_files),
     side_files=_side_files,
     needs={
         "detect": (),

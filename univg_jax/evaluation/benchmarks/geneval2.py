@@ -27,7 +27,7 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import ask_all
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Published, text_requests
+from univg_jax.evaluation.official import Official, Published, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 
 FILE = InputFile(
@@ -239,7 +239,7 @@ BENCHMARK = Official(
     name="geneval2",
     version=1,
     read=read,
-    requests=lambda rows: text_requests(rows, image_files),
+    requests=lambda rows: requests_of(rows, image_files),
     side_files=lambda rows: {"images.json": json.dumps(index_file(rows), indent=1)},
     needs={"vqa": ()},
     score=_score,

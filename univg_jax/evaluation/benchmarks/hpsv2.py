@@ -19,7 +19,7 @@ from etils import epath
 
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Published, text_requests
+from univg_jax.evaluation.official import Official, Published, requests_of
 from univg_jax.evaluation.similarity import clip_cosine
 from univg_jax.evaluation.summaries import Scores, Summary, column
 from univg_jax.fields import setting
@@ -130,7 +130,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         name="hpsv2",
         version=1,
         read=read,
-        requests=lambda rows: text_requests(rows, image_files),
+        requests=lambda rows: requests_of(rows, image_files),
         needs={"clip": ()},
         score=score_image,
         summary=summary,

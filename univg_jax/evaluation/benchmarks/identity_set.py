@@ -27,7 +27,7 @@ from univg_jax.evaluation import metrics, similarity
 from univg_jax.evaluation.inputs import InputFile, check_count
 from univg_jax.evaluation.judging import is_inside
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import MAX_IMAGES, Official, Published, Request
+from univg_jax.evaluation.official import MAX_IMAGES, Official, Published, Request, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, column
 from univg_jax.fields import setting
 
@@ -127,15 +127,12 @@ def image_files(row: Row) -> tuple[str, ...]:
 
 def requests(rows: Sequence[Row]) -> list[Request]:
     """The pictures of each person and prompt."""
-    return [
-        Request(
-            index=index,
-            task="id",
-            inputs={"prompt": _asked(row.prompt), "face": row.face},
-            files=image_files(row),
-        )
-        for index, row in enumerate(rows)
-    ]
+    return requests_of(
+        rows,
+        image_files,
+        task="id",
+        inputs=lambda row: {"prompt": _asked(row.prompt), "face": row.face},
+    )
 
 
 def _asked(prompt: str) -> str:

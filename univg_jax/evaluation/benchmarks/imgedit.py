@@ -28,7 +28,7 @@ from univg_jax.evaluation import judging
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import Prompts
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Output, Published, Request
+from univg_jax.evaluation.official import Official, Output, Published, Request, requests_of
 from univg_jax.evaluation.scorers.chat import Reply, Sampling
 from univg_jax.evaluation.scorers.endpoint import Endpoint
 from univg_jax.evaluation.summaries import Scores, Summary, column, mean
@@ -159,19 +159,16 @@ def _file(key: str, turn: int) -> str:
 
 def requests(rows: Sequence[Row]) -> list[Request]:
     """An edit of the source, or of the result of the turn before."""
-    return [
-        Request(
-            index=index,
-            task="ie",
-            inputs={
-                "prompt": row.prompt,
-                "image": Output(_file(row.key, row.turn - 1)) if row.turn > 1 else row.source,
-            },
-            files=image_files(row),
-            whole=True,
-        )
-        for index, row in enumerate(rows)
-    ]
+    return requests_of(
+        rows,
+        image_files,
+        task="ie",
+        inputs=lambda row: {
+            "prompt": row.prompt,
+            "image": Output(_file(row.key, row.turn - 1)) if row.turn > 1 else row.source,
+        },
+        whole=True,
+    )
 
 
 def read_prompts(path: epath.PathLike) -> Prompts:

@@ -26,7 +26,7 @@ from univg_jax import images as pictures
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import fid, metrics, similarity
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Columns, Official, Request
+from univg_jax.evaluation.official import Columns, Official, Request, requests_of
 from univg_jax.evaluation.summaries import Features, Scores, Summary, column
 from univg_jax.fields import setting
 
@@ -143,16 +143,13 @@ def image_files(row: Row) -> tuple[str, ...]:
 
 def requests(rows: Sequence[Row]) -> list[Request]:
     """What the model paints of each square, as it painted it."""
-    return [
-        Request(
-            index=index,
-            task="ip",
-            inputs={"prompt": row.settings.prompt, "image": row.truth, "mask": row.hole},
-            files=image_files(row),
-            composite=False,
-        )
-        for index, row in enumerate(rows)
-    ]
+    return requests_of(
+        rows,
+        image_files,
+        task="ip",
+        inputs=lambda row: {"prompt": row.settings.prompt, "image": row.truth, "mask": row.hole},
+        composite=False,
+    )
 
 
 def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> Columns:

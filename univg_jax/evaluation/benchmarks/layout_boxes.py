@@ -34,7 +34,7 @@ from univg_jax.errors import UserError, check_name
 from univg_jax.evaluation import metrics
 from univg_jax.evaluation.detection import Detections
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Request
+from univg_jax.evaluation.official import Official, Request, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, column
 from univg_jax.fields import setting
 
@@ -179,16 +179,16 @@ def requests(rows: Sequence[Row], *, seed: int = 0) -> list[Request]:
     def canvas(row: Row) -> Image:
         return draw(row, seed=seed).source
 
-    return [
-        Request(
-            index=index,
-            task="lg",
-            # A canvas is drawn when it is due: all of them together would be gigabytes.
-            inputs={"prompt": draw(row, seed=seed).text, "image": functools.partial(canvas, row)},
-            files=image_files(row),
-        )
-        for index, row in enumerate(rows)
-    ]
+    # A canvas is drawn when it is due: all of them together would be gigabytes.
+    return requests_of(
+        rows,
+        image_files,
+        task="lg",
+        inputs=lambda row: {
+            "prompt": draw(row, seed=seed).text,
+            "image": functools.partial(canvas, row),
+        },
+    )
 
 
 def of_classes(

@@ -18,7 +18,7 @@ from etils import epath
 from univg_jax.errors import check_name
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, text_requests
+from univg_jax.evaluation.official import Official, requests_of
 from univg_jax.evaluation.scorers.chat import Sampling
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 from univg_jax.fields import setting
@@ -154,7 +154,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         name="longtext",
         version=1,
         read=lambda path, *, excerpt=False: read(path, settings.language, excerpt=excerpt),
-        requests=lambda rows: text_requests(
+        requests=lambda rows: requests_of(
             rows, lambda row: image_files(row, images=settings.images)
         ),
         needs={"judge": ()},

@@ -28,7 +28,7 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation import similarity
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Output, Request
+from univg_jax.evaluation.official import Official, Output, Request, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary
 
 _WHAT = "of MagicBrush's test split (the zip that its README links)"
@@ -136,21 +136,18 @@ def _file(session: str, turn: int, *, chained: bool) -> str:
 
 def requests(rows: Sequence[Row]) -> list[Request]:
     """An edit of the picture by hand, or of the result of the turn before."""
-    return [
-        Request(
-            index=index,
-            task="ie",
-            inputs={
-                "prompt": row.instruction,
-                "image": Output(_file(row.session, row.turn - 1, chained=True))
-                if row.chained
-                else row.source,
-            },
-            files=image_files(row),
-            whole=True,
-        )
-        for index, row in enumerate(rows)
-    ]
+    return requests_of(
+        rows,
+        image_files,
+        task="ie",
+        inputs=lambda row: {
+            "prompt": row.instruction,
+            "image": Output(_file(row.session, row.turn - 1, chained=True))
+            if row.chained
+            else row.source,
+        },
+        whole=True,
+    )
 
 
 def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:

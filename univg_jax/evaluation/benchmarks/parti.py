@@ -13,7 +13,7 @@ from etils import epath
 
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, text_requests
+from univg_jax.evaluation.official import Official, requests_of
 from univg_jax.evaluation.similarity import clip_cosine
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 
@@ -78,7 +78,7 @@ BENCHMARK = Official(
     name="parti",
     version=1,
     read=read,
-    requests=lambda rows: text_requests(rows, image_files),
+    requests=lambda rows: requests_of(rows, image_files),
     needs={"clip": ()},
     score=_score,
     summary=summary,

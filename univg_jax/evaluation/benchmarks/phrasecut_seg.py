@@ -19,7 +19,7 @@ from data_pipelines.native import coco, tables
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import segmentation
 from univg_jax.evaluation.metrics import Image, Mask, Ratio
-from univg_jax.evaluation.official import Official, Request
+from univg_jax.evaluation.official import Official, Request, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary
 from univg_jax.fields import setting
 
@@ -102,16 +102,13 @@ def image_files(row: Row) -> tuple[str, ...]:
 
 def requests(rows: Sequence[Row]) -> list[Request]:
     """The mask of each phrase, of the whole photograph."""
-    return [
-        Request(
-            index=index,
-            task="seg",
-            inputs={"prompt": row.phrase, "image": row.picture},
-            files=image_files(row),
-            whole=True,
-        )
-        for index, row in enumerate(rows)
-    ]
+    return requests_of(
+        rows,
+        image_files,
+        task="seg",
+        inputs=lambda row: {"prompt": row.phrase, "image": row.picture},
+        whole=True,
+    )
 
 
 def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:

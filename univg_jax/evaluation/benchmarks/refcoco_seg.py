@@ -19,7 +19,7 @@ from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.evaluation import segmentation
 from univg_jax.evaluation.inputs import check_count
 from univg_jax.evaluation.metrics import Image, Mask, Ratio
-from univg_jax.evaluation.official import Official, Request
+from univg_jax.evaluation.official import Official, Request, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group
 from univg_jax.fields import setting
 
@@ -156,17 +156,14 @@ def image_files(row: Row) -> tuple[str, ...]:
 
 def requests(rows: Sequence[Row]) -> list[Request]:
     """The mask of each sentence, of the whole photograph."""
-    return [
-        Request(
-            index=index,
-            task="seg",
-            # A sentence may be empty, or a word that is read as none, and is a sample all the same.
-            inputs={"prompt": row.sentence or "-", "image": row.picture},
-            files=image_files(row),
-            whole=True,
-        )
-        for index, row in enumerate(rows)
-    ]
+    # A sentence may be empty, or a word that is read as none, and is a sample all the same.
+    return requests_of(
+        rows,
+        image_files,
+        task="seg",
+        inputs=lambda row: {"prompt": row.sentence or "-", "image": row.picture},
+        whole=True,
+    )
 
 
 def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:

@@ -32,7 +32,7 @@ from univg_jax.evaluation.detection import Detection, Detections, by_score
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import ask_all
 from univg_jax.evaluation.metrics import Image, Number, Ratio, merge
-from univg_jax.evaluation.official import Official, text_requests
+from univg_jax.evaluation.official import Official, requests_of
 from univg_jax.evaluation.similarity import clip_cosine, resized
 from univg_jax.evaluation.summaries import Scores, Summary, column
 from univg_jax.fields import setting
@@ -528,7 +528,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         name="t2i_compbench",
         version=1,
         read=lambda path, *, excerpt=False: read(path, settings.set, excerpt=excerpt),
-        requests=lambda rows: text_requests(rows, image_files),
+        requests=lambda rows: requests_of(rows, image_files),
         needs=dict.fromkeys(NEEDS[settings.set], ()),
         score=score_images,
         summary=summary,
