@@ -68,7 +68,7 @@ def test_more_than_one_percent_without_a_score_is_a_warning(dropped, warns, capl
     assert sum(counts.values()) == 200
     assert bool(caplog.records) == warns
     if warns:
-        assert "3 of 200 items have no score (refused 3)" in caplog.text
+        assert "3 of 200 judgments have no score (refused 3)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["", "/a.png", "../a.png", "a/../../b.png"])

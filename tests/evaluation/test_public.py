@@ -61,7 +61,7 @@ def test_images_numbers_and_all_that_is_needed_to_repeat_them(model, tmp_path):
     done = job(tmp_path, settings={"parameters": "ema"})(model)
     card = Scorecard.read(done.folder)
     assert card.numbers == done.numbers
-    assert card.numbers["missing"] == 0
+    assert card.numbers["failures/missing"] == 0
     assert done.text.startswith("overall")
     settings = card.settings
     assert (settings["step"], settings["parameters"], settings["weights"]) == (7, "ema", "abc")
@@ -108,7 +108,7 @@ def test_scores_of_a_folder_that_somebody_made(tmp_path):
     assert done.numbers["overall"] == 0.75
     (folder / "00000" / "samples" / "0000.png").unlink()
     again = job(tmp_path, images=folder, generates=False)(None)
-    assert again.numbers["missing"] == 1  # a folder of others may change: it is scored each time
+    assert again.numbers["failures/missing"] == 1  # a folder of others may change: it is scored each time
     assert Scorecard.read(again.folder).images_at(again.folder) == folder
 
 
@@ -224,6 +224,6 @@ def test_the_real_prompts_killed_and_continued(tmp_path):
     (results,) = tmp_path.glob("*/results.json")
     card = Scorecard.read(results.parent)
     assert len(list(tmp_path.rglob("*.png"))) == 4 * 553
-    assert card.numbers["missing"] == 0
+    assert card.numbers["failures/missing"] == 0
     assert card.rows == 553
     assert 0 < card.numbers["single_object"] < 0.1  # of 80 prompts, those of a person or a dog

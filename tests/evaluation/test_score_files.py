@@ -59,7 +59,7 @@ def test_a_folder_that_somebody_made_is_scored_by_the_benchmarks_rules(tmp_path,
     right = dict(single_object=1.0, counting=0.0, position=1.0, colors=1.0)
     assert {tag: found[tag] for tag in right} == right
     assert found["overall"] == 0.75
-    assert found["missing"] == 8
+    assert found["failures/missing"] == 8
     assert found["strict/overall"] == 0.375
 
 
@@ -75,7 +75,7 @@ def test_what_is_generated_is_in_the_layout_that_is_scored(tmp_path, rows):
     write_side_files(BENCHMARK, rows, folder)
     assert json.loads((folder / "00001" / "metadata.jsonl").read_text())["prompt"] == "two cups"
     found = score_images(BENCHMARK, rows, folder, SCORERS).summary(BENCHMARK, rows)
-    assert (found["missing"], found["position"], found["colors"]) == (0, 0, 1)
+    assert (found["failures/missing"], found["position"], found["colors"]) == (0, 0, 1)
 
 
 def test_who_does_without_a_scorer_gets_the_other_numbers(tmp_path, rows):

@@ -30,7 +30,7 @@ from univg_jax.evaluation import metrics
 from univg_jax.evaluation.judging import is_inside
 from univg_jax.evaluation.metrics import Image, Map, Mask, Ratio, merge
 from univg_jax.evaluation.official import Official, Request, requests_of
-from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.evaluation.summaries import Scores, Summary, column, failure_counts
 
 Row = tuple[str, ...]
 
@@ -220,8 +220,7 @@ def score(
 def summary(rows: Sequence[Asked], scores: Sequence[Scores]) -> Summary:
     """Means over pictures, and how many are missing."""
     found = {name: merge(column(scores, name)).value for name in scores[0]}
-    name = "failures/missing"
-    return found | {name: float(merge(column(scores, name)).total[0])}
+    return found | failure_counts(scores)
 
 
 def benchmark_of(

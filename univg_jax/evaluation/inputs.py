@@ -6,6 +6,7 @@ expected where. An excerpt is a file of the official format with fewer rows, as 
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -62,6 +63,10 @@ class InputFile:
         except OSError as error:
             raise self.error(file, f"cannot be read ({error.strerror or error})") from None
         return text.replace("\r\n", "\n")
+
+    def sha256(self, path: epath.PathLike) -> str:
+        """The hash of the file, which results store of what moves numbers."""
+        return hashlib.sha256(self.at(path).read_bytes()).hexdigest()
 
     def lines(self, path: epath.PathLike) -> list[str]:
         """The lines, without those that are blank at the end."""

@@ -9,7 +9,6 @@ has an outcome of its own, is left out of what is `official`, and has the least 
 
 import ast
 import dataclasses
-import hashlib
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,10 @@ from etils import epath
 from univg_jax.errors import UserError, suggestion
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.evaluation.scorers.chat import Reply
+from univg_jax.evaluation.summaries import Scores, Summary, column, failure_counts
 
-FAILURES = ("unparsed", "refused", "failed", "missing_image")
+FAILURES = ("unparsed", "refused", "failed", "missing")
 MOST_DROPPED = 0.01  # of items, without a warning
 
 
@@ -76,8 +76,7 @@ def read_python_prompts(file: InputFile, path: epath.PathLike) -> Prompts:
 
 
 def _prompts(file: InputFile, path: epath.PathLike, texts: Mapping[str, str]) -> Prompts:
-    at = file.at(path)
-    return Prompts(texts, hashlib.sha256(at.read_bytes()).hexdigest(), str(at))
+    return Prompts(texts, file.sha256(path), str(file.at(path)))
 
 
 def is_inside(name: str) -> bool:
@@ -86,31 +85,43 @@ def is_inside(name: str) -> bool:
     return name != "" and not path.is_absolute() and ".." not in path.parts
 
 
-def ask_all(vqa: Any, image: Image, questions: Sequence[str]) -> list[Any]:
-    """The replies of a `scorers.endpoint.Endpoint` about an image; None could not be used."""
+def ask_all(
+    vqa: Any, image: Image | None, questions: Sequence[str]
+) -> tuple[list[Reply | None], list[str]]:
+    """The replies of an `Endpoint` about an image, None for what cannot be used; and how each
+    question ended, as `outcome_columns` has it. None is an image that is not there.
+    """
+    if image is None:
+        return [None] * len(questions), ["missing"] * len(questions)
     replies = [vqa.vqa(image, question) for question in questions]
-    return [reply if reply.kind == "answered" else None for reply in replies]
+    ends = ["judged" if reply.kind == "answered" else reply.kind for reply in replies]
+    return [reply if reply.kind == "answered" else None for reply in replies], ends
 
 
-def outcome_columns(outcome: str) -> dict[str, Ratio]:
-    """The columns of an item's scores that say how it ended: `judged`, or one of FAILURES."""
+def outcome_columns(*outcomes: str) -> dict[str, Ratio]:
+    """The columns of an item's scores that say how its questions ended, each `judged` or one of
+    FAILURES.
+    """
     columns = {"judged": "judged"} | {f"failures/{name}": name for name in FAILURES}
-    return {column: Ratio.of(float(name == outcome)) for column, name in columns.items()}
+    count = len(outcomes)
+    return {column: Ratio.of(outcomes.count(name), count) for column, name in columns.items()}
 
 
 def outcome_counts(scores: Sequence[Scores], *, what: str) -> Summary:
-    """How many items ended how. Warns where more than MOST_DROPPED of them have no score."""
-    names = outcome_columns("judged")
-    counts = {name: float(merge(column(scores, name)).total.sum()) for name in names}
+    """How many questions were `judged`, and `failure_counts`. Warns where more than MOST_DROPPED of
+    the questions have no answer.
+    """
+    judged, counts = merge(column(scores, "judged")), failure_counts(scores)
+    asked = float(judged.count.sum())
     dropped = {name: counts[f"failures/{name}"] for name in FAILURES}
     dropped = {name: count for name, count in dropped.items() if count}
-    if sum(dropped.values()) > MOST_DROPPED * len(scores):
+    if sum(dropped.values()) > MOST_DROPPED * asked:
         logging.warning(
-            "%s: %d of %d items have no score (%s): do not compare the averages that leave them "
-            "out with published ones",
+            "%s: %d of %d judgments have no score (%s): do not compare these numbers "
+            "with published ones",
             what,
             sum(dropped.values()),
-            len(scores),
+            asked,
             ", ".join(f"{name} {count:.0f}" for name, count in dropped.items()),
         )
-    return counts
+    return {"judged": float(judged.total.sum()), **counts}

@@ -17,7 +17,7 @@ from data_pipelines import renderings
 from univg_jax.evaluation import metrics
 from univg_jax.evaluation.metrics import Mask, Ratio, merge
 from univg_jax.evaluation.similarity import resized
-from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.evaluation.summaries import Scores, Summary, column, failure_counts
 
 PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
 Picture = UInt8[np.ndarray, "_ _ 3"]  # of any size beside a mask
@@ -70,10 +70,9 @@ def summary(splits: Sequence[str], scores: Sequence[Scores]) -> Summary:
     `splits` names that of each sample. A number is NaN where nothing was counted.
     """
     found: Summary = {}
-    failures = [name for name in scores[0] if name.startswith("failures/")]
     for split in dict.fromkeys(splits):
         chosen = [entry for name, entry in zip(splits, scores, strict=True) if name == split]
         for name in scores[0]:
-            if name not in failures:
+            if not name.startswith("failures/"):
                 found[f"{split}/{name}"] = merge(column(chosen, name)).value
-    return found | {name: float(merge(column(scores, name)).total[0]) for name in failures}
+    return found | failure_counts(scores)

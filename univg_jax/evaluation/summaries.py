@@ -60,3 +60,9 @@ def mean(numbers: Iterable[float]) -> float:
 def mean_of(ratios: Iterable[Ratio]) -> float:
     """The mean of the values of those ratios that have counted something."""
     return mean(ratio.value for ratio in ratios)
+
+
+def failure_counts(scores: Sequence[Scores]) -> Summary:
+    """How often each kind of failure is there: the totals of the columns `failures/KIND`."""
+    names = [name for entry in scores[:1] for name in entry if name.startswith("failures/")]
+    return {name: float(merge(column(scores, name)).total.sum()) for name in names}

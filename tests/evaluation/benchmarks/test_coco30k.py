@@ -46,8 +46,8 @@ def test_the_first_caption_of_a_picture_in_the_shuffle_is_kept():
 def test_captions_lose_their_ends_of_lines(tmp_path):
     rows = coco30k.read(write(tmp_path), samples=2)
     assert [r.image_id for r in rows] == [9, 7]
-    assert rows[0].caption == "e\tf"
-    assert rows[1].caption in ('a "b"c', "d")
+    assert rows[0].prompt == "e\tf"
+    assert rows[1].prompt in ('a "b"c', "d")
     assert coco30k.image_files(rows[0]) == ("9.png",)
     assert coco30k.real_file(rows[0]) == "val2014/COCO_val2014_000000000009.jpg"
 
@@ -84,6 +84,6 @@ def test_another_file_is_one_line(tmp_path, content, name, reason):
 def test_the_clip_score_is_a_mean_of_raw_cosines():
     rows = [Row(k, k, k, "") for k in range(3)]
     found = coco30k.summary(
-        rows, [coco30k.score(c, missing=c is None) for c in (0.25, -0.125, None)]
+        rows, [coco30k.score(c, is_missing=c is None) for c in (0.25, -0.125, None)]
     )
-    assert found == {"clip": 0.0625, "missing": 1}
+    assert found == {"clip": 0.0625, "failures/missing": 1}

@@ -187,12 +187,12 @@ def test_a_missing_grid_is_dropped_and_scores_0_if_strict():
     assert found["dropped"] == 1
 
 
-def test_unusable_answers_are_wrong_and_counted():
+def test_unusable_answers_are_wrong():
     row = item((), ())
     scores = [score(row, {1: "yes", 2: None}, {1: "yes"})]
     found = dpg.summary([row], scores)
     assert found["official/overall"] == 50
-    assert found["unusable"] == 2
+    assert scores[0]["failures/entity"].count == 2
 
 
 def test_the_summary_by_hand():

@@ -110,10 +110,22 @@ def test_an_item_with_a_parent_that_does_not_exist_scores_nothing():
     assert value(cut, ["yes", "no"], "fixed") == 0.5
 
 
-def test_an_image_that_is_not_there_scores_nothing_and_is_counted():
+def test_an_image_that_is_not_there_scores_nothing():
     scores = dsg.score(row((), ()), None)
     assert scores["official"].value == scores["fixed"].value == 0
-    assert dsg.summary([row((), ())], [scores])["unusable"] == 2
+    assert scores["failures/entity"].count == 0
+
+
+def test_wrong_answers_are_counted_by_the_group_of_their_question():
+    """What cannot be used is no answer; parents play no part."""
+    kinds = ("entity - whole", "attribute - color", "attribute - size", "global", "mood")
+    asked = [Question(k, (1,), "?", f"{kind} (x)") for k, kind in enumerate(kinds, 1)]
+    scores = dsg.score(Row(0, "vrd_0", "", tuple(asked)), ["no", "yes", "no", None, "no"])
+    wrong = {name: float(r.total[0]) for name, r in scores.items() if name.startswith("failures/")}
+    assert wrong == {
+        **{"failures/entity": 1, "failures/attribute": 1, "failures/relation": 0},
+        **{"failures/global": 0, "failures/other": 1},
+    }
 
 
 def test_answers_are_one_for_each_question():
@@ -133,7 +145,6 @@ def test_the_mean_is_over_prompts_and_by_category():
     assert found["official/relation"] == pytest.approx(100 * (1 + 1 / 3) / 2)
     assert found["official/text"] == 0
     assert found["fixed/overall"] == found["official/overall"]
-    assert found["unusable"] == 0
 
 
 @st.composite

@@ -284,7 +284,7 @@ def test_means_are_over_tasks_and_not_over_images():
     verdicts = [
         Verdict("judged", *map(float, rng.integers(0, 11, 2)))
         if row.index < 11 or rng.random() < 0.9
-        else Verdict("missing_image")
+        else Verdict("missing")
         for row in rows
     ]
     found = gedit.summary(rows, [gedit.score(*pair) for pair in zip(rows, verdicts)])
@@ -306,7 +306,7 @@ def test_means_are_over_tasks_and_not_over_images():
                 means[gedit.TASKS.index("ps_human")][2]
             )
             assert found[f"strict/{language}/{name}/O"] < expected[2]
-    assert found["failures/missing_image"] == sum(v.outcome == "missing_image" for v in verdicts)
+    assert found["failures/missing"] == sum(v.outcome == "missing" for v in verdicts)
 
 
 def test_a_task_without_a_score_has_no_mean(rows):
@@ -430,9 +430,9 @@ def test_how_items_end_is_counted(judged, rows, results, caplog):
         "failures/unparsed": 0,
         "failures/refused": 1,
         "failures/failed": 1,
-        "failures/missing_image": 1,
+        "failures/missing": 1,
     }
-    assert "3 of 3 items have no score" in caplog.text
+    assert "3 of 3 judgments have no score" in caplog.text
 
 
 def test_without_prompts_there_is_no_score(tmp_path, rows, results):

@@ -125,7 +125,7 @@ def test_counting_is_exact(count, there):
     verdict = judge(counting, {"cup": [box(20 * k, 0) for k in range(there)]})
     assert verdict.is_correct == (there == count)
     assert verdict.failures == (
-        ("missing",) if there < count else ("excess",) if there > count else ()
+        ("missing_object",) if there < count else ("excess",) if there > count else ()
     )
 
 
@@ -149,7 +149,7 @@ def test_as_many_as_the_count_must_have_the_color():
 
 
 def test_a_class_that_is_missing_is_not_asked_for_its_color():
-    assert judge(row(Clause("cow", 1, "red")), {}).failures == ("missing",)
+    assert judge(row(Clause("cow", 1, "red")), {}).failures == ("missing_object",)
 
 
 LEFT = row(Clause("cow", 1), Clause("cup", 1, None, "left of", 0))
@@ -158,7 +158,7 @@ LEFT = row(Clause("cow", 1), Clause("cup", 1, None, "left of", 0))
 def test_position_needs_a_matched_target():
     assert judge(LEFT, {"cow": [box(50, 0)], "cup": [box(0, 0)]}).is_correct
     assert judge(LEFT, {"cow": [box(0, 0)], "cup": [box(50, 0)]}).failures == ("position",)
-    assert judge(LEFT, {"cup": [box(0, 0)]}).failures == ("missing", "target")
+    assert judge(LEFT, {"cup": [box(0, 0)]}).failures == ("missing_object", "target")
 
 
 def test_position_is_not_asked_where_the_color_is_wrong():
@@ -291,7 +291,7 @@ def test_the_overall_score_is_the_mean_over_tags():
     assert found["overall"] == 0.375
     assert found["images"] == 0.5
     assert found["prompts"] == pytest.approx(2 / 3)
-    assert found["missing"] == 0
+    assert found["failures/missing"] == 0
 
 
 def test_a_missing_image_counts_nowhere_and_is_wrong_if_strict():
@@ -303,7 +303,7 @@ def test_a_missing_image_counts_nowhere_and_is_wrong_if_strict():
     assert found["prompts"] == 1
     assert found["strict/colors"] == 0.5
     assert found["strict/overall"] == 0.25
-    assert found["missing"] == 4
+    assert found["failures/missing"] == 4
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.lists(st.booleans(), max_size=4))))

@@ -134,7 +134,7 @@ def test_the_geometric_mean_is_at_most_the_arithmetic_one(numbers):
     assert product <= sum(numbers) / len(numbers) + 1e-12
 
 
-def test_a_missing_image_or_answer_counts_0_and_is_counted():
+def test_a_missing_image_or_answer_counts_0():
     rows = [row("a", "a"), row("a")]
     scores = [
         geneval2.score(rows[0], None, whole, ("a",)),
@@ -142,7 +142,12 @@ def test_a_missing_image_or_answer_counts_0_and_is_counted():
     ]
     found = geneval2.summary(rows, scores)
     assert found["am"] == found["gm"] == found["tifa"] == found["skill/a"] == 0
-    assert found["unusable"] == 3
+
+
+def test_wrong_answers_are_counted_by_skill():
+    scores = geneval2.score(row("a", "b", "b"), [*said(0.9, 0.4), None], whole, ("a", "b"))
+    assert scores["failures/a"].total == 0
+    assert (scores["failures/b"].total, scores["failures/b"].count) == (1, 1)
 
 
 def test_answers_are_one_for_each_question():

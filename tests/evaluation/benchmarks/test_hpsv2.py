@@ -73,7 +73,7 @@ def test_missing_images_are_left_out_and_shift_the_chunks():
     rows, scores = scored([None] + [0.25] * 80 + [0.5] * 79)
     found = hpsv2.summary(rows, scores)
     assert found["v2.1/photo"] == 37.5
-    assert found["v2.1/missing"] == 1
+    assert found["failures/missing"] == 1
     assert found["v2.1/strict/average"] == pytest.approx((80 * 25 + 79 * 50) / 160)
 
 
@@ -81,7 +81,7 @@ def test_versions_are_apart():
     rows = [Row("photo", 0, "")]
     found = hpsv2.summary(rows, [hpsv2.score({"v2.0": 0.25, "v2.1": 0.5}, VERSIONS)])
     assert (found["v2.0/average"], found["v2.1/average"]) == (25, 50)
-    assert hpsv2.score(None, VERSIONS).keys() == {*VERSIONS}
+    assert hpsv2.score(None, VERSIONS).keys() == {*VERSIONS, "failures/missing"}
 
 
 @given(

@@ -164,7 +164,7 @@ def answered(text):
         (answered("sorry"), "unparsed", None, 1.0),
         (Reply(kind="refused", text="no"), "refused", None, 1.0),
         (Reply(kind="failed", text="HTTP 500"), "failed", None, 1.0),
-        (None, "missing_image", None, 1.0),
+        (None, "missing", None, 1.0),
     ],
 )
 def test_what_has_no_score_is_left_out_or_the_least(rows, reply, outcome, official, strict):
@@ -212,7 +212,7 @@ def test_the_mean_of_nothing_is_no_number(rows):
     found = imgedit.summary(rows, [imgedit.score(row, None) for row in rows])
     assert np.isnan(found["official/mean_of_types"])
     assert found["strict/mean_of_types"] == 1.0
-    assert found["failures/missing_image"] == 4
+    assert found["failures/missing"] == 4
 
 
 def test_hard_edits_have_one_mean():
@@ -291,7 +291,7 @@ def test_from_pictures_to_numbers(monkeypatch, folders):
         "failures/unparsed": 1,
         "failures/refused": 1,
         "failures/failed": 0,
-        "failures/missing_image": 1,
+        "failures/missing": 1,
     }
     assert found["official/mean_of_images"] == 4.33
     assert found["strict/mean_of_images"] == pytest.approx((4.33 + 3) / 4)

@@ -105,7 +105,6 @@ def test_the_score_is_of_sums_over_all_images():
     assert found["strict/overall"] == pytest.approx((2 + 1 + 1) / (4 + 4 + 1 + 1))
     assert found["category/sign"] == 0.375
     assert found["category/label"] == 1
-    assert found["missing"] == 1
 
 
 @given(st.lists(st.sampled_from("abcd")), st.lists(st.sampled_from("abcd")))

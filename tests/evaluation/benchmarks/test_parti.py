@@ -53,7 +53,7 @@ def test_means_by_category_and_challenge(tmp_path):
         "challenge/Writing & Symbols": 0.25,
         "challenge/Basic": 0.5,
         "challenge/Style": pytest.approx(float("nan"), nan_ok=True),
-        "missing": 1,
+        "failures/missing": 1,
     }
 
 

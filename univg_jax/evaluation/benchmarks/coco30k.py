@@ -25,11 +25,12 @@ from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Columns, Official, requests_of
 from univg_jax.evaluation.similarity import clip_cosine, read_rgb, resized
-from univg_jax.evaluation.summaries import Features, Scores, Summary, column
+from univg_jax.evaluation.summaries import Features, Scores, Summary, column, failure_counts
 from univg_jax.fields import setting
 
 CAPTIONS = InputFile("captions_val2014.json", "COCO's captions: annotations_trainval2014.zip")
 TABLE = InputFile("val2014_30k.tsv", "MLPerf's captions (image_id, id, caption)")
+STATISTICS = InputFile("STATS.npz", "`mu` and `sigma` of Inception's features of real pictures")
 COLUMNS = ("image_id", "id", "caption")
 SAMPLES = 30_000
 SEED = 2023
@@ -42,13 +43,8 @@ class Row:
     index: int
     image_id: int
     caption_id: int
-    caption: str
+    prompt: str  # the caption
     real: str = ""  # the file of the real picture
-
-    @property
-    def prompt(self) -> str:
-        """What is painted."""
-        return self.caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +117,7 @@ def table(rows: Sequence[Row]) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows((row.image_id, row.caption_id, row.caption) for row in rows)
+    writer.writerows((row.image_id, row.caption_id, row.prompt) for row in rows)
     return text.getvalue()
 
 
@@ -135,27 +131,31 @@ def real_file(row: Row) -> str:
     return f"val2014/COCO_val2014_{row.image_id:012}.jpg"
 
 
-def score(cosine: float | None, *, missing: bool = False) -> dict[str, Ratio]:
+def score(cosine: float | None, *, is_missing: bool = False) -> dict[str, Ratio]:
     """Sums and counts of an image's CLIP score, the raw cosine; None where there is none.
 
     Every row counts once: MLPerf's code says of itself that the rows that pad its last batch count
     twice.
     """
     clip = Ratio.of(0.0, 0.0) if cosine is None else Ratio.of(cosine)
-    return {"clip": clip, "missing": Ratio.of(float(missing))}
+    return {"clip": clip, "failures/missing": Ratio.of(float(is_missing))}
 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     """The mean CLIP score. FID is no mean over images: its state merges on its own."""
-    total = merge(column(scores, "clip"))
-    return {"clip": total.value, "missing": float(merge(column(scores, "missing")).total[0])}
+    return {"clip": merge(column(scores, "clip")).value, **failure_counts(scores)}
 
 
 REAL_SIDE = 512  # pixels a side of the real pictures, whose shape is not kept
 
 
 def benchmark(settings: Settings = Settings()) -> Official:
-    """The benchmark with these settings."""
+    """The benchmark with these settings. Raises UserError for a file of statistics that is none."""
+    statistics, digest = None, ""
+    if settings.stats:
+        file = STATISTICS.at(settings.stats)
+        statistics = fid.read_reference(file, convention=settings.convention)
+        digest = STATISTICS.sha256(file)
 
     def read_rows(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
         place = epath.Path(path)
@@ -170,12 +170,12 @@ def benchmark(settings: Settings = Settings()) -> Official:
     ) -> Columns:
         (image,) = images
         clip, inception = scorers.get("clip"), scorers.get("inception")
-        cosine = clip_cosine(clip, image, row.caption) if clip and image is not None else None
-        columns: dict[str, Ratio | Features] = {**score(cosine, missing=image is None)}
+        cosine = clip_cosine(clip, image, row.prompt) if clip and image is not None else None
+        columns: dict[str, Ratio | Features] = {**score(cosine, is_missing=image is None)}
         if inception is None:
             return columns
         pictures: dict[str, Image | None] = {"generated": image}
-        if not settings.stats:
+        if statistics is None:
             real = read_rgb(row.real, what="COCO's val2014.zip, unpacked (real=DIR)")
             pictures["real"] = resized(real, like=np.zeros((REAL_SIDE, REAL_SIDE, 3), np.uint8))
         for name, picture in pictures.items():
@@ -184,12 +184,12 @@ def benchmark(settings: Settings = Settings()) -> Official:
         return columns
 
     def distances(sums: Mapping[str, fid.FeatureSums]) -> Summary:
-        if not settings.stats:
-            return {"fid": fid.distance(sums.get("generated"), sums.get("real"))}
-        if "generated" not in sums or sums["generated"].count < 2:
+        generated = sums.get("generated")
+        if statistics is None:
+            return {"fid": fid.distance(generated, sums.get("real"))}
+        if generated is None or generated.count < 2:
             return {"fid": math.nan}
-        real = fid.read_reference(settings.stats, convention=settings.convention)
-        return {"fid": fid.frechet_distance(sums["generated"].gaussian(), real)}
+        return {"fid": fid.frechet_distance(generated.gaussian(), statistics)}
 
     return Official(
         name="coco30k",
@@ -201,8 +201,8 @@ def benchmark(settings: Settings = Settings()) -> Official:
         summary=summary,
         distances=distances,
         primary="fid",
-        settings={"convention": settings.convention, "real": "stats" if settings.stats else "real"},
-        scoring=("convention", "real"),
+        settings={"convention": settings.convention, "reference": digest or "val2014"},
+        scoring=("convention", "reference"),
     )
 
 

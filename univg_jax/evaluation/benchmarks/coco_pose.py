@@ -33,7 +33,7 @@ from univg_jax.evaluation import metrics
 from univg_jax.evaluation.inputs import check_count
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Request, requests_of
-from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.evaluation.summaries import Scores, Summary, column, failure_counts
 from univg_jax.fields import setting
 
 Annotations = dict[str, list[dict[str, Any]]]  # images, annotations, categories
@@ -288,10 +288,9 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     ]
     content = {"images": sizes, "annotations": people, "categories": categories}
     found = average_precision(content, results)
-    missing = "failures/missing"
-    names = [name for name in scores[0] if name not in ("joints", missing)]
+    names = [name for name in scores[0] if name != "joints"]
     found |= {name: merge(column(scores, name)).value for name in names}
-    return found | {missing: float(merge(column(scores, missing)).total[0])}
+    return found | failure_counts(scores)
 
 
 def benchmark(settings: Settings = Settings()) -> Official:

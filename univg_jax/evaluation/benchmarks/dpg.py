@@ -15,6 +15,9 @@ Some of the official code are faults that move numbers, so there are two scores:
   cell alone.
 * `fixed`. All rows and all cells; a parent that does not exist hangs nothing.
 
+A reply that cannot be used is wrong, as in DSG; `failures/` counts these, and wrong answers by the
+group of their questions.
+
 With several processes the official code also mixes up its categories, each process in its own
 order. Such numbers cannot be had again.
 """
@@ -31,7 +34,7 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmarks import dsg
 from univg_jax.evaluation.benchmarks.dsg import Question
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.judging import ask_all
+from univg_jax.evaluation.judging import ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Published, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
@@ -69,17 +72,11 @@ def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
     known: dict[str, dict[int, None]] = {}
     prompts: dict[str, str] = {}
     previous = None
-    for place, row in enumerate(FILE.table(path, dsg.COLUMNS)):
-        item = row["item_id"]
-        try:
-            question = Question.of(row)
-        except ValueError:
-            reason = f"has no question's number in row {place + 1}"
-            raise FILE.error(FILE.at(path), reason) from None
+    for place, (item, prompt, question) in enumerate(dsg.read_questions(FILE, path)):
         if question.names_no_number:
             reason = f"has a dependency that is no number in row {place + 1}"
             raise FILE.error(FILE.at(path), reason)
-        prompts.setdefault(item, row["text"])
+        prompts.setdefault(item, prompt)
         questions.setdefault(item, {})[question.number] = question
         if place > 0:  # the official code leaves out the first row of all
             if item != previous:
@@ -139,14 +136,9 @@ def cells(image: Image, *, resolution: int | None = None) -> UInt8[np.ndarray, "
     )
 
 
-def category(question: Question) -> str:
-    """Such as "attribute - color". What comes before the "-" is its group."""
-    return question.proposition.split("(")[0].strip()
-
-
 def categories(rows: Sequence[Row]) -> tuple[str, ...]:
     """All categories of these rows, sorted."""
-    return tuple(sorted({category(question) for row in rows for question in row.questions}))
+    return tuple(sorted({question.category for row in rows for question in row.questions}))
 
 
 def score(row: Row, answers: Sequence[Answers] | None, *, names: Sequence[str]) -> dict[str, Ratio]:
@@ -160,16 +152,15 @@ def score(row: Row, answers: Sequence[Answers] | None, *, names: Sequence[str]) 
     scores = {
         **{name: Ratio.of(0.0, 0.0) for name in ("official", "fixed")},
         "strict": Ratio.of(0.0),
-        "usable": Ratio.of(0.0, 0.0),
+        **dsg.wrong_columns(()),
         **{f"{name}_categories": none for name in ("official", "fixed")},
     }
     if answers is None:
         return scores
     right = [{q.number: a.get(q.number) == "yes" for q in row.questions} for a in answers]
-    asked = [a.get(q.number) for a in answers for q in row.questions]
     fixed = [_after_parents(row.questions, cell, strict=False) for cell in right]
     scores["fixed"] = scores["strict"] = Ratio.of(sum(map(_mean, fixed)) / len(fixed))
-    scores["usable"] = Ratio.of(sum(a is not None for a in asked), len(asked))
+    scores |= dsg.wrong_columns((q, cell.get(q.number)) for cell in answers for q in row.questions)
     scores["fixed_categories"] = merge(_by_category(row.questions, cell, names) for cell in right)
     by_number = {question.number: question for question in row.questions}
     known = [by_number[number] for number in row.known]
@@ -207,7 +198,7 @@ def _by_category(
 ) -> Ratio:
     total, count = np.zeros(len(names)), np.zeros(len(names))
     for question in questions:
-        place = names.index(category(question))
+        place = names.index(question.category)
         total[place] += right[question.number]
         count[place] += 1
     return Ratio.of(total, count)
@@ -228,10 +219,8 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
         each = [Ratio.of(*pair) for pair in zip(sums.total, sums.count, strict=True)]
         found |= values(f"{kind}/L1/", by_group(groups, each), scale=100.0)
         found |= values(f"{kind}/L2/", dict(zip(names, each, strict=True)), scale=100.0)
-    usable = merge(column(scores, "usable"))
     found["strict/overall"] = 100 * merge(column(scores, "strict")).value
     found["dropped"] = float(len(rows) - merge(column(scores, "official")).count.sum())
-    found["unusable"] = float(usable.count.sum() - usable.total.sum())
     return found
 
 
@@ -239,19 +228,14 @@ def _score(
     row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
 ) -> dict[str, Ratio]:
     (grid,) = images
-    if grid is None:
-        return score(row, None, names=row.categories)
-    asked = [question.text for question in row.questions]
-    answers = []
-    for cell in cells(grid):
-        replies = ask_all(scorers["vqa"], cell, asked)
-        answers.append(
-            {
-                question.number: None if reply is None else reply.text.strip().lower()
-                for question, reply in zip(row.questions, replies, strict=True)
-            }
-        )
-    return score(row, answers, names=row.categories)
+    numbers = [question.number for question in row.questions]
+    answers, ends = [], []
+    for cell in [None] * CELLS if grid is None else cells(grid):
+        asked = ask_all(scorers["vqa"], cell, [question.text for question in row.questions])
+        answers.append(dict(zip(numbers, map(dsg.word_of, asked[0]), strict=True)))
+        ends += asked[1]
+    found = score(row, None if grid is None else answers, names=row.categories)
+    return found | outcome_columns(*ends)
 
 
 BENCHMARK = Official(
@@ -261,7 +245,7 @@ BENCHMARK = Official(
     requests=lambda rows: requests_of(rows, image_files, cells=CELLS),
     needs={"vqa": ()},
     score=_score,
-    summary=summary,
+    summary=lambda rows, scores: summary(rows, scores) | outcome_counts(scores, what="DPG-Bench"),
     quality=lambda scores: scores["fixed"].value,
     primary="official/overall",
     published=tuple(

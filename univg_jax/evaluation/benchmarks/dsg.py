@@ -11,20 +11,25 @@ Two things in the official code move numbers, so there are two scores:
   no parents at all. One item (tifa160_134) has no question 1, on which all the others hang: it
   scores 0 whatever the image shows.
 * `fixed`. A parent that does not exist hangs nothing; all others count.
+
+The official models answer in lower case; of one that is served, case and spaces are left out (our
+choice). A reply that cannot be used is wrong and is counted, as are wrong answers by the group of
+their questions, all under `failures/`.
 """
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from univg_jax.errors import UserError
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.judging import ask_all
+from univg_jax.evaluation.judging import ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Published, requests_of
+from univg_jax.evaluation.scorers.chat import Reply
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 
 FILE = InputFile("dsg-1k-anns.csv", "the questions of DSG-1k: github.com/j-min/DSG")
@@ -34,6 +39,8 @@ COLUMNS = (
 )
 PROMPTS = 1060
 QUESTIONS = 8182
+
+GROUPS = ("entity", "attribute", "relation", "global", "other")  # of questions
 
 # What an item's id contains, and the category that the official summary puts it in.
 CATEGORIES = {
@@ -76,6 +83,16 @@ class Question:
             names_no_number=len(numbers) < len(words),
         )
 
+    @property
+    def category(self) -> str:
+        """Such as "attribute - color"."""
+        return self.proposition.split("(")[0].strip()
+
+    @property
+    def group(self) -> str:
+        """The category before its "-"."""
+        return self.category.split("-")[0].strip()
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -93,6 +110,18 @@ class Row:
         return found[0] if found else self.item_id.rsplit("_", 1)[0]
 
 
+def read_questions(file: InputFile, path: epath.PathLike) -> Iterator[tuple[str, str, Question]]:
+    """Of each row of a table with COLUMNS the item, its prompt, and the question.
+
+    Raises UserError for another table, and where a question has no number.
+    """
+    for number, row in enumerate(file.table(path, COLUMNS), 1):
+        try:
+            yield row["item_id"], row["text"], Question.of(row)
+        except ValueError:
+            raise file.error(file.at(path), f"has no question's number in row {number}") from None
+
+
 def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
     """The prompts with their questions. `path` is dsg-1k-anns.csv or its folder.
 
@@ -100,12 +129,9 @@ def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
     """
     questions: dict[str, list[Question]] = collections.defaultdict(list)
     prompts: dict[str, str] = {}
-    for number, row in enumerate(FILE.table(path, COLUMNS), 1):
-        try:
-            questions[row["item_id"]].append(Question.of(row))
-        except ValueError:
-            raise FILE.error(FILE.at(path), f"has no question's number in row {number}") from None
-        prompts.setdefault(row["item_id"], row["text"])
+    for item, prompt, question in read_questions(FILE, path):
+        questions[item].append(question)
+        prompts.setdefault(item, prompt)
     for item, asked in questions.items():
         if len({question.number for question in asked}) < len(asked):
             raise FILE.error(FILE.at(path), f"has a question of {item} twice")
@@ -139,13 +165,21 @@ def score(row: Row, answers: Sequence[str | None] | None) -> dict[str, Ratio]:
     if any(question.names_no_number for question in row.questions):
         official = dict.fromkeys(parents, ())
     is_cut = any(parent not in right for named in official.values() for parent in named)
-    usable = sum(answer is not None for answer in answers)
     return {
         "official": Ratio.of(0.0 if is_cut else _mean_after_parents(right, official)),
         "fixed": Ratio.of(_mean_after_parents(right, parents)),
         "without_parents": Ratio.of(sum(right.values()) / len(right)),
-        "usable": Ratio.of(usable, len(answers)),
+        **wrong_columns(zip(row.questions, answers, strict=True)),
     }
+
+
+def wrong_columns(asked: Iterable[tuple[Question, str | None]]) -> dict[str, Ratio]:
+    """How many of the answers that can be used are wrong, by the group of their question."""
+    wrong: dict[str, list[bool]] = {group: [] for group in GROUPS}
+    for question, answer in asked:
+        if answer is not None:
+            wrong.get(question.group, wrong["other"]).append(answer != "yes")
+    return {f"failures/{group}": Ratio.of(sum(w), len(w)) for group, w in wrong.items()}
 
 
 def _mean_after_parents(right: dict[int, bool], parents: dict[int, tuple[int, ...]]) -> float:
@@ -159,7 +193,7 @@ def _mean_after_parents(right: dict[int, bool], parents: dict[int, tuple[int, ..
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     """In percent, for `official` and `fixed`: the overall score and that of each category.
 
-    `without_parents` is the score of the answers alone, and `unusable` how many could not be used.
+    `without_parents` is the score of the answers alone.
     """
     found: Summary = {}
     for name in ("official", "fixed"):
@@ -167,9 +201,7 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
         found[f"{name}/overall"] = 100 * merge(ratios).value
         by_category = by_group([row.category for row in rows], ratios)
         found |= values(f"{name}/", by_category, scale=100.0)
-    usable = merge(column(scores, "usable"))
     found["without_parents"] = 100 * merge(column(scores, "without_parents")).value
-    found["unusable"] = float(usable.count.sum() - usable.total.sum())
     return found
 
 
@@ -177,10 +209,13 @@ def _score(
     row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
 ) -> dict[str, Ratio]:
     (image,) = images
-    if image is None:
-        return score(row, None)
-    replies = ask_all(scorers["vqa"], image, [question.text for question in row.questions])
-    return score(row, [None if reply is None else reply.text.strip().lower() for reply in replies])
+    replies, ends = ask_all(scorers["vqa"], image, [question.text for question in row.questions])
+    return score(row, list(map(word_of, replies))) | outcome_columns(*ends)
+
+
+def word_of(reply: Reply | None) -> str | None:
+    """The answer of a model that is served; None if it cannot be used."""
+    return None if reply is None else reply.text.strip().lower()
 
 
 BENCHMARK = Official(
@@ -190,7 +225,7 @@ BENCHMARK = Official(
     requests=lambda rows: requests_of(rows, image_files),
     needs={"vqa": ()},
     score=_score,
-    summary=summary,
+    summary=lambda rows, scores: summary(rows, scores) | outcome_counts(scores, what="DSG-1k"),
     quality=lambda scores: scores["fixed"].value,
     primary="official/overall",
     published=(Published("UniVG 3.7B", "official/overall", 75.0, "UniVG (arXiv 2503.12652)"),),

@@ -24,7 +24,7 @@ from univg_jax.evaluation import similarity
 from univg_jax.evaluation.inputs import TablePictures, check_count
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Published, Request, requests_of
-from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
+from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, failure_counts, values
 from univg_jax.fields import setting
 
 ROWS = {"validation": 2022, "test": 3589}
@@ -182,8 +182,7 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
         found[f"official/{name}"] = merge(ratios).value
         found[f"strict/{name}"] = merge(r if r.count[0] else worst for r in ratios).value
         found |= values(f"official/{name}/", by_group([row.task for row in rows], ratios))
-    counts = ("failures/missing", "failures/black")
-    return found | {name: float(merge(column(scores, name)).total[0]) for name in counts}
+    return found | failure_counts(scores)
 
 
 def benchmark(settings: Settings = Settings()) -> Official:

@@ -391,7 +391,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
     ) -> dict[str, Ratio]:
         (image,) = images
         if image is None:
-            return score(row, Verdict("missing_image"))
+            return score(row, Verdict("missing"))
         if prompts is None:
             raise UserError("gedit needs its judge's prompts: give prompts=FILE")
         found = judge(row, image, scorers["judge"], prompts=prompts, sampling=sampling)

@@ -27,6 +27,7 @@ from univg_jax.evaluation.summaries import (
     Summary,
     by_group,
     column,
+    failure_counts,
     mean,
     mean_of,
     values,
@@ -47,8 +48,9 @@ COLORS = (
     *("purple", "pink", "brown", "black", "white"),
 )
 RELATIONS = ("left of", "right of", "above", "below")
-PUBLISHED = {"UniVG 3.7B": 0.70, "SD3": 0.71, "OmniGen": 0.70, "FLUX": 0.66}
-FAILURES = ("missing", "excess", "color", "position", "target")  # of objects; target: of a relation
+PUBLISHED = {"UniVG 3.7B": 0.70, "SD3": 0.71, "OmniGen": 0.70, "FLUX": 0.66}  # overall
+# Of images that are there: of their objects, and of the target of a relation.
+FAILURES = ("missing_object", "excess", "color", "position", "target")
 BACKGROUND = 0x99  # gray, of the crops whose color is asked for
 
 # Colors of some detections of a class.
@@ -189,7 +191,7 @@ def _failure(
 ) -> str | None:
     """The kind of the first thing that is wrong with a clause's objects."""
     if len(objects) < clause.count:
-        return "missing"
+        return "missing_object"
     if clause.color and color(objects, clause.name).count(clause.color) < clause.count:
         return "color"
     if clause.relation:
@@ -252,6 +254,7 @@ def score(verdicts: Sequence[Verdict | None]) -> dict[str, Ratio]:
     return {
         "correct": Ratio.of(right, len(there)),
         "strict": Ratio.of(right, len(verdicts)),
+        "failures/missing": Ratio.of(len(verdicts) - len(there), len(verdicts)),
         **{f"failures/{kind}": Ratio.of(kinds[kind], len(there)) for kind in FAILURES},
     }
 
@@ -259,27 +262,22 @@ def score(verdicts: Sequence[Verdict | None]) -> dict[str, Ratio]:
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     """`overall`, each tag, the share of right images, and of prompts with at least one.
 
-    A missing image counts nowhere, and is wrong in what is `strict/`. `failures/` counts what is
-    wrong with the images, by its kind.
+    A missing image counts nowhere, and is wrong in what is `strict/`. `failures/` counts images
+    that are missing, and what is wrong with the others, by its kind.
     """
     correct, strict = column(scores, "correct"), column(scores, "strict")
     tags = [row.tag for row in rows]
     official, all_asked = by_group(tags, correct), by_group(tags, strict)
     # The official code knows a prompt by its line: one that is there twice is one.
     prompts = by_group([row.metadata for row in rows], correct).values()
-    images, asked = merge(correct), merge(strict)
     return {
         "overall": mean_of(official.values()),
         **values("", official),
-        "images": images.value,
+        "images": merge(correct).value,
         "prompts": mean(float(p.total.sum() > 0) for p in prompts if p.count.sum()),
         "strict/overall": mean_of(all_asked.values()),
         **values("strict/", all_asked),
-        "missing": float(asked.count.sum() - images.count.sum()),
-        **{
-            name: float(merge(column(scores, name)).total.sum())
-            for name in map("failures/{}".format, FAILURES)
-        },
+        **failure_counts(scores),
     }
 
 
@@ -319,11 +317,6 @@ BENCHMARK = Official(
     primary="overall",
     published=tuple(
         Published(system, "overall", value, "UniVG (arXiv 2503.12652)")
-        for system, value in {
-            "UniVG 3.7B": 0.70,
-            "SD3": 0.71,
-            "OmniGen": 0.70,
-            "FLUX": 0.66,
-        }.items()
+        for system, value in PUBLISHED.items()
     ),
 )

@@ -9,7 +9,8 @@ Nothing is cut at 1, and a token that begins two spellings counts twice. Then
     Soft-TIFA GM   the geometric mean over a prompt's questions, 0 if any is 0; mean over prompts
     TIFA           the share of questions whose most probable token is one of the spellings
 
-all in percent.
+all in percent. A reply that cannot be used counts 0; `failures/` counts these, and by skill the
+questions whose most probable token is wrong.
 """
 
 import collections
@@ -25,7 +26,7 @@ from etils import epath
 
 from univg_jax.errors import UserError
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.judging import ask_all
+from univg_jax.evaluation.judging import ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Published, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
@@ -176,17 +177,20 @@ def score(
     soft = [0.0 if a is None else soft_score(q, a.p, first_token) for q, a in pairs]
     hard = [0.0 if a is None else hard_score(q, a.token) for q, a in pairs]
     sums: dict[str, list[float]] = collections.defaultdict(list)
-    for question, value in zip(row.questions, soft, strict=True):
+    wrong: dict[str, list[bool]] = collections.defaultdict(list)
+    for (question, answer), value, is_right in zip(pairs, soft, hard, strict=True):
         sums[question.skill].append(value)
+        if answer is not None:
+            wrong[question.skill].append(not is_right)
     return {
         "am": Ratio.of(math.fsum(soft) / len(soft)),
         "gm": Ratio.of(geometric_mean(soft)),
         "tifa": Ratio.of(sum(hard) / len(hard)),
-        "usable": Ratio.of(sum(a is not None for a in answers), len(answers)),
         "skills": Ratio.of(
             np.array([math.fsum(sums[name]) for name in names]),
             np.array([len(sums[name]) for name in names]),
         ),
+        **{f"failures/{name}": Ratio.of(sum(wrong[name]), len(wrong[name])) for name in names},
     }
 
 
@@ -202,19 +206,17 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
 
     A skill is the mean over all of its questions, not over prompts.
     """
-    totals = {name: merge(column(scores, name)) for name in ("am", "gm", "tifa", "usable")}
+    totals = {name: merge(column(scores, name)) for name in ("am", "gm", "tifa")}
     sums = merge(column(scores, "skills"))
     by_skill = {
         name: Ratio.of(total, count)
         for name, total, count in zip(skills(rows), sums.total, sums.count, strict=True)
     }
     by_atoms = by_group([row.atom_count for row in rows], column(scores, "gm"))
-    usable = totals["usable"]
     return {
         **{name: 100 * totals[name].value for name in ("am", "gm", "tifa")},
         **values("gm/atoms_", dict(sorted(by_atoms.items())), scale=100.0),
         **values("skill/", by_skill, scale=100.0),
-        "unusable": float(usable.count.sum() - usable.total.sum()),
     }
 
 
@@ -228,11 +230,9 @@ def _score(
     row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
 ) -> dict[str, Ratio]:
     (image,) = images
-    answers: list[Answer | None] | None = None
-    if image is not None:
-        replies = ask_all(scorers["vqa"], image, [question.prompt for question in row.questions])
-        answers = [None if reply is None else Answer(reply.text, reply.p) for reply in replies]
-    return score(row, answers, qwen_first_token, row.skills)
+    replies, ends = ask_all(scorers["vqa"], image, [question.prompt for question in row.questions])
+    answers = [None if reply is None else Answer(reply.text, reply.p) for reply in replies]
+    return score(row, answers, qwen_first_token, row.skills) | outcome_columns(*ends)
 
 
 BENCHMARK = Official(
@@ -243,7 +243,7 @@ BENCHMARK = Official(
     side_files=lambda rows: {"images.json": json.dumps(index_file(rows), indent=1)},
     needs={"vqa": ()},
     score=_score,
-    summary=summary,
+    summary=lambda rows, scores: summary(rows, scores) | outcome_counts(scores, what="GenEval 2"),
     quality=lambda scores: scores["am"].value,
     primary="gm",
     published=(

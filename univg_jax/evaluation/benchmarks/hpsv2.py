@@ -21,10 +21,11 @@ from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Published, requests_of
 from univg_jax.evaluation.similarity import clip_cosine
-from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.evaluation.summaries import Scores, Summary, column, failure_counts
 from univg_jax.fields import setting
 
 VERSIONS = ("v2.0", "v2.1")
+RESIZING = ("hpsv2", "hpsv2_not_antialiased")
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPTS = 800  # of each style
 CHUNK = 80  # images
@@ -33,9 +34,14 @@ SOURCE = "benchmark/ of huggingface.co/datasets/zhwang/HPDv2"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Which weights the CLIP has that is given; their numbers do not compare."""
+    """Which weights the CLIP has that is given, and how it is given pictures; numbers of others do
+    not compare.
+    """
 
     weights: str = setting("v2.1", "of HPSv2", names=VERSIONS)
+    preprocessing: str = setting(
+        "hpsv2", "of the scorer `clip`; torchvision before 0.17 was not antialiased", names=RESIZING
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +80,9 @@ def image_files(row: Row) -> tuple[str, ...]:
 
 def score(cosines: Mapping[str, float] | None, versions: Sequence[str]) -> dict[str, Ratio]:
     """100 x the cosine by each version of the weights; None is an image that is not there."""
-    if cosines is None:
-        return {version: Ratio.of(0.0, 0.0) for version in versions}
-    return {version: Ratio.of(100 * cosines[version]) for version in versions}
+    is_there = float(cosines is not None)
+    found = {v: Ratio.of(100 * cosines[v] if cosines else 0.0, is_there) for v in versions}
+    return {**found, "failures/missing": Ratio.of(1 - is_there)}
 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
@@ -84,7 +90,7 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     images as 0.
     """
     found: Summary = {}
-    for version in scores[0]:
+    for version in [version for version in VERSIONS if version in scores[0]]:
         ratios = column(scores, version)
         total = merge(ratios)
         found[f"{version}/average"] = total.value
@@ -101,8 +107,7 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
             found[f"{version}/{style}"] = float(np.mean(chunks)) if chunks else float("nan")
             deviation = float(np.std(chunks)) if chunks else float("nan")
             found[f"{version}/{style}/deviation"] = deviation
-        found[f"{version}/missing"] = float(len(rows) - total.count.sum())
-    return found
+    return found | failure_counts(scores)
 
 
 # UniVG's number does not say which weights: it stands beside both.
@@ -139,8 +144,8 @@ def benchmark(settings: Settings = Settings()) -> Official:
             Published("UniVG 3.7B (v2.0 or v2.1)", primary, UNIVG, "UniVG (arXiv 2503.12652)"),
             *(Published(s, primary, v, "README of HPSv2") for s, v in PUBLISHED[version].items()),
         ),
-        settings={"weights": version},
-        scoring=("weights",),
+        settings=dataclasses.asdict(settings),
+        scoring=("weights", "preprocessing"),
     )
 
 

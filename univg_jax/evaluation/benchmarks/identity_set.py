@@ -28,7 +28,7 @@ from univg_jax.evaluation.inputs import InputFile, check_count
 from univg_jax.evaluation.judging import is_inside
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import MAX_IMAGES, Official, Published, Request, requests_of
-from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.evaluation.summaries import Scores, Summary, column, failure_counts
 from univg_jax.fields import setting
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -176,11 +176,8 @@ def _cosines(row: Row, images: Sequence[Image], identify: Any) -> list[float | N
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     """Means over pictures, by policy; `failures/` count pictures."""
-    total = {name: merge(column(scores, name)) for name in scores[0]}
-    return {
-        name: float(ratio.total[0]) if name.startswith("failures/") else ratio.value
-        for name, ratio in total.items()
-    }
+    found = {name: merge(column(scores, name)).value for name in scores[0]}
+    return found | failure_counts(scores)
 
 
 def benchmark(settings: Settings = Settings()) -> Official:

@@ -232,7 +232,7 @@ def score(row: Row, reply: Reply | None) -> dict[str, Ratio]:
     """
     value = None
     if reply is None:
-        outcome = "missing_image"
+        outcome = "missing"
     elif reply.kind != "answered":
         outcome = reply.kind
     else:

@@ -35,7 +35,7 @@ from univg_jax.evaluation import metrics
 from univg_jax.evaluation.detection import Detections
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Request, requests_of
-from univg_jax.evaluation.summaries import Scores, Summary, column
+from univg_jax.evaluation.summaries import Scores, Summary, column, failure_counts
 from univg_jax.fields import setting
 
 DATA = {"coco": coco_boxes.DATASET, "flickr30k": flickr30k_entities.DATASET}
@@ -256,13 +256,11 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     for name in scores[0]:
         total = merge(column(scores, name))
         found[name] = total.value
-        if name.startswith("failures/"):
-            found[name] = float(total.total[0])
-        elif name.endswith("_by_class") and name.startswith("official/"):
+        if name.endswith("_by_class") and name.startswith("official/"):
             short = name.removesuffix("_by_class")
             parts = zip(rows[0].classes, total.total, total.count, strict=True)
             found |= {f"{short}/{c}": float(t / n) for c, t, n in parts if n}
-    return found
+    return found | failure_counts(scores)
 
 
 def benchmark(settings: Settings = Settings()) -> Official:

@@ -17,6 +17,7 @@ from etils import epath
 
 from univg_jax.errors import check_name
 from univg_jax.evaluation.inputs import InputFile
+from univg_jax.evaluation.judging import outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, requests_of
 from univg_jax.evaluation.scorers.chat import Sampling
@@ -119,19 +120,17 @@ def score(row: Row, texts: Sequence[str | None]) -> dict[str, Ratio]:
     return {
         "text": Ratio.of(matched, asked.total() * len(there)),
         "strict": Ratio.of(matched, asked.total() * len(texts)),
-        "present": Ratio.of(len(there), len(texts)),
     }
 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     """`overall`, and by category and length, which the official code does not have."""
-    ratios, present = column(scores, "text"), merge(column(scores, "present"))
+    ratios = column(scores, "text")
     return {
         "overall": merge(ratios).value,
         "strict/overall": merge(column(scores, "strict")).value,
         **values("category/", by_group([row.category for row in rows], ratios)),
         **values("length/", by_group([row.length for row in rows], ratios)),
-        "missing": float(present.count.sum() - present.total.sum()),
     }
 
 
@@ -141,14 +140,16 @@ def benchmark(settings: Settings = Settings()) -> Official:
     def score_images(
         row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
     ) -> dict[str, Ratio]:
-        texts: list[str | None] = []
+        texts, ends = [], []
         for image in images:
-            text = None
+            text, end = None, "missing"
             if image is not None:
                 reply = scorers["judge"].judge([image], settings.question, sampling=SAMPLING)
-                text = reply.text if reply.kind == "answered" else None
+                is_read = reply.kind == "answered"
+                text, end = (reply.text, "judged") if is_read else (None, reply.kind)
             texts.append(text)
-        return score(row, texts)
+            ends.append(end)
+        return score(row, texts) | outcome_columns(*ends)
 
     return Official(
         name="longtext",
@@ -159,7 +160,9 @@ def benchmark(settings: Settings = Settings()) -> Official:
         ),
         needs={"judge": ()},
         score=score_images,
-        summary=summary,
+        summary=lambda rows, scores: (
+            summary(rows, scores) | outcome_counts(scores, what="LongText-Bench")
+        ),
         primary="overall",
         settings={
             **dataclasses.asdict(settings),

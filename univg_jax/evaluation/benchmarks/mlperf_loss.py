@@ -64,7 +64,7 @@ def read(
     beside = epath.Path(path) if epath.Path(path).is_dir() else epath.Path(path).parent
     folder = settings.pictures or beside / "val2014"
     return tuple(
-        Row(row.index, row.caption, os.path.join(folder, os.path.basename(coco30k.real_file(row))))
+        Row(row.index, row.prompt, os.path.join(folder, os.path.basename(coco30k.real_file(row))))
         for row in coco30k.read(path, samples=SAMPLES, excerpt=excerpt)
     )
 

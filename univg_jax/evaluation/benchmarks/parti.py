@@ -15,7 +15,7 @@ from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, requests_of
 from univg_jax.evaluation.similarity import clip_cosine
-from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
+from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, failure_counts, values
 
 FILE = InputFile("PartiPrompts.tsv", "the prompts of github.com/google-research/parti")
 COLUMNS = ("Prompt", "Category", "Challenge", "Note")
@@ -52,18 +52,21 @@ def image_files(row: Row) -> tuple[str, ...]:
 
 def score(cosine: float | None) -> dict[str, Ratio]:
     """Sums and counts of an image; None is one that is not there, which counts nowhere."""
-    return {"clip": Ratio.of(0.0, 0.0) if cosine is None else Ratio.of(cosine)}
+    is_there = float(cosine is not None)
+    return {
+        "clip": Ratio.of(cosine or 0.0, is_there),
+        "failures/missing": Ratio.of(1 - is_there),
+    }
 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     """The mean cosine: `overall`, by category and by challenge."""
     ratios = column(scores, "clip")
-    total = merge(ratios)
     return {
-        "overall": total.value,
+        "overall": merge(ratios).value,
         **values("category/", by_group([row.category for row in rows], ratios)),
         **values("challenge/", by_group([row.challenge for row in rows], ratios)),
-        "missing": float(len(rows) - total.count.sum()),
+        **failure_counts(scores),
     }
 
 

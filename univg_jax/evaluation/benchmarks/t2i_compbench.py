@@ -13,12 +13,15 @@ each scores between 0 and 1, and a set's score is the mean over all of its image
 Detections are of the image at `detector_size`: distances are in pixels of that image. Noun
 phrases and parts of speech are spaCy's (`en_core_web_sm`), given as a `Parse`; the prompts of the
 places and numbers have one form, of which no grammar is needed.
+
+`failures/` counts images that have no score, since a reply cannot be used, and objects of prompts
+for which a detector has no class.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,7 +33,7 @@ from jaxtyping import Float, UInt8
 from univg_jax.errors import UserError, check_name, quote
 from univg_jax.evaluation.detection import Detection, Detections, by_score
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.judging import ask_all
+from univg_jax.evaluation.judging import ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Number, Ratio, merge
 from univg_jax.evaluation.official import Official, requests_of
 from univg_jax.evaluation.similarity import clip_cosine, resized
@@ -42,6 +45,7 @@ SETS = (
     *("numeracy", "non_spatial", "complex"),
 )
 SOURCE = "examples/dataset/ of github.com/Karine-Huang/T2I-CompBench"
+PARSES = InputFile("PARSES.jsonl", "what spaCy reads in each prompt")
 PROMPTS = 300  # of each set
 IMAGES = 10  # of each prompt
 
@@ -207,14 +211,14 @@ def read_parses(path: epath.PathLike) -> dict[str, Parse]:
 
     Raises UserError for a file that is none of these.
     """
-    file = InputFile(os.path.basename(path), "what spaCy reads in each prompt")
     found = {}
-    for number, line in enumerate(file.objects(path, ("prompt", "words", "phrases")), 1):
+    for number, line in enumerate(PARSES.objects(path, ("prompt", "words", "phrases")), 1):
         try:
             words = tuple((str(word), str(kind)) for word, kind in line["words"])
             found[line["prompt"]] = Parse(words, tuple(map(str, line["phrases"])))
         except (TypeError, ValueError):
-            raise file.error(path, f"has no words with parts of speech in line {number}") from None
+            reason = f"has no words with parts of speech in line {number}"
+            raise PARSES.error(path, reason) from None
     return found
 
 
@@ -459,8 +463,6 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
         for kind in ("official", "fixed"):
             found[f"{kind}/{name}"] = totals[kind].value
             found[f"strict/{kind}/{name}"] = totals[f"{kind}_strict"].value
-        missing = totals["official_strict"].count - totals["official"].count
-        found[f"missing/{name}"] = float(missing.sum())
     return found
 
 
@@ -472,12 +474,14 @@ NEEDS = {
     "non_spatial": ("clip",),
     "complex": ("vqa", "detect", "clip"),
 }
-_Rule = Callable[[Row, Image, Mapping[str, Any]], Mapping[str, float] | float | None]
+# What an image scores; a text says why it has no score (`judging.outcome_columns`).
+_Rule = Callable[[Row, Image, Mapping[str, Any]], Mapping[str, float] | float | str]
 
 
 def benchmark(settings: Settings = Settings()) -> Official:
     """The benchmark of one set."""
     parses = read_parses(settings.parses) if settings.parses else {}
+    digest = PARSES.sha256(settings.parses) if settings.parses else ""
 
     def parse(row: Row) -> Parse:
         if row.prompt not in parses:
@@ -485,10 +489,12 @@ def benchmark(settings: Settings = Settings()) -> Official:
             raise UserError(f"{where} has no parse of {quote(row.prompt)}: give parses=FILE")
         return parses[row.prompt]
 
-    def attribute_score(row: Row, image: Image, scorers: Mapping[str, Any]) -> float | None:
-        replies = ask_all(scorers["vqa"], image, questions(parse(row)))
-        answers = [None if reply is None else yes_probability(reply.p) for reply in replies]
-        return None if None in answers else attributes(answers)
+    def attribute_score(row: Row, image: Image, scorers: Mapping[str, Any]) -> float | str:
+        replies, ends = ask_all(scorers["vqa"], image, questions(parse(row)))
+        if unusable := [end for end in ends if end != "judged"]:
+            return unusable[0]
+        answers = [yes_probability(_by_word(reply.p)) for reply in replies]
+        return "unparsed" if None in answers else attributes(answers)
 
     def spatial_score(row: Row, image: Image, scorers: Mapping[str, Any]) -> float:
         return spatial(row.relation, row.objects, scorers["detect"](_small(image)))
@@ -497,17 +503,20 @@ def benchmark(settings: Settings = Settings()) -> Official:
         small = _small(image)
         return depth(row.relation, row.objects, scorers["detect"](small), scorers["depth"](small))
 
-    def complex_parts(row: Row, image: Image, scorers: Mapping[str, Any]) -> float | None:
-        parts: dict[str, float | None] = {}
+    def complex_parts(row: Row, image: Image, scorers: Mapping[str, Any]) -> float | str:
+        parts = {}
         if "attribute" in row.parts:
-            parts["attribute"] = attribute_score(row, image, scorers)
+            value = attribute_score(row, image, scorers)
+            if isinstance(value, str):
+                return value
+            parts["attribute"] = value
         if "spatial" in row.parts:
             objects = complex_objects(parse(row))
             parts["spatial"] = spatial(row.relation, objects, scorers["detect"](_small(image)))
         if "action" in row.parts:
             text = without_adjectives(parse(row))
             parts["action"] = clip_cosine(scorers["clip"], image, text)
-        return None if None in parts.values() else complex_score(row, parts)
+        return complex_score(row, parts)
 
     rules: dict[str, _Rule] = {
         **dict.fromkeys(("color", "shape", "texture"), attribute_score),
@@ -522,7 +531,13 @@ def benchmark(settings: Settings = Settings()) -> Official:
         row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
     ) -> dict[str, Ratio]:
         rule = rules[row.set]
-        return score([None if image is None else rule(row, image, scorers) for image in images])
+        found = ["missing" if image is None else rule(row, image, scorers) for image in images]
+        ends = [value if isinstance(value, str) else "judged" for value in found]
+        return {
+            **score([None if isinstance(value, str) else value for value in found]),
+            **outcome_columns(*ends),
+            "failures/no_class": _objects_without_class(row, scorers.get("detect")),
+        }
 
     return Official(
         name="t2i_compbench",
@@ -531,11 +546,34 @@ def benchmark(settings: Settings = Settings()) -> Official:
         requests=lambda rows: requests_of(rows, image_files),
         needs=dict.fromkeys(NEEDS[settings.set], ()),
         score=score_images,
-        summary=summary,
+        summary=lambda rows, scores: (
+            summary(rows, scores) | outcome_counts(scores, what="T2I-CompBench")
+        ),
         quality=lambda scores: scores["official"].value,
         primary=f"official/{settings.set}",
-        settings={"set": settings.set},
+        settings={"set": settings.set, "parses": digest},
+        scoring=("parses",),
     )
+
+
+def _by_word(p: Mapping[str, float]) -> dict[str, float]:
+    """Probabilities of tokens, added up where they differ by case and spaces alone: our choice, for
+    a model that is served. The official model has one token for each word.
+    """
+    found = collections.Counter()
+    for token, probability in p.items():
+        found[token.strip().lower()] += probability
+    return found
+
+
+def _objects_without_class(row: Row, detect: Any) -> Ratio:
+    """How many objects of a prompt a detector can never find, if it says what it can."""
+    classes = getattr(detect, "classes", None)
+    known = [
+        classes is None or any(LABELS.get(name, name) in label for label in classes)
+        for name in row.objects
+    ]
+    return Ratio.of(known.count(False), len(known))
 
 
 def _small(image: Image) -> UInt8[np.ndarray, "_ _ 3"]:

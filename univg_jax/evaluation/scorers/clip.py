@@ -79,12 +79,14 @@ PREPROCESSING: dict[str, Callable[..., Pixels]] = {
 class Clip:
     """Both towers of a CLIP and its tokenizer, from one folder of Hugging Face.
 
-    `preprocessing` is a name in PREPROCESSING. Raises UserError for a folder without both towers
+    `preprocessing` is a name in PREPROCESSING, which a benchmark's setting may have to be, too
+    (`score_files.check_settings`). Raises UserError for a folder without both towers
     and their projections, and NotFoundError for one without a tokenizer.
     """
 
     def __init__(self, folder: str, *, preprocessing: str = "openai", dtype: Any = jnp.float32):
         self._preprocessing = check_name(preprocessing, PREPROCESSING, what="preprocessing")
+        self.opened_with = {"preprocessing": preprocessing}
         self._folder, self._dtype = local_path(folder), np.dtype(dtype).name
         self._vision, self._vision_params = load_clip_vision(self._folder, dtype=dtype)
         self._text, self._text_params = load_clip_text(self._folder, dtype=dtype)
