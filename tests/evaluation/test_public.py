@@ -108,7 +108,8 @@ def test_scores_of_a_folder_that_somebody_made(tmp_path):
     assert done.numbers["overall"] == 0.75
     (folder / "00000" / "samples" / "0000.png").unlink()
     again = job(tmp_path, images=folder, generates=False)(None)
-    assert again.numbers["failures/missing"] == 1  # a folder of others may change: it is scored each time
+    # A folder of others may change: it is scored each time.
+    assert again.numbers["failures/missing"] == 1
     assert Scorecard.read(again.folder).images_at(again.folder) == folder
 
 

@@ -20,17 +20,21 @@ from univg_jax.evaluation.benchmarks import diode
 STEM = "indoors/scene_00021/scan_00189/00021_00189_indoors_200_010"
 
 
-@pytest.fixture
-def source(tmp_path):
+def write(root):
     picture, meters = scene(24, 32, near=0.7, far=400)
     meters[:, :4] = 0
     mask = np.ones((24, 32), np.float32)
     mask[:6] = 0
-    write_png(tmp_path / f"{STEM}.png", picture)
-    np.save(tmp_path / f"{STEM}_depth.npy", meters.astype(np.float32)[..., None])
-    np.save(tmp_path / f"{STEM}_depth_mask.npy", mask)
-    (tmp_path / "list.txt").write_text(f"{STEM}.png {STEM}_depth.npy {STEM}_depth_mask.npy\n")
-    return tmp_path
+    write_png(root / f"{STEM}.png", picture)
+    np.save(root / f"{STEM}_depth.npy", meters.astype(np.float32)[..., None])
+    np.save(root / f"{STEM}_depth_mask.npy", mask)
+    (root / "list.txt").write_text(f"{STEM}.png {STEM}_depth.npy {STEM}_depth_mask.npy\n")
+    return root
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path)
 
 
 def test_depth_counts_where_the_mask_says_so(source):

@@ -94,7 +94,7 @@ def test_a_perfect_answer(folder, tmp_path):
         assert values[f"{kind}/lpips"] == 0
         assert values[f"{kind}/ssim"] == pytest.approx(1)
         assert values[f"{kind}/psnr"] > 78
-    assert values["missing"] == 0
+    assert values["failures/missing"] == 0
 
 
 def test_raw_and_composited_are_apart(folder, tmp_path):
@@ -117,7 +117,7 @@ def test_raw_and_composited_are_apart(folder, tmp_path):
 def test_a_missing_picture_is_left_out_or_the_worst(folder, tmp_path):
     rows = inpainting.read(folder, SETTINGS)
     values = found(rows, write(tmp_path / "out", rows[:3], lambda truth, hole: truth))
-    assert values["missing"] == 3
+    assert values["failures/missing"] == 3
     assert values["raw/ssim"] == pytest.approx(1)
     assert values["strict/raw/ssim"] == values["strict/raw/lpips"] == pytest.approx(1 / 2)
     assert values["strict/composited/psnr"] == pytest.approx(values["raw/psnr"] / 2)
@@ -155,7 +155,7 @@ def test_what_the_model_painted_outside_the_hole_is_kept_for_raw(folder, tmp_pat
     requests = bench.requests(rows)
     generate(requests, tmp_path / "out", answer=answer, collator=data.COLLATOR, batch_size=4)
     values = found(rows, tmp_path / "out")
-    assert values["missing"] == 0
+    assert values["failures/missing"] == 0
     assert values["composited/psnr"] > values["raw/psnr"] + 3
     with Image.open(tmp_path / "out" / "0.png") as picture:
         assert (np.asarray(picture) == 128).all()

@@ -96,7 +96,8 @@ def test_right_results_are_perfect(rows, tmp_path):
             assert values[f"{kind}/{setting}/clip_i"] == pytest.approx(1)
             assert values[f"{kind}/{setting}/dino"] == pytest.approx(1)
             assert values[f"{kind}/{setting}/l1"] == values[f"{kind}/{setting}/l2"] == 0
-    assert values["single/missing"] == values["multi/missing"] == values["multi/replaced"] == 0
+    kinds = ("single_missing", "multi_missing", "multi_replaced")
+    assert [values[f"failures/{kind}"] for kind in kinds] == [0, 0, 0]
 
 
 def test_single_is_over_turns_and_multi_over_sessions(rows, tmp_path):
@@ -121,8 +122,8 @@ def test_the_officially_last_turn_is_the_last_that_there_is(rows, tmp_path):
     assert values["official/multi/clip_i"] == values["official/multi/clip_t"] == pytest.approx(1)
     assert values["strict/multi/clip_i"] == pytest.approx(1 / 2)
     assert values["strict/multi/l1"] == pytest.approx(1 / 2)  # the worst that there is
-    assert (values["multi/missing"], values["multi/replaced"]) == (1, 1)
-    assert values["single/missing"] == 0
+    assert (values["failures/multi_missing"], values["failures/multi_replaced"]) == (1, 1)
+    assert values["failures/single_missing"] == 0
 
 
 def test_a_chain_without_any_turn_is_left_out(rows, tmp_path):
@@ -130,8 +131,8 @@ def test_a_chain_without_any_turn_is_left_out(rows, tmp_path):
     values = found(rows, fill(tmp_path, _1="green", _inde_2="blue"))
     assert values["official/multi/clip_i"] == pytest.approx(1)  # of session 30
     assert values["strict/multi/clip_i"] == pytest.approx(1 / 2)
-    assert (values["multi/missing"], values["multi/replaced"]) == (1, 0)
-    assert values["single/missing"] == 1
+    assert (values["failures/multi_missing"], values["failures/multi_replaced"]) == (1, 0)
+    assert values["failures/single_missing"] == 1
     assert values["official/single/clip_i"] == pytest.approx(1)
     assert values["strict/single/clip_i"] == pytest.approx(3 / 4)
 
@@ -158,7 +159,7 @@ def test_what_is_generated_goes_through_the_chain(rows, tmp_path):
         "139/139_iter_2.png": 50,
         "139/139_iter_3.png": 25,
     }
-    assert found(rows, tmp_path)["multi/missing"] == 0
+    assert found(rows, tmp_path)["failures/multi_missing"] == 0
 
 
 def test_rows_in_any_order_have_one_summary(rows, tmp_path):

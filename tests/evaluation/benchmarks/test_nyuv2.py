@@ -24,23 +24,27 @@ from univg_jax.evaluation.job import generate
 from univg_jax.evaluation.score_files import score_images
 
 
-@pytest.fixture
-def source(tmp_path):
+def write(root):
     """Two pictures of which the second has no depth at its middle, and one too far at a corner."""
     for number in (1, 2):
         picture, meters = scene(480, 640, near=0.8, far=9.5, seed=number)
         if number == 2:
             meters[200:300, 200:300] = 0
             meters[45, 41] = 10  # the end of the range does not count
-        folder = tmp_path / "test" / "kitchen_0004"
+        folder = root / "test" / "kitchen_0004"
         write_png(folder / f"rgb_{number:04d}.png", picture)
         write_png(folder / f"depth_{number:04d}.png", np.rint(meters * 1000).astype(np.uint16))
     names = [
         [f"test/kitchen_0004/{kind}_{n:04d}.png" for kind in ("rgb", "depth", "filled")]
         for n in (1, 2)
     ]
-    (tmp_path / "list.txt").write_text("\n".join(map(" ".join, names)))
-    return tmp_path
+    (root / "list.txt").write_text("\n".join(map(" ".join, names)))
+    return root
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path)
 
 
 def test_cases_have_meters_and_count_in_the_crop(source):

@@ -188,7 +188,7 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
             strict = [r if r.count[0] else Ratio.of(worst) for r in ratios]
             found[f"strict/{kind}/{name}"] = merge(strict).value
     there = sum(float(ratio.count[0]) for ratio in column(scores, "raw/psnr"))
-    return found | {"missing": len(rows) - there}
+    return found | {"failures/missing": len(rows) - there}
 
 
 def distances(sums: Mapping[str, fid.FeatureSums]) -> Summary:

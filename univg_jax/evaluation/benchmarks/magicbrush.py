@@ -200,9 +200,9 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
         found[f"strict/multi/{name}"] = merge(_or_worst(of_last, worst)).value
     ended = sum(map(_is_there, last))
     return found | {
-        "single/missing": float(len(single) - sum(map(_is_there, single))),
-        "multi/missing": float(len(last) - ended),
-        "multi/replaced": float(sum(map(_is_there, taken)) - ended),
+        "failures/single_missing": float(len(single) - sum(map(_is_there, single))),
+        "failures/multi_missing": float(len(last) - ended),
+        "failures/multi_replaced": float(sum(map(_is_there, taken)) - ended),
     }
 
 
