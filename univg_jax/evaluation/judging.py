@@ -20,10 +20,11 @@ from etils import epath
 from univg_jax.errors import UserError, suggestion
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.scorers.chat import Reply
+from univg_jax.evaluation.scorers.chat import ONE_TOKEN, Reply
 from univg_jax.evaluation.summaries import Scores, Summary, column, failure_counts
 
 FAILURES = ("unparsed", "refused", "failed", "missing")
+ASKED = dataclasses.asdict(ONE_TOKEN)  # how `ask_all` asks, which results store
 MOST_DROPPED = 0.01  # of items, without a warning
 
 
@@ -93,7 +94,7 @@ def ask_all(
     """
     if image is None:
         return [None] * len(questions), ["missing"] * len(questions)
-    replies = [vqa.vqa(image, question) for question in questions]
+    replies = [vqa.vqa(image, question, sampling=ONE_TOKEN) for question in questions]
     ends = ["judged" if reply.kind == "answered" else reply.kind for reply in replies]
     return [reply if reply.kind == "answered" else None for reply in replies], ends
 

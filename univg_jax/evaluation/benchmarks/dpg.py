@@ -34,7 +34,7 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmarks import dsg
 from univg_jax.evaluation.benchmarks.dsg import Question
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.judging import ask_all, outcome_columns, outcome_counts
+from univg_jax.evaluation.judging import ASKED, ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Published, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
@@ -248,6 +248,8 @@ BENCHMARK = Official(
     summary=lambda rows, scores: summary(rows, scores) | outcome_counts(scores, what="DPG-Bench"),
     quality=lambda scores: scores["fixed"].value,
     primary="official/overall",
+    settings={"sampling": ASKED},
+    scoring=("sampling",),
     published=tuple(
         Published(system, "official/overall", value, "README of Mage-Flow, by mPLUG-large")
         for system, value in {"FLUX.1-dev": 83.84, "FLUX.2-dev": 87.57, "Qwen-Image": 88.32}.items()

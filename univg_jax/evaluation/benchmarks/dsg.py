@@ -26,7 +26,7 @@ from etils import epath
 
 from univg_jax.errors import UserError
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.judging import ask_all, outcome_columns, outcome_counts
+from univg_jax.evaluation.judging import ASKED, ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Published, requests_of
 from univg_jax.evaluation.scorers.chat import Reply
@@ -228,5 +228,7 @@ BENCHMARK = Official(
     summary=lambda rows, scores: summary(rows, scores) | outcome_counts(scores, what="DSG-1k"),
     quality=lambda scores: scores["fixed"].value,
     primary="official/overall",
+    settings={"sampling": ASKED},
+    scoring=("sampling",),
     published=(Published("UniVG 3.7B", "official/overall", 75.0, "UniVG (arXiv 2503.12652)"),),
 )

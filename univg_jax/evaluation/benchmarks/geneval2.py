@@ -26,7 +26,7 @@ from etils import epath
 
 from univg_jax.errors import UserError
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.judging import ask_all, outcome_columns, outcome_counts
+from univg_jax.evaluation.judging import ASKED, ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, Published, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
@@ -246,6 +246,8 @@ BENCHMARK = Official(
     summary=lambda rows, scores: summary(rows, scores) | outcome_counts(scores, what="GenEval 2"),
     quality=lambda scores: scores["am"].value,
     primary="gm",
+    settings={"sampling": ASKED},
+    scoring=("sampling",),
     published=(
         Published("SDXL", "am", 50.1, "BiDPO, second hand"),
         Published("SDXL", "gm", 9.1, "BiDPO, second hand"),

@@ -33,7 +33,7 @@ from jaxtyping import Float, UInt8
 from univg_jax.errors import UserError, check_name, quote
 from univg_jax.evaluation.detection import Detection, Detections, by_score
 from univg_jax.evaluation.inputs import InputFile
-from univg_jax.evaluation.judging import ask_all, outcome_columns, outcome_counts
+from univg_jax.evaluation.judging import ASKED, ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Number, Ratio, merge
 from univg_jax.evaluation.official import Official, requests_of
 from univg_jax.evaluation.similarity import clip_cosine, resized
@@ -539,6 +539,9 @@ def benchmark(settings: Settings = Settings()) -> Official:
             "failures/no_class": _objects_without_class(row, scorers.get("detect")),
         }
 
+    scoring: dict[str, Any] = {"parses": digest}
+    if "vqa" in NEEDS[settings.set]:
+        scoring["sampling"] = ASKED
     return Official(
         name="t2i_compbench",
         version=1,
@@ -551,8 +554,8 @@ def benchmark(settings: Settings = Settings()) -> Official:
         ),
         quality=lambda scores: scores["official"].value,
         primary=f"official/{settings.set}",
-        settings={"set": settings.set, "parses": digest},
-        scoring=("parses",),
+        settings={"set": settings.set, **scoring},
+        scoring=tuple(scoring),
     )
 
 
