@@ -8,7 +8,7 @@ export JAX_PLATFORMS ?= cpu
 # XLA's temporaries are mapped and unmapped every step; in huge pages that is 27 times fewer page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart ablations test parity datasets lint lock clean
+.PHONY: install quickstart ablations test parity datasets docs lint lock clean
 
 install: .venv/installed
 
@@ -48,6 +48,10 @@ parity: .venv-parity/installed
 datasets: install
 	.venv/bin/python -m tools.datasets runs/datasets
 
+# The documentation site, build/docs/index.html; warnings, such as a link to nowhere, are errors.
+docs: install
+	.venv/bin/python -m sphinx -b html --quiet --fail-on-warning --keep-going docs build/docs
+
 lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -55,7 +59,7 @@ lint: install
 # Resolves the newest versions that setup.cfg allows; review the diff before committing it.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python tools/lock.py quickstart tpu data beam dev > requirements.lock
+	.venv-lock/bin/python tools/lock.py quickstart tpu data beam docs dev > requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python tools/lock.py parity --over=requirements.lock > requirements-parity.lock
 	rm -rf .venv-lock

@@ -1,4 +1,7 @@
-"""README and the pages of docs/ say what is so: code runs, commands parse, paths exist."""
+"""README and the pages of docs/ say what is so: code runs, commands parse, paths exist.
+
+`make docs` holds that their links lead somewhere on the site, too.
+"""
 
 import itertools
 import pathlib
@@ -16,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("pipeline")
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
