@@ -72,13 +72,22 @@ def _list_errors(section: re.Match) -> str:
     return f"Raises:\n\n{items}"
 
 
-def lift_headings(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
-    """Headings of an included section move up by a level: the section is a page here."""
-    content[0] = re.sub(r"^#(##+ )", r"\1", content[0], flags=re.M)
+# Where the sections of BUILD.md are that README links to.
+PAGES = {"planning": "pods.md#planning", "launch": "pods.md#launching", "caches": "data.md#caches"}
+
+
+def fit_section(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
+    """Makes a section of README or BUILD one of a page: headings a level up, links to pages."""
+    text = re.sub(r"^#(##+ )", r"\1", content[0], flags=re.M)
+    content[0] = re.sub(r"\[(.*?)\]\(BUILD\.md#(\w+)\)", _link_page, text)
+
+
+def _link_page(link: re.Match) -> str:
+    return f"[{link[1]}](docs/{PAGES[link[2]]})"
 
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.add_directive("markdown", Markdown)
     app.connect("autodoc-process-docstring", wrap_docstring)
-    app.connect("include-read", lift_headings)
+    app.connect("include-read", fit_section)
