@@ -34,6 +34,11 @@ def is_numeric(field: dataclasses.Field) -> bool:
     return bool({int, float} & set(arms(field.type)))
 
 
+def numbers(kind: Any) -> bool:
+    """Whether a type is a number, or has numbers in it."""
+    return kind in (int, float) or any(numbers(arm) for arm in get_args(kind))
+
+
 def all_settings() -> list[tuple[str, dataclasses.Field]]:
     inside = [
         (f"{where}: {field.name}", field)
@@ -44,13 +49,14 @@ def all_settings() -> list[tuple[str, dataclasses.Field]]:
 
 
 @pytest.mark.parametrize(("name", "field"), all_settings(), ids=lambda x: str(x)[:40])
-def test_every_setting_has_its_meaning_and_every_number_its_range(name, field):
+def test_every_setting_has_its_meaning_and_every_number_its_range_and_unit(name, field):
     rule = fields.rule_of(field)
     assert rule.help, name
     if is_numeric(field):
         assert rule.range or name == "flow.mean", name
     if is_numeric(field) and NoneType in arms(field.type):
         assert rule.none, f"{name} says what None means"
+    assert bool(rule.unit) == numbers(field.type), f"{name}: a number has a unit, nothing else has"
 
 
 def with_value(name: str, value: Any) -> Config:

@@ -34,6 +34,7 @@ class Rule:
     below: int | float | None = None
     names: tuple[str, ...] = ()
     none: str = ""  # what None means, where the type allows it
+    unit: str = ""  # of a number
     is_path: bool = False  # a text that begins with ~ is then a path in the user's home
 
     def allows(self, number: int | float) -> bool:

@@ -35,16 +35,25 @@ class Task:
     make guidance possible. How large they are is our choice.
     """
 
-    weight: float = setting(help="share of the stream, relative to the other tasks'", least=0)
+    weight: float = setting(
+        help="share of the stream, relative to the other tasks'", least=0, unit="share"
+    )
     sources: tuple[str, ...] | Mapping[str, float] = setting(
         help="families of the dataset, or folders of others; they share the weight by their number "
         "of records, or by the weights of {source: weight}",
         least=0,
         is_path=True,
+        unit="share",
     )
-    drop_text: float = setting(0.05, "probability of going without the text", least=0, most=1)
-    drop_image: float = setting(0.05, "probability of going without the image", least=0, most=1)
-    drop_both: float = setting(0.05, "probability of going without both", least=0, most=1)
+    drop_text: float = setting(
+        0.05, "probability of going without the text", least=0, most=1, unit="probability"
+    )
+    drop_image: float = setting(
+        0.05, "probability of going without the image", least=0, most=1, unit="probability"
+    )
+    drop_both: float = setting(
+        0.05, "probability of going without both", least=0, most=1, unit="probability"
+    )
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -83,20 +92,22 @@ class Data:
         help="options of an embedded dataset, below",
         factory=lambda: dict(resolution=64, num_scenes=10_000, seed=0, nouns=0),
     )
-    resolution: int = setting(64, "pixels a side of a picture", least=1)
+    resolution: int = setting(64, "pixels a side of a picture", least=1, unit="pixels")
     buckets: tuple[tuple[int, int], ...] = setting(
         (),
         "(height, width) of the pictures of a step; each picture is cropped to the nearest aspect "
         "ratio. None: one square of `resolution`, which is also the size of samples",
         least=1,
+        unit="pixels",
     )
-    face_resolution: int = setting(64, "pixels a side of a face", least=1)
-    num_tokens: int = setting(40, "tokens of a prompt; longer ones are cut", least=1)
+    face_resolution: int = setting(64, "pixels a side of a face", least=1, unit="pixels")
+    num_tokens: int = setting(40, "tokens of a prompt; longer ones are cut", least=1, unit="tokens")
     caption_weights: Mapping[str, float] = setting(
         help="{kind: weight} of a record's several captions, of which a sample draws one; a kind "
         "that is not named weighs 1",
         factory=dict,
         least=0,
+        unit="share",
     )
     text_cache: str = setting(
         "",
@@ -112,15 +123,18 @@ class Data:
     encode_missing: bool = setting(
         False, "encode in the step the pictures that `latent_cache` lacks; False: an error"
     )
-    batch_size: int = setting(512, "rows of a step, over all devices", least=1)
+    batch_size: int = setting(512, "rows of a step, over all devices", least=1, unit="rows")
     max_bad_fraction: float = setting(
         0.01,
         "share of unusable records that a run puts up with; one whose data surely has more ends",
         least=0,
         most=1,
+        unit="fraction",
     )
-    read_threads: int = setting(2, "threads of a host that read; 0: none, the loop reads", least=0)
-    prefetch: int = setting(8, "batches that a host holds ready", least=0)
+    read_threads: int = setting(
+        2, "threads of a host that read; 0: none, the loop reads", least=0, unit="threads"
+    )
+    prefetch: int = setting(8, "batches that a host holds ready", least=0, unit="batches")
 
     def check(self, where: str) -> None:
         """Raises UserError for two buckets of one aspect ratio."""
@@ -137,10 +151,14 @@ class Data:
 class LinearCodec:
     """Options of `conditioning.codec.kind="linear"`, which is fitted on the run's own pictures."""
 
-    patch: int = setting(4, "pixels a side of a latent cell", least=1)
-    channels: int = setting(16, "channels of a latent", least=1)
+    patch: int = setting(4, "pixels a side of a latent cell", least=1, unit="pixels")
+    channels: int = setting(16, "channels of a latent", least=1, unit="channels")
     whiten: float = setting(
-        0.5, "0 keeps the variances of the components, 1 makes them equal", least=0, most=1
+        0.5,
+        "0 keeps the variances of the components, 1 makes them equal",
+        least=0,
+        most=1,
+        unit="fraction",
     )
 
 
@@ -148,7 +166,7 @@ class LinearCodec:
 class LdaIdentity:
     """Options of `conditioning.identity.kind="lda"`, fitted on the run's own portraits."""
 
-    dim: int = setting(64, "length of a face's vector", least=1)
+    dim: int = setting(64, "length of a face's vector", least=1, unit="numbers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,6 +193,7 @@ class Conditioning:
         factory=dict,
         least=0,
         is_path=True,
+        unit="share",
     )
 
 
@@ -193,9 +212,9 @@ class Flow:
     """How training times are drawn."""
 
     distribution: str = setting("logit_normal", "of the times", names=DISTRIBUTIONS)
-    mean: float = setting(0.0, "of the logit-normal distribution")
-    std: float = setting(1.0, "of the logit-normal distribution", above=0)
-    shift: float = setting(1.0, "above 1: more times near the noise", above=0)
+    mean: float = setting(0.0, "of the logit-normal distribution", unit="logit of time")
+    std: float = setting(1.0, "of the logit-normal distribution", above=0, unit="logit of time")
+    shift: float = setting(1.0, "above 1: more times near the noise", above=0, unit="factor")
     weight_changes: tuple[str, ...] = setting(
         (), 'tasks whose loss weighs the changed regions, such as ("ie",)'
     )
@@ -209,27 +228,41 @@ class Optim:
     """
 
     name: str = setting("adamw", "the optimizer", names=OPTIMIZERS)
-    lr: float = setting(1e-4, "learning rate after the warm-up", least=0)
+    lr: float = setting(1e-4, "learning rate after the warm-up", least=0, unit="per step")
     b1: float = setting(
-        0.9, "decay of the first moment (adamw, adafactor; muon's own is 0.95)", least=0, below=1
+        0.9,
+        "decay of the first moment (adamw, adafactor; muon's own is 0.95)",
+        least=0,
+        below=1,
+        unit="per step",
     )
-    b2: float = setting(0.999, "decay of the second moment", least=0, below=1)
-    eps: float = setting(1e-8, "added to the root of the second moment", least=0)
-    weight_decay: float = setting(0.0, "of kernels only", least=0)
-    clip: float = setting(1.0, "global norm that gradients are cut to; 0: off", least=0)
-    warmup: int = setting(1000, "steps until the rate is `lr`; 0: none", least=0)
+    b2: float = setting(0.999, "decay of the second moment", least=0, below=1, unit="per step")
+    eps: float = setting(1e-8, "added to the root of the second moment", least=0, unit="gradient")
+    weight_decay: float = setting(0.0, "of kernels only", least=0, unit="per step, times lr")
+    clip: float = setting(
+        1.0, "global norm that gradients are cut to; 0: off", least=0, unit="gradient"
+    )
+    warmup: int = setting(1000, "steps until the rate is `lr`; 0: none", least=0, unit="steps")
     schedule: str = setting("constant", "of the rate after the warm-up", names=SCHEDULES)
     decay_steps: int | None = setting(
         None,
         "where the cosine ends; the rate is zero after it",
         least=1,
         none="at train.steps, as the run began",
+        unit="steps",
     )
-    accumulate: int = setting(1, "micro-batches of a step (training.optim.value_and_grad)", least=1)
+    accumulate: int = setting(
+        1, "micro-batches of a step (training.optim.value_and_grad)", least=1, unit="micro-batches"
+    )
     mu_dtype: str = setting("float32", "of the first moment", names=DTYPES)
-    ema: float = setting(0.9999, "decay of the parameters' average", least=0, below=1)
+    ema: float = setting(
+        0.9999, "decay of the parameters' average", least=0, below=1, unit="per step"
+    )
     ema_warmup: float = setting(
-        10.0, "how fast the average starts (training.optim.update_ema); 1: at once", least=1
+        10.0,
+        "how fast the average starts (training.optim.update_ema); 1: at once",
+        least=1,
+        unit="steps",
     )
     ema_fresh: tuple[str, ...] | None = setting(
         None,
@@ -243,9 +276,15 @@ class Optim:
 class Mesh:
     """Sizes of the mesh's axes; `data` and `fsdp` may both be -1 (`sharding.make_mesh`)."""
 
-    data: int = setting(-1, "copies of the parameters; -1: the devices that remain", least=-1)
-    fsdp: int = setting(-1, "devices that share parameters and rows; -1: as many as fit", least=-1)
-    tensor: int = setting(1, "devices that share a matrix product; -1: the rest", least=-1)
+    data: int = setting(
+        -1, "copies of the parameters; -1: the devices that remain", least=-1, unit="devices"
+    )
+    fsdp: int = setting(
+        -1, "devices that share parameters and rows; -1: as many as fit", least=-1, unit="devices"
+    )
+    tensor: int = setting(
+        1, "devices that share a matrix product; -1: the rest", least=-1, unit="devices"
+    )
 
     def check(self, where: str) -> None:
         """Raises UserError for a size of 0."""
@@ -282,12 +321,24 @@ class Best(NamedTuple):
 class Train:
     """How long, and how often what is done beside the steps. The last step does all of it."""
 
-    steps: int = setting(400_000, "updates of the parameters", least=1, most=MAX_STEPS)
-    log_every: int | None = setting(100, "steps between rows of metrics", least=1, none=AT_THE_END)
-    eval_every: int | None = setting(10_000, "steps between validations", least=1, none=AT_THE_END)
-    sample_every: int | None = setting(10_000, "steps between samples", least=1, none=AT_THE_END)
-    save_every: int | None = setting(2_000, "steps between checkpoints", least=1, none=AT_THE_END)
-    keep: int | None = setting(3, "checkpoints that are kept, the newest", least=1, none="all")
+    steps: int = setting(
+        400_000, "updates of the parameters", least=1, most=MAX_STEPS, unit="steps"
+    )
+    log_every: int | None = setting(
+        100, "steps between rows of metrics", least=1, none=AT_THE_END, unit="steps"
+    )
+    eval_every: int | None = setting(
+        10_000, "steps between validations", least=1, none=AT_THE_END, unit="steps"
+    )
+    sample_every: int | None = setting(
+        10_000, "steps between samples", least=1, none=AT_THE_END, unit="steps"
+    )
+    save_every: int | None = setting(
+        2_000, "steps between checkpoints", least=1, none=AT_THE_END, unit="steps"
+    )
+    keep: int | None = setting(
+        3, "checkpoints that are kept, the newest", least=1, none="all", unit="checkpoints"
+    )
     best: str | None = setting(
         None,
         "BENCHMARK/NUMBER of univg evaluate --follow, such as geneval/overall, with :min behind it "
@@ -296,9 +347,14 @@ class Train:
         none="the newest alone",
     )
     eval_examples: int = setting(
-        64, "validation examples of a task, at 8 fixed times each; 0: no validation", least=0
+        64,
+        "validation examples of a task, at 8 fixed times each; 0: no validation",
+        least=0,
+        unit="examples",
     )
-    sample_examples: int = setting(4, "samples of a task, in one grid; 0: no samples", least=0)
+    sample_examples: int = setting(
+        4, "samples of a task, in one grid; 0: no samples", least=0, unit="examples"
+    )
 
     @property
     def best_number(self) -> Best | None:
@@ -320,8 +376,12 @@ class Train:
 class Guidance:
     """Scales of guidance: none (one pass), text (two passes), or text and image (three)."""
 
-    text: float | None = setting(None, "scale of the text", least=0, none="no guidance")
-    image: float | None = setting(None, "scale of the image", least=0, none="of the text only")
+    text: float | None = setting(
+        None, "scale of the text", least=0, none="no guidance", unit="factor"
+    )
+    image: float | None = setting(
+        None, "scale of the image", least=0, none="of the text only", unit="factor"
+    )
 
     def check(self, where: str) -> None:
         """Raises UserError for an image scale alone."""
@@ -334,16 +394,17 @@ class Sampler:
     """How the flow is solved."""
 
     solver: str = setting("euler", "one or two evaluations a step", names=SOLVERS)
-    steps: int = setting(50, "steps of the solver", least=1)
-    shift: float = setting(1.0, "spaces the times as in training (SD3)", above=0)
+    steps: int = setting(50, "steps of the solver", least=1, unit="steps")
+    shift: float = setting(1.0, "spaces the times as in training (SD3)", above=0, unit="factor")
     rescale: float = setting(
         0.0,
         "pulls the guided velocity's deviation back to the conditional one's (2305.08891, 3.4)",
         least=0,
         most=1,
+        unit="fraction",
     )
     interval: tuple[float, float] = setting(
-        (0.0, 1.0), "times between which guidance acts (2404.07724)", least=0, most=1
+        (0.0, 1.0), "times between which guidance acts (2404.07724)", least=0, most=1, unit="time"
     )
 
     def check(self, where: str) -> None:
@@ -378,7 +439,7 @@ class Config:
     """All of a run's settings. Raises UserError for what cannot be."""
 
     name: str = setting("base", "of the run, in messages and reports", least=1)
-    seed: int = setting(0, "of all that is random", least=0, most=MAX_SEED)
+    seed: int = setting(0, "of all that is random", least=0, most=MAX_SEED, unit="seed")
     tasks: Mapping[str, Task] = setting(
         factory=lambda: dict(t2i=Task(weight=1.0, sources=("scenes",)))
     )

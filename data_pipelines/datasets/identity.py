@@ -35,10 +35,14 @@ class IdentityOptions(Options):
         "", "YuNet's ONNX file, which finds the face where nothing says it", is_path=True
     )
     margin: float = setting(
-        0.25, "what of the sides of a face is cropped around it", least=0, most=4
+        0.25, "what of the sides of a face is cropped around it", least=0, most=4, unit="face sides"
     )
     val_persons: float = setting(
-        0.02, "share of the persons that is the split validation, without another", least=0, below=1
+        0.02,
+        "share of the persons that is the split validation, without another",
+        least=0,
+        below=1,
+        unit="fraction",
     )
     image_column: str = setting("", "column of a table with the picture; empty: a usual name")
     person_column: str = setting("", "column of a table with the person; empty: a usual name")

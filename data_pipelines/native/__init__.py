@@ -70,13 +70,16 @@ class Options:
     split: tuple[str, ...] = setting(
         (), "splits to build; none: all that the files have", names=SPLITS
     )
-    limit: int | None = setting(None, "records of a split, at most", least=1, none="all")
+    limit: int | None = setting(
+        None, "records of a split, at most", least=1, none="all", unit="records"
+    )
     exclude_ids: str = setting("", "file of keys or ids, one a line, to leave out", is_path=True)
     hold_out: float = setting(
         0.0,
         "share of the training split that becomes the validation split, where the files have none",
         least=0,
         below=1,
+        unit="fraction",
     )
 
 

@@ -15,7 +15,9 @@ PAGE = """# Settings
 `univg config` prints this page. Any key can be set in a config file, or on the command line:
 `--config.optim.lr=1e-4`. `univg config --config=FILE` prints all of a config, overrides included,
 as JSON; `--config=FILE.json` reads it back, and a run's `config.json` too. A whole number may be
-written as `1e4`. Paths may begin with `~`. A star stands for the name of a task.
+written as `1e4`. Paths may begin with `~`. A star stands for the name of a task. The unit is that
+of a number: a share counts relative to the others, a factor multiplies, time runs from 0 (data) to
+1 (noise).
 """
 
 
@@ -74,12 +76,12 @@ def _options() -> dict[str, tuple[type, Collection[str]]]:
 
 
 def _table(rows: Iterable[tuple[str, dataclasses.Field]]) -> str:
-    lines = ["| key | default | may be | meaning |", "|---|---|---|---|"]
+    lines = ["| key | default | may be | unit | meaning |", "|---|---|---|---|---|"]
     for name, field in rows:
         rule = fields.rule_of(field)
         default = fields.default_of(field)
         shown = "-" if default is dataclasses.MISSING else f"`{_plain(default)}`"
-        cells = (f"`{name}`", shown, fields.describe(field.type, rule), rule.help)
+        cells = (f"`{name}`", shown, fields.describe(field.type, rule), rule.unit, rule.help)
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 

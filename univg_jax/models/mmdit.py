@@ -179,27 +179,27 @@ class MMDiT(nn.Module):
     does not divide.
     """
 
-    hidden_dim: int = setting(help="width, a multiple of 4 num_heads", least=4)
-    depth: int = setting(help="blocks", least=1)
-    num_heads: int = setting(help="heads of attention", least=1)
-    patch_size: int = setting(2, "latent cells a side of a token", least=1)
-    in_channels: int = setting(33, "channels of noise, source and mask", least=1)
+    hidden_dim: int = setting(help="width, a multiple of 4 num_heads", least=4, unit="channels")
+    depth: int = setting(help="blocks", least=1, unit="blocks")
+    num_heads: int = setting(help="heads of attention", least=1, unit="heads")
+    patch_size: int = setting(2, "latent cells a side of a token", least=1, unit="latent cells")
+    in_channels: int = setting(33, "channels of noise, source and mask", least=1, unit="channels")
     source: str = setting(
         "channels",
         "source and mask enter as channels, or as tokens of their own (sequence concatenation)",
         names=("channels", "tokens"),
     )
-    out_channels: int = setting(16, "channels of a latent", least=1)
-    text_dim: int = setting(4096, "width of the tokens' embeddings", least=1)
-    pooled_dim: int = setting(2048, "width of the whole text's embedding", least=1)
-    mlp_ratio: int = setting(4, "an MLP's inner width, in widths", least=1)
+    out_channels: int = setting(16, "channels of a latent", least=1, unit="channels")
+    text_dim: int = setting(4096, "width of the tokens' embeddings", least=1, unit="channels")
+    pooled_dim: int = setting(2048, "width of the whole text's embedding", least=1, unit="channels")
+    mlp_ratio: int = setting(4, "an MLP's inner width, in widths", least=1, unit="factor")
     qk_norm: str | None = setting(
         "rms_norm", "of queries and keys", names=("rms_norm",), none="no norm"
     )
     position: str = setting("sincos", "of the image's tokens", names=("sincos", "rope"))
-    pos_embed_max_size: int = setting(192, "tokens a side, of sincos", least=1)
+    pos_embed_max_size: int = setting(192, "tokens a side, of sincos", least=1, unit="tokens")
     pos_embed_base_size: int = setting(
-        64, "the table's extent in units of position, of sincos", least=1
+        64, "the table's extent in units of position, of sincos", least=1, unit="positions"
     )
     sandwich_norm: bool = setting(False, "norms after attention and MLP too")
     shared_adaln: bool = setting(False, "one modulation for all blocks")

@@ -31,15 +31,18 @@ PART = 64  # records that a process draws at a time; whole persons
 class Options:
     """The arguments of a build, on which every record depends."""
 
-    resolution: int = setting(64, "pixels a side", least=16)
+    resolution: int = setting(64, "pixels a side", least=16, unit="pixels")
     num_scenes: int = setting(
         10_000,
         "training scenes; half as many edits, a fifth as many puppets, a twentieth as many persons "
         "of 4 pictures",
         least=1,
+        unit="scenes",
     )
-    seed: int = setting(0, "of everything that is random", least=0)
-    nouns: int = setting(0, "use the first so many nouns of the whitelist; 0: all", least=0)
+    seed: int = setting(0, "of everything that is random", least=0, unit="seed")
+    nouns: int = setting(
+        0, "use the first so many nouns of the whitelist; 0: all", least=0, unit="nouns"
+    )
 
     def count(self, family: str, split: str) -> int:
         """How many records a family's split has: for evaluation at most 256."""
