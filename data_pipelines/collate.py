@@ -139,11 +139,14 @@ class Collator:
             latents,
         )
 
-    def drop_conditions(self, batch: Batch, drop: Drop | Sequence[Drop]) -> Batch:
+    def drop_conditions(
+        self, batch: Batch, drop: Drop | Sequence[Drop], *, instead: Sequence[str] = ()
+    ) -> Batch:
         """`batch` with conditions withheld: the same for all rows, or one choice per row.
 
-        A row without its text keeps its task's tag. It also loses its face, because the place of
-        the face was in the text. A row without its image has no source, and a mask of ones.
+        A row without its text keeps its task's tag, and has the text of `instead` behind it, which
+        has one for each row or is empty. It also loses its face, because the place of the face was
+        in the text. A row without its image has no source, and a mask of ones.
         """
         drops = np.array([drop] * batch.size if isinstance(drop, str) else drop)
         no_text, no_image = np.isin(drops, ("text", "both")), np.isin(drops, ("image", "both"))
@@ -151,7 +154,10 @@ class Collator:
         texts = {name: getattr(batch, name) for name in _TEXT_FIELDS}
         if len(rows):
             texts = jax.tree.map(np.array, texts)
-            tags = _stack([self._tag(names[task]) for task in batch.task[rows]])
+            tags = _stack(
+                [self._tag(names[batch.task[k]], instead[k] if instead else "") for k in rows]
+            )
+            tags["identity_slot"] &= False  # there is no face
             for array, tag in zip(jax.tree.leaves(texts), jax.tree.leaves(tags), strict=True):
                 array[rows] = tag
         return dataclasses.replace(
@@ -164,9 +170,9 @@ class Collator:
             has_source=batch.has_source & ~no_image,
         )
 
-    def _tag(self, task: str) -> TokenizedText:
-        """The prompt of a row without its text."""
-        return self.tokenizer(tasks.prompt(task, ""), self.shape.num_tokens)
+    def _tag(self, task: str, instead: str = "") -> TokenizedText:
+        """The prompt of a row without its text, or with another `instead`."""
+        return self.tokenizer(tasks.prompt(task, instead), self.shape.num_tokens)
 
     def _any_tag(self) -> TokenizedText:
         """Some task's tag."""

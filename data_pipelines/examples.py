@@ -7,6 +7,7 @@ caption k of several.
 
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -121,15 +122,21 @@ def make_layout(record: Record, rng: np.random.Generator) -> Example:
         color, others = colors[blocks.index(tuple(boxes[k]))], named.setdefault(ends[k], [])
         if color not in others:
             others.append(color)
-    # From the end of the caption to its start, so that an insertion moves no later place.
-    for end in sorted(named, reverse=True):
-        *others, last = named[end]
-        block = f"{', '.join(others)} and {last} blocks" if others else f"{last} block"
-        text = f"{text[:end]} ({block}){text[end:]}"
+    text = name_blocks(text, named)
     canvas = renderings.render_layout(
         np.array(blocks, np.float32), colors, height=height, width=width
     )
     return Example(target=record["image"], source=canvas, text=text)
+
+
+def name_blocks(text: str, colors: Mapping[int, Sequence[str]]) -> str:
+    """The text with the blocks of these colors named at each place: "a pig (red block)"."""
+    # From the end of the text to its start, so that an insertion moves no later place.
+    for end in sorted(colors, reverse=True):
+        *others, last = colors[end]
+        block = f"{', '.join(others)} and {last} blocks" if others else f"{last} block"
+        text = f"{text[:end]} ({block}){text[end:]}"
+    return text
 
 
 def layout_suits(record: Record, k: int) -> bool:

@@ -29,7 +29,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt8
 
-from data_pipelines import examples, labels, renderings, transforms
+from data_pipelines import examples, labels, letterbox, renderings, transforms
 from data_pipelines.examples import PLACEHOLDER, Example, UnsuitableRecord, blank_hole
 from data_pipelines.labels import check, lay_on
 from data_pipelines.transforms import Record
@@ -62,6 +62,11 @@ class Task:
     prompt: Literal["needed", "optional", "none"] = "needed"  # whether a user gives one
     prompt_says: str = "what to paint"
     prompt_example: str = "a pig on grass"
+    # What fills a canvas around a user's picture of another shape.
+    around: letterbox.Around = "edge"
+    # What a generated picture says, by the field of a record, and how it is read.
+    answers: Literal["depth", "joints", "mask"] | None = None
+    decode: Callable[[UInt8[np.ndarray, "h w 3"]], np.ndarray] | None = None
 
     def fields(self, available: Collection[str], extra: Collection[str] = ()) -> tuple[str, ...]:
         """The fields to read of records that have those `available`: `needs`, `uses` and `extra`.
@@ -158,13 +163,14 @@ class Task:
         image: UInt8[np.ndarray, "image_h image_w 3"] | None = None,
         mask: UInt8[np.ndarray, "mask_h mask_w"] | None = None,
         face: UInt8[np.ndarray, "face_h face_w 3"] | None = None,
-        resolution: int,
+        resolution: int | transforms.Shape,
     ) -> Example:
         """A user's inputs as the example that the task was trained on, with a blank target.
 
-        Pictures are RGB of any size, of which the centered square is taken. `mask` is 1 where to
-        generate, and lies on the image: it has its shape, in any size. `prompt` has no tag; for
-        task id it has `<p>` where the person stands.
+        Pictures are RGB of any size, of which the centered window of the target's shape is taken,
+        and of a face the centered square. `resolution` is the side of a square, or (height, width).
+        `mask` is 1 where to generate, and lies on the image: it has its shape, in any size.
+        `prompt` has no tag; for task id it has `<p>` where the person stands.
 
         Raises UserError for a prompt, a picture or a `<p>` that is missing, for a prompt or a
         picture that the task does not take, and for a mask that marks nothing or has another shape
@@ -180,8 +186,10 @@ class Task:
             if picture is not None and name not in self.inputs:
                 raise UserError(f"task {self.name!r} takes no {name}")
         source, hole = None, None
+        height, width = (resolution,) * 2 if isinstance(resolution, int) else resolution
         if image is not None:
-            transforms.tell_crop("the image", image)
+            if height == width:
+                transforms.tell_crop("the image", image)
             planes = {"image": image}
             if mask is not None:
                 planes["edit_mask"] = lay_on(mask, image)
@@ -192,7 +200,7 @@ class Task:
                 if not hole.any():
                     raise UserError("the mask has no white pixel: nothing to generate")
                 source = blank_hole(source, hole)
-        blank = np.zeros((resolution, resolution, 3), np.uint8)
+        blank = np.zeros((height, width, 3), np.uint8)
         made = Example(target=blank, source=source, mask=hole, text=prompt)
         return made if face is None else _with_face(made, face)
 
@@ -300,6 +308,7 @@ _TASKS = (
         suits=examples.layout_suits,
         inputs=("image",),
         draws_source=True,
+        around="gray",
         prompt_says="what to paint, with '(red block)' after what stands in that block",
         prompt_example="a pig (red block) on grass",
     ),
@@ -310,6 +319,8 @@ _TASKS = (
         make=examples.make_depth,
         inputs=("image",),
         prompt="none",
+        answers="depth",
+        decode=renderings.decode_depth,
     ),
     Task(
         name="pose",
@@ -318,6 +329,8 @@ _TASKS = (
         make=examples.make_pose,
         inputs=("image",),
         prompt="none",
+        answers="joints",
+        decode=renderings.decode_pose,
     ),
     Task(
         name="seg",
@@ -329,6 +342,8 @@ _TASKS = (
         inputs=("image",),
         prompt_says="what to find",
         prompt_example="the pig",
+        answers="mask",
+        decode=renderings.decode_mask,
     ),
     Task(
         name="id",

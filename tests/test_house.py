@@ -85,20 +85,22 @@ ALLOWED: dict[str, set[str]] = {
         *("batch", "conditioning", "data_pipelines", "encoders", "lock", "models", "sampling"),
         *("sharding", "tpu", "training", "workdir"),
     },
+    "inputs": {"batch", "data_pipelines"},
+    "result": set(),
     "pipeline": {
-        *("assembly", "batch", "checkpoint", "data_pipelines", "encoders", "pretrained"),
-        *("sampling", "sharding", "tpu", "workdir"),
+        *("assembly", "batch", "checkpoint", "data_pipelines", "encoders", "inputs"),
+        *("pretrained", "result", "sampling", "sharding", "tpu", "workdir"),
     },
-    "__init__": {"pipeline"},
+    "__init__": {"pipeline", "result"},
     # What is done with them.
     "precompute": {
         *("assembly", "conditioning", "data_pipelines", "encoders", "sharding", "training"),
     },
     "previews": {"assembly", "pipeline", "training"},
     "evaluation": {
-        *("assembly", "batch", "checkpoint", "conditioning", "data_pipelines", "flow", "interop"),
-        *("lock", "models", "pipeline", "pretrained", "progress", "retention", "sharding"),
-        *("version", "workdir", "writers"),
+        *("assembly", "batch", "checkpoint", "conditioning", "data_pipelines", "flow", "inputs"),
+        *("interop", "lock", "models", "pipeline", "pretrained", "progress", "retention"),
+        *("sharding", "version", "workdir", "writers"),
     },
     "planning": {
         *("assembly", "batch", "conditioning", "data_pipelines", "encoders", "models"),

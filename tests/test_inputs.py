@@ -13,7 +13,7 @@ from data_pipelines.tasks import INPUTS, TASKS
 from tests.data_pipelines import toy
 from univg_jax.errors import UserError
 from univg_jax.images import png_bytes
-from univg_jax.pipeline import read_input
+from univg_jax.inputs import read_input
 from univg_jax.settings import Config
 
 SIDE = toy.SIZE

@@ -1,6 +1,8 @@
-"""A trained model as one object: every task, lists, seeds, and what it refuses."""
+"""A trained model as one object: every task, any size, lists, options, and what it refuses."""
 
 import dataclasses
+import doctest
+import json
 import re
 
 import jax
@@ -11,8 +13,8 @@ from jax import monitoring
 from PIL import Image
 
 from data_pipelines.tasks import TASKS
-from univg_jax import Pipeline
-from univg_jax.errors import NotFoundError, UserError
+from univg_jax import Pipeline, Result
+from univg_jax.errors import NonFiniteError, NotFoundError, UnsupportedError, UserError
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 
@@ -35,8 +37,8 @@ def mask():
     return mask
 
 
-def pixels(image):
-    return np.asarray(image)
+def pixels(result):
+    return np.asarray(result.image)
 
 
 def test_loading_sets_no_global_mesh(pipeline, picture):
@@ -47,20 +49,43 @@ def test_loading_sets_no_global_mesh(pipeline, picture):
 
 def test_one_method_a_task(pipeline, picture, mask, tmp_path):
     picture.save(tmp_path / "a.png")
-    images = [
-        pipeline.generate("a pig on grass"),
+    results = [
+        pipeline("a pig on grass", size=picture.size),
         pipeline.edit(picture, "remove the pig"),
         pipeline.inpaint(picture, mask, "a pig"),
         pipeline.layout(picture, "a pig (red block) on grass"),
         pipeline.depth(str(tmp_path / "a.png")),
         pipeline.pose(np.asarray(picture)),
         pipeline.segment(tmp_path / "a.png", "the pig"),
-        pipeline.identity(picture, "a portrait of <p>"),
+        pipeline.identity(picture, "a portrait of <p>", size=picture.size),
     ]
-    assert len(images) == len(TASKS)
-    assert {(type(image), image.size, image.mode) for image in images} == {
-        (Image.Image, (32, 32), "RGB")
+    assert [result.task for result in results] == list(TASKS)
+    for result in results:
+        assert isinstance(result, Result)
+        assert (len(result.images), result.seeds, result.image.mode) == (1, [0], "RGB")
+        assert result.image.size == picture.size, "the answer has the picture's own size"
+        assert json.loads(json.dumps(result.settings))["steps"] == 2
+    answers = {result.task: result.answer for result in results if result.answer is not None}
+    assert {task: (a.shape, str(a.dtype)) for task, a in answers.items()} == {
+        "depth": ((40, 50), "float32"),
+        "pose": ((17, 3), "float32"),
+        "seg": ((40, 50), "uint8"),
     }
+
+
+def test_the_examples_of_the_docstrings_run(pipeline, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture.save("scene.png")
+    picture.save("face.png")
+    names = {"pipe": pipeline, "np": np, "scene": np.asarray(picture), "picture": picture}
+    found = doctest.DocTestFinder().find(Pipeline, "Pipeline", globs=names)
+    shown = {test.name for test in found if test.examples}
+    methods = {"__call__", "edit", "inpaint", "outpaint", "layout", "depth", "pose", "segment"}
+    assert shown >= {f"Pipeline.{name}" for name in methods | {"identity", "run"}}
+    runner = doctest.DocTestRunner()
+    for test in found:
+        runner.run(test)
+    assert not runner.summarize(verbose=False).failed
 
 
 def test_paths_pil_and_numpy_are_the_same_input(pipeline, picture, tmp_path):
@@ -73,16 +98,17 @@ def test_paths_pil_and_numpy_are_the_same_input(pipeline, picture, tmp_path):
 
 def test_an_image_does_not_depend_on_its_list(pipeline):
     prompts = ["a pig on grass", "a cat on sand", "a dog"]
-    together = pipeline.generate(prompts, seed=5)
-    assert len(together) == 3
+    together = pipeline(prompts, seed=5)
+    assert (len(together.images), together.seeds) == (3, [5, 6, 7])
+    assert together.prompts == prompts
     for i, prompt in enumerate(prompts):
-        alone = pipeline.generate(prompt, seed=5 + i)
+        alone = pipeline(prompt, seed=5 + i)
         # Float32 in another order may carry a value over the edge between two of the 256 levels.
-        assert np.abs(pixels(together[i]).astype(int) - pixels(alone)).max() <= 1
-    many = pipeline.generate("a pig", seed=list(range(11)))
-    assert len(many) == 11, "more than a batch"
-    assert len({image.tobytes() for image in many}) == 11
-    assert pipeline.generate([]) == []
+        assert np.abs(np.asarray(together.images[i]).astype(int) - pixels(alone)).max() <= 1
+    many = pipeline("a pig", seed=list(range(11)))
+    assert len(many.images) == 11, "more than a batch"
+    assert len({image.tobytes() for image in many.images}) == 11
+    assert pipeline([]).images == []
 
 
 def test_inpainting_keeps_the_pixels_outside_the_mask(pipeline, mask):
@@ -102,14 +128,14 @@ def test_progress_is_told_and_compiles_nothing_anew(pipeline):
             compiled.append(fun_name)
 
     first, second = [], []
-    silent = pixels(pipeline.generate("a pig"))
-    heard = pixels(pipeline.generate("a pig", callback=first.append))
+    silent = pixels(pipeline("a pig"))
+    heard = pixels(pipeline("a pig", callback=lambda *done: first.append(done)))
     monitoring.register_event_duration_secs_listener(note)
     try:
-        pipeline.generate("a cat", callback=second.append)
+        pipeline("a cat", callback=lambda *done: second.append(done))
     finally:
         monitoring.unregister_event_duration_listener(note)
-    assert first == second == [1, 2]
+    assert first == second == [(1, 2), (2, 2)]
     assert "jit(generate)" not in compiled
     assert np.abs(silent.astype(int) - heard).max() <= 1
 
@@ -117,13 +143,13 @@ def test_progress_is_told_and_compiles_nothing_anew(pipeline):
 def test_compiling_is_said_once_and_leaves_nothing_to_compile(pipeline, caplog):
     caplog.set_level("INFO", logger="absl")
     fresh = dataclasses.replace(pipeline, compiled=set())
-    for callback in (None, lambda _: None):
+    for callback in (None, lambda step, total: None):
         caplog.clear()
-        fresh.generate("a pig", callback=callback)
+        fresh("a pig", callback=callback)
         began, ended = (r.getMessage() for r in caplog.records if "compiling" in r.getMessage())
         assert began.endswith("...")
         assert re.search(r"took \d+\.\d s$", ended)
-        fresh.generate("a cat", callback=callback)
+        fresh("a cat", callback=callback)
         assert sum("compiling" in r.getMessage() for r in caplog.records) == 2
 
 
@@ -134,20 +160,20 @@ def test_steps_and_parameters_are_chosen_at_loading(root):
     assert (first.step, first.config.sampling.steps) == (1, 3)
     assert first.generator.sampler.steps == 3
     same = Pipeline.load(root / "stage3" / "checkpoints" / "1", sampling={"steps": 3}, ema=False)
-    np.testing.assert_array_equal(pixels(first.generate("a")), pixels(same.generate("a")))
+    np.testing.assert_array_equal(pixels(first("a")), pixels(same("a")))
 
 
 def test_an_untrained_model_is_the_same_but_for_its_parameters(pipeline):
     untrained = pipeline.untrained(seed=0)
     shapes = lambda p: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), p.params)  # noqa: E731
     assert shapes(untrained) == shapes(pipeline)
-    assert untrained.generate("a pig").size == (32, 32)
+    assert untrained("a pig").image.size == (32, 32)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p, _: p.generate(" "), "task 't2i' needs a prompt"),
+        (lambda p, _: p(" "), "task 't2i' needs a prompt"),
         (lambda p, _: p.run("dept"), "unknown task 'dept'; did you mean 'depth'?"),
         (lambda p, i: p.identity(i, "a portrait"), "has no <p>"),
         (lambda p, i: p.run("t2i", prompt="a", image=i), "takes no image"),
@@ -162,8 +188,8 @@ def test_an_untrained_model_is_the_same_but_for_its_parameters(pipeline):
         (lambda p, _: p.depth("nowhere.png"), "image=nowhere.png does not exist"),
         (lambda p, _: p.depth(np.zeros((4, 4, 3))), "image is float64 [4, 4, 3], expected uint8"),
         (lambda p, _: p.depth(__file__), "is not a readable image"),
-        (lambda p, _: p.generate(["a", "b"], seed=[1]), "lists of different lengths"),
-        (lambda p, _: p.generate("a", seed=-1), "expected whole numbers from 0"),
+        (lambda p, _: p(["a", "b"], seed=[1]), "lists of different lengths"),
+        (lambda p, _: p("a", seed=-1), "seed=-1: expected a whole number >= 0"),
     ],
 )
 def test_what_cannot_be_is_one_line(pipeline, picture, call, message):
@@ -181,7 +207,7 @@ def test_bad_arguments_of_load(root, tmp_path):
         Pipeline.load(root / "stage1", step=7)
     with pytest.raises(UserError, match="did you mean 'steps'"):
         Pipeline.load(root / "stage1", sampling={"step": 4})
-    with pytest.raises(UserError, match="unknown task of"):
+    with pytest.raises(UnsupportedError, match="unknown task of"):
         Pipeline.load(root / "stage1").depth(np.zeros((4, 4, 3), np.uint8))
 
 
@@ -190,5 +216,5 @@ def test_a_picture_that_is_not_finite_is_named_by_its_seed(pipeline):
     scale = pipeline.frozen["codec"]["scale"]
     frozen = {**pipeline.frozen, "codec": {**pipeline.frozen["codec"], "scale": scale * jnp.inf}}
     broken = dataclasses.replace(pipeline, frozen=frozen)
-    with pytest.raises(UserError, match=r"^t2i: the picture of seed 5, sample 0 is not finite"):
-        broken.generate("a pig on grass", seed=5)
+    with pytest.raises(NonFiniteError, match=r"^t2i: the picture of seed 5, sample 0 is not finite"):
+        broken("a pig on grass", seed=5)

@@ -36,6 +36,14 @@ class AlreadyExistsError(UserError, FileExistsError):
     """Something is where new output should go."""
 
 
+class UnsupportedError(UserError):
+    """A task that the model does not have, or an input or option that the task does not take."""
+
+
+class NonFiniteError(UserError, ArithmeticError):
+    """The model made something that is no number, whatever it was asked for."""
+
+
 class UnreachableError(UserError, ConnectionError):
     """Another process, or the storage, does not answer."""
 

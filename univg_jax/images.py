@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Integer, UInt8
 from PIL import Image
 
 from univg_jax import jpeg
-from univg_jax.errors import NotFoundError, UserError
+from univg_jax.errors import NonFiniteError, NotFoundError, UserError
 from univg_jax.files import write_whole
 
 Picture = Image.Image | np.ndarray | str | os.PathLike  # what a user may give
@@ -326,14 +326,14 @@ def to_uint8(images: Float[Any, "..."]) -> UInt8[np.ndarray, "..."]:
 
 
 def check_finite(rows: Float[np.ndarray, "b ..."], names: Sequence[str], *, what: str) -> None:
-    """Raises UserError with the first one's name if a row has a NaN or an infinity.
+    """Raises NonFiniteError with the first one's name if a row has a NaN or an infinity.
 
     Nothing that is no number leaves the program as data: a NaN would be written as black.
     """
     finite = np.isfinite(rows)
     if not finite.all():
         bad = np.flatnonzero(~finite.reshape(len(rows), -1).all(axis=1))
-        raise UserError(
+        raise NonFiniteError(
             f"{names[bad[0]]} is not finite, as {len(bad)} of {len(rows)} {what}s: a product is "
             "beyond the range of its dtype (conditioning.*.dtype), or weights are damaged"
         )

@@ -1,8 +1,8 @@
 """A trained model, ready: load it, then one method a task.
 
-    pipeline = Pipeline.load("runs/stage3")
-    image = pipeline.generate("a red fox in the snow", seed=7)
-    winter = pipeline.edit(image, "make it snow")
+    pipe = Pipeline.load("runs/stage3")
+    fox = pipe("a red fox in the snow", seed=7).image
+    winter = pipe.edit(fox, "make it snow")
 
 The command line, evaluation and the previews of a training all go through `Pipeline`, so what is
 measured is what users get.
@@ -12,36 +12,47 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Float, PyTree, UInt8
-from PIL import Image
 
 from data_pipelines.collate import Collator
-from data_pipelines.tasks import INPUTS, TASKS, Example, find_task
+from data_pipelines.tasks import TASKS, find_task
 from data_pipelines.tokenizer import TokenizedText, Tokenizer, load_tokenizer
-from univg_jax import assembly, checkpoint, encoders, sharding, tpu
+from univg_jax import assembly, checkpoint, encoders, fields, sharding, tpu
 from univg_jax.batch import Batch, BatchShape, Text
-from univg_jax.errors import NotFoundError, UserError, check_name, quote
-from univg_jax.images import Picture, check_finite, open_any, to_mask, to_rgb, to_uint8
+from univg_jax.errors import NotFoundError, UnsupportedError, UserError
+from univg_jax.images import Picture, check_finite, to_uint8
+from univg_jax.inputs import Boxes, Margins, Request, Size, is_boxes, make_request
 from univg_jax.pretrained import local_path
 from univg_jax.progress import timed
+from univg_jax.result import Result
 from univg_jax.sampling import NULL_CONDITIONS, Generator, guidance_weights
-from univg_jax.settings import Config, Options
+from univg_jax.settings import MAX_SEED, Config, Guidance, Options, Sampler
 from univg_jax.workdir import CHECKPOINTS
 
 Pixels = UInt8[np.ndarray, "b h w 3"]
-Output = Image.Image | list[Image.Image]  # a list where an argument is one
 
 
 class RunOptions(TypedDict, total=False):
     """What every method takes beside its inputs; see `Pipeline.run`."""
 
     seed: int | Sequence[int]
-    callback: Callable[[int], object] | None
+    guidance: float | None
+    image_guidance: float | None
+    steps: int | None
+    solver: str | None
+    negative_prompt: str | Sequence[str]
+    callback: Callable[[int, int], object] | None
+
+
+class SizedOptions(RunOptions, total=False):
+    """`RunOptions`, and the size of an answer that no picture gives a size."""
+
+    size: Size | None
 
 
 MAX_BATCH = 8  # images that a list is cut into, where the devices do not ask for more
@@ -147,41 +158,141 @@ class Pipeline:
             digests={**self.digests, "weights": weights},
         )
 
-    # One method a task. Pictures are paths, PIL images or numpy uint8 [h w 3]; they are cropped to
-    # the square that the model was trained on. A list of any argument makes a list of images.
+    # One method a task. Pictures are paths, PIL images or numpy uint8 [h w 3], of any size. A list
+    # of any argument makes a list of images.
 
-    def generate(self, prompt: str | Sequence[str], **options: Unpack[RunOptions]) -> Output:
-        """Text to image. Options as in `run`."""
+    def __call__(self, prompt: str | Sequence[str], **options: Unpack[SizedOptions]) -> Result:
+        """Text to image.
+
+        Example:
+            >>> pipe("a pig on grass", seed=7).image.size
+            (32, 32)
+            >>> len(pipe(["a pig", "a cat"], size=(48, 32)).images)
+            2
+        """
         return self.run("t2i", prompt=prompt, **options)
 
-    def edit(self, image: Picture, instruction: str, **options: Unpack[RunOptions]) -> Output:
-        """The image changed as the instruction says. Options as in `run`."""
+    def edit(
+        self,
+        image: Picture | Sequence[Picture],
+        instruction: str | Sequence[str],
+        **options: Unpack[RunOptions],
+    ) -> Result:
+        """The image changed as the instruction says.
+
+        Example:
+            >>> pipe.edit("scene.png", "make it snow", image_guidance=2.0).image.size
+            (50, 40)
+        """
         return self.run("ie", image=image, prompt=instruction, **options)
 
     def inpaint(
-        self, image: Picture, mask: Picture, prompt: str = "", **options: Unpack[RunOptions]
-    ) -> Output:
-        """The image with what is white in `mask` made anew; the rest keeps its pixels."""
+        self,
+        image: Picture | Sequence[Picture],
+        mask: Picture | Sequence[Picture],
+        prompt: str | Sequence[str] = "",
+        **options: Unpack[RunOptions],
+    ) -> Result:
+        """The image with what is white in `mask` made anew; the rest keeps its pixels.
+
+        Example:
+            >>> mask = np.zeros((40, 50), np.uint8)
+            >>> mask[10:30, 20:40] = 255
+            >>> filled = pipe.inpaint("scene.png", mask, "a pig on grass")
+            >>> bool((np.asarray(filled.image) == scene)[mask == 0].all())
+            True
+        """
         return self.run("ip", image=image, mask=mask, prompt=prompt, **options)
 
-    def layout(self, canvas: Picture, prompt: str, **options: Unpack[RunOptions]) -> Output:
-        """A picture laid out as the canvas of colored blocks that the prompt names."""
-        return self.run("lg", image=canvas, prompt=prompt, **options)
+    def outpaint(
+        self,
+        image: Picture | Sequence[Picture],
+        prompt: str | Sequence[str] = "",
+        *,
+        margins: Margins | None = None,
+        aspect: float | str | None = None,
+        **options: Unpack[SizedOptions],
+    ) -> Result:
+        """The image on a larger canvas, of which the rest is made; the image keeps its pixels.
 
-    def depth(self, image: Picture, **options: Unpack[RunOptions]) -> Output:
-        """The depth of the image as a picture, near is bright."""
+        One of: `margins` in pixels, on every side or (left, top, right, bottom); `size`, in the
+        middle of which the image lies; or `aspect`, width to height as in 1.5 or "3:2".
+
+        Example:
+            >>> pipe.outpaint("scene.png", "a pig on grass", margins=(0, 0, 30, 0)).image.size
+            (80, 40)
+            >>> pipe.outpaint("scene.png", aspect="2:1").image.size
+            (80, 40)
+        """
+        return self.run("ip", image=image, prompt=prompt, margins=margins, aspect=aspect, **options)
+
+    def layout(
+        self,
+        canvas: Picture | Sequence[Picture] | None = None,
+        prompt: str | Sequence[str] = "",
+        *,
+        boxes: Boxes | Sequence[Boxes] | None = None,
+        **options: Unpack[SizedOptions],
+    ) -> Result:
+        """A picture laid out as the canvas of colored blocks that the prompt names, or as `boxes`.
+
+        A box is (name, (left, top, right, bottom)), in fractions of the picture. Its name is a
+        phrase of the prompt; its color is the one that the prompt names behind it, as in "a pig
+        (red block)", or a free one, which is then named there. `size` is for boxes.
+
+        Example:
+            >>> boxes = [("a pig", (0.1, 0.5, 0.5, 0.9)), ("an apple", (0.6, 0.6, 0.8, 0.8))]
+            >>> laid_out = pipe.layout(prompt="a pig and an apple on grass", boxes=boxes)
+            >>> laid_out.prompts
+            ['a pig (red block) and an apple (blue block) on grass']
+        """
+        return self.run("lg", image=canvas, prompt=prompt, boxes=boxes, **options)
+
+    def depth(self, image: Picture | Sequence[Picture], **options: Unpack[RunOptions]) -> Result:
+        """The depth of the image, near is bright. The answer is in meters.
+
+        Example:
+            >>> depth = pipe.depth("scene.png")
+            >>> depth.answer.shape, depth.answer.dtype
+            ((40, 50), dtype('float32'))
+        """
         return self.run("depth", image=image, **options)
 
-    def pose(self, image: Picture, **options: Unpack[RunOptions]) -> Output:
-        """The skeleton of the person in the image, as a picture."""
+    def pose(self, image: Picture | Sequence[Picture], **options: Unpack[RunOptions]) -> Result:
+        """The skeleton of the person in the image. The answer is COCO's 17 joints.
+
+        Example:
+            >>> pipe.pose("scene.png").answer.shape
+            (17, 3)
+        """
         return self.run("pose", image=image, **options)
 
-    def segment(self, image: Picture, expression: str, **options: Unpack[RunOptions]) -> Output:
-        """The mask of what the expression refers to, white on black."""
+    def segment(
+        self,
+        image: Picture | Sequence[Picture],
+        expression: str | Sequence[str],
+        **options: Unpack[RunOptions],
+    ) -> Result:
+        """The mask of what the expression refers to, white on black. The answer is 0 or 1.
+
+        Example:
+            >>> pipe.segment("scene.png", "the pig").answer.shape
+            (40, 50)
+        """
         return self.run("seg", image=image, prompt=expression, **options)
 
-    def identity(self, face: Picture, prompt: str, **options: Unpack[RunOptions]) -> Output:
-        """A picture of the person with this face, who is `<p>` in the prompt."""
+    def identity(
+        self,
+        face: Picture | Sequence[Picture],
+        prompt: str | Sequence[str],
+        **options: Unpack[SizedOptions],
+    ) -> Result:
+        """A picture of the person with this face, who is `<p>` in the prompt.
+
+        Example:
+            >>> pipe.identity("face.png", "a portrait of <p>").image.size
+            (32, 32)
+        """
         return self.run("id", face=face, prompt=prompt, **options)
 
     def run(
@@ -192,70 +303,174 @@ class Pipeline:
         image: Picture | Sequence[Picture] | None = None,
         mask: Picture | Sequence[Picture] | None = None,
         face: Picture | Sequence[Picture] | None = None,
-        seed: int | Sequence[int] = 0,
-        callback: Callable[[int], object] | None = None,
-    ) -> Output:
-        """The answer to any task; a list of them if any argument is a list.
+        boxes: Boxes | Sequence[Boxes] | None = None,
+        margins: Margins | None = None,
+        aspect: float | str | None = None,
+        **options: Unpack[SizedOptions],
+    ) -> Result:
+        """The answer to any task, by its name. All options of all methods are described here.
 
         Lists must be of one length, and single values stand for every image. An image is a function
         of its inputs and its seed, whatever list it is in: with a single `seed`, image i of a list
-        has seed + i. `callback(n)` is called when n steps of the solver are done.
+        has seed + i.
 
-        Raises UserError for a task that the run was not trained on, a missing or superfluous input,
-        or one that cannot be read.
+        A picture may have any size: it is put into the nearest of the shapes that the run was
+        trained on, and the answer has the picture's size. `size` is (width, height) of an answer
+        that no picture gives a size; by default the square that the run was trained on.
+
+        `guidance` is the scale of the text and `image_guidance` that of the image; `steps` and
+        `solver` ("euler" or "heun") solve the flow. By default they are the run's. What
+        `negative_prompt` says is avoided: guidance leads away from it instead of from no text.
+        `callback(step, total)` is called after each step of the solver; what it raises ends the
+        call.
+
+        Raises UnsupportedError for a task that the model does not have and for an input or option
+        that the task does not take, NotFoundError for a file that does not exist, UserError for
+        what is missing or cannot be, and NonFiniteError if the model's picture is not finite.
+
+        Example:
+            >>> result = pipe.run("edit", image="scene.png", prompt="make it snow", seed=3)
+            >>> result.task, result.seeds, result.settings["steps"]
+            ('ie', [3], 2)
         """
         task = self.check_task(task)
-        inputs = dict(prompt=prompt, image=image, mask=mask, face=face)
-        lists = {k: v for k, v in {**inputs, "seed": seed}.items() if isinstance(v, list | tuple)}
+        size, seed = options.pop("size", None), options.pop("seed", 0)
+        negative, callback = options.pop("negative_prompt", ""), options.pop("callback", None)
+        pipeline = self.with_options(task, negative_prompt=negative, **options)
+        inputs = dict(
+            prompt=prompt, image=image, mask=mask, face=face, seed=seed, negative_prompt=negative
+        )
+        lists = {k: v for k, v in inputs.items() if isinstance(v, list | tuple)}
+        inputs["boxes"] = boxes
+        if boxes is not None and not is_boxes(boxes):
+            lists["boxes"] = boxes
         count = len(next(iter(lists.values()))) if lists else 1
         if any(len(values) != count for values in lists.values()):
             lengths = ", ".join(f"{name} {len(values)}" for name, values in lists.items())
             raise UserError(f"lists of different lengths: {lengths}")
-        if not count:
-            return []
-        seeds = list(seed) if "seed" in lists else [seed + i for i in range(count)]
-        examples = []
-        for i in range(count):
-            given = {k: v[i] if k in lists else v for k, v in inputs.items()}
-            pictures = {name: read_input(name, given[name]) for name in INPUTS}
-            examples.append(
-                TASKS[task].from_inputs(
-                    prompt=given["prompt"], **pictures, resolution=self.config.data.resolution
-                )
+        rows = [{k: v[i] if k in lists else v for k, v in inputs.items()} for i in range(count)]
+        seeds = check_seeds(
+            [row.pop("seed") + (0 if "seed" in lists else i) for i, row in enumerate(rows)]
+        )
+        negatives = [row.pop("negative_prompt") for row in rows]
+        requests = [
+            make_request(
+                task, **row, margins=margins, aspect=aspect, size=size, data=self.config.data
             )
-        images = list(self.answer(task, examples, seeds=seeds, callback=callback))
-        return images if lists else images[0]
+            for row in rows
+        ]
+        made = list(
+            pipeline.answer(requests, seeds=seeds, negative_prompts=negatives, callback=callback)
+        )
+        return Result(
+            task=task,
+            images=[image for result in made for image in result.images],
+            seeds=seeds,
+            prompts=[request.example.text for request in requests],
+            settings=pipeline.settings(task, negative_prompt=negative),
+            answers=[answer for result in made for answer in result.answers],
+        )
+
+    def with_options(
+        self,
+        task: str,
+        *,
+        guidance: float | None = None,
+        image_guidance: float | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        negative_prompt: str | Sequence[str] = "",
+    ) -> "Pipeline":
+        """The same model with these options of `run` for a task; None leaves the run's.
+
+        Raises UnsupportedError for an option that the task does not take, and UserError for a value
+        that cannot be.
+        """
+        options = sampling_options(
+            self.config,
+            task,
+            guidance=guidance,
+            image_guidance=image_guidance,
+            steps=steps,
+            solver=solver,
+            negative_prompt=negative_prompt,
+        )
+        return self.with_sampling(options) if options else self
+
+    def settings(self, task: str, *, negative_prompt: str | Sequence[str] = "") -> dict[str, Any]:
+        """What a task's pictures are made with, as a `Result` says it."""
+        sampling = self.config.sampling
+        scales = sampling.guidance.get(task) or Guidance()
+        return {
+            "guidance": scales.text,
+            "image_guidance": scales.image,
+            **dataclasses.asdict(sampling.sampler),
+            "negative_prompt": negative_prompt,
+            "checkpoint": self.path,
+            "checkpoint_step": self.step,
+            "which": self.which,
+            "weights": self.digests.get("weights", ""),
+        }
 
     def answer(
         self,
-        task: str,
-        examples: Sequence[Example],
+        requests: Sequence[Request],
         *,
         seeds: Sequence[int],
+        negative_prompts: Sequence[str] = (),
         batch_size: int | None = None,
-        callback: Callable[[int], object] | None = None,
-    ) -> Iterator[Image.Image]:
-        """An image for each example and its seed, in order, as soon as its batch is made.
+        callback: Callable[[int, int], object] | None = None,
+    ) -> Iterator[Result]:
+        """A result of one image for each request of a task, in order, as soon as it can be.
 
-        Examples come from a user's inputs (`Task.from_inputs`) or from data (`HeldOut.row`).
         `batch_size` images are made at a time, or as many more as divide over the devices; by
         default up to `MAX_BATCH`. Batches of another size may round a pixel otherwise, by 1 of 255.
+        Those of one shape are made together.
         """
         unit = self.rows
         most = -(-batch_size // unit) * unit if batch_size else max(unit, MAX_BATCH // unit * unit)
-        size = min(-(-len(examples) // unit) * unit, most)
-        rows = [self.collator.row(example, task=task, sample_id=0) for example in examples]
-        for start in range(0, len(rows), size):
-            chunk, chunk_seeds = rows[start:][:size], list(seeds[start:][:size])
-            padding = size - len(chunk)  # with one size for all batches, one program serves all
-            batch = self.collator(chunk + chunk[-1:] * padding)
-            made = self.generate_batch(
-                batch, task, seed=chunk_seeds + chunk_seeds[-1:] * padding, callback=callback
+        negatives = list(negative_prompts) or [""] * len(requests)
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for i, request in enumerate(requests):
+            shapes.setdefault(request.letterbox.canvas, []).append(i)
+        chunks = [
+            (shape, size, indices[start : start + size])
+            for shape, indices in shapes.items()
+            # With one size for all batches of a shape, one program serves all.
+            for size in [min(-(-len(indices) // unit) * unit, most)]
+            for start in range(0, len(indices), size)
+        ]
+        rows = [
+            self.collator.resized(*request.letterbox.canvas).row(
+                request.example, task=request.task, sample_id=0
             )
-            for row, pixels in zip(chunk, made):  # without the padding
-                if row.example.mask is not None:  # what is kept is the input's own pixels
-                    pixels = np.where(row.example.mask > 0, pixels, row.example.source)
-                yield Image.fromarray(pixels)
+            for request in requests
+        ]
+        steps, done, given = self.config.sampling.steps, {}, 0
+        for k, (shape, size, indices) in enumerate(chunks):
+            padded = indices + indices[-1:] * (size - len(indices))
+            batch = self.collator.resized(*shape)([rows[i] for i in padded])
+            on_step = callback and (lambda n, _, k=k: callback(k * steps + n, len(chunks) * steps))
+            made = self.generate_batch(
+                batch,
+                requests[0].task,
+                seed=[seeds[i] for i in padded],
+                negative_prompts=[negatives[i] for i in padded],
+                callback=on_step,
+            )
+            for i, pixels in zip(indices, made):  # without the padding
+                image, answer = requests[i].finish(pixels)
+                done[i] = Result(
+                    task=requests[i].task,
+                    images=[image],
+                    seeds=[int(seeds[i])],
+                    prompts=[requests[i].example.text],
+                    settings=self.settings(requests[i].task, negative_prompt=negatives[i]),
+                    answers=[answer],
+                )
+            while given in done:
+                yield done.pop(given)
+                given += 1
 
     def generate_batch(
         self,
@@ -263,35 +478,40 @@ class Pipeline:
         task: str,
         *,
         seed: int | Sequence[int] = 0,
-        callback: Callable[[int], object] | None = None,
+        negative_prompts: Sequence[str] = (),
+        callback: Callable[[int, int], object] | None = None,
     ) -> Pixels:
         """Images for this process's rows of a batch of one task: guidance, solver and decoder.
 
         The noise of a row is a function of (seed, its sample id); `seed` may be one for each row.
-        `callback(n)` is called when n steps of the solver are done; of several processes all or
+        `negative_prompts` are what guidance leads each row away from; without them, from no text.
+        `callback(step, total)` is called after each step of the solver; of several processes all or
         none must have one.
         """
-        seeds = np.broadcast_to(np.asarray(seed), (batch.size,))
-        if not (np.issubdtype(seeds.dtype, np.integer) and np.all((seeds >= 0) & (seeds < 2**32))):
-            raise UserError(f"seed={seed}: expected whole numbers from 0 to {2**32 - 1}")
+        seeds = np.array(check_seeds(np.broadcast_to(np.asarray(seed), (batch.size,)).tolist()))
         names = [
             f"{task}: the picture of seed {s}, sample {i}"
             for s, i in zip(seeds, batch.sample_id, strict=True)
         ]
         weights = guidance_weights(self.config.sampling.guidance.get(task))
         drops = NULL_CONDITIONS[: len(weights)]
-        passes = [self.collator.drop_conditions(batch, drop) for drop in drops]
+        passes = [
+            self.collator.drop_conditions(batch, drop, instead=negative_prompts) for drop in drops
+        ]
+        steps = self.config.sampling.steps
+        on_step = callback and (lambda n: callback(n, steps))
         with jax.set_mesh(self.mesh):
             passes, seeds = sharding.shard_batch((passes, seeds.astype(np.uint32)), self.mesh)
             arguments = (self.params, self.frozen, passes)
-            program = (self.generator, batch.size, len(passes), callback is None)
+            shape = batch.target.shape[:3]
+            program = (self.generator, shape, len(passes), callback is None)
             if program not in self.compiled:
-                with timed(f"compiling the sampler (batch of {batch.size})"):
+                with timed("compiling the sampler (batch of {}, {}x{} px)".format(*shape)):
                     self.generator.compile(
                         *arguments, weights=weights, seeds=seeds, stepwise=callback is not None
                     )
                 self.compiled.add(program)
-            images = self.generator(*arguments, weights=weights, seeds=seeds, on_step=callback)
+            images = self.generator(*arguments, weights=weights, seeds=seeds, on_step=on_step)
             return _to_pixels(sharding.local_rows(images, self.mesh), names)
 
     def embed_prompts(self, prompts: Sequence[TokenizedText]) -> Text:
@@ -353,10 +573,16 @@ class Pipeline:
     def check_task(self, task: str) -> str:
         """The name in TASKS of a task, which may be given by another of its names.
 
-        Raises UserError for one that is unknown, or that the model was not trained on.
+        Raises UserError for one that is unknown, and UnsupportedError for one that the model was
+        not trained on.
         """
         name = find_task(task).name
-        return check_name(name, self.tasks, what=f"task of {self.path or 'this run'}:")
+        if name not in self.tasks:
+            raise UnsupportedError(
+                f"unknown task of {self.path or 'this run'}: {name!r} (known: "
+                f"{', '.join(self.tasks)})"
+            )
+        return name
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -379,6 +605,51 @@ def _to_pixels(images: Float[np.ndarray, "b h w 3"], names: Sequence[str]) -> Pi
     return to_uint8(images)
 
 
+def sampling_options(
+    config: Config,
+    task: str,
+    *,
+    guidance: float | None = None,
+    image_guidance: float | None = None,
+    steps: int | None = None,
+    solver: str | None = None,
+    negative_prompt: str | Sequence[str] = "",
+) -> dict[str, Any]:
+    """The `sampling` settings that options of `Pipeline.run` replace; raises what it raises."""
+    given = {"steps": steps, "solver": solver}
+    rules = {field.name: field for field in dataclasses.fields(Sampler)}
+    options = {
+        name: fields.read(rules[name].type, value, name, fields.rule_of(rules[name]))
+        for name, value in given.items()
+        if value is not None
+    }
+    takes = {
+        "guidance": (guidance is not None, TASKS[task].prompt != "none"),
+        "image_guidance": (image_guidance is not None, "image" in TASKS[task].inputs),
+        "negative_prompt": (bool(negative_prompt), TASKS[task].prompt != "none"),
+    }
+    for name, (is_given, is_taken) in takes.items():
+        if is_given and not is_taken:
+            raise UnsupportedError(f"task {task!r} takes no {name}")
+    stored = config.to_dict()["sampling"]["guidance"]
+    scales = {"text": guidance, "image": image_guidance}
+    scales = {name: value for name, value in scales.items() if value is not None}
+    if scales:
+        made = fields.make(Guidance, {**stored.get(task, {}), **scales}, "guidance")
+        options["guidance"] = {**stored, task: dataclasses.asdict(made)}
+    elif negative_prompt and stored.get(task, {}).get("text") is None:
+        raise UserError(
+            f"task {task!r} is sampled without guidance, so a negative prompt changes nothing: "
+            "give guidance, too"
+        )
+    return options
+
+
+def check_seeds(seeds: Sequence[object]) -> list[int]:
+    """The seeds. Raises UserError for what is none."""
+    return [fields.read(int, seed, "seed", fields.Rule(least=0, most=MAX_SEED)) for seed in seeds]
+
+
 def trained_tasks(config: Config) -> tuple[str, ...]:
     """The tasks that a run trains on, in the order of TASKS."""
     return tuple(t for t in TASKS if t in config.tasks and config.tasks[t].weight > 0)
@@ -397,22 +668,3 @@ def load_config(
     if pretrained is not None:
         stored["conditioning"]["folder"] = pretrained
     return Config.of(stored)
-
-
-def read_input(
-    name: str, given: Picture | None, *, label: str = ""
-) -> UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"] | None:
-    """What a user gives as one of INPUTS: RGB, or of a mask 1 where it is white; None for None.
-
-    Raises UserError, where `label` (`name` without one) says which input cannot be read.
-    """
-    if given is None:
-        return None
-    try:
-        return (to_mask if name == "mask" else to_rgb)(open_any(given))
-    except UserError as error:
-        where = label or name
-        if isinstance(given, str | os.PathLike):
-            path = os.fspath(given)
-            where += f"={path if len(path) <= 200 else quote(path, most=200)}"
-        raise type(error)(f"{where} {error}") from None

@@ -5,16 +5,19 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from data_pipelines.tasks import INPUTS, TASKS, Example, Task, find_task
 from univg_jax.cli import flags
 from univg_jax.cli.main import configure
 from univg_jax.cli.parser import Parser
 from univg_jax.errors import NotFoundError, UserError, check_name, quote
+from univg_jax.fields import parse_literal
 from univg_jax.files import check_output
 from univg_jax.images import write_png
+from univg_jax.inputs import Request, make_request, read_input
 from univg_jax.progress import Bar
-from univg_jax.settings import MAX_SEED, Config
+from univg_jax.settings import MAX_SEED, SOLVERS, Config
 
 
 def add_arguments(parser: Parser) -> None:
@@ -33,6 +36,28 @@ def add_arguments(parser: Parser) -> None:
         inputs.add_argument(
             f"--{name}", type=flags.path, metavar="FILE", help=f"{', '.join(takers)}: {shows}"
         )
+    inputs.add_argument(
+        "--box",
+        action="append",
+        metavar='"NAME=X0,Y0,X1,Y1"',
+        help="lg: instead of --image, where something of the prompt stands, in fractions of the "
+        "picture from its left top; one flag each",
+    )
+    inputs.add_argument(
+        "--margins",
+        metavar="N|L,T,R,B",
+        help="ip: instead of --mask, outpainting by so many pixels on every side, or left, top, "
+        "right, bottom",
+    )
+    inputs.add_argument(
+        "--aspect", metavar="W:H", help="ip: the same, to the smallest picture of this aspect"
+    )
+    inputs.add_argument(
+        "--size",
+        metavar="WxH",
+        help="t2i, id, and lg with --box: of the picture; ip: outpainting to this size; default: "
+        "the run's square",
+    )
     inputs.add_argument(
         "--prompts",
         type=flags.path,
@@ -53,6 +78,23 @@ def add_arguments(parser: Parser) -> None:
         metavar="DIR",
         help="where the data of --example lies; default: the run's config",
     )
+    options = parser.add_argument_group("sampling", "By default what the run has.")
+    options.add_argument(
+        "--guidance", type=parse_literal, metavar="X", help="scale of the text; not depth, pose"
+    )
+    options.add_argument(
+        "--image_guidance",
+        type=parse_literal,
+        metavar="X",
+        help="scale of the image, where the task has one",
+    )
+    options.add_argument(
+        "--negative_prompt",
+        default="",
+        metavar="TEXT",
+        help="what guidance leads away from; default: from no text",
+    )
+    options.add_argument("--solver", metavar="|".join(SOLVERS), help="of the flow")
     outputs = parser.add_argument_group("pictures")
     outputs.add_argument(
         "--out",
@@ -116,52 +158,62 @@ def run(args: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
-    from univg_jax.pipeline import Pipeline, load_config, read_input
+    from univg_jax.pipeline import Pipeline, load_config, sampling_options
 
     _check_numbers(args)
     task = find_task(args.task)
     prompts = read_prompts(args.prompts) if args.prompts else {0: args.prompt}
     jobs = _jobs(args, list(prompts))
-    pictures = {name: read_input(name, getattr(args, name), label=f"--{name}") for name in INPUTS}
+    given = _inputs(args)
     configure(args)
     # All that can be wrong is found by the run's config, before the model is loaded.
-    options = dict(sampling=flags.sampling(args), pretrained=args.pretrained)
-    config = load_config(args.checkpoint, **options)
+    config = load_config(args.checkpoint, pretrained=args.pretrained)
     trained = [name for name, shares in config.tasks.items() if shares.weight > 0]
     check_name(task.name, trained, what=f"task of {args.checkpoint}:")
+    names = ("guidance", "image_guidance", "steps", "solver", "negative_prompt")
+    options = {name: getattr(args, name) for name in names}
+    sampling = sampling_options(config, task.name, **options)
     if args.example is None:
-        examples = _make_examples(task, prompts, pictures, resolution=config.data.resolution)
+        requests = _requests(task, prompts, given, config)
     else:
-        examples = {0: _held_out(config, task.name, args.example, data_dir=args.data)}
-    pipeline = Pipeline.load(args.checkpoint, ema=not args.raw_params, **options)
+        example = _held_out(config, task.name, args.example, data_dir=args.data)
+        requests = {0: Request.of_example(task.name, example)}
+    pipeline = Pipeline.load(
+        args.checkpoint, ema=not args.raw_params, sampling=sampling, pretrained=args.pretrained
+    )
 
     is_main = jax.process_index() == 0
-    size = -(-args.batch_size // pipeline.rows) * pipeline.rows
-    total = -(-len(jobs) // size) * pipeline.config.sampling.steps
-    with Bar(total=total, desc=f"sample {task.name}", unit="step", disable=not is_main) as bar:
-        images = pipeline.answer(
-            task.name,
-            [examples[job.line] for job in jobs],
+    with Bar(desc=f"sample {task.name}", unit="step", disable=not is_main) as bar:
+
+        def show(step: int, total: int) -> None:
+            bar.total = total
+            bar.update(step - bar.n)
+
+        results = pipeline.answer(
+            [requests[job.line] for job in jobs],
             seeds=[job.seed for job in jobs],
-            batch_size=size,
-            callback=lambda _: bar.update(),
+            negative_prompts=[args.negative_prompt] * len(jobs),
+            batch_size=args.batch_size,
+            callback=show,
         )
-        for job, image in zip(jobs, images, strict=True):
+        for job, result in zip(jobs, results, strict=True):
             if is_main:
-                write_png(job.out, np.asarray(image))
+                write_png(job.out, np.asarray(result.image))
     if is_main:
+        image = result.image
         about = f"{image.width}x{image.height}, {task.name}, step {pipeline.step}"
         seeds = f"seed {jobs[0].seed}" if args.num is None else f"seeds from {jobs[0].seed}"
         count = args.out if len(jobs) == 1 else f"{len(jobs)} pictures to {args.out}"
         print(f"wrote {count} ({about}, {seeds})")
         if args.example is not None:
-            _write_example(examples[0], beside=jobs[0].out)
+            _write_example(requests[0].example, beside=jobs[0].out)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
     if args.seed + (args.num or 1) - 1 > MAX_SEED:
         raise UserError(f"--seed={args.seed}: expected seeds up to {MAX_SEED}")
-    given = [name for name in ("prompt", *INPUTS) if getattr(args, name)]
+    names = ("prompt", *INPUTS, "box", "margins", "aspect", "size")
+    given = [name for name in names if getattr(args, name)]
     if args.prompts is not None and args.prompt:
         raise UserError("--prompts and --prompt: give one or the other")
     if args.example is not None and (given or args.prompts):
@@ -208,17 +260,42 @@ def _jobs(args: argparse.Namespace, lines: Sequence[int]) -> list[_Job]:
     return jobs
 
 
-def _make_examples(
-    task: Task, prompts: Mapping[int, str], pictures: Mapping, *, resolution: int
-) -> dict[int, Example]:
-    """What each prompt asks for, by its line. Raises UserError as `Task.from_inputs` does."""
-    examples = {}
+def _inputs(args: argparse.Namespace) -> dict[str, Any]:
+    """What `make_request` takes beside the prompt. Raises UserError for what cannot be read."""
+    pictures = {name: read_input(name, getattr(args, name), label=f"--{name}") for name in INPUTS}
+    boxes = [_box(text) for text in args.box] if args.box else None
+    margins = args.margins and parse_literal(args.margins)
+    size = args.size and _size(args.size)
+    return {**pictures, "boxes": boxes, "margins": margins, "aspect": args.aspect, "size": size}
+
+
+def _box(text: str) -> tuple[str, list[float]]:
+    name, _, corners = text.rpartition("=")
+    try:
+        return name, [float(x) for x in corners.split(",")]
+    except ValueError:
+        raise UserError(f"--box={text}: expected NAME=X0,Y0,X1,Y1") from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise UserError(f"--size={text}: expected WIDTHxHEIGHT, such as 1024x768")
+    return int(width), int(height)
+
+
+def _requests(
+    task: Task, prompts: Mapping[int, str], given: Mapping[str, Any], config: Config
+) -> dict[int, Request]:
+    """What each prompt asks for, by its line. Raises UserError as `make_request` does."""
+    requests = {}
     for line, prompt in prompts.items():
         try:
-            examples[line] = task.from_inputs(prompt=prompt, **pictures, resolution=resolution)
+            requests[line] = make_request(task.name, prompt=prompt, **given, data=config.data)
         except UserError as error:
-            raise UserError(f"line {line} of --prompts: {error}" if line else str(error)) from None
-    return examples
+            where = f"line {line} of --prompts: " if line else ""
+            raise type(error)(f"{where}{error}") from None
+    return requests
 
 
 def _held_out(config: Config, task: str, index: int, *, data_dir: str | None) -> Example:

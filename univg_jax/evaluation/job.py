@@ -32,7 +32,8 @@ from univg_jax.evaluation.official import Official, Output, Request, Row
 from univg_jax.evaluation.prompts import EncodedPrompts
 from univg_jax.files import write_whole
 from univg_jax.images import jpeg_bytes, png_bytes
-from univg_jax.pipeline import Pixels, read_input
+from univg_jax.inputs import read_input
+from univg_jax.pipeline import Pixels
 from univg_jax.progress import Bar
 from univg_jax.together import each_together, together
 
