@@ -57,7 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     "flow": set(),
     "lock": set(),
     "pretrained": set(),
-    "stored": set(),
+    "stored": {"streaming"},
+    "streaming": set(),
     "tpu": set(),
     "retention": {"workdir", "writers"},
     "workdir": {"checksums", "stored"},
@@ -68,14 +69,17 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"checksums", "lock", "retention", "sharding", "stored", "workdir"},
     # Networks: ours, weights of others, and what encodes a batch.
     "models": {"batch", "sharding"},
-    "interop": {"models", "pretrained", "sharding"},
+    "interop": {"models", "pretrained", "sharding", "streaming"},
+    "trained": {
+        *("checkpoint", "checksums", "interop", "sharding", "stored", "streaming", "workdir"),
+    },
     "conditioning": {"batch", "models", "sharding"},
     "encoders": {"conditioning", "interop", "models", "pretrained", "sharding", "workdir"},
     "sampling": {"batch", "conditioning", "flow", "models", "sharding"},
     # Training never sees a dataset. Only training.initialize knows the weights of others.
     "training": {
         *("batch", "checkpoint", "conditioning", "flow", "interop", "models", "sharding"),
-        *("tpu", "workdir", "writers"),
+        *("tpu", "trained", "workdir", "writers"),
     },
     # Data never sees a model.
     "data_pipelines": {"batch", "pretrained"},
@@ -88,8 +92,8 @@ ALLOWED: dict[str, set[str]] = {
     "inputs": {"batch", "data_pipelines"},
     "result": set(),
     "pipeline": {
-        *("assembly", "batch", "checkpoint", "data_pipelines", "encoders", "inputs"),
-        *("pretrained", "result", "sampling", "sharding", "tpu", "workdir"),
+        *("assembly", "batch", "data_pipelines", "encoders", "inputs", "pretrained"),
+        *("result", "sampling", "sharding", "tpu", "trained"),
     },
     "__init__": {"pipeline", "result"},
     # What is done with them.
@@ -101,6 +105,10 @@ ALLOWED: dict[str, set[str]] = {
         *("assembly", "batch", "checkpoint", "conditioning", "data_pipelines", "flow", "inputs"),
         *("interop", "lock", "models", "pipeline", "pretrained", "progress", "retention"),
         *("sharding", "version", "workdir", "writers"),
+    },
+    "export": {
+        *("assembly", "checksums", "data_pipelines", "encoders", "interop", "pipeline"),
+        *("pretrained", "streaming", "trained", "workdir"),
     },
     "planning": {
         *("assembly", "batch", "conditioning", "data_pipelines", "encoders", "models"),

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,14 @@ from univg_jax.lock import WorkdirLock
 from univg_jax.retention import Retention
 from univg_jax.settings import Best
 from univg_jax.sharding import with_shardings
-from univg_jax.stored import differences, read_arrays, read_item, read_state, saved_shapes
+from univg_jax.stored import (
+    Shapes,
+    differences,
+    read_arrays,
+    read_item,
+    read_state,
+    saved_shapes,
+)
 from univg_jax.trees import Json, named_leaves, nest
 from univg_jax.workdir import (
     CHECKPOINTS,
@@ -320,23 +327,42 @@ def init_from(
     difference in leaves, shapes or types raises UserError with all of them.
     """
     root, step = _locate(path)
-    saved = {
-        k: v for k, v in saved_shapes(root / str(step), which).items() if not _matches(dropped, k)
-    }
+    filled = fill(
+        params,
+        saved=saved_shapes(root / str(step), which),
+        read=lambda wanted: read_arrays(root / str(step), {which: nest(wanted)})[which],
+        where=f"{path}, step {step}",
+        new=new,
+        dropped=dropped,
+    )
+    return Restored(state=filled, data_state=read_item(root / str(step), "data"))
+
+
+def fill(
+    params: PyTree,
+    *,
+    saved: Shapes,
+    read: Callable[[Mapping[str, jax.Array]], PyTree],
+    where: str,
+    new: Sequence[str],
+    dropped: Sequence[str],
+) -> PyTree:
+    """`params` with the values that are `saved`, but for the declared leaves; see `init_from`.
+
+    `read(leaves)` has the nested values of some leaves, which tell their shapes and shardings.
+    """
+    saved = {name: x for name, x in saved.items() if not _matches(dropped, name)}
     values = named_leaves(params)
     kept = sorted(name for name in values if name not in saved and _matches(new, name))
-    read = {name: x for name, x in values.items() if name not in kept}
-    if problems := differences(read, saved):
+    wanted = {name: x for name, x in values.items() if name not in kept}
+    if problems := differences(wanted, saved):
         raise UserError(
-            f"{path} does not fit the model (declare leaves as new or dropped): {shorten(problems)}"
+            f"{where} does not fit the model (declare leaves as new or dropped): "
+            f"{shorten(problems)}"
         )
-    values |= named_leaves(read_arrays(root / str(step), {which: nest(read)})[which])
-    logging.info(
-        "parameters from %s, step %d: %d leaves read, new: %s",
-        *(path, step, len(read), kept or "none"),
-    )
-    params = jax.tree.unflatten(jax.tree.structure(params), values.values())
-    return Restored(state=params, data_state=read_item(root / str(step), "data"))
+    values |= named_leaves(read(wanted))
+    logging.info("parameters from %s: %d leaves read, new: %s", where, len(wanted), kept or "none")
+    return jax.tree.unflatten(jax.tree.structure(params), values.values())
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:

@@ -7,7 +7,7 @@ sums are one JSON file, `{name: BLAKE2b-128 in hex}`, which lists all files of t
 import concurrent.futures
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -67,7 +67,7 @@ def combine(
         file.unlink()
     rest = (name for name in list_files(folder) if name not in sums and name not in ignore)
     sums |= checksums(folder, rest)
-    write_whole(folder / FILE, json.dumps(dict(sorted(sums.items())), indent=1))
+    write(folder, sums)
 
 
 def _own_file(process: int) -> str:
@@ -107,3 +107,8 @@ def find_additional(folder: epath.Path, *, ignore: Iterable[str]) -> tuple[str, 
     """The files of a folder that have no sum: somebody put them there later."""
     sums = read_json(folder / FILE)
     return tuple(n for n in list_files(folder) if n not in sums and n not in ignore)
+
+
+def write(folder: epath.Path, sums: Mapping[str, str]) -> None:
+    """Writes the sums of a folder's files."""
+    write_whole(folder / FILE, json.dumps(dict(sorted(sums.items())), indent=1))

@@ -8,14 +8,16 @@ import contextlib
 import hashlib
 import json
 import os
+import pathlib
+import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from etils import epath
 
-from univg_jax.errors import NotFoundError, UserError, quote
+from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError, quote
 
 CHECKSUM = "checksum"  # the name in an object of ours of the sum of all its other names
 MAX_JSON_BYTES = 2**24  # an index of 100,000 tensors has half of this
@@ -72,6 +74,59 @@ def write_streamed(path: epath.PathLike, write: Callable[[BinaryIO], None]) -> N
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)
+
+
+@contextlib.contextmanager
+def write_folder(path: epath.PathLike, *, seal: str) -> Iterator[pathlib.Path]:
+    """A local folder to write into; at the end of the block it is at `path`, whole or not at all.
+
+    Until then it is beside `path`, under a name that begins with a dot. A bucket cannot rename it:
+    the files are copied there, `seal`, without which readers take no folder for a whole one, last.
+    Raises AlreadyExistsError if there is something at `path`, and UserError where the system
+    refuses.
+    """
+    check_absent(path)
+    target = epath.Path(path)
+    is_bucket = "://" in os.fspath(path)
+    try:
+        parent = None if is_bucket else os.path.dirname(os.path.abspath(path))
+        if parent is not None:
+            os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{target.name}.", suffix=".partial", dir=parent, ignore_cleanup_errors=True
+        ) as partial:
+            folder = pathlib.Path(partial, target.name)
+            folder.mkdir()
+            yield folder
+            if not is_bucket:
+                os.rename(folder, path)  # also onto an empty folder
+                return
+            names = [f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.is_file()]
+            for name in sorted(names, key=lambda name: str(name) == seal):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                epath.Path(folder / name).copy(target / name)
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def check_absent(path: epath.PathLike) -> None:
+    """Raises AlreadyExistsError if there is something at `path` but an empty folder."""
+    target = epath.Path(path)
+    if target.exists() and not (target.is_dir() and next(iter(target.iterdir()), None) is None):
+        raise AlreadyExistsError(f"{path} exists: choose another folder, or delete it")
+
+
+def check_space(path: epath.PathLike, num_bytes: int) -> None:
+    """Raises UserError if the disk of `path` is too full; of a bucket, that of temporary files."""
+    there = tempfile.gettempdir() if "://" in os.fspath(path) else os.path.abspath(path)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if (free := shutil.disk_usage(there).free) < num_bytes:
+        raise UserError(
+            f"{path} needs {format_bytes(num_bytes)}, and {there} has {format_bytes(free)} left"
+        )
 
 
 def append_lines(path: epath.PathLike, lines: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from jaxtyping import Float, PyTree, UInt8
 from data_pipelines.collate import Collator
 from data_pipelines.tasks import TASKS, find_task
 from data_pipelines.tokenizer import TokenizedText, Tokenizer, load_tokenizer
-from univg_jax import assembly, checkpoint, encoders, fields, sharding, tpu
+from univg_jax import assembly, encoders, fields, sharding, tpu
 from univg_jax.batch import Batch, BatchShape, Text
 from univg_jax.errors import NotFoundError, UnsupportedError, UserError
 from univg_jax.images import Picture, check_finite, to_uint8
@@ -32,7 +32,7 @@ from univg_jax.progress import timed
 from univg_jax.result import Result
 from univg_jax.sampling import NULL_CONDITIONS, Generator, guidance_weights
 from univg_jax.settings import MAX_SEED, Config, Guidance, Options, Sampler
-from univg_jax.workdir import CHECKPOINTS
+from univg_jax.trained import open_trained
 
 Pixels = UInt8[np.ndarray, "b h w 3"]
 
@@ -93,8 +93,9 @@ class Pipeline:
     ) -> "Pipeline":
         """The run in a workdir, at its newest sound checkpoint or at `step`.
 
-        `path` may also be a checkpoint, `workdir/checkpoints/STEP`, and may be `gs://`. `ema=False`
-        takes the raw parameters instead of their average. `sampling` replaces values of the run's
+        `path` may also be a checkpoint, `workdir/checkpoints/STEP`, or a folder that `univg export`
+        wrote as safetensors or orbax; it may be `gs://`. `ema=False` takes the raw parameters
+        instead of their average. `sampling` replaces values of the run's
         `sampling` settings, such as `{"steps": 20}`. `pretrained` is where pretrained encoders lie,
         if no longer where the run found them.
 
@@ -102,17 +103,14 @@ class Pipeline:
         of them. Raises UserError if there is no checkpoint, or what is there does not fit together.
         """
         tpu.silence_if_absent()
-        path = epath.Path(path).expanduser()
-        if step is not None:
-            path = checkpoint.workdir_of(path) / CHECKPOINTS / str(step)
-        config = load_config(path, sampling=sampling, pretrained=pretrained)
+        trained = open_trained(path, step=step)
+        config = load_config(trained.path, sampling=sampling, pretrained=pretrained)
         try:
             mesh = assembly.make_mesh(config)
         except UserError:
             mesh = sharding.make_mesh(data=1, fsdp=-1)
-        found = encoders.load(
-            checkpoint.workdir_of(path), folder=config.conditioning.folder, mesh=mesh
-        )
+        which = trained.which(ema=ema)
+        found = encoders.load(trained.folder, folder=config.conditioning.folder, mesh=mesh)
         model = assembly.make_model(config, found.conditioner)
         tokenizer = load_tokenizer(encoders.tokenizer_folder(config.conditioning))
         blank = cls(
@@ -126,14 +124,14 @@ class Pipeline:
                 shape=BatchShape.of(config.data),
                 caption_weights=config.data.caption_weights,
             ),
-            which="ema" if ema else "params",
+            which=which,
             digests={
                 "weights": "",
-                **encoders.digests(checkpoint.workdir_of(path)),
+                **encoders.digests(trained.folder),
                 "tokenizer": tokenizer.fingerprint,
             },
         )
-        return blank.at(path)
+        return blank.at(trained.path)
 
     def at(self, path: epath.PathLike) -> "Pipeline":
         """The same model with the parameters of another checkpoint of its run.
@@ -141,11 +139,10 @@ class Pipeline:
         All else stays, the sampling too, and nothing is compiled again. Raises UserError if there
         is no checkpoint, or it is not of this model.
         """
-        step = checkpoint.step_of(path)
-        weights = checkpoint.digests(path)[step]
+        trained = open_trained(path)
+        step, weights = trained.step, trained.digest
         abstract = jax.eval_shape(self._init_params, jax.random.key(0))
-        params = checkpoint.load_params(
-            path,
+        params = trained.load_params(
             which=self.which,
             abstract=abstract,
             shardings=sharding.tree_shardings(abstract, self.mesh),
@@ -661,7 +658,7 @@ def load_config(
     """The config of `Pipeline.load`, which takes the same arguments, without the model."""
     if pretrained is not None and not local_path(pretrained).is_dir():
         raise NotFoundError(f"pretrained={pretrained} is not a folder")
-    stored = checkpoint.load_config(path)
+    stored = open_trained(path).config()
     stored["sampling"] = {**stored["sampling"], **(sampling or {})}
     # A cache has the prompts and the pictures of the training only.
     stored["data"]["text_cache"] = stored["data"]["latent_cache"] = ""

@@ -3,24 +3,30 @@
 Trees are stored as nested dicts by path name, so that orbax never sees optax's structures.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from univg_jax.errors import UserError, shorten
+from univg_jax.streaming import Block, Tensor, boxes
 from univg_jax.trees import Json, named_leaves, nest
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct | jax.Array]  # of leaves, by name
+STATE = "state"  # the item of a step that has its arrays
 
 
-def saved_shapes(step_dir: epath.Path, prefix: str = "") -> dict[str, jax.ShapeDtypeStruct]:
+def saved_shapes(
+    step_dir: epath.Path, prefix: str = "", *, item: str = STATE
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the saved leaves; with a prefix, of that part and under names within it."""
-    tree = ocp.PyTreeCheckpointHandler().metadata(step_dir / "state").tree
+    tree = ocp.PyTreeCheckpointHandler().metadata(step_dir / item).tree
     if prefix:
         if not tree.get(prefix):
             raise UserError(f"{step_dir} has no {prefix!r}; it has {', '.join(sorted(tree))}")
@@ -28,11 +34,11 @@ def saved_shapes(step_dir: epath.Path, prefix: str = "") -> dict[str, jax.ShapeD
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named_leaves(tree).items()}
 
 
-def differences(wanted: Shapes, saved: Shapes) -> list[str]:
-    """In which names, shapes and dtypes leaves differ, a line each."""
+def differences(wanted: Shapes, saved: Shapes, *, dtypes: bool = True) -> list[str]:
+    """In which names, shapes and, if they matter, `dtypes` leaves differ, a line each."""
 
     def show(x: jax.ShapeDtypeStruct | jax.Array) -> str:
-        return f"{np.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
+        return f"{np.dtype(x.dtype).name if dtypes else ''}[{','.join(map(str, x.shape))}]"
 
     return [
         *(f"{name} {show(x)} is missing" for name, x in wanted.items() if name not in saved),
@@ -55,8 +61,11 @@ def read_state(step_dir: epath.Path, abstract: PyTree, *, prefix: str = "") -> P
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in wanted])
 
 
-def read_arrays(step_dir: epath.Path, nested: PyTree) -> PyTree:
-    """The arrays of a part of what is saved, with the shardings of `nested`, else on one device."""
+def read_arrays(step_dir: epath.Path, nested: PyTree, *, item: str = STATE) -> PyTree:
+    """The arrays of a part of what is saved, with the dtypes and the shardings of `nested`.
+
+    Without shardings they are on one device.
+    """
     default = SingleDeviceSharding(jax.local_devices()[0])
     nested = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
@@ -70,7 +79,23 @@ def read_arrays(step_dir: epath.Path, nested: PyTree) -> PyTree:
         partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(step_dir / "state", args=args)
+        return reader.restore(step_dir / item, args=args)
+
+
+def stream(folder: epath.PathLike, name: str) -> Tensor:
+    """One array of a folder that orbax wrote (`STEP/state`), read in blocks; no device is used."""
+    base = os.fspath(folder)
+    base = base if "://" in base else f"file://{os.path.abspath(base)}"
+    kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name.replace('/', '.')}/"}
+    array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+    dtype = np.dtype(array.dtype.numpy_dtype)
+
+    def blocks() -> Iterator[Block]:
+        pieces = array.chunk_layout.read_chunk.shape
+        for box in boxes(array.shape, dtype.itemsize, chunks=pieces):
+            yield box, array[box].read().result()
+
+    return Tensor(shape=tuple(array.shape), dtype=dtype, blocks=blocks)
 
 
 def read_item(step_dir: epath.Path, item: str) -> Json:

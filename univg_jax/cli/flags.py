@@ -61,15 +61,31 @@ def pair(text: str, *, flag: str) -> tuple[str, str]:
     return name, value
 
 
-def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """What `Pipeline.load` takes."""
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Which model `Pipeline.load` loads."""
     parser.add_argument(
         "--checkpoint",
         required=required,
         type=path,
         metavar="DIR",
-        help="a workdir, or DIR/checkpoints/STEP",
+        help="a workdir, DIR/checkpoints/STEP, or a folder that `univg export` wrote",
     )
+    parser.add_argument(
+        "--raw_params",
+        action="store_true",
+        help="the raw parameters instead of their average (EMA)",
+    )
+    parser.add_argument(
+        "--pretrained",
+        type=path,
+        metavar="DIR",
+        help="the folder of pretrained encoders; default: the run's config",
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """What `Pipeline.load` takes, and the seed of its pictures."""
+    add_model(parser, required=required)
     parser.add_argument(
         "--steps",
         action=Number,
@@ -85,17 +101,6 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = True) ->
         default=0,
         metavar="N",
         help="seed of the noise; default: 0",
-    )
-    parser.add_argument(
-        "--raw_params",
-        action="store_true",
-        help="the raw parameters instead of their average (EMA)",
-    )
-    parser.add_argument(
-        "--pretrained",
-        type=path,
-        metavar="DIR",
-        help="the folder of pretrained encoders; default: the run's config",
     )
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "run a config in a workdir, or continue it",
     "sample": "pictures from a checkpoint, for any task",
     "evaluate": "measure a checkpoint on a benchmark, beside answers that need no model",
+    "export": "write a trained model in a format that other programs read",
     "report": "write one page about the stages of a run and its evaluation",
     "plan": "will it fit, and how fast can it be: compile a config for TPUs that are not here",
     "config": "all settings of a config; without one, what every setting is",

@@ -1,6 +1,6 @@
 """The frozen encoders of a run: which kinds there are (`kinds`), and those of one run (`run`)."""
 
-from univg_jax.encoders.record import digests, find_problems
+from univg_jax.encoders.record import copy_records, describe, digests, find_problems
 from univg_jax.encoders.run import (
     Encoders,
     abstract,
@@ -10,6 +10,7 @@ from univg_jax.encoders.run import (
     load_text,
     prepare,
     prepare_codec,
+    pretrained_files,
     text_identity,
     tokenizer_folder,
 )
@@ -19,12 +20,15 @@ __all__ = [
     "abstract",
     "check",
     "codec_identity",
+    "copy_records",
+    "describe",
     "digests",
     "find_problems",
     "load",
     "load_text",
     "prepare",
     "prepare_codec",
+    "pretrained_files",
     "text_identity",
     "tokenizer_folder",
 ]

@@ -13,7 +13,7 @@ from etils import epath
 
 from univg_jax.encoders.kinds import KINDS, Fitted, Pretrained, find_kind
 from univg_jax.errors import NotFoundError, UserError
-from univg_jax.files import read_sealed
+from univg_jax.files import read_sealed, write_sealed, write_whole
 from univg_jax.workdir import ENCODERS
 
 RECORD = "encoders.json"
@@ -134,6 +134,30 @@ def digests(workdir: epath.PathLike) -> dict[str, str]:
         for role, record in records.items()
         if record is not None
     }
+
+
+def describe(workdir: epath.PathLike) -> dict[str, Record]:
+    """What a run has recorded of each of its encoders, and whether it `is_fitted` by the run."""
+    records = read_records(epath.Path(workdir) / ENCODERS) or {}
+    return {
+        role: {**record, "is_fitted": isinstance(kind_of(role, record), Fitted)}
+        for role, record in records.items()
+        if record is not None
+    }
+
+
+def copy_records(workdir: epath.PathLike, out: epath.PathLike) -> None:
+    """Copies what a run has of its encoders to another folder: the record, and fitted weights.
+
+    Raises UserError if they are damaged.
+    """
+    encoders = epath.Path(workdir) / ENCODERS
+    records = read_records(encoders) or {}
+    for role, record in records.items():
+        if record is not None and isinstance(kind_of(role, record), Fitted):
+            content = read_fitted(encoders, role, record)
+            write_whole(epath.Path(out) / ENCODERS / file_of(role), content)
+    write_sealed(epath.Path(out) / ENCODERS / RECORD, records)
 
 
 def kind_of(role: str, record: Record) -> Fitted | Pretrained:

@@ -7,6 +7,7 @@ afterwards, `abstract` has the shapes alone. `record` says what the folder of a 
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -237,6 +238,24 @@ def tokenizer_folder(conditioning: Conditioning) -> str:
     """The folder of the text encoder's tokenizer, or a name of `univg_jax.pretrained`."""
     kind = kind_of("text", _chosen(conditioning)["text"])
     return str(kind.tokenizer(local_path(conditioning.folder)))
+
+
+def pretrained_files(conditioning: Conditioning) -> list[Path]:
+    """All files in `conditioning.folder` that the run's encoders and its tokenizer are read from.
+
+    Encoders that come with a package have none there.
+    """
+    folder, files = local_path(conditioning.folder), []
+    for role, record in _chosen(conditioning).items():
+        if record is None or not isinstance(kind := kind_of(role, record), Pretrained):
+            continue
+        if kind.needs_folder:
+            for stored in _open(role, record, conditioning.folder).values():
+                files += [*stored.tensors.files, *stored.tensors.folder.glob("*.json")]
+            if kind.tokenizer is not None:
+                of_it = "tokenizer*/**/*" if kind.tokenizer(folder) == folder else "**/*"
+                files += [f for f in kind.tokenizer(folder).glob(of_it) if f.is_file()]
+    return sorted(dict.fromkeys(files))
 
 
 def _chosen(conditioning: Conditioning) -> dict[str, Record | None]:

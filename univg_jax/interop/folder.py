@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Shaped
 from safetensors.numpy import save_file
 
@@ -117,25 +117,24 @@ class StoredModel:
             shardings = named_leaves(tree_shardings(self.abstract, mesh))
         return nest(
             {
-                name: self._read_leaf(self.weights[name], leaf.shape, shardings[name], dtype)
+                name: self.read_leaf(
+                    name,
+                    like=jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[name]),
+                )
                 for name, leaf in named_leaves(self.abstract).items()
             }
         )
 
-    def _read_leaf(
-        self,
-        weight: Weight,
-        shape: tuple[int, ...],
-        sharding: NamedSharding | SingleDeviceSharding,
-        dtype: Any,
-    ) -> jax.Array:
+    def read_leaf(self, name: str, *, like: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
+        """One parameter, with the shape, the dtype and the sharding of `like`."""
+        weight, shape, sharding = self.weights[name], tuple(like.shape), like.sharding
         holders: dict[tuple, list[jax.Device]] = {}  # devices by the bounds of what they hold
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
             holders.setdefault(bounds, []).append(device)
         arrays = []
         for bounds, devices in holders.items():
-            shard = _read_box(self.tensors, weight, shape, bounds, np.dtype(dtype))
+            shard = _read_box(self.tensors, weight, shape, bounds, np.dtype(like.dtype))
             arrays += [jax.device_put(shard, device) for device in devices]
             # Transfers are asynchronous: without waiting, the host would hold several shards.
             jax.block_until_ready(arrays)

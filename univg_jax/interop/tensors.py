@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,13 @@ PathLike = str | os.PathLike
 MAX_SHOWN = 160  # letters of a name in a message
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-FLOATS = ("F32", "F16", "BF16")
+# What is read and written, by its name in a file.
+DTYPES = {
+    "BF16": np.dtype(jnp.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
+FLOATS = tuple(DTYPES)
 # Earlier versions read so many samples of so many bytes from each file.
 NUM_SAMPLES, SAMPLE_BYTES = 64, 2**16
 

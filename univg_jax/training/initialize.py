@@ -15,10 +15,11 @@ from jaxtyping import PyTree
 from univg_jax import checkpoint
 from univg_jax.batch import Batch
 from univg_jax.checkpoint import Checkpointer, Restored
-from univg_jax.errors import NotFoundError
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.interop import diffusers
 from univg_jax.settings import InitFrom
 from univg_jax.together import together
+from univg_jax.trained import ExportedModel, Trained, open_trained
 from univg_jax.training.step import TrainState, TrainStep
 from univg_jax.trees import Json
 
@@ -53,9 +54,17 @@ class DataStream(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParentRun:
-    """Another run of ours, the stage before: its parameters by name, and its fitted encoders."""
+    """Another run of ours, the stage before, or what was exported of it.
+
+    It has parameters by name, and fitted encoders.
+    """
 
     settings: InitFrom
+
+    @property
+    def trained(self) -> Trained:
+        """What lies there."""
+        return open_trained(self.settings.path)
 
     @property
     def encoders_from(self) -> str | None:
@@ -63,13 +72,19 @@ class ParentRun:
         return self.settings.path
 
     def check(self) -> None:
-        """Raises UserError if there is no sound checkpoint."""
-        checkpoint.load_config(self.settings.path)
+        """Raises UserError if there is no sound checkpoint, or not what is asked of an export."""
+        self.trained.config()
+        if isinstance(self.trained, ExportedModel) and self.settings.which == "state":
+            raise UserError(
+                f"init_from.which='state' goes on with a run, and {self.settings.path} is an export"
+            )
+        self.trained.which(ema=self.settings.which != "params")
 
     def load(self, params: PyTree, step: TrainStep, mesh: Mesh) -> Restored:
         """The parent's parameters in place of `params`, but for the leaves declared new."""
-        s = self.settings
-        return checkpoint.init_from(params, s.path, which=s.which, new=s.new, dropped=s.dropped)
+        s, trained = self.settings, self.trained
+        filled = trained.init_params(params, which=s.which, new=s.new, dropped=s.dropped)
+        return Restored(state=filled, data_state=trained.data_state())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +127,7 @@ def begin_stream(
         if workdir is not None:
             state = checkpoint.load_data_state(workdir)
     if state is None and isinstance(find_parent(settings), ParentRun):
-        state = checkpoint.load_data_state(settings.path)
+        state = open_trained(settings.path).data_state()
         begin = stream.set_state if settings.which == "state" else stream.continue_from
     with together():
         if state is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from absl import logging
 from etils import epath
 
-from univg_jax.errors import NotFoundError, UserError
+from univg_jax.errors import NotFoundError, UserError, shorten
 from univg_jax.evaluation.report.cards import Card
 from univg_jax.evaluation.report.differences import in_order
 from univg_jax.evaluation.results import FILE, Json
@@ -51,6 +51,21 @@ def find(paths: Sequence[epath.PathLike]) -> Found:
         for benchmark, rows in written.items():
             logs.setdefault(benchmark, {})[str(folder.parent)] = rows
     return Found(list(cards.values()), logs, left_out)
+
+
+def find_of(weights: str, path: epath.PathLike) -> list[Card]:
+    """The evaluations below a folder that are of the weights with this digest.
+
+    Raises UserError if there are none: no number is shown of another model.
+    """
+    cards = find([path]).cards
+    if own := [card for card in cards if card.settings.get("weights") == weights]:
+        return own
+    there = [f"{card.folder.name} of step {card.settings.get('step')}" for card in cards]
+    raise UserError(
+        f"{path} has no evaluation of this checkpoint: it has {shorten(there) or 'none'}; "
+        "run `univg evaluate`"
+    )
 
 
 def _logs(folder: epath.Path) -> dict[str, Log]:

@@ -1,0 +1,305 @@
+"""A trained model on disk: a step of a run, or a folder that `univg export` wrote.
+
+`open_trained` tells which. Both have the same methods, so a `Pipeline`, the next stage of training
+and another export read either.
+
+An exported folder has, in every format, `provenance.json` (what it is and where it comes from) and
+`checksums.json` of all its files, which is written last: a folder without it is not whole. In the
+formats that can be read back it also has
+
+    model.safetensors (or several and an index), or params/    the parameters, by their names
+    config.json                                                the network's sizes
+    encoders/                                                  the encoders' record, as in a workdir
+    pretrained/                                                copies of pretrained encoders, if any
+"""
+
+import copy
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+from etils import epath
+from jaxtyping import PyTree
+
+from univg_jax import checkpoint, checksums
+from univg_jax.errors import NotFoundError, UserError, shorten
+from univg_jax.files import read_json
+from univg_jax.interop.folder import StoredModel, Weight
+from univg_jax.interop.tensors import DTYPES, TensorFolder
+from univg_jax.sharding import with_shardings
+from univg_jax.stored import Shapes, differences, read_arrays, saved_shapes, stream
+from univg_jax.streaming import Block, Tensor, boxes
+from univg_jax.trees import Json, named_leaves, nest
+from univg_jax.workdir import CHECKPOINTS
+
+PROVENANCE, WEIGHTS, PARAMS = "provenance.json", "model.safetensors", "params"
+PRETRAINED = "pretrained"
+VERSION = 1  # of what an exported folder has
+WHICH = ("ema", "params")  # the average of the parameters, or the parameters themselves
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """A trained model on disk."""
+
+    path: epath.Path
+
+    @property
+    def folder(self) -> epath.Path:
+        """What has its `encoders`. Raises NotFoundError where there is no checkpoint."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """The run's step. Raises UserError if it is damaged, or no step is sound."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that name the content."""
+        ...
+
+    def config(self) -> Json:
+        """The run's config."""
+        ...
+
+    def data_state(self) -> Json | None:
+        """Where the run's stream was."""
+        ...
+
+    def which(self, *, ema: bool) -> str:
+        """The name in WHICH of what is asked for. Raises UserError if it is not there."""
+        ...
+
+    def load_params(
+        self, *, which: str, abstract: PyTree, shardings: PyTree | None = None
+    ) -> PyTree:
+        """The parameters, with the shapes and dtypes of `abstract`.
+
+        Raises UserError where they are not those of this tree.
+        """
+        ...
+
+    def init_params(
+        self, params: PyTree, *, which: str, new: Sequence[str], dropped: Sequence[str]
+    ) -> PyTree:
+        """Fresh `params` of a next stage, with the values of this model: `checkpoint.init_from`."""
+        ...
+
+    def tensors(self, which: str) -> dict[str, Tensor]:
+        """The parameters as they are stored, to be read one after the other."""
+        ...
+
+
+def open_trained(path: epath.PathLike, *, step: int | None = None) -> Trained:
+    """What lies at `path`: a workdir, a step of it, or an exported folder.
+
+    `step` is one of a workdir. Raises UserError for an export that is not whole, or that cannot be
+    read back; of a workdir little is read.
+    """
+    path = epath.Path(path).expanduser()
+    if (path / PROVENANCE).exists():
+        exported = ExportedModel.open(path)
+        if step not in (None, exported.step):
+            raise NotFoundError(f"no step {step} in {path}: step {exported.step} was exported")
+        return exported
+    if step is not None:
+        path = checkpoint.workdir_of(path) / CHECKPOINTS / str(step)
+    return RunStep(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunStep:
+    """A workdir at its newest sound step, or one step; see `Trained`."""
+
+    path: epath.Path
+
+    @property
+    def folder(self) -> epath.Path:
+        return checkpoint.workdir_of(self.path)
+
+    @functools.cached_property
+    def step(self) -> int:
+        return checkpoint.step_of(self.path)
+
+    @property
+    def digest(self) -> str:
+        return checkpoint.digests(self.path)[self.step]
+
+    def config(self) -> Json:
+        return checkpoint.load_config(self.path)
+
+    def data_state(self) -> Json | None:
+        return checkpoint.load_data_state(self.path)
+
+    def which(self, *, ema: bool) -> str:
+        return WHICH[not ema]
+
+    def load_params(
+        self, *, which: str, abstract: PyTree, shardings: PyTree | None = None
+    ) -> PyTree:
+        return checkpoint.load_params(
+            self.path, which=which, abstract=abstract, shardings=shardings
+        )
+
+    def init_params(
+        self, params: PyTree, *, which: str, new: Sequence[str], dropped: Sequence[str]
+    ) -> PyTree:
+        return checkpoint.init_from(params, self.path, which=which, new=new, dropped=dropped).state
+
+    def tensors(self, which: str) -> dict[str, Tensor]:
+        step = self.folder / CHECKPOINTS / str(self.step)
+        return {
+            name: stream(step / "state", f"{which}/{name}") for name in saved_shapes(step, which)
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportedModel:
+    """An exported folder that can be read back; see `Trained`."""
+
+    path: epath.Path
+    provenance: Json = dataclasses.field(repr=False)
+
+    @classmethod
+    def open(cls, path: epath.Path) -> "ExportedModel":
+        """Raises UserError if the folder is not whole, or of a format that is for others."""
+        provenance = read_json(path / PROVENANCE)
+        if not (path / checksums.FILE).exists():
+            raise UserError(f"{path} is no whole export, it has no {checksums.FILE}: export again")
+        found = provenance.get("version"), provenance.get("format")
+        if found[0] != VERSION:
+            raise UserError(f"{path} was exported by another version of univg_jax: export again")
+        if found[1] not in STORES:
+            raise UserError(
+                f"{path} is an export in the format {found[1]}, which is for other libraries; "
+                f"univg_jax reads {' and '.join(STORES)}"
+            )
+        return cls(path=path, provenance=provenance)
+
+    @property
+    def folder(self) -> epath.Path:
+        return self.path
+
+    @property
+    def step(self) -> int:
+        return self.provenance["step"]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        if problems := checksums.find_problems(self.path):
+            raise UserError(f"{self.path} is damaged: {shorten(problems)}")
+        return hashlib.sha256((self.path / checksums.FILE).read_bytes()).hexdigest()[:16]
+
+    def config(self) -> Json:
+        config = copy.deepcopy(self.provenance["config"])
+        if (copies := self.path / PRETRAINED).is_dir():
+            config["conditioning"]["folder"] = str(copies)
+        return config
+
+    def data_state(self) -> Json | None:
+        return self.provenance["data_state"]
+
+    def which(self, *, ema: bool) -> str:
+        has = self.provenance["parameters"]
+        if has == "ema" and not ema:
+            raise UserError(f"{self.path} was exported without the raw parameters")
+        return has
+
+    def load_params(
+        self, *, which: str, abstract: PyTree, shardings: PyTree | None = None
+    ) -> PyTree:
+        if shardings is not None:
+            abstract = with_shardings(abstract, shardings)
+        leaves = named_leaves(abstract)
+        if problems := differences(leaves, self._shapes(leaves)):
+            raise UserError(f"{self.path} does not fit the model: {shorten(problems)}")
+        values = named_leaves(self._read(leaves))
+        return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in leaves])
+
+    def init_params(
+        self, params: PyTree, *, which: str, new: Sequence[str], dropped: Sequence[str]
+    ) -> PyTree:
+        return checkpoint.fill(
+            params,
+            saved=self._shapes(named_leaves(params)),
+            read=self._read,
+            where=str(self.path),
+            new=new,
+            dropped=dropped,
+        )
+
+    def tensors(self, which: str) -> dict[str, Tensor]:
+        return self._store.tensors(self.path)
+
+    @property
+    def _store(self) -> "type[SafetensorsStore] | type[OrbaxStore]":
+        return STORES[self.provenance["format"]]
+
+    def _shapes(self, leaves: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of what is stored, but with the dtypes of `leaves`, to which reading casts."""
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, leaves[name].dtype if name in leaves else x.dtype)
+            for name, x in self.tensors("").items()
+        }
+
+    def _read(self, leaves: Shapes) -> PyTree:
+        """The stored values of these leaves, nested, with their dtypes and shardings."""
+        self.digest  # noqa: B018 (raises if a file is not what was written)
+        return self._store.read(self.path, leaves)
+
+
+class SafetensorsStore:
+    """Parameters in safetensors files, with dots for slashes in their names."""
+
+    @staticmethod
+    def tensors(path: epath.Path) -> dict[str, Tensor]:
+        """All of them, to be read one after the other."""
+        stored = TensorFolder(path, WEIGHTS)
+        return {name.replace(".", "/"): _stream(stored, name) for name in stored.shapes}
+
+    @staticmethod
+    def read(path: epath.Path, leaves: Shapes) -> PyTree:
+        """The values of these leaves, nested, with their dtypes and shardings."""
+        weights = {
+            name: Weight(
+                names=(name.replace("/", "."),),
+                shape=tuple(leaf.shape),
+                axes=tuple(range(len(leaf.shape))),
+            )
+            for name, leaf in leaves.items()
+        }
+        stored = StoredModel(
+            module=None, abstract=nest(leaves), weights=weights, tensors=TensorFolder(path, WEIGHTS)
+        )
+        return nest({name: stored.read_leaf(name, like=leaf) for name, leaf in leaves.items()})
+
+
+def _stream(stored: TensorFolder, name: str) -> Tensor:
+    shape, dtype = stored.shapes[name], DTYPES[stored.dtypes[name]]
+
+    def blocks() -> Iterator[Block]:
+        for box in boxes(shape, dtype.itemsize):
+            yield box, stored.read(name, box)
+
+    return Tensor(shape=shape, dtype=dtype, blocks=blocks)
+
+
+class OrbaxStore:
+    """Parameters in a folder that orbax reads by itself."""
+
+    @staticmethod
+    def tensors(path: epath.Path) -> dict[str, Tensor]:
+        """All of them, to be read one after the other."""
+        return {name: stream(path / PARAMS, name) for name in saved_shapes(path, item=PARAMS)}
+
+    @staticmethod
+    def read(path: epath.Path, leaves: Shapes) -> PyTree:
+        """The values of these leaves, nested, with their dtypes and shardings."""
+        return read_arrays(path, nest(leaves), item=PARAMS)
+
+
+STORES = {"orbax": OrbaxStore, "safetensors": SafetensorsStore}  # by the name of the format
