@@ -1,0 +1,1 @@
+"""A trained model for others: a page to try it."""
