@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,6 +103,36 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = True) ->
         metavar="N",
         help="seed of the noise; default: 0",
     )
+
+
+def add_address(parser: argparse.ArgumentParser, *, port: int) -> None:
+    """Where a command that serves listens."""
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="the address to listen on; default: 127.0.0.1, this machine alone. 0.0.0.0 is all: "
+        "whoever reaches the port may then use the model",
+    )
+    parser.add_argument(
+        "--port",
+        action=Number,
+        least=1,
+        most=65535,
+        default=port,
+        metavar="N",
+        help=f"the port; default: {port}",
+    )
+
+
+def check_address(args: argparse.Namespace) -> None:
+    """Raises UserError if nothing can listen on --host and --port."""
+    try:
+        with socket.create_server((args.host, args.port)):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--host={args.host} --port={args.port} cannot be used: {reason}") from None
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

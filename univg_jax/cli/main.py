@@ -19,6 +19,7 @@ OWN_PACKAGES = ("univg_jax", "data_pipelines", "experiments")
 COMMANDS = {
     "train": "run a config in a workdir, or continue it",
     "sample": "pictures from a checkpoint, for any task",
+    "demo": "a page to try a checkpoint in a browser",
     "evaluate": "measure a checkpoint on a benchmark, beside answers that need no model",
     "export": "write a trained model in a format that other programs read",
     "report": "write one page about the stages of a run and its evaluation",

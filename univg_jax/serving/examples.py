@@ -10,7 +10,7 @@ from data_pipelines.renderings import PALETTE
 from data_pipelines.tasks import TASKS
 from univg_jax.errors import UserError
 from univg_jax.pipeline import Pipeline
-from univg_jax.serving.form import Box, Form
+from univg_jax.serving.form import SIDES, Form, fields_of
 from univg_jax.serving.store import Store
 
 
@@ -56,7 +56,8 @@ def _form(held_out: HeldOut, index: int, store: Store) -> Form:
         pictures["mask"] = example.mask[..., 0] * 255
     pictures["face"] = example.face
     names = {name: store.add_picture(pictures[name], keep=True) for name in task.inputs}
-    return Form.of({**given, "prompt": example.text, **names})
+    text = {"prompt": example.text} if "prompt" in fields_of(task.name) else {}
+    return Form.of({**given, **text, **names})
 
 
 def _boxes(record: Mapping) -> list[dict]:
@@ -67,6 +68,5 @@ def _boxes(record: Mapping) -> list[dict]:
         for box, phrase, end in zip(record["boxes"], record["phrases"], ends, strict=True)
         if end is not None and box[0] < box[2] and box[1] < box[3]
     }
-    names = [field for field in ("left", "top", "right", "bottom")]
     shown = list(named.items())[: len(PALETTE)]
-    return [dict(zip(names, corners, strict=True), name=phrase) for corners, phrase in shown]
+    return [dict(zip(SIDES, corners, strict=True), name=phrase) for corners, phrase in shown]

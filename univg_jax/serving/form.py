@@ -16,6 +16,7 @@ MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
 MAX_SIDE = 2048  # of a picture, in pixels
 MAX_MARGIN = 200  # in percent
+SIDES = ("left", "top", "right", "bottom")
 MAX_TEXT = 2000  # characters of a prompt
 
 

@@ -97,7 +97,9 @@ class Maker:
     def _make(self, job: Job) -> Made:
         form, read = job.form, self._read
         given: dict[str, Any] = {
-            name: read(getattr(form, name)) for name in TASKS[form.task].inputs if getattr(form, name, "")
+            name: read(getattr(form, name))
+            for name in TASKS[form.task].inputs
+            if getattr(form, name, "")
         }
         if any(form.margins):
             given["margins"] = _pixels(form.margins, given["image"])

@@ -1,6 +1,6 @@
 """The page: NiceGUI's elements around a `Maker`, and a picture to draw on (`easel.js`).
 
-Each visitor has a `_Page` of their own. Nothing is loaded from elsewhere, and nothing is sent there.
+Each visitor has a `_Page` of their own. Nothing is loaded from elsewhere or sent there.
 """
 
 import dataclasses
@@ -13,7 +13,15 @@ from data_pipelines.renderings import PALETTE
 from data_pipelines.tasks import TASKS
 from univg_jax import images
 from univg_jax.errors import UserError, check_name, needs_extra
-from univg_jax.serving.form import MAX_GUIDANCE, MAX_MARGIN, MAX_SIDE, MAX_STEPS, Form, fields_of
+from univg_jax.serving.form import (
+    MAX_GUIDANCE,
+    MAX_MARGIN,
+    MAX_SIDE,
+    MAX_STEPS,
+    SIDES,
+    Form,
+    fields_of,
+)
 from univg_jax.serving.maker import Job, Made, Maker, Stopped
 from univg_jax.serving.store import MAX_UPLOAD, read_mask, read_upload
 from univg_jax.settings import MAX_SEED, SOLVERS
@@ -25,7 +33,6 @@ with needs_extra("demo", "the page"):
 
 MEDIA = {".png": "image/png", ".npy": "application/octet-stream", ".json": "application/json"}
 SHARED = ("image", "face", "steps", "solver", "seed")  # what stays when another task is chosen
-SIDES = ("left", "top", "right", "bottom")
 COLORS = [f"rgb{rgb}" for rgb in PALETTE.values()]
 PIXELATED = 128  # a picture of fewer pixels a side shows them
 
@@ -118,7 +125,7 @@ class _Page:
         with ui.element("main").classes("page"):
             with ui.element("header"):
                 ui.label("univg").classes("name")
-                ui.label(title).classes("run")
+                ui.label(title).classes("quiet")
             with ui.element("section").classes("form"):
                 self.chips = ui.element("nav").classes("chips")
                 self.inputs = ui.element("div").classes("inputs")
@@ -129,10 +136,10 @@ class _Page:
                     ).bind_enabled_from(self, "job", lambda job: job is None)
                     self.stop = ui.button("Stop", on_click=self._stop).props("no-caps outline")
                 self.bar = ui.linear_progress(value=0, show_value=False).props("rounded")
-                self.doing = ui.label().classes("doing").props('role="status"')
+                self.doing = ui.label().classes("quiet").props('role="status"')
             self.gallery = ui.element("section").classes("gallery")
             with self.gallery:
-                self.empty = ui.label("Your pictures will be here.").classes("empty")
+                self.empty = ui.label("Your pictures will be here.").classes("empty quiet")
             self.row = ui.element("section").classes("examples")
         ui.timer(0.2, self._show_progress)
         ui.context.client.on_delete(self._stop)
@@ -202,7 +209,7 @@ class _Page:
             raise UserError("Choose a picture first.")
         if "mask" in values and not (values["mask"] or any(values["margins"])):
             raise UserError(
-                "Nothing is painted: paint over what is to be made anew, or make the picture larger."
+                "Nothing is painted: paint what is to be made anew, or make the picture larger."
             )
         if "boxes" in values and not values["boxes"]:
             raise UserError("No block is drawn: drag on the canvas to draw one.")
@@ -222,7 +229,9 @@ class _Page:
         with self.chips:
             for name in self.maker.pipeline.tasks:
                 is_chosen = name == task.name
-                chip = ui.button(_label(name), on_click=lambda name=name: self._choose(name))
+                chip = ui.button(_label(name))
+                if not is_chosen:
+                    chip.on_click(lambda name=name: self._choose(name))
                 chip.props(f"rounded dense no-caps {'unelevated' if is_chosen else 'outline'}")
                 chip.props(f'aria-pressed="{str(is_chosen).lower()}"')
         self.inputs.clear()
@@ -365,8 +374,9 @@ class _Page:
         shown = fields_of(self.values["task"])
         if "guidance" in shown:
             self._slider("guidance", "Guidance", 1, 10, 0.5)
-        if "image_guidance" in shown:
-            self._slider("image_guidance", "Image guidance", 1, 5, 0.1)
+            if "image_guidance" in shown:
+                self._slider("image_guidance", "Image guidance", 1, 5, 0.1)
+            ui.label("A guidance of 1 is none.").classes("quiet small")
         self._slider("steps", "Steps", 1, MAX_STEPS // 2, 1)
         with ui.element("div").classes("seed"):
             self._number("seed", "Seed", 0, MAX_SEED)
@@ -388,7 +398,7 @@ class _Page:
         """A slider with its value as a number, which may lie beyond the slider's end."""
         limit = MAX_STEPS if name == "steps" else MAX_GUIDANCE
         with ui.element("div").classes("slider"):
-            ui.label(label)
+            ui.label(label).classes("what")
             ui.slider(min=least, max=most, step=step).props(f'aria-label="{label}"').bind_value(
                 self.values, name
             )
@@ -405,6 +415,7 @@ class _Page:
         self.values["seed"] = random.randrange(2**16)
 
     def _build_examples(self) -> None:
+        """Buttons that fill in the form."""
         self.row.clear()
         if not (forms := self.examples.get(self.values["task"])):
             return
@@ -412,12 +423,14 @@ class _Page:
             ui.label("Examples").classes("title")
             with ui.element("div").classes("cards"):
                 for number, form in enumerate(forms, 1):
-                    with ui.element("button").classes("example").on(
-                        "click", lambda form=form: self._fill(form)
-                    ):
+                    card = ui.element("button").classes("example")
+                    card.on("click", lambda form=form: self._fill(form))
+                    with card:
                         if file := form.image or form.face:
-                            self._picture(file, f"example {number}")
-                        ui.label(form.prompt or f"example {number}")
+                            self._picture(file, "")
+                        elif form.boxes:
+                            _sketch(form)
+                        ui.label(form.prompt or f"Example {number}")
 
     # Making.
 
@@ -478,23 +491,23 @@ class _Page:
             with ui.element("div").classes("pictures"):
                 self._picture(made.picture, "the picture").classes("made")
                 for what, file in made.shown.items():
-                    with ui.element("div").classes("beside"):
+                    with ui.element("div"):
                         self._picture(file, what)
-                        ui.label(what)
+                        ui.label(what).classes("quiet small")
             if form.prompt:
                 ui.label(form.prompt).classes("prompt")
             if made.note:
-                ui.label(made.note).classes("note")
-            ui.label(_settings(form)).classes("settings")
+                ui.label(made.note).classes("small")
+            ui.label(_settings(form)).classes("quiet small")
             with ui.element("div").classes("links"):
                 ui.link("Link", link, new_tab=True).tooltip("opens the page with these settings")
                 _save("Save", made.picture)
                 if made.answer:
-                    _save("Save the answer", made.answer)
-                again = ui.button("Use these settings", on_click=lambda: self._fill(form))
+                    _save("Save answer", made.answer)
+                again = ui.button("Reuse", on_click=lambda: self._fill(form))
                 again.props("flat dense no-caps")
                 if takers := self._takers():
-                    use = ui.button("Use the picture", on_click=lambda: self._use(made.picture))
+                    use = ui.button("Use as input", on_click=lambda: self._use(made.picture))
                     use.props("flat dense no-caps").tooltip(f"as the picture to {takers[0]}")
         ui.run_javascript(
             f"const card = getHtmlElement({card.id}), top = card.getBoundingClientRect().top;"
@@ -518,6 +531,17 @@ class _Page:
         element = ui.element("img").classes("pixels" if max(height, width) <= PIXELATED else "")
         element.props.update(src=_address(file), alt=alt, width=width, height=height)
         return element
+
+
+def _sketch(form: Form) -> None:
+    """The blocks of a layout, small."""
+    blocks = "".join(
+        f'<rect x="{box.left}" y="{box.top}" width="{box.right - box.left}" '
+        f'height="{box.bottom - box.top}" fill="{color}" />'
+        for box, color in zip(form.boxes, COLORS, strict=False)
+    )
+    svg = f'<svg viewBox="0 0 1 1"><rect width="1" height="1" fill="gray" />{blocks}</svg>'
+    ui.html(svg, sanitize=False).classes("sketch")
 
 
 def _save(text: str, file: str) -> None:
@@ -544,6 +568,9 @@ def _settings(form: Form) -> str:
         "solver": form.solver,
         "guidance": form.guidance,
         "image guidance": form.image_guidance,
+        "size": f"{form.width} x {form.height}" if form.width and form.height else None,
         "without": form.negative_prompt,
     }
-    return " · ".join([_label(form.task), *(f"{k} {v}" for k, v in said.items() if v not in (None, ""))])
+    return " · ".join(
+        [_label(form.task), *(f"{k} {v}" for k, v in said.items() if v not in (None, ""))]
+    )

@@ -68,9 +68,7 @@ def read_upload(name: str, data: bytes) -> RGB:
     """
     where = quote(name, most=60)[1:-1]
     if len(data) > MAX_UPLOAD:
-        raise UserError(
-            f"{where} has {len(data) / 2**20:.0f} MB: expected at most {MAX_UPLOAD / 2**20:.0f} MB"
-        )
+        raise UserError(f"{where} is too large: it has more than {MAX_UPLOAD / 2**20:.0f} MB")
     try:
         pixels = images.decode_rgb(data)
     except UserError as error:
@@ -89,5 +87,7 @@ def read_mask(address: str) -> UInt8[np.ndarray, "h w"]:
     try:
         data = base64.b64decode(address.partition(",")[2], validate=True)
         return images.to_mask(images.open_picture(data)) * np.uint8(255)
-    except (UserError, binascii.Error) as error:
-        raise UserError(f"the mask cannot be read: it {error}") from None
+    except UserError as error:
+        raise UserError(f"the mask {error}") from None
+    except binascii.Error:
+        raise UserError("the mask is not a readable image: it is no base64") from None
