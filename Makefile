@@ -8,7 +8,7 @@ export JAX_PLATFORMS ?= cpu
 # XLA's temporaries are mapped and unmapped every step; in huge pages that is 27 times fewer page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart ablations test parity datasets docs lint lock clean
+.PHONY: install quickstart demo ablations test parity datasets docs lint lock clean
 
 install: .venv/installed
 
@@ -26,6 +26,11 @@ quickstart: install
 	$(UNIVG) evaluate --checkpoint=$(RUN)/stage3 --benchmark=emoji_scenes --out=$(RUN)/evaluation
 	$(UNIVG) report --stages=$(RUN)/stage1,$(RUN)/stage2,$(RUN)/stage3 --evaluation=$(RUN)/evaluation --out=$(RUN)
 	@echo "To have the command in this shell: source .venv/bin/activate; univg --help"
+
+# A page to try the run's model in a browser; makes the run first if it is not there.
+demo: install
+	ls $(RUN)/stage3/checkpoints/* > /dev/null 2>&1 || $(MAKE) quickstart
+	$(UNIVG) demo --checkpoint=$(RUN)/stage3
 
 # The paper's ablations, at most 8 hours on 2 cores; killed, it goes on. Writes docs/ablations.md.
 ablations: install
@@ -59,7 +64,7 @@ lint: install
 # Resolves the newest versions that setup.cfg allows; review the diff before committing it.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python tools/lock.py quickstart tpu data beam docs dev > requirements.lock
+	.venv-lock/bin/python tools/lock.py quickstart tpu data beam demo docs dev > requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python tools/lock.py parity --over=requirements.lock > requirements-parity.lock
 	rm -rf .venv-lock

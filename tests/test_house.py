@@ -110,6 +110,7 @@ ALLOWED: dict[str, set[str]] = {
         *("assembly", "checksums", "data_pipelines", "encoders", "interop", "pipeline"),
         *("pretrained", "streaming", "trained", "workdir"),
     },
+    "serving": {"data_pipelines", "pipeline", "result"},
     "planning": {
         *("assembly", "batch", "conditioning", "data_pipelines", "encoders", "models"),
         *("sampling", "sharding", "tpu", "training"),

@@ -80,6 +80,7 @@ def test_what_is_imported_is_required():
     extras = SETUP["options.extras_require"]
     optional = distributions(extras["quickstart"])
     native = distributions(extras["data"]) | distributions(extras["beam"])
+    native |= distributions(extras["demo"])
     where = importlib.metadata.packages_distributions()
     for folder in ("univg_jax", "data_pipelines", "experiments"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -101,6 +102,6 @@ def test_what_is_imported_is_required():
 
 def test_every_extra_is_used():
     assert set(SETUP["options.extras_require"]) == {
-        *("quickstart", "tpu", "cuda", "gcs", "data", "beam"),  # of which the commands speak
-        *("parity", "dev"),  # of which the Makefile speaks
+        *("quickstart", "tpu", "cuda", "gcs", "data", "beam", "demo"),  # of which the commands speak
+        *("parity", "docs", "dev"),  # of which the Makefile speaks
     }

@@ -84,7 +84,7 @@ class Form:
         texts = ("task", "prompt", "negative_prompt", "image", "mask", "face", "solver")
         return cls.of(
             {
-                name: value if name in texts else fields.parse_literal(value)
+                name: value if name in texts else _parse(value)
                 for name, value in query.items()
             }
         )
@@ -121,6 +121,14 @@ def fields_of(name: str) -> tuple[str, ...]:
         "image_guidance": "image" in task.inputs and task.prompt != "none",
     }
     return tuple(field.name for field in dataclasses.fields(Form) if taken[field.name])
+
+
+def _parse(text: str) -> Any:
+    """What JSON says, or the text itself, of which a setting's rule then says what is wrong."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _plain(value: object) -> object:

@@ -27,9 +27,8 @@ from univg_jax.serving.store import MAX_UPLOAD, read_mask, read_upload
 from univg_jax.settings import MAX_SEED, SOLVERS
 
 with needs_extra("demo", "the page"):
+    from fastapi import Request, Response
     from nicegui import app, events, run, ui
-    from starlette.requests import Request
-    from starlette.responses import Response
 
 MEDIA = {".png": "image/png", ".npy": "application/octet-stream", ".json": "application/json"}
 SHARED = ("image", "face", "steps", "solver", "seed")  # what stays when another task is chosen
