@@ -216,5 +216,7 @@ def test_a_picture_that_is_not_finite_is_named_by_its_seed(pipeline):
     scale = pipeline.frozen["codec"]["scale"]
     frozen = {**pipeline.frozen, "codec": {**pipeline.frozen["codec"], "scale": scale * jnp.inf}}
     broken = dataclasses.replace(pipeline, frozen=frozen)
-    with pytest.raises(NonFiniteError, match=r"^t2i: the picture of seed 5, sample 0 is not finite"):
+    with pytest.raises(
+        NonFiniteError, match=r"^t2i: the picture of seed 5, sample 0 is not finite"
+    ):
         broken("a pig on grass", seed=5)

@@ -102,6 +102,8 @@ def test_what_is_imported_is_required():
 
 def test_every_extra_is_used():
     assert set(SETUP["options.extras_require"]) == {
-        *("quickstart", "tpu", "cuda", "gcs", "data", "beam", "demo"),  # of which the commands speak
-        *("parity", "docs", "dev"),  # of which the Makefile speaks
+        # Of which the commands speak.
+        *("quickstart", "tpu", "cuda", "gcs", "data", "beam", "demo"),
+        # Of which the Makefile speaks.
+        *("parity", "docs", "dev"),
     }

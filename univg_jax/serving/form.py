@@ -83,10 +83,7 @@ class Form:
             check_name(name, known, what="setting in the link:")
         texts = ("task", "prompt", "negative_prompt", "image", "mask", "face", "solver")
         return cls.of(
-            {
-                name: value if name in texts else _parse(value)
-                for name, value in query.items()
-            }
+            {name: value if name in texts else _parse(value) for name, value in query.items()}
         )
 
     def taken(self) -> tuple[str, ...]:
