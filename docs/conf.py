@@ -32,6 +32,8 @@ autodoc_default_options = {"members": True}
 add_module_names = False
 python_maximum_signature_line_length = 88
 
+copybutton_prompt_text = ">>> "
+
 html_theme = "pydata_sphinx_theme"
 html_title = "univg_jax"
 html_static_path = ["static"]
@@ -63,6 +65,7 @@ class Markdown(SphinxDirective):
 def wrap_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list):
     """Makes a docstring the content of a `Markdown` directive."""
     text = re.sub(r"^Raises:\n((?: +.*(?:\n|$))+)", _list_errors, "\n".join(lines), flags=re.M)
+    text = re.sub(r"^Example:\n((?: +.*(?:\n|$))+)", "```pycon\n\\1```\n", text, flags=re.M)
     lines[:] = [".. markdown::", "", *(f"   {line}".rstrip() for line in text.split("\n")), ""]
 
 

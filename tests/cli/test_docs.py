@@ -3,32 +3,30 @@
 `make docs` holds that their links lead somewhere on the site, too.
 """
 
-import itertools
+import configparser
 import pathlib
 import re
 import shlex
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from tools import architecture
+from data_pipelines.tasks import TASKS
+from tools import architecture, task_pictures
 from univg_jax import configs
-from univg_jax.cli.main import COMMANDS, parse
+from univg_jax.cli.main import COMMANDS, main, parse
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def page_id(page):
     return page.name if isinstance(page, pathlib.Path) else None
-
-
-def python_blocks(page):
-    return [code for language, code in FENCED.findall(page.read_text()) if language == "python"]
 
 
 def commands(page):
@@ -57,6 +55,43 @@ def commands_with_flags():
     ]
 
 
+# What a block needs that no test has, in its first line; or the test that runs it.
+MARK = re.compile(r"# (needs: .+|run by tests/\S+)\n")
+# Blocks of the programs that a reader has in a shell.
+PROGRAMS = ("bash", "docker", "gcloud", "hf", "make", "pip", "python", "univg", "xpk")
+# A training step of a model of the real size is out of reach here.
+SHORT = (
+    *("train.steps=1", "train.eval_examples=0", "train.sample_examples=0", "data.batch_size=8"),
+    *("data.resolution=32", "optim.warmup=1", "optim.accumulate=1"),
+)
+
+
+def blocks(page):
+    """The Python and the commands of a page that are not marked, in order."""
+    if page.name == "datasets.md":  # it says what they need, and tests/native builds each
+        return []
+    found = []
+    for language, code in FENCED.findall(page.read_text()):
+        is_shell = language == "" and re.search(rf"^(?:{'|'.join(PROGRAMS)}) ", code, re.MULTILINE)
+        if (language == "python" or is_shell) and not MARK.match(code):
+            found.append((language, code))
+    return found
+
+
+def run_command(line):
+    """Runs a `univg` command in this process, shortened if it trains; others are run elsewhere."""
+    program, *args = shlex.split(line, comments=True)
+    if program == "univg":
+        short = [f"--config.{setting}" for setting in SHORT] if args[0] == "train" else []
+        assert main([*args, *short]) == 0, line
+    elif program == "make":
+        assert f"make {args[0]}" in (ROOT / ".ci" / "run").read_text(), line
+    elif program == "pip":  # that the extras exist is another test's
+        assert args[0] == "install", line
+    else:
+        assert line.startswith("bash .ci/run"), line
+
+
 @pytest.fixture
 def workplace(root, tmp_path, monkeypatch):
     """A folder with the run, data and photos that the examples name; the run is a tiny one."""
@@ -64,20 +99,49 @@ def workplace(root, tmp_path, monkeypatch):
         link = tmp_path / "runs" / name
         link.parent.mkdir(parents=True)
         link.symlink_to(root / target)
-    for split, count in dict(train=20, validation=4).items():
-        folder = tmp_path / "photos" / split
+    for folder, count in {"photos/train": 20, "photos/validation": 4, "pictures": 60}.items():
+        folder = tmp_path / folder
         folder.mkdir(parents=True)
         for k in range(count):
-            Image.new("RGB", (40, 36), (12 * k, 99, 0)).save(folder / f"{k}.jpg")
+            Image.new("RGB", (40, 36), (4 * k, 99, 0)).save(folder / f"{k}.jpg")
             (folder / f"{k}.txt").write_text(f"a photo of shade {k}")
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", python_blocks(ROOT / "README.md"), ids=itertools.count())
-def test_the_python_examples_of_readme_run_as_written(code, workplace):
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=page_id)
+def test_a_page_runs_from_top_to_bottom(page, workplace):
+    """What is not marked with what it needs does."""
+    names = {}
+    for language, code in blocks(page):
+        if language == "python":
+            exec(compile(code, page.name, "exec"), names)
+        else:
+            for line in code.replace("\\\n", " ").splitlines():
+                run_command(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_extras_that_are_named_exist(page):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for names in re.findall(r"(?:'\.|univg_jax)\[([\w,]+)\]", page.read_text()):
+        assert set(names.split(",")) <= set(setup["options.extras_require"]), names
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_each_task_has_a_page_with_what_it_learns_from_and_pictures_of_a_model(task):
+    page = (ROOT / "docs" / "tasks" / f"{task.name}.md").read_text()
+    training = page[page.index("**Training**") : page.index("**Measured by**")]
+    for field in task.needs:
+        assert f"`{field}`" in training, field
+    strips = task_pictures.cut(task_pictures.open_grid())[list(TASKS).index(task.name)]
+    for k, strip in enumerate(strips):
+        assert f"(../images/tasks/{task.name}_{k}.png)" in page
+        shown = Image.open(task_pictures.path_of(task.name, k))
+        np.testing.assert_array_equal(shown, task_pictures.enlarge(strip))
 
 
 @pytest.mark.parametrize(("page", "args"), commands_with_flags(), ids=page_id)

@@ -19,7 +19,8 @@ PAGE = """# Datasets
 `univg data build --dataset=NAME --source=DIR --out=DATA` makes records of a dataset's files as they
 were published, in `DATA/NAME`. With `--config.data.dir=DATA` a config reads them: `data=recipe` of
 the three stages names those of the paper. Sizes and licenses are those that publishers state; read
-the license before you train. This page is made by `univg data list --markdown`.
+the license before you train. Each command needs the files of its dataset; tests build all datasets
+from small ones. This page is made by `univg data list --markdown`.
 """
 _GENERAL = {field.name for field in dataclasses.fields(Options)}
 
