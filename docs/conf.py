@@ -75,6 +75,11 @@ def _list_errors(section: re.Match) -> str:
     return f"Raises:\n\n{items}"
 
 
+def name_arrays(app: Sphinx, what: str, name: str, obj: object, options: object, *signature: str):
+    """Types of arrays as the code has them, not with the module that defines them today."""
+    return tuple(part and part.replace("jaxlib._jax.Array", "Array") for part in signature)
+
+
 # Where the sections of BUILD.md are that README links to.
 PAGES = {"planning": "pods.md#planning", "launch": "pods.md#launching", "caches": "data.md#caches"}
 
@@ -93,4 +98,5 @@ def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.add_directive("markdown", Markdown)
     app.connect("autodoc-process-docstring", wrap_docstring)
+    app.connect("autodoc-process-signature", name_arrays)
     app.connect("include-read", fit_section)

@@ -84,7 +84,7 @@ def test_the_wheel_alone_runs_every_command_and_a_trained_model(wheel, root, tmp
     shutil.copytree(root / "stage3", tmp_path / "run")
     code = (
         "import univg_jax; from univg_jax import Pipeline;"
-        "pipeline = Pipeline.load('run'); pipeline.generate('a pig on grass');"
+        "pipeline = Pipeline.load('run'); pipeline('a pig on grass').image;"
         "print(univg_jax.__file__, pipeline.step)"
     )
     where, step = run("venv/bin/python", "-c", code, cwd=tmp_path).split()
