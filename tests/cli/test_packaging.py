@@ -18,7 +18,7 @@ from univg_jax.cli.main import COMMANDS
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PACKAGES = ("univg_jax", "data_pipelines", "experiments")
 NOT_SOURCES = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
 
