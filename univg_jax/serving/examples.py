@@ -13,14 +13,17 @@ from univg_jax.pipeline import Pipeline
 from univg_jax.serving.form import SIDES, Form, fields_of
 from univg_jax.serving.store import Store
 
+APART = 8  # records of the split from one example to the next, where there are so many
+
 
 def load_examples(
     pipeline: Pipeline, store: Store, *, num: int, data_dir: str = ""
 ) -> Mapping[str, Sequence[Form]]:
-    """The first `num` examples of each task in the test split of the run's data.
+    """Up to `num` examples of each task in the test split of the run's data.
 
-    Their pictures are kept in the store. `data_dir` is where the data lies, if not where the run
-    found it. A task whose data is not there has none, which the log says.
+    They lie apart, since neighbors may show the same person. Their pictures are kept in the store.
+    `data_dir` is where the data lies, if not where the run found it. A task whose data is not there
+    has none, which the log says.
     """
     found = {}
     for task in pipeline.tasks:
@@ -39,8 +42,9 @@ def _of_task(
     if data_dir:
         stored = config.to_dict()
         config = type(config).of({**stored, "data": {**stored["data"], "dir": data_dir}})
-    held_out = HeldOut(config, task, split="test", num=num, collator=pipeline.collator)
-    return [_form(held_out, i, store) for i in range(len(held_out))]
+    held_out = HeldOut(config, task, split="test", num=num * APART, collator=pipeline.collator)
+    step = max(1, len(held_out) // num)
+    return [_form(held_out, i, store) for i in range(0, len(held_out), step)[:num]]
 
 
 def _form(held_out: HeldOut, index: int, store: Store) -> Form:

@@ -23,7 +23,7 @@ from univg_jax.serving.form import (
     fields_of,
 )
 from univg_jax.serving.maker import Job, Made, Maker, Stopped
-from univg_jax.serving.store import MAX_UPLOAD, read_mask, read_upload
+from univg_jax.serving.store import MAX_UPLOAD, check_upload, read_mask, read_upload
 from univg_jax.settings import MAX_SEED, SOLVERS
 
 with needs_extra("demo", "the page"):
@@ -72,7 +72,7 @@ def serve(
         reload=False,
         show=False,
         show_welcome_message=False,
-        reconnect_timeout=60.0,  # a phone that slept finds its page again
+        reconnect_timeout=120.0,  # a phone that slept finds its page again
         timeout_graceful_shutdown=3,
     )
 
@@ -126,13 +126,13 @@ class _Page:
                 ui.label("univg").classes("name")
                 ui.label(title).classes("quiet")
             with ui.element("section").classes("form"):
-                self.chips = ui.element("nav").classes("chips")
+                with ui.element("nav").classes("chips"):
+                    self.chips = {name: self._chip(name) for name in maker.pipeline.tasks}
                 self.inputs = ui.element("div").classes("inputs")
                 self.error = ui.label().classes("error").props('role="alert"')
                 with ui.element("div").classes("go"):
-                    ui.button("Make the picture", on_click=self._make).props(
-                        "no-caps unelevated"
-                    ).bind_enabled_from(self, "job", lambda job: job is None)
+                    self.button = ui.button("Make the picture", on_click=self._make)
+                    self.button.props("no-caps unelevated")
                     self.stop = ui.button("Stop", on_click=self._stop).props("no-caps outline")
                 self.bar = ui.linear_progress(value=0, show_value=False).props("rounded")
                 self.doing = ui.label().classes("quiet").props('role="status"')
@@ -143,6 +143,10 @@ class _Page:
         ui.timer(0.2, self._show_progress)
         ui.context.client.on_delete(self._stop)
 
+    def _chip(self, task: str) -> ui.button:
+        chip = ui.button(_label(task), on_click=lambda: self._choose(task))
+        return chip.props("rounded dense no-caps unelevated")
+
     # Which form is shown.
 
     def begin(self, query: Mapping[str, str]) -> None:
@@ -151,9 +155,6 @@ class _Page:
         try:
             form = Form.of_query(query) if query else Form(task=tasks[0], seed=self.values["seed"])
             check_name(form.task, tasks, what="task of this model:")
-            for name in ("image", "mask", "face"):
-                if file := getattr(form, name):
-                    self.maker.store.read(file)
             self._fill(form)
         except UserError as error:
             self._choose(tasks[0])
@@ -161,6 +162,8 @@ class _Page:
 
     def _choose(self, task: str) -> None:
         """Shows a task, with what was filled in before."""
+        if task == self.values.get("task"):
+            return
         if "task" in self.values:
             self.drafts[self.values["task"]] = dict(self.values)
         draft = self.drafts.get(task) or self._blank(task)
@@ -221,18 +224,17 @@ class _Page:
     # Its inputs.
 
     def _build(self) -> None:
-        """Makes the form anew."""
+        """Makes the form anew, without pictures that are not there any more."""
         task = TASKS[self.values["task"]]
         self._say("")
-        self.chips.clear()
-        with self.chips:
-            for name in self.maker.pipeline.tasks:
-                is_chosen = name == task.name
-                chip = ui.button(_label(name))
-                if not is_chosen:
-                    chip.on_click(lambda name=name: self._choose(name))
-                chip.props(f"rounded dense no-caps {'unelevated' if is_chosen else 'outline'}")
-                chip.props(f'aria-pressed="{str(is_chosen).lower()}"')
+        for name in ("image", "mask", "face"):
+            if (file := self.values.get(name)) and file not in self.maker.store:
+                self.values[name] = ""
+                self._say("A picture of this form is not here any more: choose it again.")
+        for name, chip in self.chips.items():
+            is_chosen = name == task.name
+            chip.props.update({"outline": not is_chosen, "aria-pressed": str(is_chosen).lower()})
+            chip.update()
         self.inputs.clear()
         with self.inputs:
             ui.label(task.title[0].upper() + task.title[1:]).classes("title")
@@ -241,12 +243,15 @@ class _Page:
             for name in ("image", "face"):
                 if name in fields_of(task.name):
                     self._build_picture(name)
-            if "prompt" in self.values and task.prompt != "none":
+            if "prompt" in fields_of(task.name):
                 says = task.prompt_says if "boxes" not in self.values else "what to paint"
                 example = task.prompt_example.replace(" (red block)", "")
-                ui.textarea(f"Prompt: {says}", placeholder=example).props(
-                    "outlined autogrow stack-label"
-                ).bind_value(self.values, "prompt")
+                ui.textarea(
+                    f"Prompt: {says}",
+                    placeholder=example,
+                    value=self.values["prompt"],
+                    on_change=self._keep("prompt"),
+                ).props("outlined autogrow stack-label")
             self._build_settings()
         self._build_examples()
 
@@ -257,6 +262,7 @@ class _Page:
             upload.reset()
             self._say("")
             try:
+                check_upload(event.file.name, event.file.size())
                 pixels = await run.io_bound(read_upload, event.file.name, await event.file.read())
             except UserError as error:
                 self._say(str(error))
@@ -352,9 +358,11 @@ class _Page:
             for k, (box, color) in enumerate(zip(boxes, PALETTE, strict=False)):
                 with ui.element("div").classes("box"):
                     ui.element("span").classes("dot").style(f"background: {COLORS[k]}")
-                    ui.input(f"what stands in the {color} block").props(
-                        "outlined dense"
-                    ).bind_value(box, "name")
+                    ui.input(
+                        f"what stands in the {color} block",
+                        value=box["name"],
+                        on_change=lambda event, box=box: box.update(name=event.value),
+                    ).props("outlined dense")
                     drop = ui.button(icon="close", on_click=lambda k=k: self._drop_box(k))
                     drop.props(f'flat dense round aria-label="remove the {color} block"')
 
@@ -378,40 +386,58 @@ class _Page:
             ui.label("A guidance of 1 is none.").classes("quiet small")
         self._slider("steps", "Steps", 1, MAX_STEPS // 2, 1)
         with ui.element("div").classes("seed"):
-            self._number("seed", "Seed", 0, MAX_SEED)
-            dice = ui.button(icon="casino", on_click=self._draw_seed)
+            seed = self._number("seed", "Seed", 0, MAX_SEED)
+            dice = ui.button(
+                icon="casino", on_click=lambda: seed.set_value(random.randrange(2**16))
+            )
             dice.props('flat round aria-label="another seed"').tooltip("another seed")
             if "width" in shown:
                 self._number("width", "Width", 8, MAX_SIDE)
                 self._number("height", "Height", 8, MAX_SIDE)
         with ui.expansion("More").props("dense").classes("more"):
-            ui.select(list(SOLVERS), label="Solver").props("outlined dense").bind_value(
-                self.values, "solver"
-            )
+            ui.select(
+                list(SOLVERS),
+                label="Solver",
+                value=self.values["solver"],
+                on_change=self._keep("solver"),
+            ).props("outlined dense")
             if "negative_prompt" in shown:
-                ui.input("What to avoid (negative prompt)").props("outlined dense").bind_value(
-                    self.values, "negative_prompt"
-                )
+                ui.input(
+                    "What to avoid (negative prompt)",
+                    value=self.values["negative_prompt"],
+                    on_change=self._keep("negative_prompt"),
+                ).props("outlined dense")
 
     def _slider(self, name: str, label: str, least: float, most: float, step: float) -> None:
         """A slider with its value as a number, which may lie beyond the slider's end."""
         limit = MAX_STEPS if name == "steps" else MAX_GUIDANCE
         with ui.element("div").classes("slider"):
             ui.label(label).classes("what")
-            ui.slider(min=least, max=most, step=step).props(f'aria-label="{label}"').bind_value(
-                self.values, name
-            )
-            ui.number(min=0, max=limit, step=step).props(
-                f'dense borderless aria-label="{label}"'
-            ).bind_value(self.values, name)
+            slider = ui.slider(min=least, max=most, step=step).props(f'aria-label="{label}"')
+            number = ui.number(
+                value=self.values[name], min=0, max=limit, step=step, on_change=self._keep(name)
+            ).props(f'dense borderless aria-label="{label}"')
+            slider.bind_value(number)
 
-    def _number(self, name: str, label: str, least: int, most: int) -> None:
-        ui.number(label, min=least, max=most, precision=0).props("outlined dense").bind_value(
-            self.values, name, forward=lambda value: int(value) if value is not None else None
-        )
+    def _number(self, name: str, label: str, least: int, most: int) -> ui.number:
+        return ui.number(
+            label,
+            value=self.values[name],
+            min=least,
+            max=most,
+            precision=0,
+            on_change=self._keep(name),
+        ).props("outlined dense")
 
-    def _draw_seed(self) -> None:
-        self.values["seed"] = random.randrange(2**16)
+    def _keep(self, name: str) -> Callable[[events.ValueChangeEventArguments], None]:
+        """What an element does with a new value."""
+
+        def keep(event: events.ValueChangeEventArguments) -> None:
+            self.values[name] = event.value
+            if name in ("width", "height") and "boxes" in fields_of(self.values["task"]):
+                self._show_boxes()  # on a canvas of that shape
+
+        return keep
 
     def _build_examples(self) -> None:
         """Buttons that fill in the form."""
@@ -464,6 +490,7 @@ class _Page:
 
     def _show_progress(self) -> None:
         job = self.job
+        self.button.set_enabled(job is None)
         for element in (self.stop, self.bar, self.doing):
             element.set_visibility(job is not None)
         if job is None:
@@ -522,7 +549,12 @@ class _Page:
     def _use(self, file: str) -> None:
         """Makes a picture of the gallery the picture of the form."""
         self.values["image"] = file
-        self._choose(self._takers()[0])
+        if (task := self._takers()[0]) != self.values["task"]:
+            self._choose(task)
+            return
+        if "mask" in fields_of(task):
+            self.values["mask"] = ""
+        self._build()
 
     def _picture(self, file: str, alt: str) -> ui.element:
         """A picture of the store; a small one shows its pixels."""

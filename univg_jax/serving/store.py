@@ -50,6 +50,10 @@ class Store:
         """Keeps a picture as PNG; returns its name."""
         return self.add(images.png_bytes(pixels), ".png", keep=keep)
 
+    def __contains__(self, name: str) -> bool:
+        with self._lock:
+            return name in self._kept or name in self._files
+
     def read(self, name: str) -> bytes:
         """A file's bytes. Raises NotFoundError for one that is not, or no longer, there."""
         with self._lock:
@@ -61,14 +65,20 @@ class Store:
         raise NotFoundError(f"the picture {quote(name)} is not here any more: choose it again")
 
 
+def check_upload(name: str, size: int) -> None:
+    """Raises UserError for a file of more than MAX_UPLOAD bytes."""
+    if size > MAX_UPLOAD:
+        where = quote(name, most=60)[1:-1]
+        raise UserError(f"{where} is too large: it has more than {MAX_UPLOAD / 2**20:.0f} MB")
+
+
 def read_upload(name: str, data: bytes) -> RGB:
     """The picture in a file that a visitor sent, at most MOST_SIDE pixels a side.
 
     Raises UserError, with the file's name, for what is no picture, a bomb, or too small.
     """
+    check_upload(name, len(data))
     where = quote(name, most=60)[1:-1]
-    if len(data) > MAX_UPLOAD:
-        raise UserError(f"{where} is too large: it has more than {MAX_UPLOAD / 2**20:.0f} MB")
     try:
         pixels = images.decode_rgb(data)
     except UserError as error:
