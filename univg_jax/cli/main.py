@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "write a trained model in a format that other programs read",
     "report": "write one page about the stages of a run and its evaluation",
     "plan": "will it fit, and how fast can it be: compile a config for TPUs that are not here",
+    "serve": "a checkpoint behind HTTP: all tasks, OpenAI's API, metrics",
     "config": "all settings of a config; without one, what every setting is",
     "data": "build datasets, look at what a config trains on, embed its prompts",
     "checkpoint": "list, verify and copy checkpoints",
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     absl_logger = logging.get_absl_logger()
     (absl_logger.removeFilter if args.verbose else absl_logger.addFilter)(_is_ours_or_warning)
     try:
-        # Training handles signals itself as soon as there is a step to save.
-        with signals.ended_by_signals(at_once=args.command != "train"):
+        # Training saves its step first, and a server finishes what it has begun.
+        with signals.ended_by_signals(at_once=args.command not in ("train", "serve")):
             if args.command:
                 from univg_jax import tpu
 

@@ -1,1 +1,1 @@
-"""A trained model for others: a page to try it."""
+"""A trained model for others: a page to try it, and an HTTP server."""

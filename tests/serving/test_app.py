@@ -1,0 +1,387 @@
+"""What a client sees of a server: every task, both kinds of bodies, OpenAI's client, refusals."""
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+import zlib
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from tests.serving.conftest import running
+from univg_jax import images
+from univg_jax.serving.schema import ROUTES
+
+pytestmark = pytest.mark.xdist_group("pipeline")
+
+
+def png(height=40, width=50, mode="RGB"):
+    bands = {"RGB": 3, "RGBA": 4}[mode]
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, bands), dtype=np.uint8)
+    return images.png_bytes(pixels)
+
+
+def hole(height=40, width=50):
+    pixels = np.zeros((height, width), np.uint8)
+    pixels[10:30, 20:40] = 255
+    return images.png_bytes(pixels)
+
+
+def decode(found):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(found["b64_json"]))))
+
+
+# What each route needs, and what `Pipeline` is asked for the same.
+ASKED = {
+    "generate": dict(prompt="a pig on grass", size="48x32"),
+    "edit": dict(image=png(), prompt="remove the pig", image_guidance=2.0),
+    "inpaint": dict(image=png(), mask=hole(), prompt="a pig"),
+    "outpaint": dict(image=png(), prompt="a pig", margins=[0, 0, 30, 0]),
+    "layout": dict(
+        prompt="a pig on grass", boxes=[{"name": "a pig", "corners": [0.1, 0.5, 0.5, 0.9]}]
+    ),
+    "depth": dict(image=png()),
+    "pose": dict(image=png()),
+    "segment": dict(image=png(), prompt="the pig", guidance=3.0),
+    "identity": dict(face=png(), prompt="a portrait of <p>", negative_prompt="red", guidance=2.0),
+}
+
+
+def as_json(fields):
+    return {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in fields.items()}
+
+
+def as_form(fields):
+    files = {k: (k, v, "image/png") for k, v in fields.items() if isinstance(v, bytes)}
+    texts = {
+        k: json.dumps(v) if isinstance(v, list) else str(v)
+        for k, v in fields.items()
+        if not isinstance(v, bytes)
+    }
+    return files, texts
+
+
+def directly(pipeline, name, fields, *, seed):
+    """The same from `Pipeline`, in a batch of the same size."""
+    task, _ = ROUTES[name]
+    given = dict(fields)
+    for key in ("image", "mask", "face"):
+        if key in given:
+            given[key] = images.open_picture(given[key])
+    if "size" in given:
+        given["size"] = tuple(map(int, given["size"].split("x")))
+    if "margins" in given:
+        given["margins"] = tuple(given["margins"])
+    if "boxes" in given:
+        given["boxes"] = [(box["name"], tuple(box["corners"])) for box in given["boxes"]]
+    # A callback makes the steps programs of their own, as they are in the server.
+    return pipeline.run(task, **given, seed=seed, callback=lambda *_: None)
+
+
+def line_of(response):
+    """The message of a refusal, which is one line."""
+    problem = response.json()["error"]
+    assert set(problem) == {"message", "type", "param", "code"}
+    assert problem["message"]
+    assert "\n" not in problem["message"]
+    return problem["message"]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_every_task_answers_json_and_forms_as_the_pipeline_does(client, pipeline, name):
+    fields = ASKED[name]
+    of_json = client.post(f"/v1/{name}", json={**as_json(fields), "seed": 7})
+    assert of_json.status_code == 200, of_json.text
+    files, texts = as_form(fields)
+    form = httpx2.Request("POST", client.base_url, data=texts | {"seed": "7"}, files=files or {"x": b""})
+    if files:
+        of_form = client.post(f"/v1/{name}", data=texts | {"seed": "7"}, files=files)
+    else:  # a form without files
+        parts = {k: (None, v) for k, v in (texts | {"seed": "7"}).items()}
+        of_form = client.post(f"/v1/{name}", files=parts)
+    assert of_form.status_code == 200, of_form.text
+    a, b = of_json.json(), of_form.json()
+    expected = directly(pipeline, name, fields, seed=7)
+    (made,) = a["data"]
+    # The batch has the same size as the pipeline's, and so it is the same program.
+    np.testing.assert_array_equal(decode(made), np.asarray(expected.image))
+    assert a["data"] == b["data"]
+    assert a["task"] == expected.task
+    assert made["seed"] == 7
+    assert [made["prompt"]] == expected.prompts
+    assert made["size"] == "{}x{}".format(*expected.image.size)
+    settings = {k: v for k, v in expected.settings.items() if k != "checkpoint"}
+    assert a["settings"] == json.loads(json.dumps(settings))
+    if expected.answer is None:
+        assert made["answer"] is None
+    else:
+        array = made["answer"]
+        data = base64.b64decode(array["data"])
+        np.testing.assert_array_equal(
+            np.frombuffer(data, array["dtype"]).reshape(array["shape"]), expected.answer
+        )
+
+
+def test_every_task_has_a_route(pipeline, client):
+    assert {task for task, _ in ROUTES.values()} == set(pipeline.tasks)
+    assert set(ASKED) == set(ROUTES)
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {f"/v1/{name}" for name in ROUTES} <= set(paths)
+    for name in ROUTES:
+        content = paths[f"/v1/{name}"]["post"]["requestBody"]["content"]
+        assert set(content) == {"application/json", "multipart/form-data"}
+
+
+def test_several_pictures_have_seeds_one_after_the_other(client):
+    given = dict(prompt="a pig on grass", n=3, seed=5)
+    several = client.post("/v1/generate", json=given).json()["data"]
+    assert [made["seed"] for made in several] == [5, 6, 7]
+    for made in several:
+        alone = client.post("/v1/generate", json=given | dict(n=1, seed=made["seed"])).json()
+        # Float32 in another order may carry a value over the edge between two of the 256 levels.
+        assert np.abs(decode(made).astype(int) - decode(alone["data"][0])).max() <= 1
+
+
+def test_a_seed_that_is_not_given_is_told(client):
+    given = dict(prompt="a pig on grass")
+    first, second = (client.post("/v1/generate", json=given).json()["data"][0] for _ in range(2))
+    assert first["seed"] != second["seed"]
+    again = client.post("/v1/generate", json=given | dict(seed=first["seed"])).json()["data"][0]
+    assert again["b64_json"] == first["b64_json"]
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_an_answer_can_be_the_file_itself(client, kind):
+    given = dict(prompt="a pig on grass", seed=1, output_format=kind)
+    response = client.post("/v1/generate", json=given, headers={"accept": "image/*"})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == f"image/{kind}"
+    assert response.headers["x-seed"] == "1"
+    made = Image.open(io.BytesIO(response.content))
+    assert (made.format.lower(), made.size) == (kind, (32, 32))
+
+
+# OpenAI's own client.
+
+
+@pytest.fixture(scope="module")
+def official(client):
+    return openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="any", max_retries=0)
+
+
+def test_openai_generates(official, client):
+    made = official.images.generate(
+        model="univg", prompt="a pig on grass", n=2, size="32x32", response_format="b64_json",
+        extra_body={"seed": 3},
+    )
+    assert made.created > 0
+    ours = client.post("/v1/generate", json=dict(prompt="a pig on grass", n=2, seed=3)).json()
+    assert [image.b64_json for image in made.data] == [image["b64_json"] for image in ours["data"]]
+    assert [model.id for model in official.models.list()] == ["univg"]
+
+
+def test_openai_edits_and_inpaints(official, client):
+    edited = official.images.edit(
+        model="univg", image=png(), prompt="remove the pig", extra_body={"seed": 3}
+    )
+    ours = client.post("/v1/edit", json=as_json(dict(image=png(), prompt="remove the pig", seed=3)))
+    assert edited.data[0].b64_json == ours.json()["data"][0]["b64_json"]
+
+    mask = np.full((40, 50, 4), 255, np.uint8)  # theirs is transparent where ours is white
+    mask[10:30, 20:40, 3] = 0
+    for image in (png(), [png()]):
+        filled = official.images.edit(
+            image=image, mask=images.png_bytes(mask), prompt="a pig", size="auto",
+            extra_body={"seed": 3},
+        )
+        fields = as_json(dict(image=png(), mask=hole(), prompt="a pig", seed=3))
+        ours = client.post("/v1/inpaint", json=fields)
+        assert filled.data[0].b64_json == ours.json()["data"][0]["b64_json"]
+
+
+def test_openai_gets_its_own_errors(official):
+    with pytest.raises(openai.BadRequestError, match="unknown model 'gpt-image-1'"):
+        official.images.generate(model="gpt-image-1", prompt="a pig")
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        official.images.generate(prompt="a pig", response_format="url")
+    with pytest.raises(openai.BadRequestError, match="an edit has the size of its image, 50x40"):
+        official.images.edit(image=png(), prompt="a pig", size="512x512")
+
+
+# What is refused, and how.
+
+
+def bomb():
+    """A PNG of 20,000 x 20,000 pixels in a few hundred kilobytes."""
+    small = bytearray(images.png_bytes(np.zeros((1, 1, 3), np.uint8)))
+    small[16:24] = (20_000).to_bytes(4, "big") * 2
+    small[29:33] = zlib.crc32(small[12:29]).to_bytes(4, "big")
+    return bytes(small)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "says"),
+    [
+        ("generate", dict(prompt=""), "prompt: String should have at least 1 character"),
+        ("generate", dict(), "prompt: Field required"),
+        ("generate", dict(prompt="a pig", size="axb"), "size: expected WIDTHxHEIGHT"),
+        ("generate", dict(prompt="a pig", size="99999x99999"), "x 99999 pixels"),
+        ("generate", dict(prompt="a pig", size="9000x3000"), "expected at most 16777216"),
+        ("generate", dict(prompt="a pig", steps=3), "steps=3: this server is compiled for 2"),
+        ("generate", dict(prompt="a pig", solver="heun"), "this server is compiled for euler"),
+        ("generate", dict(prompt="a pig", solver="dpm"), "solver: Input should be 'euler' or"),
+        ("generate", dict(prompt="a pig", promt="x"), "promt: Extra inputs are not permitted"),
+        ("generate", dict(prompt="a pig", n=11), "n: Input should be less than or equal to 10"),
+        ("generate", dict(prompt="a pig", guidance=-1), "guidance: Input should be greater"),
+        ("edit", dict(prompt="x", image=b"no picture"), "image is not a readable image"),
+        ("edit", dict(prompt="x", image=png()[:200]), "image is not a readable image"),
+        ("edit", dict(prompt="x", image=bomb()), "image has 20000 x 20000 pixels"),
+        ("inpaint", dict(image=png(), mask=png(8, 8)), "mask"),
+        ("inpaint", dict(image=png()), "mask: Field required"),
+        ("outpaint", dict(image=png()), "outpainting needs one of margins, aspect and size"),
+        ("identity", dict(face=png(), prompt="a man"), "has no <p>"),
+        ("layout", dict(prompt="a pig"), "needs an image"),
+        ("depth", dict(image=png(), prompt="a pig"), "prompt: Extra inputs are not permitted"),
+    ],
+)
+def test_what_cannot_be_made_is_one_line(client, name, fields, says):
+    files, texts = as_form(fields)
+    parts = files | {k: (None, v) for k, v in texts.items()} or {"nothing": (None, "")}
+    for response in (
+        client.post(f"/v1/{name}", json=as_json(fields)),
+        client.post(f"/v1/{name}", files=parts),
+    ):
+        assert response.status_code == 400, response.text
+        if fields:
+            assert says in line_of(response)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status", "says"),
+    [
+        (b"{", "application/json", 400, "Invalid JSON"),
+        (b"[]", "application/json", 400, "should be an object"),
+        (b'{"prompt": "\\ud800"}', "application/json", 400, "prompt: "),
+        (b"\xff", "application/json", 400, "JSON"),
+        (b"[" * 100_000, "application/json", 400, "JSON"),
+        (b'{"prompt": "a", "seed": "3"}', "application/json", 400, "seed: "),
+        (b'{"prompt": "a", "guidance": NaN}', "application/json", 400, "guidance: "),
+        (b'{"prompt": "a", "guidance": 1e999}', "application/json", 400, "guidance: "),
+        (b"a=b", "application/x-www-form-urlencoded", 415, "expected application/json or"),
+        (b"a", "", 415, "content-type ''"),
+        (b"a", "multipart/form-data", 400, "oundary"),
+        (b"a", "multipart/form-data; boundary=x", 400, ""),
+    ],
+)
+def test_broken_bodies_are_one_line(client, content, kind, status, says):
+    response = client.post("/v1/generate", content=content, headers={"content-type": kind})
+    assert response.status_code == status, response.text
+    assert says in line_of(response)
+
+
+def test_a_form_may_not_name_a_field_twice_or_send_text_as_a_file(client):
+    twice = [("prompt", (None, "a")), ("prompt", (None, "b"))]
+    assert "twice" in line_of(client.post("/v1/generate", files=twice))
+    as_file = {"prompt": ("a.txt", b"a pig", "text/plain")}
+    assert "expected text" in line_of(client.post("/v1/generate", files=as_file))
+
+
+def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(client):
+    def parts():
+        for _ in range(64):
+            yield b" " * 2**15
+
+    for content in (b" " * 2**21, parts()):
+        response = client.post(
+            "/v1/generate", content=content, headers={"content-type": "application/json"}
+        )
+        assert response.status_code == 413
+        assert "over 1048576 bytes" in line_of(response)
+
+
+def test_unknown_paths_and_methods(client):
+    assert "Not Found" in line_of(client.get("/v1/nothing"))
+    response = client.get("/v1/generate")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    line_of(response)
+
+
+def test_a_request_keeps_its_name(client):
+    assert client.get("/health", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    new = client.get("/health", headers={"x-request-id": "a b\x7f"}).headers["x-request-id"]
+    assert len(new) == 32
+
+
+def test_metrics_count(client):
+    def value(name):
+        lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+    before = value('univg_pictures_total{task="t2i"}'), value("univg_batch_size_count")
+    client.post("/v1/generate", json=dict(prompt="a pig", n=2))
+    assert value('univg_pictures_total{task="t2i"}') == before[0] + 2
+    assert value("univg_batch_size_count") > before[1]
+    assert value('univg_requests_total{route="/v1/generate",status="200"}') >= 1
+    assert value("univg_queue_pictures") == 0
+    assert value("univg_ready") == 1
+    for name in ("univg_queue_seconds_sum", "univg_request_seconds_sum", "univg_batch_seconds_sum"):
+        assert value(name) > 0
+
+
+def test_a_bug_is_a_500_with_its_traceback_in_the_log_only(served, monkeypatch, caplog):
+    server, client = served
+
+    def broken(*_, **__):
+        raise RuntimeError("secret")
+
+    caplog.set_level("ERROR", logger="univg_jax.serving")
+    with monkeypatch.context() as patched:
+        patched.setattr(type(server.batching.pipeline), "answer", broken)
+        response = client.post("/v1/generate", json=dict(prompt="a pig"))
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    name = response.headers["x-request-id"]
+    assert name in line_of(response)
+    (record,) = [r for r in caplog.records if getattr(r, "request_id", "") == name]
+    assert "secret" in str(record.exc_info[1])
+    assert client.post("/v1/generate", json=dict(prompt="a pig")).status_code == 200
+
+
+def test_keys(pipeline):
+    keys = ["0123456789abcdef", "another-key-of-a-client"]
+    with running(pipeline, wait=False, api_keys=keys) as (_, client):
+        assert client.get("/health").status_code == 200
+        assert client.get("/ready").status_code in (200, 503)
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {keys[0]}"}):
+            for path in ("/v1/models", "/metrics"):
+                response = client.get(path, headers=headers)
+                assert response.status_code == 401
+                assert response.headers["www-authenticate"] == "Bearer"
+                line_of(response)
+        for key in keys:
+            headers = {"authorization": f"Bearer {key}"}
+            assert client.get("/v1/models", headers=headers).status_code == 200
+        schema = client.get("/openapi.json").json()
+        assert schema["paths"]["/v1/generate"]["post"]["security"] == [{"key": []}]
+
+
+def test_it_lives_before_it_is_ready(pipeline, monkeypatch):
+    compiling = threading.Event()
+    monkeypatch.setattr("univg_jax.serving.batching.Batching._compile", lambda _: compiling.wait(60))
+    with running(pipeline, wait=False) as (_, client):
+        assert client.get("/health").json() == {"status": "ok"}
+        response = client.get("/ready")
+        assert (response.status_code, response.json()) == (503, {"status": "compiling"})
+        response = client.post("/v1/generate", json=dict(prompt="a pig"))
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) > 0
+        compiling.set()
+        while client.get("/ready").status_code != 200:
+            time.sleep(0.01)

@@ -1,0 +1,159 @@
+"""`univg serve`: a checkpoint behind HTTP."""
+
+import argparse
+import signal
+
+from univg_jax import fields
+from univg_jax.cli import flags, signals
+from univg_jax.cli.main import configure
+from univg_jax.cli.parser import Parser
+from univg_jax.errors import UserError, check_name, needs_extra, quote
+from univg_jax.settings import SOLVERS
+
+
+def add_arguments(parser: Parser) -> None:
+    """The command's flags."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=flags.path,
+        metavar="DIR",
+        help="a workdir, or DIR/checkpoints/STEP",
+    )
+    parser.add_argument(
+        "--raw_params",
+        action="store_true",
+        help="the raw parameters instead of their average (EMA)",
+    )
+    parser.add_argument(
+        "--pretrained",
+        type=flags.path,
+        metavar="DIR",
+        help="the folder of pretrained encoders; default: the run's config",
+    )
+    parser.add_argument(
+        "--steps",
+        metavar="N,N",
+        help="steps of the solver that requests may ask for, the first where they do not; default: "
+        "the run's config",
+    )
+    parser.add_argument(
+        "--solvers",
+        metavar=",".join(SOLVERS),
+        help="likewise; each is compiled with each of --steps",
+    )
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="default: 127.0.0.1, which only this machine reaches",
+    )
+    number = dict(action=flags.Number, metavar="N")
+    network.add_argument(
+        "--port", **number, least=0, most=65535, default=8000, help="default: 8000; 0: a free one"
+    )
+    network.add_argument(
+        "--api_keys",
+        type=flags.path,
+        metavar="FILE",
+        help="keys, one a line, of which a request needs one; default: those of the environment's "
+        "UNIVG_API_KEYS, with commas between them; without any, everybody may ask",
+    )
+    batches = parser.add_argument_group("batches")
+    batches.add_argument(
+        "--max_batch",
+        **number,
+        least=1,
+        most=1024,
+        default=8,
+        help="pictures made together; default: 8. Compiled are powers of two up to it",
+    )
+    batches.add_argument(
+        "--max_wait_ms",
+        **number,
+        least=1,
+        most=60_000,
+        default=10,
+        help="milliseconds that a batch waits to become full; default: 10",
+    )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max_queue",
+        **number,
+        least=1,
+        most=100_000,
+        default=64,
+        help="pictures that wait or are being made; more get status 429; default: 64",
+    )
+    limits.add_argument(
+        "--max_mib", **number, least=1, most=4096, default=32, help="MiB of a request; default: 32"
+    )
+    limits.add_argument(
+        "--max_pixels",
+        **number,
+        least=1,
+        most=2**27,
+        default=2**24,
+        help="pixels of a picture that is given or asked for; default: 16777216",
+    )
+    limits.add_argument(
+        "--timeout_s",
+        **number,
+        least=1,
+        most=86_400,
+        default=300,
+        help="seconds that a request may take; default: 300",
+    )
+    parser.add_example("--checkpoint=runs/quickstart/stage3")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Checks the flags, loads the model, and serves it until a signal."""
+    with needs_extra("serve", "univg serve"):
+        from univg_jax.serving import server
+
+    steps = _steps(args.steps) if args.steps is not None else ()
+    solvers = args.solvers.split(",") if args.solvers is not None else ()
+    for solver in solvers:
+        check_name(solver, SOLVERS, what="--solvers")
+    keys = server.read_keys(args.api_keys)
+    configure(args)
+    from univg_jax.pipeline import Pipeline, load_config
+
+    sampling = {}
+    if steps:
+        sampling["steps"] = steps[0]
+    if solvers:
+        sampling["solver"] = solvers[0]
+    options = dict(sampling=sampling, pretrained=args.pretrained)
+    load_config(args.checkpoint, **options)
+    with server.open_socket(args.host, args.port) as listening:
+        pipeline = Pipeline.load(args.checkpoint, ema=not args.raw_params, **options)
+        names = ("max_batch", "max_wait_ms", "max_queue", "max_mib", "max_pixels", "timeout_s")
+        settings = server.Settings(
+            **{name: getattr(args, name) for name in names},
+            steps=steps,
+            solvers=solvers,
+            api_keys=keys,
+        )
+        host, port = listening.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        print(f"serving at http://{host}:{port}, compiling: see /ready and /docs", flush=True)
+        server.log_as_json()
+        try:
+            server.Server(pipeline, settings).serve_on(listening)
+        except signals.Ended as end:
+            if end.exit_code != 128 + signal.SIGTERM:  # a server's usual end is no failure
+                raise
+
+
+def _steps(text: str) -> list[int]:
+    rule = fields.Rule(least=1, most=10_000)
+    found = [
+        fields.read(int, fields.parse_literal(part), "--steps", rule) for part in text.split(",")
+    ]
+    if len(set(found)) < len(found):
+        raise UserError(f"--steps={quote(text)}: a number is there twice")
+    return found

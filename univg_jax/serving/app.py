@@ -1,0 +1,511 @@
+"""The HTTP interface: routes of all tasks, OpenAI's, health, metrics, and what guards them."""
+
+import asyncio
+import base64
+import dataclasses
+import functools
+import hashlib
+import hmac
+import io
+import logging
+import random
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import anyio
+import fastapi
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from univg_jax import version
+from univg_jax.errors import UserError, check_name
+from univg_jax.inputs import make_request
+from univg_jax.result import Result
+from univg_jax.serving import schema
+from univg_jax.serving.batching import Batching, Busy, Job
+from univg_jax.serving.bodies import FieldError, open_picture, read_body, transparent_hole
+from univg_jax.serving.metrics import Metrics
+from univg_jax.settings import MAX_SEED
+
+MODEL = "univg"  # the name that OpenAI's clients give
+OPEN = ("/health", "/ready", "/docs", "/openapi.json")  # without a key
+LEFT = 499  # the status in log and metrics where the client left
+logger = logging.getLogger("univg_jax.serving")
+Value = TypeVar("Value")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may cost."""
+
+    body_bytes: int
+    pixels: int  # of a picture that is given or asked for
+    seconds: int  # from the first byte to the answer
+    requests: int  # that are read or answered at a time
+
+
+def create_app(
+    batching: Batching, metrics: Metrics, *, limits: Limits, api_keys: Sequence[str] = ()
+) -> FastAPI:
+    """The application of a model. Without `api_keys` anybody may ask."""
+    app = FastAPI(
+        title="univg_jax",
+        version=version.__version__,
+        summary="One image model: text to image, editing, in- and outpainting, layouts, depth, "
+        "pose, segmentation, and pictures of a given person.",
+        redoc_url=None,
+    )
+    started = int(time.time())
+    pictures = Pictures(batching, limits)
+
+    @app.get("/health", response_model=schema.State, tags=["server"])
+    async def health() -> dict[str, str]:
+        """Whether the process lives."""
+        return {"status": "ok"}
+
+    @app.get(
+        "/ready", response_model=schema.State, responses={503: _says(schema.State)}, tags=["server"]
+    )
+    async def ready(response: Response) -> dict[str, str]:
+        """Whether all programs are compiled: 503 until then."""
+        if batching.is_ready:
+            return {"status": "ready"}
+        response.status_code = 503
+        return {"status": "compiling"}
+
+    @app.get(
+        "/metrics",
+        response_class=fastapi.responses.PlainTextResponse,
+        responses=_refusals(api_keys),
+        tags=["server"],
+    )
+    async def read_metrics() -> Response:
+        """The metrics, for Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get(
+        "/v1/models",
+        response_model=schema.Models,
+        responses=_refusals(api_keys),
+        tags=["OpenAI"],
+    )
+    async def models() -> schema.Models:
+        """The model, as OpenAI's API lists models."""
+        model = schema.Model(id=MODEL, created=started, tasks=list(batching.pipeline.tasks))
+        return schema.Models(data=[model])
+
+    bodies: dict[str, tuple[type[schema.Body], tuple[str, ...]]] = {}
+
+    def add(path: str, body: type[schema.Body], kinds: tuple[str, ...], tag: str, answer) -> None:
+        async def route(request: Request) -> Response:
+            return await pictures.answer(request, body, answer)
+
+        route.__doc__ = body.__doc__
+        bodies[path] = (body, kinds)
+        app.post(
+            path,
+            response_model=schema.Answer,
+            responses=_refusals(api_keys, takes_body=True) | {200: _PICTURE},
+            name=path.rpartition("/")[2],
+            operation_id=path.strip("/").replace("/", "_"),
+            tags=[tag],
+        )(route)
+
+    both = ("application/json", "multipart/form-data")
+    for name, (task, body) in schema.ROUTES.items():
+        if task in batching.pipeline.tasks:
+            add(f"/v1/{name}", body, both, "tasks", functools.partial(_asked, task))
+    if "t2i" in batching.pipeline.tasks:
+        add("/v1/images/generations", schema.OpenAIGeneration, both[:1], "OpenAI", _asked_openai)
+    if {"ie", "ip"} & set(batching.pipeline.tasks):
+        add("/v1/images/edits", schema.OpenAIEdit, both[1:], "OpenAI", _asked_openai)
+
+    app.openapi = functools.cache(lambda: _openapi(app, bodies, is_locked=bool(api_keys)))
+    app.add_exception_handler(UserError, _refuse_user_error)
+    app.add_exception_handler(StarletteHTTPException, _refuse_http)
+    app.add_middleware(
+        Gate,
+        metrics=metrics,
+        limits=limits,
+        api_keys=api_keys,
+        batching=batching,
+        paths={route.path for route in app.routes},
+    )
+    return app
+
+
+Asked = tuple[str, dict[str, Any]]  # a task and the inputs of `make_request`
+Ask = Callable[[schema.Body, dict[str, Any]], Asked]
+
+
+def _asked(task: str, body: schema.Body, inputs: dict[str, Any]) -> Asked:
+    return task, inputs
+
+
+def _asked_openai(body: schema.Body, inputs: dict[str, Any]) -> Asked:
+    """What a request of OpenAI's asks for; the size of an edit is that of its image."""
+    if body.model is not None:
+        check_name(body.model, [MODEL], what="model")
+    if "image" not in inputs:
+        return "t2i", inputs
+    size = inputs.pop("size", None)
+    if size not in (None, inputs["image"].size):
+        raise FieldError(
+            "size={}x{}: an edit has the size of its image, {}x{}".format(
+                *size, *inputs["image"].size
+            ),
+            field="size",
+        )
+    if "mask" in inputs:
+        return "ip", inputs | {"mask": transparent_hole(inputs["mask"])}
+    return "ie", inputs
+
+
+class Pictures:
+    """Requests for pictures to their answers."""
+
+    def __init__(self, batching: Batching, limits: Limits):
+        self.batching, self.limits = batching, limits
+        self._decoders: anyio.CapacityLimiter | None = None  # needs a loop
+
+    async def answer(self, request: Request, model: type[schema.Body], ask: Ask) -> Response:
+        """The pictures that a request asks for. Raises UserError and HTTPException."""
+        if not self.batching.is_ready:
+            raise HTTPException(503, "still compiling: see /ready", {"Retry-After": "10"})
+        begin = time.monotonic()
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                body = await read_body(request, model)
+        except TimeoutError:
+            raise HTTPException(408, f"the body took over {self.limits.seconds:g} s") from None
+        seconds = self.limits.seconds - (time.monotonic() - begin)
+        file_only = "image/" in request.headers.get("accept", "")
+        if file_only and body.n > 1:
+            raise FieldError("n: an answer that is a file has one picture", field="n")
+        with self.batching.places(body.n):
+            results = await _unless_left(request, self._make(body, ask, request), seconds=seconds)
+        return await self._in_thread(_respond, results, body.output_format, file_only)
+
+    async def _make(self, body: schema.Body, ask: Ask, request: Request) -> list[Result]:
+        jobs = await self._in_thread(self._jobs, body, ask)
+        request.state.task = jobs[0].request.task
+        request.state.pictures = len(jobs)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_settle(self.batching.make(job))) for job in jobs]
+        made = [task.result() for task in tasks]
+        for result in made:
+            if isinstance(result, Exception):
+                raise result
+        return made
+
+    def _jobs(self, body: schema.Body, ask: Ask) -> list[Job]:
+        """What is to be made. Raises UserError for what cannot be."""
+        inputs = body.inputs()
+        for name in body.pictures:
+            if name in inputs:
+                inputs[name] = open_picture(name, inputs[name], max_pixels=self.limits.pixels)
+        task, inputs = ask(body, inputs)
+        self.batching.pipeline.check_task(task)
+        made = make_request(task, data=self.batching.pipeline.config.data, **inputs)
+        height, width = made.letterbox.picture
+        if height * width > self.limits.pixels:
+            raise UserError(
+                f"the answer would have {width} x {height} pixels: expected at most "
+                f"{self.limits.pixels}"
+            )
+        options = body.options()
+        pipeline = self.batching.with_options(task, **options)
+        seed = random.randrange(MAX_SEED - body.n) if body.seed is None else body.seed
+        negative = options.get("negative_prompt", "")
+        return [
+            Job(request=made, seed=seed + i, negative_prompt=negative, pipeline=pipeline)
+            for i in range(body.n)
+        ]
+
+    async def _in_thread(self, function: Callable[..., Value], *arguments: object) -> Value:
+        """Decodes and encodes pictures: a few at a time, so that memory is bounded."""
+        self._decoders = self._decoders or anyio.CapacityLimiter(4)
+        return await anyio.to_thread.run_sync(function, *arguments, limiter=self._decoders)
+
+
+async def _settle(work: Awaitable[Result]) -> Result | Exception:
+    """The result, or the error as one: a group of tasks would wrap it."""
+    try:
+        return await work
+    except Exception as error:
+        return error
+
+
+class ClientLeft(Exception):
+    """Nobody reads the answer."""
+
+
+async def _unless_left(request: Request, work: Awaitable[Value], *, seconds: float) -> Value:
+    """What `work` gives, if the client waits for it, and it takes at most so long."""
+
+    async def wait_until_left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.ensure_future(work)
+    left = asyncio.ensure_future(wait_until_left())
+    try:
+        done, _ = await asyncio.wait(
+            {working, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        if working in done:
+            return working.result()
+        if left in done:
+            raise ClientLeft
+        raise HTTPException(504, "the answer took too long: ask for less, or later")
+    finally:
+        working.cancel()
+        left.cancel()
+
+
+def _respond(results: Sequence[Result], output_format: str, file_only: bool) -> Response:
+    files = [_encode(result, output_format) for result in results]
+    if file_only:
+        headers = {"X-Seed": str(results[0].seeds[0])}
+        return Response(files[0], media_type=f"image/{output_format}", headers=headers)
+    data = [
+        schema.Image(
+            b64_json=base64.b64encode(file).decode(),
+            seed=result.seeds[0],
+            prompt=result.prompts[0],
+            size="{}x{}".format(*result.image.size),
+            answer=None if result.answer is None else schema.Array.of(result.answer),
+        )
+        for file, result in zip(files, results)
+    ]
+    # Where the checkpoint lies is the server's own affair.
+    settings = {k: v for k, v in results[0].settings.items() if k != "checkpoint"}
+    answer = schema.Answer(
+        created=int(time.time()),
+        data=data,
+        output_format=output_format,
+        task=results[0].task,
+        settings=settings,
+    )
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _encode(result: Result, output_format: str) -> bytes:
+    buffer = io.BytesIO()
+    lossless = {"lossless": True} if output_format == "webp" else {}
+    quality = {"quality": 95} if output_format == "jpeg" else {}
+    result.image.save(buffer, schema.FORMATS[output_format], **lossless, **quality)
+    return buffer.getvalue()
+
+
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+}
+
+
+def _refusal(
+    status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """The answer that says in one line what is wrong."""
+    kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    problem = schema.Problem(message=message, type=kind, param=param, code=None)
+    body = schema.Refusal(error=problem).model_dump()
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def _refuse_user_error(request: Request, error: UserError) -> JSONResponse:
+    if isinstance(error, Busy):
+        return _refusal(429, str(error), headers={"Retry-After": str(error.retry_after)})
+    return _refusal(400, str(error), param=getattr(error, "field", None))
+
+
+def _refuse_http(request: Request, error: StarletteHTTPException) -> JSONResponse:
+    message = str(UserError(str(error.detail)))  # in one line
+    return _refusal(error.status_code, message, headers=dict(error.headers or {}))
+
+
+class Gate:
+    """Around the application: keys, limits, and a line in the log for every request."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        limits: Limits,
+        api_keys: Sequence[str],
+        batching: Batching,
+        paths: set[str],
+    ):
+        self.app, self.metrics, self.limits = app, metrics, limits
+        self.batching, self.paths = batching, paths
+        self._keys = [_digest(key.encode()) for key in api_keys]
+        self._active = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status, received = time.monotonic(), 0, 0
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        name = _request_id(headers.get(b"x-request-id", b""))
+        state = scope.setdefault("state", {})
+
+        async def send_noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+            await send(message)
+
+        async def receive_counting() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limits.body_bytes:
+                raise self._too_large()
+            return message
+
+        counts = scope["method"] == "POST"
+        self._active += counts
+        error: BaseException | None = None
+        try:
+            self._check(scope, headers)
+            await self.app(scope, receive_counting, send_noting)
+        except ClientLeft:
+            status = LEFT
+        except StarletteHTTPException as refused:
+            await _refuse_http(None, refused)(scope, receive, send_noting)
+        except asyncio.CancelledError:
+            status = status or LEFT
+            raise
+        except Exception as bug:
+            error = bug
+            if not status:
+                message = f"an error of the server: its log says more under {name}"
+                await _refusal(500, message)(scope, receive, send_noting)
+        finally:
+            self._active -= counts
+            seconds = time.monotonic() - begin
+            path = scope["path"] if scope["path"] in self.paths else "other"
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.request_seconds.labels(path).observe(seconds)
+            log = logger.error if error else logger.info
+            log(
+                "%s %s %d",
+                scope["method"],
+                path,
+                status,
+                exc_info=error,
+                extra={
+                    "request_id": name,
+                    "method": scope["method"],
+                    "path": path,
+                    "status": status,
+                    "seconds": round(seconds, 4),
+                    "bytes": received,
+                    "task": state.get("task"),
+                    "pictures": state.get("pictures"),
+                    "queue": self.batching.taken,
+                },
+            )
+
+    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        if self._keys and scope["path"] not in OPEN:
+            kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+            given = _digest(key.strip())
+            # All are compared, each in constant time.
+            known = [hmac.compare_digest(given, digest) for digest in self._keys]
+            if kind.lower() != b"bearer" or not any(known):
+                raise HTTPException(
+                    401, "expected Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"}
+                )
+        if self._active > self.limits.requests:
+            raise HTTPException(429, "too many requests at a time", {"Retry-After": "1"})
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.limits.body_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"the body has over {self.limits.body_bytes} bytes")
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _request_id(given: bytes) -> str:
+    """The client's or its proxy's name for a request, if it is one, or a new one."""
+    text = given.decode("latin-1")
+    return text if re.fullmatch(r"[\w.:-]{1,128}", text, re.ASCII) else uuid.uuid4().hex
+
+
+_PICTURE = {
+    "description": "The pictures; with `Accept: image/*`, the file of the only one",
+    "content": {f"image/{name}": {} for name in schema.FORMATS},
+}
+
+
+def _says(model: type) -> dict[str, Any]:
+    return {"model": model}
+
+
+def _refusals(api_keys: Sequence[str], *, takes_body: bool = False) -> dict[int | str, Any]:
+    """What a route may answer instead."""
+    found = {}
+    if api_keys:
+        found[401] = "No known key"
+    if takes_body:
+        found |= {
+            400: "What cannot be made, in one line",
+            408: "The body came too slowly",
+            413: "The body is too large",
+            415: "Neither JSON nor a form",
+            429: "Too many wait; Retry-After says when to try again",
+            503: "Still compiling",
+            504: "It took too long",
+        }
+    return {
+        status: {"model": schema.Refusal, "description": text} for status, text in found.items()
+    }
+
+
+def _openapi(
+    app: FastAPI,
+    bodies: dict[str, tuple[type[schema.Body], tuple[str, ...]]],
+    *,
+    is_locked: bool,
+) -> dict[str, Any]:
+    """FastAPI's schema, with the two kinds of bodies, which it does not know of one route."""
+    made = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+    models = [(body, "validation") for body, _ in bodies.values()]
+    _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
+    components = made.setdefault("components", {})
+    components["schemas"] |= definitions["$defs"]
+    for path, (body, kinds) in bodies.items():
+        name = body.__name__
+        form = schema.form_schema(body, components["schemas"][name])
+        components["schemas"][f"{name}Form"] = form
+        names = {"application/json": name, "multipart/form-data": f"{name}Form"}
+        content = {
+            kind: {"schema": {"$ref": f"#/components/schemas/{names[kind]}"}} for kind in kinds
+        }
+        made["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+    if is_locked:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in made["paths"].items():
+            for operation in operations.values():
+                if path not in OPEN:
+                    operation["security"] = [{"key": []}]
+    return made

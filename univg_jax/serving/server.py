@@ -1,0 +1,151 @@
+"""A server's life: its socket, its log, the compiling, and a graceful end."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+
+import uvicorn
+from fastapi import FastAPI
+from pythonjsonlogger.json import JsonFormatter
+
+from univg_jax.errors import UserError
+from univg_jax.pipeline import Pipeline
+from univg_jax.serving.app import Limits, create_app
+from univg_jax.serving.batching import Batching
+from univg_jax.serving.metrics import Metrics
+
+KEYS = "UNIVG_API_KEYS"  # in the environment: keys with commas between them
+MAX_KEYS = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a server is started with."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_batch: int = 8
+    max_wait_ms: int = 10
+    max_queue: int = 64
+    max_mib: int = 32
+    max_pixels: int = 2**24
+    timeout_s: int = 300
+    steps: Sequence[int] = ()
+    solvers: Sequence[str] = ()
+    api_keys: Sequence[str] = ()
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A socket that has its address, and refuses connections until it is served.
+
+    Raises UserError where it cannot have it.
+    """
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise UserError(f"--host={host} --port={port}: {error.strerror or error}") from None
+    return found
+
+
+def read_keys(path: str | None) -> list[str]:
+    """The API keys of a file, one a line, or else of the environment's UNIVG_API_KEYS.
+
+    Raises UserError for a file that cannot be read, holds none, or holds what is no key.
+    """
+    if path is None:
+        where, lines = KEYS, os.environ.get(KEYS, "").split(",")
+    else:
+        where = f"--api_keys={path}"
+        try:
+            with open(path, encoding="utf-8") as file:
+                lines = file.read().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "is not text in UTF-8"
+            raise UserError(f"{where}: {reason}") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if path is not None and not keys:
+        raise UserError(f"{where} has no key")
+    for number, key in enumerate(keys, 1):
+        if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
+            raise UserError(
+                f"{where}: key {number} is none: expected at least 16 letters, digits and signs"
+            )
+    return keys
+
+
+def log_as_json() -> None:
+    """Makes every line of the log, whoever writes it, a JSON object."""
+    formatter = JsonFormatter(
+        "{asctime}{levelname}{name}{message}",
+        style="{",
+        rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+    )
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(formatter)
+    logging.getLogger("univg_jax.serving").setLevel(logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.INFO)
+
+
+class Server(uvicorn.Server):
+    """A model behind HTTP."""
+
+    def __init__(self, pipeline: Pipeline, settings: Settings):
+        self.metrics = Metrics()
+        self.batching = Batching(
+            pipeline,
+            self.metrics,
+            max_batch=settings.max_batch,
+            max_wait_ms=settings.max_wait_ms,
+            max_queue=settings.max_queue,
+            steps=settings.steps,
+            solvers=settings.solvers,
+        )
+        limits = Limits(
+            body_bytes=settings.max_mib * 2**20,
+            pixels=settings.max_pixels,
+            seconds=settings.timeout_s,
+            requests=2 * settings.max_queue,
+        )
+        self._failure: Exception | None = None
+        app = create_app(self.batching, self.metrics, limits=limits, api_keys=settings.api_keys)
+        app.router.lifespan_context = self._compiling
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,  # the application's own has more
+            server_header=False,
+            timeout_graceful_shutdown=settings.timeout_s,
+        )
+        super().__init__(config)
+
+    def serve_on(self, listening: socket.socket) -> None:
+        """Serves until SIGTERM or Ctrl-C: finishes what was begun, and takes nothing new.
+
+        Raises what compiling raised. The signal that ended it is raised again, for the caller.
+        """
+        self.run(sockets=[listening])
+        if self._failure is not None:
+            raise self._failure
+
+    @contextlib.asynccontextmanager
+    async def _compiling(self, _: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._compile())
+        try:
+            yield
+        finally:
+            task.cancel()
+            self.batching.stop()
+
+    async def _compile(self) -> None:
+        try:
+            await self.batching.compile()
+            self.metrics.ready.set(1)
+        except Exception as error:
+            self._failure, self.should_exit = error, True
