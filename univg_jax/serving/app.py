@@ -386,7 +386,7 @@ class Gate:
         except ClientLeft:
             status = LEFT
         except StarletteHTTPException as refused:
-            await _refuse_http(None, refused)(scope, receive, send_noting)
+            await _refuse_http(fastapi.Request(scope), refused)(scope, receive, send_noting)
         except asyncio.CancelledError:
             status = status or LEFT
             raise

@@ -50,17 +50,8 @@ def _read_size(text: str) -> str:
     return text
 
 
-def _strip_nothing(text: str) -> str:
-    """Text that can be told on: no lone surrogates, which are in no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("expected text of Unicode characters") from None
-    return text
-
-
-Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_strip_nothing)]
-Prompt = Annotated[Text, Field(min_length=1)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Picture = Annotated[bytes, BeforeValidator(_decode), WithJsonSchema(PICTURE)]
 Scale = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Size = Annotated[
@@ -71,6 +62,7 @@ Size = Annotated[
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Corners = Annotated[list[Fraction], Field(min_length=4, max_length=4)]
 Pixels = Annotated[int, Field(ge=0, le=10_000)]
+Margins = Annotated[list[Pixels], Field(min_length=4, max_length=4)]
 
 
 class Body(pydantic.BaseModel):
@@ -146,14 +138,21 @@ class Outpaint(Guided):
     pictures = ("image",)
     image: Picture
     prompt: Text = Field("", examples=["a pig on grass"])
-    margins: Annotated[
-        list[Pixels] | None, BeforeValidator(_from_text), Field(min_length=4, max_length=4)
-    ] = Field(None, description="left, top, right and bottom, in pixels")
+    margins: Annotated[Margins | None, BeforeValidator(_from_text)] = Field(
+        None, description="left, top, right and bottom, in pixels"
+    )
     aspect: Annotated[str, Field(pattern=r"^[0-9.]{1,9}:[0-9.]{1,9}$")] | None = Field(
         None, description="width to height, such as 3:2"
     )
     size: Size | None = Field(None, description="WIDTHxHEIGHT, with the image in the middle")
     image_guidance: Scale | None = Field(None, description="scale of the image")
+
+    @pydantic.model_validator(mode="after")
+    def _is_one(self) -> "Outpaint":
+        given = (self.margins, self.aspect, None if self.size == "auto" else self.size)
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("outpainting needs one of margins, aspect and size")
+        return self
 
 
 class Box(pydantic.BaseModel):
@@ -164,17 +163,26 @@ class Box(pydantic.BaseModel):
     corners: Corners = Field(description="left, top, right and bottom, in fractions of the picture")
 
 
+Boxes = Annotated[list[Box], Field(min_length=1, max_length=64)]
+
+
 class Layout(Guided):
     """A picture laid out as a canvas of colored blocks, or as boxes."""
 
     pictures = ("image",)
     prompt: Prompt = Field(examples=["a pig (red block) on grass"])
     image: Picture | None = Field(None, description="the canvas of blocks")
-    boxes: Annotated[
-        list[Box] | None, BeforeValidator(_from_text), Field(min_length=1, max_length=64)
-    ] = Field(None, description="instead of the canvas")
+    boxes: Annotated[Boxes | None, BeforeValidator(_from_text)] = Field(
+        None, description="instead of the canvas"
+    )
     size: Size | None = Field(None, description="WIDTHxHEIGHT, with boxes")
     image_guidance: Scale | None = Field(None, description="scale of the canvas")
+
+    @pydantic.model_validator(mode="after")
+    def _is_one(self) -> "Layout":
+        if (self.image is None) == (self.boxes is None):
+            raise ValueError("a layout needs an image or boxes")
+        return self
 
 
 class Depth(Body):

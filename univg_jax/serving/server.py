@@ -111,7 +111,7 @@ class Server(uvicorn.Server):
             body_bytes=settings.max_mib * 2**20,
             pixels=settings.max_pixels,
             seconds=settings.timeout_s,
-            requests=2 * settings.max_queue,
+            requests=settings.max_queue + 64,
         )
         self._failure: Exception | None = None
         app = create_app(self.batching, self.metrics, limits=limits, api_keys=settings.api_keys)

@@ -1,0 +1,149 @@
+"""Throughput and latency of `univg serve` for 1 to 32 clients, in batches and one at a time.
+
+    python benchmarks/serving.py --checkpoint=runs/quickstart/stage3
+
+Starts two servers, one after the other: one that makes a picture at a time, and one with batches.
+Each client asks for a picture, waits for it, and asks for the next. Every answer is compared with
+that of `Pipeline` for its prompt and seed: a difference above 1 of 255 ends the benchmark. Then a
+server with a short queue is asked by more clients than it takes, who come again when it says so.
+Prints tables in Markdown. Other work on the machine slows all of it: the rows of both servers
+alternate, and what counts is their ratio.
+"""
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import io
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import httpx2
+import numpy as np
+from PIL import Image
+
+from univg_jax import Pipeline
+
+CLIENTS = (1, 2, 4, 8, 16, 32)
+PROMPTS = tuple(f"{count} pigs on {ground}" for ground in ("grass", "sand") for count in range(16))
+
+
+@contextlib.contextmanager
+def served(checkpoint: str, **flags: int) -> Iterator[str]:
+    """The address of a server, once it is ready."""
+    command = [sys.executable, "-m", "univg_jax", "serve", f"--checkpoint={checkpoint}", "--port=0"]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        line = process.stdout.readline()
+        if not line.startswith("serving at "):
+            raise SystemExit(f"the server did not start: {' '.join(command)}")
+        address = line.split()[2].rstrip(",")
+        while httpx2.get(f"{address}/ready").status_code != 200:
+            time.sleep(0.5)
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        if process.wait():
+            raise SystemExit(f"the server ended with {process.returncode}")
+
+
+def expect(checkpoint: str) -> list[np.ndarray]:
+    """What `Pipeline` makes of each prompt with its number as the seed."""
+    pipeline = Pipeline.load(checkpoint)
+    made = pipeline(PROMPTS, seed=list(range(len(PROMPTS))), callback=lambda *_: None)
+    return [np.asarray(image, int) for image in made.images]
+
+
+async def ask(client: httpx2.AsyncClient, i: int, expected: list[np.ndarray]) -> tuple[float, int]:
+    """The seconds that picture `i` took at its last try, and how many tries were refused."""
+    refused = 0
+    while True:
+        begin = time.perf_counter()
+        response = await client.post("/v1/generate", json={"prompt": PROMPTS[i], "seed": i})
+        seconds = time.perf_counter() - begin
+        if response.status_code != 429:
+            break
+        refused += 1
+        await asyncio.sleep(float(response.headers["retry-after"]))
+    response.raise_for_status()
+    (made,) = response.json()["data"]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(made["b64_json"]))), int)
+    if np.abs(pixels - expected[i]).max() > 1:
+        raise SystemExit(f"the answer to {PROMPTS[i]!r}, seed {i}, is not its picture")
+    return seconds, refused
+
+
+async def load(
+    address: str, clients: int, count: int, expected: list[np.ndarray]
+) -> tuple[float, list[float], int]:
+    """Seconds in all and of each of `count` pictures, and how many requests were refused."""
+    numbers = iter(range(count))
+    seconds, refused = [], 0
+    limits = httpx2.Limits(max_connections=clients)
+    async with httpx2.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+
+        async def work() -> None:
+            nonlocal refused
+            for number in numbers:
+                took, tries = await ask(client, number % len(PROMPTS), expected)
+                seconds.append(took)
+                refused += tries
+
+        begin = time.perf_counter()
+        await asyncio.gather(*(work() for _ in range(clients)))
+        total = time.perf_counter() - begin
+    if len(seconds) != count:
+        raise SystemExit(f"{len(seconds)} answers to {count} requests")
+    return total, seconds, refused
+
+
+def row(clients: int, total: float, seconds: list[float]) -> tuple[float, str]:
+    """Pictures a second, and a line of the table."""
+    cuts = statistics.quantiles(seconds, n=20, method="inclusive")
+    rate = len(seconds) / total
+    return rate, f"{rate:.1f} | {cuts[9]:.3f} | {cuts[18]:.3f}"
+
+
+def main() -> None:
+    """Measures the checkpoint of the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--count", type=int, default=96, help="pictures of each row")
+    parser.add_argument("--max_batch", type=int, default=8)
+    args = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    expected = expect(args.checkpoint)
+    with (
+        served(args.checkpoint, max_batch=1) as single,
+        served(args.checkpoint, max_batch=args.max_batch) as batched,
+    ):
+        print(
+            "| clients | one at a time: pictures/s | p50, s | p95, s "
+            f"| batches of up to {args.max_batch}: pictures/s | p50, s | p95, s | ratio |"
+        )
+        print("|---" * 8 + "|")
+        for clients in CLIENTS:
+            found = []
+            for address in (single, batched):
+                total, seconds, _ = asyncio.run(load(address, clients, args.count, expected))
+                found.append(row(clients, total, seconds))
+            (slow, first), (fast, second) = found
+            print(f"| {clients} | {first} | {second} | {fast / slow:.2f} |", flush=True)
+    with served(args.checkpoint, max_batch=args.max_batch, max_queue=4) as busy:
+        _, seconds, refused = asyncio.run(load(busy, 32, args.count, expected))
+    print(
+        f"\nOverload: 32 clients, a queue of 4: {len(seconds)} pictures were asked for, each came "
+        f"and is its own; {refused} requests were told to come later."
+    )
+
+
+if __name__ == "__main__":
+    main()
