@@ -110,7 +110,9 @@ ALLOWED: dict[str, set[str]] = {
         *("assembly", "checksums", "data_pipelines", "encoders", "interop", "pipeline"),
         *("pretrained", "streaming", "trained", "workdir"),
     },
-    "serving": {"data_pipelines", "pipeline", "result"},
+    "serving": {
+        *("batch", "data_pipelines", "inputs", "pipeline", "result", "sampling", "version"),
+    },
     "planning": {
         *("assembly", "batch", "conditioning", "data_pipelines", "encoders", "models"),
         *("sampling", "sharding", "tpu", "training"),

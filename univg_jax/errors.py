@@ -73,7 +73,8 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise NotFoundError(
-            f"{what} needs the package {error.name}: pip install 'univg_jax[{extra}]'"
+            f"{what} needs the package {str(error.name).partition('.')[0]}: "
+            f"pip install 'univg_jax[{extra}]'"
         ) from None
 
 

@@ -57,9 +57,14 @@ def without(monkeypatch, tmp_path):
             ["plan", "--config=stage1_t2i:size=tiny,res=64", "--topology=v5e:2x2"],
             "pip install 'univg_jax[tpu]'",
         ),
+        (
+            ["batched"],
+            ["serve", "--checkpoint=stage3"],
+            "the package batched: pip install 'univg_jax[serve]'",
+        ),
         (["gcsfs"], ["checkpoint", "list", "gs://b/x"], "pip install 'univg_jax[gcs]'"),
     ],
-    ids=["artwork", "faces", "weights", "compiler", "buckets"],
+    ids=["artwork", "faces", "weights", "compiler", "server", "buckets"],
 )
 def test_a_missing_extra_is_one_line_with_the_command(without, capsys, packages, arguments, need):
     without(*packages)
@@ -81,6 +86,7 @@ def test_what_is_imported_is_required():
     optional = distributions(extras["quickstart"])
     native = distributions(extras["data"]) | distributions(extras["beam"])
     native |= distributions(extras["demo"])
+    served = distributions(extras["serve"])
     where = importlib.metadata.packages_distributions()
     for folder in ("univg_jax", "data_pipelines", "experiments"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -97,13 +103,17 @@ def test_what_is_imported_is_required():
                 is_artwork = "emoji_scenes" in path.parts and providers & optional
                 # Readers of native files say which extra they need.
                 is_told = providers & native and "needs_extra(" in path.read_text()
-                assert providers & required or is_artwork or is_told, f"{path} imports {name}"
+                # `univg serve` says which extra it needs, before it imports the server.
+                is_served = "serving" in path.parts and providers & served
+                assert providers & required or is_artwork or is_told or is_served, (
+                    f"{path} imports {name}"
+                )
 
 
 def test_every_extra_is_used():
     assert set(SETUP["options.extras_require"]) == {
         # Of which the commands speak.
-        *("quickstart", "tpu", "cuda", "gcs", "data", "beam", "demo"),
+        *("quickstart", "tpu", "cuda", "gcs", "data", "beam", "demo", "serve"),
         # Of which the Makefile speaks.
         *("parity", "docs", "dev"),
     }

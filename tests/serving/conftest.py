@@ -18,7 +18,7 @@ def running(pipeline, *, wait=True, **settings):
     with open_socket("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.serve_on, args=[listening], daemon=True)
         thread.start()
-        address = "http://127.0.0.1:{}".format(listening.getsockname()[1])
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
         try:
             while not server.started:
                 time.sleep(0.01)

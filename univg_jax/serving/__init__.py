@@ -1,1 +1,1 @@
-"""A trained model for others: a page to try it, and an HTTP server."""
+"""A trained model for others: an HTTP server, and a page to try it."""

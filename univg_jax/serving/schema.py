@@ -210,7 +210,8 @@ class Identity(Guided):
 
     pictures = ("face",)
     face: Picture
-    prompt: Prompt = Field(examples=["a portrait of <p>"])
+    # The pattern is for readers of the schema: what is said of a prompt without it is clearer.
+    prompt: Prompt = Field(examples=["a portrait of <p>"], json_schema_extra={"pattern": "<p>"})
     size: Size | None = Field(None, description="WIDTHxHEIGHT; the model's square")
 
 
