@@ -78,6 +78,17 @@ def test_a_stopped_job_ends_at_its_next_step_or_never_begins(maker):
     assert not waiting.has_begun
 
 
+def test_a_fault_of_ours_is_logged_and_the_next_picture_is_made(maker, monkeypatch, caplog):
+    with monkeypatch.context() as broken:
+        broken.setattr(Pipeline, "run", lambda *_, **__: 1 / 0)
+        (error,) = make_all(maker, jobs("a pig"))
+    assert isinstance(error, ZeroDivisionError)
+    assert "division by zero" in caplog.text
+    assert "a pig" in caplog.text
+    (made,) = make_all(maker, jobs("a pig"))
+    assert isinstance(made, makers.Made)
+
+
 def test_too_many_that_wait_are_told_so(maker, monkeypatch):
     monkeypatch.setattr(makers, "MAX_WAITING", 2)
     *_, refused = make_all(maker, jobs("a pig", "a cat", "a dog"))

@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
     )
     store = Store()
     examples = load_examples(pipeline, store, num=NUM_EXAMPLES, data_dir=args.data or "")
-    print(f"the page: http://{args.host}:{args.port} (Ctrl-C ends it)", flush=True)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"the page: http://{host}:{args.port} (Ctrl-C ends it)", flush=True)
     page.serve(
         Maker(pipeline, store),
         examples,

@@ -128,7 +128,8 @@ def add_address(parser: argparse.ArgumentParser, *, port: int) -> None:
 def check_address(args: argparse.Namespace) -> None:
     """Raises UserError if nothing can listen on --host and --port."""
     try:
-        with socket.create_server((args.host, args.port)):
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        with socket.create_server((args.host, args.port), family=family):
             pass
     except OSError as error:
         reason = error.strerror or error
