@@ -4,6 +4,7 @@ the color of each.
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -17,7 +18,7 @@ _WORDS = re.compile(r"[a-z]+")
 
 
 def draw(
-    prompt: str, boxes: Sequence[tuple[str, Sequence[float]]], *, height: int, width: int
+    prompt: str, boxes: Sequence[Any], *, height: int, width: int
 ) -> tuple[str, UInt8[np.ndarray, "{height} {width} 3"]]:
     """The prompt with the colors of all boxes, and the canvas with their blocks.
 
@@ -38,7 +39,8 @@ def draw(
     everywhere = [c for match in _BLOCKS_AFTER.finditer(prompt) for c in _colors(match[1])]
     left = {end: list(colors) for end, colors in said.items()}
     free = [color for color in PALETTE if color not in everywhere]
-    chosen, added = [], {}
+    chosen: list[str] = []
+    added: dict[int, list[str]] = {}
     for name, end in zip(names, ends, strict=True):
         if name.lower() in PALETTE and name.lower() in everywhere:
             color = name.lower()
@@ -61,7 +63,7 @@ def draw(
     return name_blocks(prompt, added), canvas
 
 
-def _corners(index: int, box: object) -> list[float]:
+def _corners(index: int, box: Any) -> list[float]:
     where = f"boxes[{index}]"
     try:
         name, corners = box

@@ -248,6 +248,8 @@ def _find_limbs(image: UInt8[np.ndarray, "h w 3"]) -> dict[int, _Segment]:
         if masses[blob] < 0.5 * thickness**2:
             continue
         y, x = np.nonzero(labels == blob)
+        if len(y) < 2:  # in a tiny picture: a point has no direction
+            continue
         mass = weight[y, x]
         points = np.stack([x, y], axis=1) + 0.5
         center = np.average(points, axis=0, weights=mass)

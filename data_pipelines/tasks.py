@@ -33,7 +33,7 @@ from data_pipelines import examples, labels, letterbox, renderings, transforms
 from data_pipelines.examples import PLACEHOLDER, Example, UnsuitableRecord, blank_hole
 from data_pipelines.labels import check, lay_on
 from data_pipelines.transforms import Record
-from univg_jax.errors import UserError, quote
+from univg_jax.errors import UnsupportedError, UserError, quote
 
 __all__ = ["PLACEHOLDER", "TASKS", "Example", "Task", "UnsuitableRecord", "check"]
 # The pictures that a user may give a task, and what each shows.
@@ -172,9 +172,9 @@ class Task:
         `mask` is 1 where to generate, and lies on the image: it has its shape, in any size.
         `prompt` has no tag; for task id it has `<p>` where the person stands.
 
-        Raises UserError for a prompt, a picture or a `<p>` that is missing, for a prompt or a
-        picture that the task does not take, and for a mask that marks nothing or has another shape
-        than the image.
+        Raises UnsupportedError for a prompt or a picture that the task does not take, and UserError
+        for a prompt, a picture or a `<p>` that is missing, and for a mask that marks nothing or has
+        another shape than the image.
         """
         prompt = prompt.strip()
         self._check_prompt(prompt)
@@ -184,7 +184,7 @@ class Task:
                 article = "an" if name == "image" else "a"
                 raise UserError(f"task {self.name!r} needs {article} {name}")
             if picture is not None and name not in self.inputs:
-                raise UserError(f"task {self.name!r} takes no {name}")
+                raise UnsupportedError(f"task {self.name!r} takes no {name}")
         source, hole = None, None
         height, width = (resolution,) * 2 if isinstance(resolution, int) else resolution
         if image is not None:
@@ -208,7 +208,7 @@ class Task:
         if self.prompt == "needed" and not prompt:
             raise UserError(f"task {self.name!r} needs a prompt")
         if self.prompt == "none" and prompt:
-            raise UserError(f"task {self.name!r} takes no prompt, but has {quote(prompt)}")
+            raise UnsupportedError(f"task {self.name!r} takes no prompt, but has {quote(prompt)}")
         if "face" in self.inputs and PLACEHOLDER not in prompt:
             raise UserError(
                 f"prompt {quote(prompt)} has no {PLACEHOLDER}: "

@@ -13,8 +13,10 @@ from jax import monitoring
 from PIL import Image
 
 from data_pipelines.tasks import TASKS
+from tests.evaluation.tiny_pipeline import answering, make_pipeline
 from univg_jax import Pipeline, Result
 from univg_jax.errors import NonFiniteError, NotFoundError, UnsupportedError, UserError
+from univg_jax.settings import Config
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 
@@ -22,6 +24,16 @@ pytestmark = pytest.mark.xdist_group("pipeline")
 @pytest.fixture(scope="module")
 def pipeline(root):
     return Pipeline.load(root / "stage3")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A model with random weights of all tasks but id, that was trained in three shapes."""
+    pipe = answering(make_pipeline())
+    config = pipe.config.to_dict()
+    config["tasks"] = {name: config["tasks"]["ie"] for name in TASKS if name != "id"}
+    config["data"]["buckets"] = [[16, 16], [16, 32], [32, 16]]
+    return dataclasses.replace(pipe, config=Config.of(config), compiled=set())
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +85,18 @@ def test_one_method_a_task(pipeline, picture, mask, tmp_path):
     }
 
 
-def test_the_examples_of_the_docstrings_run(pipeline, picture, tmp_path, monkeypatch):
+def test_the_examples_of_the_docstrings_run(pipeline, picture, root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture.save("scene.png")
     picture.save("face.png")
-    names = {"pipe": pipeline, "np": np, "scene": np.asarray(picture), "picture": picture}
-    found = doctest.DocTestFinder().find(Pipeline, "Pipeline", globs=names)
+    (tmp_path / "runs").symlink_to(root)
+    names = {"pipe": pipeline, "np": np, "scene": np.asarray(picture), "Pipeline": Pipeline}
+    finder = doctest.DocTestFinder()
+    found = [t for c in (Pipeline, Result) for t in finder.find(c, c.__name__, globs=names)]
     shown = {test.name for test in found if test.examples}
     methods = {"__call__", "edit", "inpaint", "outpaint", "layout", "depth", "pose", "segment"}
-    assert shown >= {f"Pipeline.{name}" for name in methods | {"identity", "run"}}
+    methods |= {"identity", "run", "load"}
+    assert shown == {"Result", *(f"Pipeline.{name}" for name in methods)}
     runner = doctest.DocTestRunner()
     for test in found:
         runner.run(test)
@@ -118,6 +133,96 @@ def test_inpainting_keeps_the_pixels_outside_the_mask(pipeline, mask):
     made = pixels(pipeline.inpaint(image, hole))
     np.testing.assert_array_equal(made[hole == 0], image[hole == 0])
     assert (made[hole > 0] != image[hole > 0]).any()
+
+
+def test_pictures_of_many_shapes_are_one_list(tiny):
+    rng = np.random.default_rng(0)
+    sizes = [(20, 41), (40, 20), (33, 33), (20, 40), (50, 7), (16, 16)]
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    told = []
+    result = tiny.edit(images, "a cat", seed=3, callback=lambda *done: told.append(done))
+    assert [image.size[::-1] for image in result.images] == sizes
+    assert told == [(1, 3), (2, 3), (3, 3)], "three shapes of one step each"
+    for i, image in enumerate(images):
+        alone = pixels(tiny.edit(image, "a cat", seed=3 + i))
+        # Another size of batch may carry a value over the edge between two levels, and a cubic
+        # resize makes one of it up to two.
+        assert np.abs(np.asarray(result.images[i]).astype(int) - alone).max() <= 2
+
+
+def test_a_size_is_width_and_height(tiny):
+    assert tiny("a cat", size=(50, 20)).image.size == (50, 20)
+    square = pixels(tiny("a cat"))
+    np.testing.assert_array_equal(pixels(tiny("a cat", size=(16, 16))), square)
+    assert pixels(tiny("a cat", size=(32, 32))).shape == (32, 32, 3)
+
+
+def test_what_is_kept_has_its_own_pixels_at_any_size(tiny):
+    image = np.random.default_rng(1).integers(0, 256, (45, 61, 3), dtype=np.uint8)
+    mask = np.zeros((45, 61), bool)
+    mask[10:20, 30:50] = True
+    made = pixels(tiny.inpaint(image, mask, "a cat"))
+    np.testing.assert_array_equal(made[~mask], image[~mask])
+    assert (made[mask] != image[mask]).mean() > 0.5
+    wider = tiny.outpaint(image, margins=(3, 0, 9, 5))
+    assert wider.task == "ip"
+    assert wider.image.size == (3 + 61 + 9, 45 + 5)
+    np.testing.assert_array_equal(pixels(wider)[:45, 3:64], image)
+    several = tiny.outpaint([image, image[:20]], ["a", "b"], aspect="1:1")
+    assert [made.size for made in several.images] == [(61, 61), (61, 61)]
+
+
+def test_the_settings_of_a_result_make_it_again(tiny):
+    image = np.random.default_rng(2).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    options = dict(
+        guidance=3.0, image_guidance=2.0, steps=2, solver="heun", negative_prompt="many dogs"
+    )
+    made = tiny.edit(image, "a cat", seed=9, **options)
+    again = {name: made.settings[name] for name in options}
+    assert again == options
+    repeated = tiny.run(made.task, image=image, prompt=made.prompts[0], seed=made.seeds, **again)
+    np.testing.assert_array_equal(pixels(repeated), pixels(made))
+    for name in options:
+        other = tiny.edit(image, "a cat", seed=9, **{k: v for k, v in options.items() if k != name})
+        assert (pixels(other) != pixels(made)).any(), name
+    assert tiny.config.sampling.steps == 1, "a call changes nothing of the pipeline"
+
+
+def test_a_negative_prompt_stands_where_no_text_did(tiny):
+    """v = s F(c) + (1 - s) F(negative), which is F(c) where both are the same."""
+    image = np.random.default_rng(3).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    plain = pixels(tiny.edit(image, "a cat", guidance=1.0, image_guidance=1.0))
+    same = pixels(tiny.edit(image, "a cat", guidance=9, image_guidance=1, negative_prompt="a cat"))
+    assert np.abs(plain.astype(int) - same).max() <= 1  # float32 in another order
+    none = pixels(tiny.edit(image, "a cat", guidance=9, image_guidance=1))
+    assert np.abs(plain.astype(int) - none).max() > 1
+    negatives = ["", "a cat"]
+    both = tiny.edit(
+        image, "a cat", seed=[0, 0], guidance=9, image_guidance=1, negative_prompt=negatives
+    )
+    for image, alone in zip(both.images, (none, same)):
+        assert np.abs(np.asarray(image).astype(int) - alone).max() <= 1
+
+
+def test_what_a_callback_raises_ends_the_call(tiny):
+    def stop(step, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny("a cat", callback=stop)
+
+
+def test_only_what_the_tasks_need_is_read(pipeline, root, picture):
+    some = Pipeline.load(root / "stage3", tasks=["text-to-image", "depth"])
+    assert pipeline.frozen.keys() - some.frozen.keys() == {"identity"}
+    assert some.tasks == tuple(task for task in TASKS if task != "id")
+    np.testing.assert_array_equal(pixels(some("a pig", seed=3)), pixels(pipeline("a pig", seed=3)))
+    with pytest.raises(UnsupportedError, match=r"unknown task of .*: 'id' \(known: t2i, ie"):
+        some.identity(picture, "a portrait of <p>")
+    with pytest.raises(UnsupportedError, match="'depth'"):
+        Pipeline.load(root / "stage1", tasks=["depth"])
+    with pytest.raises(UserError, match="unknown task 'dept'; did you mean 'depth'"):
+        Pipeline.load(root / "stage3", tasks=["dept"])
 
 
 def test_progress_is_told_and_compiles_nothing_anew(pipeline):
@@ -190,6 +295,13 @@ def test_an_untrained_model_is_the_same_but_for_its_parameters(pipeline):
         (lambda p, _: p.depth(__file__), "is not a readable image"),
         (lambda p, _: p(["a", "b"], seed=[1]), "lists of different lengths"),
         (lambda p, _: p("a", seed=-1), "seed=-1: expected a whole number >= 0"),
+        (lambda p, _: p(["a", "b"], seed=2**32 - 1), "seed=4294967296: expected a whole number"),
+        (lambda p, _: p("a", steps=0), "steps=0: expected a whole number >= 1"),
+        (lambda p, _: p("a", size=(9, 0)), "size=0: expected a whole number >= 1"),
+        (lambda p, i: p.depth(i, guidance=2.0), "task 'depth' takes no guidance"),
+        (lambda p, i: p.edit(i, "a", size=(8, 8)), "takes no size: its answer has that of the im"),
+        (lambda p, i: p.outpaint(i), "needs a mask, or margins, aspect or size"),
+        (lambda p, i: p.layout(i, "a", boxes=[("a", (0, 0, 1, 1))]), "boxes and a canvas"),
     ],
 )
 def test_what_cannot_be_is_one_line(pipeline, picture, call, message):

@@ -7,10 +7,10 @@
     face_emb             = identity(face), zero without a face
 
 `Conditioner` holds modules only. Their parameters travel beside it as one pytree `frozen`,
-`{'text': ..., 'codec': ..., 'identity': ...}` (the last only if there is such an encoder), so that
-its methods are pure functions for use inside jit. `univg_jax.encoders` makes both. When batches
-carry text embeddings from a cache, the text encoder's parameters may be missing. Where they carry
-latents, only the pictures that are marked missing are encoded.
+`{'text': ..., 'codec': ..., 'identity': ...}`, so that its methods are pure functions for use
+inside jit. `univg_jax.encoders` makes both. The last may be missing where no batch has a face. When
+batches carry text embeddings from a cache, the text encoder's parameters may be missing. Where they
+carry latents, only the pictures that are marked missing are encoded.
 """
 
 import dataclasses
@@ -135,8 +135,8 @@ class Conditioner:
             text = self.embed_text(frozen, batch.tokens, batch.text_mask)
         else:
             text = _float32(batch.text)
-        if self.identity is None:
-            face_emb = jnp.zeros((b, 0))
+        if self.identity is None or "identity" not in frozen:
+            face_emb = jnp.zeros((b, self.face_dim or 0))
         else:
             face_emb = jnp.where(batch.has_face[:, None], self.identify(frozen, batch.face), 0)
         # "No source" is a zero latent, which differs from the latent of a black image.

@@ -9,6 +9,7 @@ import difflib
 import re
 import signal
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 # What ends a line, or moves a terminal's cursor, with the blanks around it.
 _BREAKS = re.compile(r"\s*[\x00-\x1f\x7f-\x9f\u2028\u2029]+\s*")
@@ -78,7 +79,7 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         ) from None
 
 
-def check_name(name: object, names: Collection[str], *, what: str) -> str:
+def check_name(name: Any, names: Collection[str], *, what: str) -> str:
     """Returns `name` if it is one of `names`, else raises UserError with the nearest one."""
     if name not in names:
         raise UserError(f"unknown {what} {quote(name)}{suggestion(name, names)}")

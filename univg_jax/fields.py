@@ -174,7 +174,7 @@ def _is_number(kind: type, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
     try:
-        return math.isfinite(value) and (kind is float or value == int(value))
+        return math.isfinite(value) and (kind is float or bool(value == int(value)))
     except OverflowError:  # a whole number that no float can hold
         return False
 

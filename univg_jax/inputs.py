@@ -8,8 +8,8 @@ picture's own size. Needs the settings of a run, not its model.
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,16 +18,42 @@ from PIL import Image
 from data_pipelines import layouts
 from data_pipelines.labels import lay_on
 from data_pipelines.letterbox import Letterbox
-from data_pipelines.tasks import INPUTS, TASKS, Example
+from data_pipelines.tasks import TASKS, Example
 from univg_jax import buckets, fields
 from univg_jax.batch import BatchShape
 from univg_jax.errors import UnsupportedError, UserError, quote
 from univg_jax.images import WHOLE_PIXELS, Picture, open_any, to_mask, to_rgb
-from univg_jax.settings import Data
+from univg_jax.settings import MAX_SEED, Config, Data, Guidance, Sampler
 
-Boxes = Sequence[tuple[str, Sequence[float]]]  # name, (x0, y0, x1, y1) as fractions of the picture
+# Name, (x0, y0, x1, y1) as fractions of the picture.
+Boxes = Sequence[tuple[str, Sequence[float | int]]]
 Margins = int | tuple[int, int, int, int]  # pixels on every side, or left, top, right, bottom
 Size = tuple[int, int]  # width, height in pixels, as PIL has them
+Callback = Callable[[int, int], object]  # step, total
+
+SCALES = {"guidance": "text", "image_guidance": "image"}  # options -> scales of guidance
+_SETTINGS = {
+    **{option: Guidance.__dataclass_fields__[scale] for option, scale in SCALES.items()},
+    **{name: Sampler.__dataclass_fields__[name] for name in ("steps", "solver")},
+}
+
+
+class RunOptions(TypedDict, total=False):
+    """What every method takes beside its inputs; see `Pipeline.run`."""
+
+    seed: int | Sequence[int]
+    guidance: float | int | None
+    image_guidance: float | int | None
+    steps: int | None
+    solver: str | None
+    negative_prompt: str | Sequence[str]
+    callback: Callback | None
+
+
+class SizedOptions(RunOptions, total=False):
+    """`RunOptions`, and the size of an answer that no picture gives a size."""
+
+    size: Size | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,17 +81,17 @@ class Request:
 
     def finish(self, made: UInt8[np.ndarray, "h w 3"]) -> tuple[Image.Image, np.ndarray | None]:
         """The user's picture of what the model made, and what it says in a dense task."""
-        task = TASKS[self.task]
+        task, answer = TASKS[self.task], None
         record = {"image": made}
-        if task.answers == "joints":  # read from lines as wide as the model draws them
+        if task.answers == "joints" and task.decode is not None:
+            # Before the lines are resized: how wide they are tells where they end.
             record["joints"] = task.decode(made)[None]
         record = self.letterbox.restore(record)
         pixels = record["image"]
-        if self.hole is not None:  # what is kept is the input's own pixels
+        if self.image is not None and self.hole is not None:  # what is kept has its own pixels
             pixels = np.where(self.hole[..., None] > 0, pixels, self.image)
-        answer = None
         if task.decode is not None:
-            answer = record["joints"][0] if task.answers == "joints" else task.decode(pixels)
+            answer = record["joints"][0] if "joints" in record else task.decode(pixels)
         return Image.fromarray(pixels), answer
 
 
@@ -79,42 +105,45 @@ def make_request(
     face: Picture | None = None,
     boxes: Boxes | None = None,
     margins: Margins | None = None,
-    aspect: float | str | None = None,
+    aspect: float | int | str | None = None,
     size: Size | None = None,
-    label: str = "",
 ) -> Request:
     """A user's inputs as a request to a model with these settings of `data`.
 
     `boxes` draw the canvas of task lg. `margins`, `aspect`, or `size` make an outpainting of task
     ip, whose mask they are. Of a task without a picture, and of `boxes`, `size` is that of the
-    answer; by default it is the square of `data.resolution`. `label` stands before the name of a
-    picture in messages.
+    answer; by default it is the square of `data.resolution`.
 
     Raises UnsupportedError for an input that the task does not take, NotFoundError for a file that
     does not exist, and UserError for what is missing, cannot be read, or does not fit.
     """
-    given = {"image": image, "mask": mask, "face": face}
-    pictures = {name: read_input(name, given[name], label=label + name) for name in INPUTS}
+    prompt = fields.read(str, prompt, "prompt")
+    rgb, face_rgb = read_input("image", image), read_input("face", face)
+    plane = read_input("mask", mask)
     square = BatchShape.of(data)
     own = (square.width, square.height) if size is None else check_size("size", size)
-    extends = {"margins": margins, "aspect": aspect, **({"size": size} if task == "ip" else {})}
+    takes = {
+        "boxes": (boxes, task == "lg"),
+        "margins": (margins, task == "ip"),
+        "aspect": (aspect, task == "ip"),
+        "size": (size, task == "ip" or boxes is not None or "image" not in TASKS[task].inputs),
+    }
+    for name, (value, is_taken) in takes.items():
+        if value is not None and not is_taken:
+            why = ": its answer has that of the image" if name == "size" else ""
+            raise UnsupportedError(f"task {task!r} takes no {name}{why}")
     if boxes is not None:
-        if task != "lg":
-            raise UnsupportedError(f"task {task!r} takes no boxes")
-        if image is not None:
+        if rgb is not None:
             raise UserError("boxes and a canvas: give one or the other")
-        prompt, pictures["image"] = layouts.draw(prompt, boxes, height=own[1], width=own[0])
-    elif any(value is not None for value in extends.values()):
-        if task != "ip":
-            name = next(name for name, value in extends.items() if value is not None)
-            raise UnsupportedError(f"task {task!r} takes no {name}")
-        if mask is not None:
+        prompt, rgb = layouts.draw(prompt, boxes, height=own[1], width=own[0])
+    elif task == "ip" and any(value is not None for value in (margins, aspect, size)):
+        if plane is not None:
             raise UserError("outpainting needs no mask: leave it out")
-        if image is not None:
-            pictures["image"], pictures["mask"] = extend(pictures["image"], **extends)
-    elif size is not None and "image" in TASKS[task].inputs:
-        raise UnsupportedError(f"task {task!r} takes no size: its answer has that of the image")
-    return _fitted(task, prompt, data=data, size=own, **pictures)
+        if rgb is not None:  # without one, `from_inputs` says that it is missing
+            rgb, plane = extend(rgb, margins=margins, aspect=aspect, size=size)
+    elif task == "ip" and plane is None and rgb is not None:
+        raise UserError("task 'ip' needs a mask, or margins, aspect or size to extend the image by")
+    return _fitted(task, prompt, data=data, size=own, image=rgb, mask=plane, face=face_rgb)
 
 
 def _fitted(
@@ -174,10 +203,27 @@ def read_input(
         raise type(error)(f"{where} {error}") from None
 
 
-def is_boxes(given: Boxes | Sequence[Boxes]) -> bool:
-    """Whether it is the boxes of one picture, not a list of these."""
-    first = given[0] if len(given) else None
-    return isinstance(first, list | tuple) and len(first) == 2 and isinstance(first[0], str)
+def each_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of each picture, where those of a call are lists, or stand for every picture.
+
+    Raises UserError for lists of different lengths.
+    """
+    lists = {name: values for name, values in given.items() if _is_list(name, values)}
+    count = len(next(iter(lists.values()))) if lists else 1
+    if any(len(values) != count for values in lists.values()):
+        lengths = ", ".join(f"{name} {len(values)}" for name, values in lists.items())
+        raise UserError(f"lists of different lengths: {lengths}")
+    return [{k: v[i] if k in lists else v for k, v in given.items()} for i in range(count)]
+
+
+def _is_list(name: str, values: object) -> bool:
+    if not isinstance(values, list | tuple):
+        return False
+    if name != "boxes":
+        return True
+    # The boxes of one picture are a list of pairs, too, and begin with a name.
+    is_pairs = [isinstance(v, list | tuple) and len(v) and isinstance(v[0], str) for v in values]
+    return bool(is_pairs) and not any(is_pairs)
 
 
 def check_size(name: str, size: object) -> Size:
@@ -195,7 +241,7 @@ def extend(
     image: UInt8[np.ndarray, "h w 3"],
     *,
     margins: Margins | None = None,
-    aspect: float | str | None = None,
+    aspect: float | int | str | None = None,
     size: Size | None = None,
 ) -> tuple[UInt8[np.ndarray, "h2 w2 3"], UInt8[np.ndarray, "h2 w2"]]:
     """The picture on a larger canvas, and the mask of what is new there.
@@ -232,7 +278,7 @@ def extend(
     return np.pad(image, (*margin, (0, 0)), mode="edge"), mask
 
 
-def _ratio(aspect: float | str) -> float:
+def _ratio(aspect: float | int | str) -> float:
     """Width to height. Raises UserError for what is none, or beyond 100:1."""
     found: Any = aspect
     if isinstance(aspect, str) and (match := re.fullmatch(r"([\d.]+)[:/x]([\d.]+)", aspect)):
@@ -243,3 +289,48 @@ def _ratio(aspect: float | str) -> float:
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0.01 <= found <= 100:
         raise UserError(f"aspect={quote(aspect)}: expected width to height, such as 1.5 or '3:2'")
     return float(found)
+
+
+def sampling_options(
+    config: Config,
+    task: str,
+    *,
+    guidance: float | int | None = None,
+    image_guidance: float | int | None = None,
+    steps: int | None = None,
+    solver: str | None = None,
+    negative_prompt: str | Sequence[str] = "",
+) -> dict[str, Any]:
+    """The `sampling` settings that options of `Pipeline.run` replace; raises what it raises."""
+    has_text, has_image = TASKS[task].prompt != "none", "image" in TASKS[task].inputs
+    takes = {"guidance": has_text, "negative_prompt": has_text, "image_guidance": has_image}
+    given = {
+        "guidance": guidance,
+        "negative_prompt": negative_prompt or None,
+        "image_guidance": image_guidance,
+        "steps": steps,
+        "solver": solver,
+    }
+    found = {}
+    for name, value in given.items():
+        if value is not None and not takes.get(name, True):
+            raise UnsupportedError(f"task {task!r} takes no {name}")
+        if value is not None and name in _SETTINGS:
+            field = _SETTINGS[name]
+            found[name] = fields.read(field.type, value, name, fields.rule_of(field))
+    scales = {SCALES[name]: found.pop(name) for name in SCALES if name in found}
+    stored = config.to_dict()["sampling"]["guidance"]
+    if scales:
+        made = fields.make(Guidance, {**stored.get(task, {}), **scales}, f"task {task!r}")
+        found["guidance"] = {**stored, task: dataclasses.asdict(made)}
+    elif negative_prompt and stored.get(task, {}).get("text") is None:
+        raise UserError(
+            f"task {task!r} is sampled without guidance, so a negative prompt changes nothing: "
+            "give guidance, too"
+        )
+    return found
+
+
+def check_seeds(seeds: Sequence[object]) -> list[int]:
+    """The seeds. Raises UserError for what is none."""
+    return [fields.read(int, seed, "seed", fields.Rule(least=0, most=MAX_SEED)) for seed in seeds]

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -26,35 +26,27 @@ from univg_jax import assembly, encoders, fields, sharding, tpu
 from univg_jax.batch import Batch, BatchShape, Text
 from univg_jax.errors import NotFoundError, UnsupportedError, UserError
 from univg_jax.images import Picture, check_finite, to_uint8
-from univg_jax.inputs import Boxes, Margins, Request, Size, is_boxes, make_request
+from univg_jax.inputs import (
+    Boxes,
+    Callback,
+    Margins,
+    Request,
+    RunOptions,
+    Size,
+    SizedOptions,
+    check_seeds,
+    each_of,
+    make_request,
+    sampling_options,
+)
 from univg_jax.pretrained import local_path
 from univg_jax.progress import timed
 from univg_jax.result import Result
 from univg_jax.sampling import NULL_CONDITIONS, Generator, guidance_weights
-from univg_jax.settings import MAX_SEED, Config, Guidance, Options, Sampler
+from univg_jax.settings import Config, Guidance, Options
 from univg_jax.trained import open_trained
 
 Pixels = UInt8[np.ndarray, "b h w 3"]
-
-
-class RunOptions(TypedDict, total=False):
-    """What every method takes beside its inputs; see `Pipeline.run`."""
-
-    seed: int | Sequence[int]
-    guidance: float | None
-    image_guidance: float | None
-    steps: int | None
-    solver: str | None
-    negative_prompt: str | Sequence[str]
-    callback: Callable[[int, int], object] | None
-
-
-class SizedOptions(RunOptions, total=False):
-    """`RunOptions`, and the size of an answer that no picture gives a size."""
-
-    size: Size | None
-
-
 MAX_BATCH = 8  # images that a list is cut into, where the devices do not ask for more
 
 
@@ -86,6 +78,7 @@ class Pipeline:
         cls,
         path: str | os.PathLike,
         *,
+        tasks: Sequence[str] | None = None,
         step: int | None = None,
         ema: bool = True,
         sampling: Options | None = None,
@@ -94,23 +87,38 @@ class Pipeline:
         """The run in a workdir, at its newest sound checkpoint or at `step`.
 
         `path` may also be a checkpoint, `workdir/checkpoints/STEP`, or a folder that `univg export`
-        wrote as safetensors or orbax; it may be `gs://`. `ema=False` takes the raw parameters
-        instead of their average. `sampling` replaces values of the run's
-        `sampling` settings, such as `{"steps": 20}`. `pretrained` is where pretrained encoders lie,
-        if no longer where the run found them.
+        wrote as safetensors or orbax; it may be `gs://`. `tasks` are those that will be asked for,
+        by default all: without one that has a face, the face encoder is not read, and the model
+        has no such task. `ema=False` takes the raw parameters instead of their average. `sampling`
+        replaces values of the run's `sampling` settings, such as `{"steps": 20}`. `pretrained` is
+        where pretrained encoders lie, if no longer where the run found them.
 
         Parameters are split as in training where that mesh fits the devices at hand, else over all
-        of them. Raises UserError if there is no checkpoint, or what is there does not fit together.
+        of them. Raises NotFoundError if there is no checkpoint, UnsupportedError for a task that
+        the run was not trained on, and UserError if what is there does not fit together.
+
+        Example:
+
+            >>> Pipeline.load("runs/stage3", tasks=["edit", "depth"]).tasks
+            ('t2i', 'ie', 'ip', 'lg', 'depth', 'pose', 'seg')
         """
         tpu.silence_if_absent()
         trained = open_trained(path, step=step)
         config = load_config(trained.path, sampling=sampling, pretrained=pretrained)
+        known = trained_tasks(config)
+        asked = known if tasks is None else [_check_task(t, known, trained.path) for t in tasks]
+        has_faces = any("face" in TASKS[task].inputs for task in asked)
         try:
             mesh = assembly.make_mesh(config)
         except UserError:
             mesh = sharding.make_mesh(data=1, fsdp=-1)
         which = trained.which(ema=ema)
-        found = encoders.load(trained.folder, folder=config.conditioning.folder, mesh=mesh)
+        found = encoders.load(
+            trained.folder,
+            folder=config.conditioning.folder,
+            mesh=mesh,
+            skip=() if has_faces else ("identity",),
+        )
         model = assembly.make_model(config, found.conditioner)
         tokenizer = load_tokenizer(encoders.tokenizer_folder(config.conditioning))
         blank = cls(
@@ -162,6 +170,7 @@ class Pipeline:
         """Text to image.
 
         Example:
+
             >>> pipe("a pig on grass", seed=7).image.size
             (32, 32)
             >>> len(pipe(["a pig", "a cat"], size=(48, 32)).images)
@@ -178,6 +187,7 @@ class Pipeline:
         """The image changed as the instruction says.
 
         Example:
+
             >>> pipe.edit("scene.png", "make it snow", image_guidance=2.0).image.size
             (50, 40)
         """
@@ -193,6 +203,7 @@ class Pipeline:
         """The image with what is white in `mask` made anew; the rest keeps its pixels.
 
         Example:
+
             >>> mask = np.zeros((40, 50), np.uint8)
             >>> mask[10:30, 20:40] = 255
             >>> filled = pipe.inpaint("scene.png", mask, "a pig on grass")
@@ -207,7 +218,7 @@ class Pipeline:
         prompt: str | Sequence[str] = "",
         *,
         margins: Margins | None = None,
-        aspect: float | str | None = None,
+        aspect: float | int | str | None = None,
         **options: Unpack[SizedOptions],
     ) -> Result:
         """The image on a larger canvas, of which the rest is made; the image keeps its pixels.
@@ -216,6 +227,7 @@ class Pipeline:
         middle of which the image lies; or `aspect`, width to height as in 1.5 or "3:2".
 
         Example:
+
             >>> pipe.outpaint("scene.png", "a pig on grass", margins=(0, 0, 30, 0)).image.size
             (80, 40)
             >>> pipe.outpaint("scene.png", aspect="2:1").image.size
@@ -238,6 +250,7 @@ class Pipeline:
         (red block)", or a free one, which is then named there. `size` is for boxes.
 
         Example:
+
             >>> boxes = [("a pig", (0.1, 0.5, 0.5, 0.9)), ("an apple", (0.6, 0.6, 0.8, 0.8))]
             >>> laid_out = pipe.layout(prompt="a pig and an apple on grass", boxes=boxes)
             >>> laid_out.prompts
@@ -249,6 +262,7 @@ class Pipeline:
         """The depth of the image, near is bright. The answer is in meters.
 
         Example:
+
             >>> depth = pipe.depth("scene.png")
             >>> depth.answer.shape, depth.answer.dtype
             ((40, 50), dtype('float32'))
@@ -259,6 +273,7 @@ class Pipeline:
         """The skeleton of the person in the image. The answer is COCO's 17 joints.
 
         Example:
+
             >>> pipe.pose("scene.png").answer.shape
             (17, 3)
         """
@@ -273,6 +288,7 @@ class Pipeline:
         """The mask of what the expression refers to, white on black. The answer is 0 or 1.
 
         Example:
+
             >>> pipe.segment("scene.png", "the pig").answer.shape
             (40, 50)
         """
@@ -287,6 +303,7 @@ class Pipeline:
         """A picture of the person with this face, who is `<p>` in the prompt.
 
         Example:
+
             >>> pipe.identity("face.png", "a portrait of <p>").image.size
             (32, 32)
         """
@@ -302,8 +319,15 @@ class Pipeline:
         face: Picture | Sequence[Picture] | None = None,
         boxes: Boxes | Sequence[Boxes] | None = None,
         margins: Margins | None = None,
-        aspect: float | str | None = None,
-        **options: Unpack[SizedOptions],
+        aspect: float | int | str | None = None,
+        size: Size | None = None,
+        seed: int | Sequence[int] = 0,
+        guidance: float | int | None = None,
+        image_guidance: float | int | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        callback: Callback | None = None,
     ) -> Result:
         """The answer to any task, by its name. All options of all methods are described here.
 
@@ -326,30 +350,36 @@ class Pipeline:
         what is missing or cannot be, and NonFiniteError if the model's picture is not finite.
 
         Example:
+
             >>> result = pipe.run("edit", image="scene.png", prompt="make it snow", seed=3)
             >>> result.task, result.seeds, result.settings["steps"]
             ('ie', [3], 2)
         """
         task = self.check_task(task)
-        size, seed = options.pop("size", None), options.pop("seed", 0)
-        negative, callback = options.pop("negative_prompt", ""), options.pop("callback", None)
-        pipeline = self.with_options(task, negative_prompt=negative, **options)
-        inputs = dict(
-            prompt=prompt, image=image, mask=mask, face=face, seed=seed, negative_prompt=negative
+        pipeline = self.with_options(
+            task,
+            guidance=guidance,
+            image_guidance=image_guidance,
+            steps=steps,
+            solver=solver,
+            negative_prompt=negative_prompt,
         )
-        lists = {k: v for k, v in inputs.items() if isinstance(v, list | tuple)}
-        inputs["boxes"] = boxes
-        if boxes is not None and not is_boxes(boxes):
-            lists["boxes"] = boxes
-        count = len(next(iter(lists.values()))) if lists else 1
-        if any(len(values) != count for values in lists.values()):
-            lengths = ", ".join(f"{name} {len(values)}" for name, values in lists.items())
-            raise UserError(f"lists of different lengths: {lengths}")
-        rows = [{k: v[i] if k in lists else v for k, v in inputs.items()} for i in range(count)]
-        seeds = check_seeds(
-            [row.pop("seed") + (0 if "seed" in lists else i) for i, row in enumerate(rows)]
+        given = dict(
+            prompt=prompt,
+            image=image,
+            mask=mask,
+            face=face,
+            boxes=boxes,
+            seed=seed,
+            negative_prompt=negative_prompt,
         )
-        negatives = [row.pop("negative_prompt") for row in rows]
+        rows = each_of(given)
+        seeds = check_seeds([row.pop("seed") for row in rows])
+        if not isinstance(seed, list | tuple):
+            seeds = check_seeds([seed + i for i, seed in enumerate(seeds)])
+        negatives = [
+            fields.read(str, row.pop("negative_prompt"), "negative_prompt") for row in rows
+        ]
         requests = [
             make_request(
                 task, **row, margins=margins, aspect=aspect, size=size, data=self.config.data
@@ -361,19 +391,19 @@ class Pipeline:
         )
         return Result(
             task=task,
-            images=[image for result in made for image in result.images],
+            images=[result.image for result in made],
             seeds=seeds,
             prompts=[request.example.text for request in requests],
-            settings=pipeline.settings(task, negative_prompt=negative),
-            answers=[answer for result in made for answer in result.answers],
+            settings=pipeline.settings(task, negative_prompt=negative_prompt),
+            answers=[result.answer for result in made],
         )
 
     def with_options(
         self,
         task: str,
         *,
-        guidance: float | None = None,
-        image_guidance: float | None = None,
+        guidance: float | int | None = None,
+        image_guidance: float | int | None = None,
         steps: int | None = None,
         solver: str | None = None,
         negative_prompt: str | Sequence[str] = "",
@@ -416,23 +446,23 @@ class Pipeline:
         seeds: Sequence[int],
         negative_prompts: Sequence[str] = (),
         batch_size: int | None = None,
-        callback: Callable[[int, int], object] | None = None,
+        callback: Callback | None = None,
     ) -> Iterator[Result]:
-        """A result of one image for each request of a task, in order, as soon as it can be.
+        """A result of one image for each request, in order, as soon as it can be.
 
         `batch_size` images are made at a time, or as many more as divide over the devices; by
         default up to `MAX_BATCH`. Batches of another size may round a pixel otherwise, by 1 of 255.
-        Those of one shape are made together.
+        Those of one task and shape are made together.
         """
         unit = self.rows
         most = -(-batch_size // unit) * unit if batch_size else max(unit, MAX_BATCH // unit * unit)
         negatives = list(negative_prompts) or [""] * len(requests)
-        shapes: dict[tuple[int, int], list[int]] = {}
+        alike: dict[tuple[str, tuple[int, int]], list[int]] = {}
         for i, request in enumerate(requests):
-            shapes.setdefault(request.letterbox.canvas, []).append(i)
+            alike.setdefault((request.task, request.letterbox.canvas), []).append(i)
         chunks = [
-            (shape, size, indices[start : start + size])
-            for shape, indices in shapes.items()
+            (task, shape, size, indices[start : start + size])
+            for (task, shape), indices in alike.items()
             # With one size for all batches of a shape, one program serves all.
             for size in [min(-(-len(indices) // unit) * unit, most)]
             for start in range(0, len(indices), size)
@@ -443,26 +473,33 @@ class Pipeline:
             )
             for request in requests
         ]
-        steps, done, given = self.config.sampling.steps, {}, 0
-        for k, (shape, size, indices) in enumerate(chunks):
+        steps = self.config.sampling.steps
+
+        def of_chunk(k: int) -> Callback | None:
+            if callback is None:
+                return None
+            return lambda step, _: callback(k * steps + step, len(chunks) * steps)
+
+        done: dict[int, Result] = {}
+        given = 0
+        for k, (task, shape, size, indices) in enumerate(chunks):
             padded = indices + indices[-1:] * (size - len(indices))
             batch = self.collator.resized(*shape)([rows[i] for i in padded])
-            on_step = callback and (lambda n, _, k=k: callback(k * steps + n, len(chunks) * steps))
             made = self.generate_batch(
                 batch,
-                requests[0].task,
+                task,
                 seed=[seeds[i] for i in padded],
                 negative_prompts=[negatives[i] for i in padded],
-                callback=on_step,
+                callback=of_chunk(k),
             )
             for i, pixels in zip(indices, made):  # without the padding
                 image, answer = requests[i].finish(pixels)
                 done[i] = Result(
-                    task=requests[i].task,
+                    task=task,
                     images=[image],
                     seeds=[int(seeds[i])],
                     prompts=[requests[i].example.text],
-                    settings=self.settings(requests[i].task, negative_prompt=negatives[i]),
+                    settings=self.settings(task, negative_prompt=negatives[i]),
                     answers=[answer],
                 )
             while given in done:
@@ -476,7 +513,7 @@ class Pipeline:
         *,
         seed: int | Sequence[int] = 0,
         negative_prompts: Sequence[str] = (),
-        callback: Callable[[int, int], object] | None = None,
+        callback: Callback | None = None,
     ) -> Pixels:
         """Images for this process's rows of a batch of one task: guidance, solver and decoder.
 
@@ -495,8 +532,8 @@ class Pipeline:
         passes = [
             self.collator.drop_conditions(batch, drop, instead=negative_prompts) for drop in drops
         ]
-        steps = self.config.sampling.steps
-        on_step = callback and (lambda n: callback(n, steps))
+        total = self.config.sampling.steps
+        on_step = None if callback is None else lambda step: callback(step, total)
         with jax.set_mesh(self.mesh):
             passes, seeds = sharding.shard_batch((passes, seeds.astype(np.uint32)), self.mesh)
             arguments = (self.params, self.frozen, passes)
@@ -573,13 +610,7 @@ class Pipeline:
         Raises UserError for one that is unknown, and UnsupportedError for one that the model was
         not trained on.
         """
-        name = find_task(task).name
-        if name not in self.tasks:
-            raise UnsupportedError(
-                f"unknown task of {self.path or 'this run'}: {name!r} (known: "
-                f"{', '.join(self.tasks)})"
-            )
-        return name
+        return _check_task(task, self.tasks, self.path)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -593,58 +624,29 @@ class Pipeline:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that the model was trained on, in the order of TASKS."""
-        return trained_tasks(self.config)
+        """The tasks that the model was trained on and is loaded for, in the order of TASKS."""
+        trained = trained_tasks(self.config)
+        if self.generator.conditioner.identity is None or "identity" in self.frozen:
+            return trained
+        return tuple(task for task in trained if "face" not in TASKS[task].inputs)
+
+
+def _check_task(task: str, known: Sequence[str], path: os.PathLike | str) -> str:
+    """The name in TASKS of a task that may be given by another of its names.
+
+    Raises UserError for one that is unknown, and UnsupportedError for one that is not `known`.
+    """
+    name = find_task(task).name
+    if name not in known:
+        raise UnsupportedError(
+            f"unknown task of {os.fspath(path) or 'this run'}: {name!r} (known: {', '.join(known)})"
+        )
+    return name
 
 
 def _to_pixels(images: Float[np.ndarray, "b h w 3"], names: Sequence[str]) -> Pixels:
     check_finite(images, names, what="picture")
     return to_uint8(images)
-
-
-def sampling_options(
-    config: Config,
-    task: str,
-    *,
-    guidance: float | None = None,
-    image_guidance: float | None = None,
-    steps: int | None = None,
-    solver: str | None = None,
-    negative_prompt: str | Sequence[str] = "",
-) -> dict[str, Any]:
-    """The `sampling` settings that options of `Pipeline.run` replace; raises what it raises."""
-    given = {"steps": steps, "solver": solver}
-    rules = {field.name: field for field in dataclasses.fields(Sampler)}
-    options = {
-        name: fields.read(rules[name].type, value, name, fields.rule_of(rules[name]))
-        for name, value in given.items()
-        if value is not None
-    }
-    takes = {
-        "guidance": (guidance is not None, TASKS[task].prompt != "none"),
-        "image_guidance": (image_guidance is not None, "image" in TASKS[task].inputs),
-        "negative_prompt": (bool(negative_prompt), TASKS[task].prompt != "none"),
-    }
-    for name, (is_given, is_taken) in takes.items():
-        if is_given and not is_taken:
-            raise UnsupportedError(f"task {task!r} takes no {name}")
-    stored = config.to_dict()["sampling"]["guidance"]
-    scales = {"text": guidance, "image": image_guidance}
-    scales = {name: value for name, value in scales.items() if value is not None}
-    if scales:
-        made = fields.make(Guidance, {**stored.get(task, {}), **scales}, "guidance")
-        options["guidance"] = {**stored, task: dataclasses.asdict(made)}
-    elif negative_prompt and stored.get(task, {}).get("text") is None:
-        raise UserError(
-            f"task {task!r} is sampled without guidance, so a negative prompt changes nothing: "
-            "give guidance, too"
-        )
-    return options
-
-
-def check_seeds(seeds: Sequence[object]) -> list[int]:
-    """The seeds. Raises UserError for what is none."""
-    return [fields.read(int, seed, "seed", fields.Rule(least=0, most=MAX_SEED)) for seed in seeds]
 
 
 def trained_tasks(config: Config) -> tuple[str, ...]:

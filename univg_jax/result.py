@@ -23,6 +23,16 @@ class Result:
     `settings` has the options that the pictures were made with, by their names in a call
     (`guidance`, `image_guidance`, `steps`, `solver`, `negative_prompt`), the other settings of the
     solver, and the checkpoint. It can be written as JSON.
+
+    Example:
+
+        >>> result = pipe("a pig on grass", seed=7, steps=1)
+        >>> result.settings["steps"], result.settings["checkpoint_step"]
+        (1, 2)
+        >>> options = {k: result.settings[k] for k in ("guidance", "steps", "solver")}
+        >>> again = pipe.run(result.task, prompt=result.prompts, seed=result.seeds, **options)
+        >>> bool((np.asarray(again.image) == np.asarray(result.image)).all())
+        True
     """
 
     task: str

@@ -19,6 +19,7 @@ The last row is v(null, null) + s_I [v(I, null) - v(null, null)] + s_T [v(I, T) 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from univg_jax.settings import Guidance, Sampler
 from univg_jax.sharding import constrain_rows
 
 # What each guided pass goes without, in the order of the table above.
-NULL_CONDITIONS = ("none", "text", "both")
+NULL_CONDITIONS: tuple[Literal["none", "text", "both"], ...] = ("none", "text", "both")
 
 Velocity = Callable[[Float[Array, "b h w c"], Float[Array, ""]], Float[Array, "b h w c"]]
 PredictPasses = Callable[[Float[Array, "bp h w c"], Float[Array, " bp"]], Float[Array, "bp h w c"]]

@@ -66,9 +66,36 @@ def test_an_example_is_the_same_as_its_files(sample, tmp_path, capsys):
     np.testing.assert_array_equal(*(Image.open(tmp_path / f"{name}.png") for name in "ab"))
 
 
+def test_flags_are_the_options_of_the_pipeline(pipeline, sample, tmp_path):
+    options = dict(guidance=2.0, solver="heun", steps=1, negative_prompt="a dog")
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    sample("--task=t2i", "--prompt=a pig", "--size=48x32", *flags, f"--out={tmp_path / 'a.png'}")
+    made = pipeline("a pig", size=(48, 32), **options)
+    np.testing.assert_array_equal(Image.open(tmp_path / "a.png"), np.asarray(made.image))
+
+
+def test_a_picture_is_extended_and_boxes_are_drawn(pipeline, sample, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "in.png")
+    given, out = [f"--image={tmp_path / 'in.png'}"], f"--out={tmp_path / 'a.png'}"
+    sizes = {"margins=1,2,3,4": (34, 26), "aspect=2:1": (40, 20), "size=30x40": (30, 40)}
+    for flag, size in sizes.items():
+        sample("--task=outpaint", *given, f"--{flag}", out)
+        assert np.asarray(Image.open(tmp_path / "a.png")).shape == (*size[::-1], 3)
+    boxes = {"a pig": (0.1, 0.1, 0.5, 0.9), "an apple": (0.5, 0.2, 1, 1)}
+    flags = [f"--box={name}={','.join(map(str, box))}" for name, box in boxes.items()]
+    sample("--task=layout", "--prompt=a pig and an apple", *flags, out)
+    made = pipeline.layout(prompt="a pig and an apple", boxes=list(boxes.items()))
+    np.testing.assert_array_equal(Image.open(tmp_path / "a.png"), np.asarray(made.image))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--task=t2i", "--prompt=x", "--image_guidance=2"], "'t2i' takes no image_guidance"),
+        (["--task=t2i", "--prompt=x", "--solver=rk4"], "unknown solver 'rk4'"),
+        (["--task=t2i", "--prompt=x", "--margins=3"], "task 't2i' takes no margins"),
+        (["--task=lg", "--prompt=x", "--box=y=0,0,1,1"], "'y' does not stand in the prompt 'x'"),
         (["--task=t2i", "--example=99999"], "--example=99999: the test split has"),
         (["--task=id", "--example=0"], "unknown task of"),
         (["--task=t2i", "--prompt=x", "--pretrained=/nowhere"], "pretrained=/nowhere is not a"),
@@ -105,6 +132,11 @@ def test_what_the_run_cannot_is_said_before_it_is_loaded(
         (["--example=1", "--prompt=x"], "leave out --prompt"),
         (["--example=1", "--image=face.png"], "leave out --image"),
         (["--example=1", "--prompts=good.txt"], "leave out --prompts"),
+        (["--example=1", "--size=8x8"], "leave out --size"),
+        (["--prompt=x", "--guidance=much"], "--guidance='much': expected a finite number >= 0"),
+        (["--prompt=x", "--image_guidance=-1"], "--image_guidance=-1: expected a finite number"),
+        (["--prompt=x", "--size=8"], "--size=8: expected WIDTHxHEIGHT"),
+        (["--prompt=x", "--box=a pig"], "--box=a pig: expected NAME=X0,Y0,X1,Y1"),
         (["--prompt=x", "--data=d"], "--data says where the data of --example lies"),
     ],
 )

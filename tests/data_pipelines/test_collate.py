@@ -60,6 +60,20 @@ def test_conditions_dropped_from_a_batch_are_those_dropped_from_its_rows():
     assert_same(collator.drop_conditions(full, ["text", "none", "both"]), collator(mixed))
 
 
+def test_another_text_may_stand_instead_of_one_that_is_withheld():
+    collator, examples = make_collator(), rows()
+    full = collator([dataclasses.replace(row, drop="none") for row in examples])
+    instead = ["a cat", "", "<p> and a dog"]
+    made = collator.drop_conditions(full, ["text", "both", "text"], instead=instead)
+    bare = collator.drop_conditions(full, ["text", "both", "text"])
+    for k, (row, text) in enumerate(zip(examples, instead, strict=True)):
+        assert text_of(made.tokens[k]) == f"<{row.task}> {text}".strip()
+    np.testing.assert_array_equal(made.tokens[1], bare.tokens[1])
+    assert not made.identity_slot.any(), "a row without its face has no place for it"
+    for name in ("face", "has_face", "source", "mask", "has_source"):
+        np.testing.assert_array_equal(getattr(made, name), getattr(bare, name))
+
+
 def test_absent_parts_are_blank_and_pictures_may_be_oblong():
     collator = Collator(tokenizer=tokenize, shape=SHAPE)
     face = np.full((9, 9, 3), 7, np.uint8)

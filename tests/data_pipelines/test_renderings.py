@@ -129,6 +129,9 @@ def test_anything_decodes_without_error():
     for image in (
         rng.integers(0, 256, (48, 48, 3)).astype(np.uint8),
         np.full((48, 64, 3), 255, np.uint8),
+        # Limbs of a pixel, or less.
+        *rng.integers(0, 256, (9, 16, 16, 3)).astype(np.uint8),
+        *rng.integers(0, 256, (9, 1, 2, 3)).astype(np.uint8),
     ):
         decoded = renderings.decode_pose(image)
         assert np.isfinite(decoded).all()

@@ -14,15 +14,21 @@ CONFIG_HELP = "Any key of the config can be set: --config.optim.lr=1e-4"
 
 
 class Number(argparse.Action):
-    """`action=Number, least=1`: a whole number in a range (`fields.Rule`), or a UserError."""
+    """`action=Number, least=1`: a whole number in a range (`fields.Rule`), or a UserError.
 
-    def __init__(self, *args: Any, rule: fields.Rule | None = None, **options: Any) -> None:
+    `kind=float` for any number.
+    """
+
+    def __init__(
+        self, *args: Any, rule: fields.Rule | None = None, kind: type = int, **options: Any
+    ) -> None:
         bounds = {name: options.pop(name) for name in ("least", "most") if name in options}
         super().__init__(*args, **options)
-        self.rule = rule or fields.Rule(**bounds)
+        self.rule, self.kind = rule or fields.Rule(**bounds), kind
 
     def __call__(self, _: object, args: argparse.Namespace, text: str, flag: str) -> None:
-        setattr(args, self.dest, fields.read(int, fields.parse_literal(text), flag, self.rule))
+        value = fields.read(self.kind, fields.parse_literal(text), flag, self.rule)
+        setattr(args, self.dest, value)
 
 
 class Output(argparse.Action):

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipelines.tasks import INPUTS, TASKS, Example, Task, find_task
 from univg_jax.cli import flags
@@ -15,9 +15,11 @@ from univg_jax.errors import NotFoundError, UserError, check_name, quote
 from univg_jax.fields import parse_literal
 from univg_jax.files import check_output
 from univg_jax.images import write_png
-from univg_jax.inputs import Request, make_request, read_input
 from univg_jax.progress import Bar
 from univg_jax.settings import MAX_SEED, SOLVERS, Config
+
+if TYPE_CHECKING:
+    from univg_jax.inputs import Request
 
 
 def add_arguments(parser: Parser) -> None:
@@ -80,11 +82,18 @@ def add_arguments(parser: Parser) -> None:
     )
     options = parser.add_argument_group("sampling", "By default what the run has.")
     options.add_argument(
-        "--guidance", type=parse_literal, metavar="X", help="scale of the text; not depth, pose"
+        "--guidance",
+        action=flags.Number,
+        kind=float,
+        least=0,
+        metavar="X",
+        help="scale of the text; not depth, pose",
     )
     options.add_argument(
         "--image_guidance",
-        type=parse_literal,
+        action=flags.Number,
+        kind=float,
+        least=0,
         metavar="X",
         help="scale of the image, where the task has one",
     )
@@ -158,7 +167,8 @@ def run(args: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
-    from univg_jax.pipeline import Pipeline, load_config, sampling_options
+    from univg_jax.inputs import Request, sampling_options
+    from univg_jax.pipeline import Pipeline, load_config
 
     _check_numbers(args)
     task = find_task(args.task)
@@ -172,15 +182,19 @@ def run(args: argparse.Namespace) -> None:
     check_name(task.name, trained, what=f"task of {args.checkpoint}:")
     names = ("guidance", "image_guidance", "steps", "solver", "negative_prompt")
     options = {name: getattr(args, name) for name in names}
-    sampling = sampling_options(config, task.name, **options)
+    sampling_options(config, task.name, **options)
     if args.example is None:
         requests = _requests(task, prompts, given, config)
     else:
         example = _held_out(config, task.name, args.example, data_dir=args.data)
         requests = {0: Request.of_example(task.name, example)}
-    pipeline = Pipeline.load(
-        args.checkpoint, ema=not args.raw_params, sampling=sampling, pretrained=args.pretrained
+    loaded = Pipeline.load(
+        args.checkpoint,
+        tasks=[task.name],
+        ema=not args.raw_params,
+        pretrained=args.pretrained,
     )
+    pipeline = loaded.with_options(task.name, **options)
 
     is_main = jax.process_index() == 0
     with Bar(desc=f"sample {task.name}", unit="step", disable=not is_main) as bar:
@@ -262,6 +276,8 @@ def _jobs(args: argparse.Namespace, lines: Sequence[int]) -> list[_Job]:
 
 def _inputs(args: argparse.Namespace) -> dict[str, Any]:
     """What `make_request` takes beside the prompt. Raises UserError for what cannot be read."""
+    from univg_jax.inputs import read_input
+
     pictures = {name: read_input(name, getattr(args, name), label=f"--{name}") for name in INPUTS}
     boxes = [_box(text) for text in args.box] if args.box else None
     margins = args.margins and parse_literal(args.margins)
@@ -286,8 +302,10 @@ def _size(text: str) -> tuple[int, int]:
 
 def _requests(
     task: Task, prompts: Mapping[int, str], given: Mapping[str, Any], config: Config
-) -> dict[int, Request]:
+) -> dict[int, "Request"]:
     """What each prompt asks for, by its line. Raises UserError as `make_request` does."""
+    from univg_jax.inputs import make_request
+
     requests = {}
     for line, prompt in prompts.items():
         try:

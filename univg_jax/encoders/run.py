@@ -142,7 +142,7 @@ def load(
     """The encoders that a run has recorded, with the pretrained weights in `folder`.
 
     Parameters are placed on `mesh` as `univg_jax.sharding` says, else on the first device. Those of
-    pretrained encoders whose role is in `skip` are not read. Raises UserError if the run has no
+    encoders whose role is in `skip` are not read. Raises UserError if the run has no
     encoders, or if weights are not those that it was trained with.
     """
     encoders = epath.Path(workdir) / ENCODERS
@@ -172,12 +172,14 @@ def _load_one(
     mesh: Mesh | None,
     skip: bool = False,
 ) -> tuple[Any, PyTree | None]:
-    """The module and the parameters of one recorded encoder; `skip`: no pretrained parameters."""
+    """The module and the parameters of one recorded encoder; `skip`: no parameters."""
     kind = kind_of(role, record)
     if isinstance(kind, Pretrained):
         networks = _open(role, record, folder)
         _check_weights(networks, role, record, of=f"the run {encoders.parent}")
         return _module(kind, networks), None if skip else _read(networks, record, mesh)
+    if skip:
+        return kind.module(**options_of(record)), None
     params = safetensors.numpy.load(read_fitted(encoders, role, record))
     shardings = None if mesh is None else sharding.tree_shardings(params, mesh)
     return kind.module(**options_of(record)), jax.device_put(params, shardings)
