@@ -105,6 +105,7 @@ def workplace(root, tmp_path, monkeypatch):
         for k in range(count):
             Image.new("RGB", (40, 36), (4 * k, 99, 0)).save(folder / f"{k}.jpg")
             (folder / f"{k}.txt").write_text(f"a photo of shade {k}")
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
