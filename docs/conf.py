@@ -4,9 +4,11 @@ Docstrings are Markdown, as all text here. Sphinx wants reStructuredText of them
 directive that parses Markdown.
 """
 
+import functools
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from docutils import nodes
@@ -65,7 +67,7 @@ class Markdown(SphinxDirective):
 def wrap_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list):
     """Makes a docstring the content of a `Markdown` directive."""
     text = re.sub(r"^Raises:\n((?: +.*(?:\n|$))+)", _list_errors, "\n".join(lines), flags=re.M)
-    text = re.sub(r"^Example:\n((?: +.*(?:\n|$))+)", "```pycon\n\\1```\n", text, flags=re.M)
+    text = re.sub(r"^Example:\n((?: +.*(?:\n|$))+)", _fence_example, text, flags=re.M)
     lines[:] = [".. markdown::", "", *(f"   {line}".rstrip() for line in text.split("\n")), ""]
 
 
@@ -75,9 +77,23 @@ def _list_errors(section: re.Match) -> str:
     return f"Raises:\n\n{items}"
 
 
-def name_arrays(app: Sphinx, what: str, name: str, obj: object, options: object, *signature: str):
-    """Types of arrays as the code has them, not with the module that defines them today."""
-    return tuple(part and part.replace("jaxlib._jax.Array", "Array") for part in signature)
+def _fence_example(section: re.Match) -> str:
+    return f"```pycon\n{textwrap.dedent(section[1]).rstrip()}\n```\n"
+
+
+# Types by the names that they have in the code.
+ALIASES = {
+    "jaxlib._jax.Array": "Array",
+    "~PIL.Image.Image | ~numpy.ndarray | str | ~os.PathLike": "Picture",
+}
+
+
+def name_types(app: Sphinx, what: str, name: str, obj: object, options: object, *signature: str):
+    """The signature and the type of its result, with aliases."""
+    return tuple(
+        part and functools.reduce(lambda text, pair: text.replace(*pair), ALIASES.items(), part)
+        for part in signature
+    )
 
 
 # Where the sections of BUILD.md are that README links to.
@@ -98,5 +114,5 @@ def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.add_directive("markdown", Markdown)
     app.connect("autodoc-process-docstring", wrap_docstring)
-    app.connect("autodoc-process-signature", name_arrays)
+    app.connect("autodoc-process-signature", name_types)
     app.connect("include-read", fit_section)
