@@ -57,8 +57,13 @@ def commands_with_flags():
 
 # What a block needs that no test has, in its first line; or the test that runs it.
 MARK = re.compile(r"# (needs: .+|run by tests/\S+)\n")
+# Pages whose blocks other tests run, with datasets and a server that are small.
+RUN_ELSEWHERE = {"datasets.md": "tests/native", "serving.md": "tests/serving/test_docs.py"}
 # Blocks of the programs that a reader has in a shell.
-PROGRAMS = ("bash", "docker", "gcloud", "hf", "make", "pip", "python", "univg", "xpk")
+PROGRAM = re.compile(
+    r"^(?:bash|curl|docker|gcloud|hf|kubectl|make|pip|python3?|univg|xpk) ", re.MULTILINE
+)
+ENDLESS = ("serve", "demo")  # commands that end by a signal
 # A training step of a model of the real size is out of reach here.
 SHORT = (
     *("train.steps=1", "train.eval_examples=0", "train.sample_examples=0", "data.batch_size=8"),
@@ -68,11 +73,13 @@ SHORT = (
 
 def blocks(page):
     """The Python and the commands of a page that are not marked, in order."""
-    if page.name == "datasets.md":  # it says what they need, and tests/native builds each
+    if page.name in RUN_ELSEWHERE:
         return []
     found = []
     for language, code in FENCED.findall(page.read_text()):
-        is_shell = language == "" and re.search(rf"^(?:{'|'.join(PROGRAMS)}) ", code, re.MULTILINE)
+        is_shell = language in ("", "bash") and re.search(
+            rf"^(?:{'|'.join(PROGRAMS)}) ", code, re.MULTILINE
+        )
         if (language == "python" or is_shell) and not MARK.match(code):
             found.append((language, code))
     return found
@@ -82,6 +89,7 @@ def run_command(line):
     """Runs a `univg` command in this process, shortened if it trains; others are run elsewhere."""
     program, *args = shlex.split(line, comments=True)
     if program == "univg":
+        assert args[0] not in ENDLESS, f"{line}: mark its block"
         short = [f"--config.{setting}" for setting in SHORT] if args[0] == "train" else []
         assert main([*args, *short]) == 0, line
     elif program == "make":
@@ -122,6 +130,12 @@ def test_a_page_runs_from_top_to_bottom(page, workplace):
         else:
             for line in code.replace("\\\n", " ").splitlines():
                 run_command(line)
+
+
+def test_what_runs_other_pages_is_there():
+    for page, tests in RUN_ELSEWHERE.items():
+        assert (ROOT / "docs" / page).exists(), page
+        assert (ROOT / tests).exists(), tests
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
