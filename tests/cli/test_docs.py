@@ -77,9 +77,7 @@ def blocks(page):
         return []
     found = []
     for language, code in FENCED.findall(page.read_text()):
-        is_shell = language in ("", "bash") and re.search(
-            rf"^(?:{'|'.join(PROGRAMS)}) ", code, re.MULTILINE
-        )
+        is_shell = language in ("", "bash") and PROGRAM.search(code)
         if (language == "python" or is_shell) and not MARK.match(code):
             found.append((language, code))
     return found
