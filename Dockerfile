@@ -14,7 +14,7 @@ RUN pip install --no-cache-dir --constraint requirements.lock '.[tpu,gcs]'
 # Where a command runs: `--config=experiments/...` is found here, and `runs/` can be written.
 WORKDIR /home/univg
 COPY experiments ./experiments
-RUN useradd --home-dir /home/univg univg && chown univg:univg .
+RUN useradd --uid 1000 --home-dir /home/univg univg && chown univg:univg .
 USER univg
 # Last, since it changes with every commit. `univg --version` and reports show it.
 ARG REVISION=""

@@ -38,6 +38,7 @@ copybutton_prompt_text = ">>> "
 
 html_theme = "pydata_sphinx_theme"
 html_title = "univg_jax"
+html_sidebars = {"try": []}  # no pages below it
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False

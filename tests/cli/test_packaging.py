@@ -191,7 +191,7 @@ def test_the_steps_of_the_dockerfile_make_an_image_that_trains(tmp_path):
     univg, default = *image.command["entrypoint"], *image.command["cmd"]
     assert "train" in image(univg, default)
     assert "0123456789ab" in image(univg, "--version")
-    image("python", "-c", "import gcsfs, libtpu")
+    image("python", "-c", "import gcsfs, libtpu, univg_jax.serving.server")
 
     jobset = yaml.safe_load((ROOT / "launch" / "jobset.yaml").read_text())
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
