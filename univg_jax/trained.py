@@ -94,7 +94,7 @@ class Trained(Protocol):
         ...
 
 
-def open_trained(path: epath.PathLike, *, step: int | None = None) -> Trained:
+def open_trained(path: epath.PathLike, *, step: int | None = None) -> "RunStep | ExportedModel":
     """What lies at `path`: a workdir, a step of it, or an exported folder.
 
     `step` is one of a workdir. Raises UserError for an export that is not whole, or that cannot be
