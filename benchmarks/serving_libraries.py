@@ -77,6 +77,7 @@ def batch(name):
         print("batch", [name + str(i) for i in items], flush=True)
         time.sleep(1)
         return [len(items)] * len(items)
+    run.__name__ = name
     batches = dict(batchable=True, max_batch_size=4, max_latency_ms=60_000)
     return bentoml.api(run, route="/" + name, **batches)
 @bentoml.service(traffic={"timeout": 60, "max_concurrency": 12}, workers=1)
@@ -220,6 +221,10 @@ def measure(name: str, folder: pathlib.Path) -> dict[str, object]:
         new = ask(name, port, "a", 32)
         code = process.wait(120)
         ending = time.perf_counter() - ending
+    time.sleep(2)
+    remain = [member for member in members if member.is_running()]
+    for member in remain:
+        member.kill()
     batches = re.findall(r"batch (\[.*?\])", log.read_text())
     return {
         "packages": count,
@@ -236,6 +241,7 @@ def measure(name: str, folder: pathlib.Path) -> dict[str, object]:
         "SIGTERM: what is new": new,
         "SIGTERM: exit code": code,
         "SIGTERM: seconds": round(ending, 1),
+        "SIGTERM: processes that remain": len(remain),
     }
 
 

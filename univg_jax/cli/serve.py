@@ -138,6 +138,7 @@ def run(args: argparse.Namespace) -> None:
             solvers=solvers,
             api_keys=keys,
         )
+        listening.listen()  # who connects from now on waits until it serves, for a moment
         host, port = listening.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         print(f"serving at http://{host}:{port}, compiling: see /ready and /docs", flush=True)

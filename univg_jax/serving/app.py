@@ -1,17 +1,12 @@
-"""The HTTP interface: routes of all tasks, OpenAI's, health, metrics, and what guards them."""
+"""The HTTP interface: routes of all tasks, OpenAI's, health, metrics, and their schema."""
 
 import asyncio
 import base64
 import dataclasses
 import functools
-import hashlib
-import hmac
 import io
-import logging
 import random
-import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -19,36 +14,75 @@ import anyio
 import fastapi
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from univg_jax import version
 from univg_jax.errors import UserError, check_name
 from univg_jax.inputs import make_request
 from univg_jax.result import Result
 from univg_jax.serving import schema
-from univg_jax.serving.batching import Batching, Busy, Job
-from univg_jax.serving.bodies import FieldError, open_picture, read_body, transparent_hole
+from univg_jax.serving.batching import Batching, Job
+from univg_jax.serving.bodies import KINDS, FieldError, open_picture, read_body, transparent_hole
+from univg_jax.serving.gate import OPEN, ClientLeft, Gate, Limits, refuse_http, refuse_user_error
 from univg_jax.serving.metrics import Metrics
 from univg_jax.settings import MAX_SEED
 
 MODEL = "univg"  # the name that OpenAI's clients give
-OPEN = ("/health", "/ready", "/docs", "/openapi.json")  # without a key
-LEFT = 499  # the status in log and metrics where the client left
-logger = logging.getLogger("univg_jax.serving")
 Value = TypeVar("Value")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a request may cost."""
+Asked = tuple[str, dict[str, Any]]  # a task and the inputs of `make_request`
 
-    body_bytes: int
-    pixels: int  # of a picture that is given or asked for
-    seconds: int  # from the first byte to the answer
-    requests: int  # that are read or answered at a time
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Route:
+    """A path where pictures are made."""
+
+    path: str
+    tag: str
+    body: type[schema.Body]
+    kinds: tuple[str, ...] = KINDS  # of the body
+    ask: Callable[[schema.Body, dict[str, Any]], Asked]  # what a body and its inputs ask for
+
+
+def _routes(tasks: Sequence[str]) -> list[Route]:
+    """Those of a model with these tasks."""
+    found = [
+        Route(path=f"/v1/{name}", tag="tasks", body=body, ask=functools.partial(_asked, task))
+        for name, (task, body) in schema.ROUTES.items()
+        if task in tasks
+    ]
+    openai = functools.partial(Route, tag="OpenAI", ask=_asked_openai)
+    if "t2i" in tasks:
+        body = schema.OpenAIGeneration
+        found.append(openai(path="/v1/images/generations", body=body, kinds=KINDS[:1]))
+    if {"ie", "ip"} & set(tasks):
+        found.append(openai(path="/v1/images/edits", body=schema.OpenAIEdit, kinds=KINDS[1:]))
+    return found
+
+
+def _asked(task: str, body: schema.Body, inputs: dict[str, Any]) -> Asked:
+    return task, inputs
+
+
+def _asked_openai(body: schema.Body, inputs: dict[str, Any]) -> Asked:
+    """What a request of OpenAI's asks for; the size of an edit is that of its image."""
+    if body.model is not None:
+        check_name(body.model, [MODEL], what="model")
+    if "image" not in inputs:
+        return "t2i", inputs
+    size = inputs.pop("size", None)
+    if size not in (None, inputs["image"].size):
+        raise FieldError(
+            "size={}x{}: an edit has the size of its image, {}x{}".format(
+                *size, *inputs["image"].size
+            ),
+            field="size",
+        )
+    if "mask" in inputs:
+        return "ip", inputs | {"mask": transparent_hole(inputs["mask"])}
+    return "ie", inputs
 
 
 def create_app(
@@ -71,7 +105,10 @@ def create_app(
         return {"status": "ok"}
 
     @app.get(
-        "/ready", response_model=schema.State, responses={503: _says(schema.State)}, tags=["server"]
+        "/ready",
+        response_model=schema.State,
+        responses={503: {"model": schema.State}},
+        tags=["server"],
     )
     async def ready(response: Response) -> dict[str, str]:
         """Whether all programs are compiled: 503 until then."""
@@ -101,35 +138,19 @@ def create_app(
         model = schema.Model(id=MODEL, created=started, tasks=list(batching.pipeline.tasks))
         return schema.Models(data=[model])
 
-    bodies: dict[str, tuple[type[schema.Body], tuple[str, ...]]] = {}
-
-    def add(path: str, body: type[schema.Body], kinds: tuple[str, ...], tag: str, answer) -> None:
-        async def route(request: Request) -> Response:
-            return await pictures.answer(request, body, answer)
-
-        route.__doc__ = body.__doc__
-        bodies[path] = (body, kinds)
+    routes = _routes(batching.pipeline.tasks)
+    for route in routes:
         app.post(
-            path,
+            route.path,
             response_model=schema.Answer,
             responses=_refusals(api_keys, takes_body=True) | {200: _PICTURE},
-            name=path.rpartition("/")[2],
-            operation_id=path.strip("/").replace("/", "_"),
-            tags=[tag],
-        )(route)
-
-    both = ("application/json", "multipart/form-data")
-    for name, (task, body) in schema.ROUTES.items():
-        if task in batching.pipeline.tasks:
-            add(f"/v1/{name}", body, both, "tasks", functools.partial(_asked, task))
-    if "t2i" in batching.pipeline.tasks:
-        add("/v1/images/generations", schema.OpenAIGeneration, both[:1], "OpenAI", _asked_openai)
-    if {"ie", "ip"} & set(batching.pipeline.tasks):
-        add("/v1/images/edits", schema.OpenAIEdit, both[1:], "OpenAI", _asked_openai)
-
-    app.openapi = functools.cache(lambda: _openapi(app, bodies, is_locked=bool(api_keys)))
-    app.add_exception_handler(UserError, _refuse_user_error)
-    app.add_exception_handler(StarletteHTTPException, _refuse_http)
+            name=route.path.rpartition("/")[2],
+            operation_id=route.path.strip("/").replace("/", "_"),
+            tags=[route.tag],
+        )(pictures.handler(route))
+    app.openapi = functools.cache(lambda: _openapi(app, routes, is_locked=bool(api_keys)))
+    app.add_exception_handler(UserError, refuse_user_error)
+    app.add_exception_handler(StarletteHTTPException, refuse_http)
     app.add_middleware(
         Gate,
         metrics=metrics,
@@ -141,33 +162,6 @@ def create_app(
     return app
 
 
-Asked = tuple[str, dict[str, Any]]  # a task and the inputs of `make_request`
-Ask = Callable[[schema.Body, dict[str, Any]], Asked]
-
-
-def _asked(task: str, body: schema.Body, inputs: dict[str, Any]) -> Asked:
-    return task, inputs
-
-
-def _asked_openai(body: schema.Body, inputs: dict[str, Any]) -> Asked:
-    """What a request of OpenAI's asks for; the size of an edit is that of its image."""
-    if body.model is not None:
-        check_name(body.model, [MODEL], what="model")
-    if "image" not in inputs:
-        return "t2i", inputs
-    size = inputs.pop("size", None)
-    if size not in (None, inputs["image"].size):
-        raise FieldError(
-            "size={}x{}: an edit has the size of its image, {}x{}".format(
-                *size, *inputs["image"].size
-            ),
-            field="size",
-        )
-    if "mask" in inputs:
-        return "ip", inputs | {"mask": transparent_hole(inputs["mask"])}
-    return "ie", inputs
-
-
 class Pictures:
     """Requests for pictures to their answers."""
 
@@ -175,14 +169,23 @@ class Pictures:
         self.batching, self.limits = batching, limits
         self._decoders: anyio.CapacityLimiter | None = None  # needs a loop
 
-    async def answer(self, request: Request, model: type[schema.Body], ask: Ask) -> Response:
+    def handler(self, route: Route) -> Callable[[Request], Awaitable[Response]]:
+        """What FastAPI calls with a request for a route."""
+
+        async def handle(request: Request) -> Response:
+            return await self.answer(request, route)
+
+        handle.__doc__ = route.body.__doc__
+        return handle
+
+    async def answer(self, request: Request, route: Route) -> Response:
         """The pictures that a request asks for. Raises UserError and HTTPException."""
         if not self.batching.is_ready:
             raise HTTPException(503, "still compiling: see /ready", {"Retry-After": "10"})
         begin = time.monotonic()
         try:
             async with asyncio.timeout(self.limits.seconds):
-                body = await read_body(request, model)
+                body = await read_body(request, route.body)
         except TimeoutError:
             raise HTTPException(408, f"the body took over {self.limits.seconds:g} s") from None
         seconds = self.limits.seconds - (time.monotonic() - begin)
@@ -190,11 +193,11 @@ class Pictures:
         if file_only and body.n > 1:
             raise FieldError("n: an answer that is a file has one picture", field="n")
         with self.batching.places(body.n):
-            results = await _unless_left(request, self._make(body, ask, request), seconds=seconds)
+            results = await _unless_left(request, self._make(body, route, request), seconds=seconds)
         return await self._in_thread(_respond, results, body.output_format, file_only)
 
-    async def _make(self, body: schema.Body, ask: Ask, request: Request) -> list[Result]:
-        jobs = await self._in_thread(self._jobs, body, ask)
+    async def _make(self, body: schema.Body, route: Route, request: Request) -> list[Result]:
+        jobs = await self._in_thread(self._jobs, body, route)
         request.state.task = jobs[0].request.task
         request.state.pictures = len(jobs)
         async with asyncio.TaskGroup() as group:
@@ -205,13 +208,13 @@ class Pictures:
                 raise result
         return made
 
-    def _jobs(self, body: schema.Body, ask: Ask) -> list[Job]:
+    def _jobs(self, body: schema.Body, route: Route) -> list[Job]:
         """What is to be made. Raises UserError for what cannot be."""
         inputs = body.inputs()
         for name in body.pictures:
             if name in inputs:
                 inputs[name] = open_picture(name, inputs[name], max_pixels=self.limits.pixels)
-        task, inputs = ask(body, inputs)
+        task, inputs = route.ask(body, inputs)
         self.batching.pipeline.check_task(task)
         made = make_request(task, data=self.batching.pipeline.config.data, **inputs)
         height, width = made.letterbox.picture
@@ -241,10 +244,6 @@ async def _settle(work: Awaitable[Result]) -> Result | Exception:
         return await work
     except Exception as error:
         return error
-
-
-class ClientLeft(Exception):
-    """Nobody reads the answer."""
 
 
 async def _unless_left(request: Request, work: Awaitable[Value], *, seconds: float) -> Value:
@@ -305,160 +304,10 @@ def _encode(result: Result, output_format: str) -> bytes:
     return buffer.getvalue()
 
 
-_KINDS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    429: "rate_limit_error",
-    500: "server_error",
-}
-
-
-def _refusal(
-    status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
-) -> JSONResponse:
-    """The answer that says in one line what is wrong."""
-    kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    problem = schema.Problem(message=message, type=kind, param=param, code=None)
-    body = schema.Refusal(error=problem).model_dump()
-    return JSONResponse(body, status_code=status, headers=headers)
-
-
-def _refuse_user_error(request: Request, error: UserError) -> JSONResponse:
-    if isinstance(error, Busy):
-        return _refusal(429, str(error), headers={"Retry-After": str(error.retry_after)})
-    return _refusal(400, str(error), param=getattr(error, "field", None))
-
-
-def _refuse_http(request: Request, error: StarletteHTTPException) -> JSONResponse:
-    message = str(UserError(str(error.detail)))  # in one line
-    return _refusal(error.status_code, message, headers=dict(error.headers or {}))
-
-
-class Gate:
-    """Around the application: keys, limits, and a line in the log for every request."""
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        metrics: Metrics,
-        limits: Limits,
-        api_keys: Sequence[str],
-        batching: Batching,
-        paths: set[str],
-    ):
-        self.app, self.metrics, self.limits = app, metrics, limits
-        self.batching, self.paths = batching, paths
-        self._keys = [_digest(key.encode()) for key in api_keys]
-        self._active = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        begin, status, received = time.monotonic(), 0, 0
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        name = _request_id(headers.get(b"x-request-id", b""))
-        state = scope.setdefault("state", {})
-
-        async def send_noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
-            await send(message)
-
-        async def receive_counting() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.limits.body_bytes:
-                raise self._too_large()
-            return message
-
-        counts = scope["method"] == "POST"
-        self._active += counts
-        error: BaseException | None = None
-        try:
-            self._check(scope, headers)
-            await self.app(scope, receive_counting, send_noting)
-        except ClientLeft:
-            status = LEFT
-        except StarletteHTTPException as refused:
-            await _refuse_http(fastapi.Request(scope), refused)(scope, receive, send_noting)
-        except asyncio.CancelledError:
-            status = status or LEFT
-            raise
-        except Exception as bug:
-            error = bug
-            if not status:
-                message = f"an error of the server: its log says more under {name}"
-                await _refusal(500, message)(scope, receive, send_noting)
-        finally:
-            self._active -= counts
-            seconds = time.monotonic() - begin
-            path = scope["path"] if scope["path"] in self.paths else "other"
-            self.metrics.requests.labels(path, str(status)).inc()
-            self.metrics.request_seconds.labels(path).observe(seconds)
-            log = logger.error if error else logger.info
-            log(
-                "%s %s %d",
-                scope["method"],
-                path,
-                status,
-                exc_info=error,
-                extra={
-                    "request_id": name,
-                    "method": scope["method"],
-                    "path": path,
-                    "status": status,
-                    "seconds": round(seconds, 4),
-                    "bytes": received,
-                    "task": state.get("task"),
-                    "pictures": state.get("pictures"),
-                    "queue": self.batching.taken,
-                },
-            )
-
-    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        if self._keys and scope["path"] not in OPEN:
-            kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-            given = _digest(key.strip())
-            # All are compared, each in constant time.
-            known = [hmac.compare_digest(given, digest) for digest in self._keys]
-            if kind.lower() != b"bearer" or not any(known):
-                raise HTTPException(
-                    401, "expected Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"}
-                )
-        if self._active > self.limits.requests:
-            raise HTTPException(429, "too many requests at a time", {"Retry-After": "1"})
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.limits.body_bytes:
-            raise self._too_large()
-
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"the body has over {self.limits.body_bytes} bytes")
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
-
-def _request_id(given: bytes) -> str:
-    """The client's or its proxy's name for a request, if it is one, or a new one."""
-    text = given.decode("latin-1")
-    return text if re.fullmatch(r"[\w.:-]{1,128}", text, re.ASCII) else uuid.uuid4().hex
-
-
 _PICTURE = {
     "description": "The pictures; with `Accept: image/*`, the file of the only one",
     "content": {f"image/{name}": {} for name in schema.FORMATS},
 }
-
-
-def _says(model: type) -> dict[str, Any]:
-    return {"model": model}
 
 
 def _refusals(api_keys: Sequence[str], *, takes_body: bool = False) -> dict[int | str, Any]:
@@ -481,27 +330,23 @@ def _refusals(api_keys: Sequence[str], *, takes_body: bool = False) -> dict[int 
     }
 
 
-def _openapi(
-    app: FastAPI,
-    bodies: dict[str, tuple[type[schema.Body], tuple[str, ...]]],
-    *,
-    is_locked: bool,
-) -> dict[str, Any]:
+def _openapi(app: FastAPI, routes: Sequence[Route], *, is_locked: bool) -> dict[str, Any]:
     """FastAPI's schema, with the two kinds of bodies, which it does not know of one route."""
     made = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-    models = [(body, "validation") for body, _ in bodies.values()]
+    models = [(route.body, "validation") for route in routes]
     _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
     components = made.setdefault("components", {})
     components["schemas"] |= definitions["$defs"]
-    for path, (body, kinds) in bodies.items():
-        name = body.__name__
-        form = schema.form_schema(body, components["schemas"][name])
+    for route in routes:
+        name = route.body.__name__
+        form = schema.form_schema(route.body, components["schemas"][name])
         components["schemas"][f"{name}Form"] = form
-        names = {"application/json": name, "multipart/form-data": f"{name}Form"}
+        names = dict(zip(KINDS, (name, f"{name}Form")))
         content = {
-            kind: {"schema": {"$ref": f"#/components/schemas/{names[kind]}"}} for kind in kinds
+            kind: {"schema": {"$ref": f"#/components/schemas/{names[kind]}"}}
+            for kind in route.kinds
         }
-        made["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+        made["paths"][route.path]["post"]["requestBody"] = {"required": True, "content": content}
     if is_locked:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in made["paths"].items():

@@ -10,16 +10,17 @@ from collections.abc import AsyncIterator, Sequence
 
 import uvicorn
 from fastapi import FastAPI
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from univg_jax.errors import UserError
 from univg_jax.pipeline import Pipeline
-from univg_jax.serving.app import Limits, create_app
+from univg_jax.serving.app import create_app
 from univg_jax.serving.batching import Batching
+from univg_jax.serving.gate import Limits
 from univg_jax.serving.metrics import Metrics
 
 KEYS = "UNIVG_API_KEYS"  # in the environment: keys with commas between them
-MAX_KEYS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,10 +84,13 @@ def read_keys(path: str | None) -> list[str]:
 def log_as_json() -> None:
     """Makes every line of the log, whoever writes it, a JSON object."""
     formatter = JsonFormatter(
-        "{asctime}{levelname}{name}{message}",
+        "{levelname}{name}{message}",
         style="{",
-        rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+        timestamp="time",
+        rename_fields={"levelname": "level", "name": "logger"},
+        reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, for terminals
     )
+    logging.captureWarnings(True)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(formatter)
     logging.getLogger("univg_jax.serving").setLevel(logging.INFO)
