@@ -46,7 +46,7 @@ def served(checkpoint: str, **flags: int) -> Iterator[str]:
         if not line.startswith("serving at "):
             raise SystemExit(f"the server did not start: {' '.join(command)}")
         address = line.split()[2].rstrip(",")
-        while httpx2.get(f"{address}/ready").status_code != 200:
+        while httpx2.get(f"{address}/ready", timeout=60).status_code != 200:
             time.sleep(0.5)
         yield address
     finally:
