@@ -88,7 +88,10 @@ class Visitor:
     """A tab of the browser, and what a visitor does in it."""
 
     def __init__(self, browser, address, query="", width=1200):
-        self.context = browser.new_context(viewport={"width": width, "height": 900})
+        is_phone = width < 600
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, has_touch=is_phone, is_mobile=is_phone
+        )
         self.page = self.context.new_page()
         self.page.set_default_timeout(MILLISECONDS)
         self.hosts, self.errors, self.address = set(), [], address
@@ -114,14 +117,25 @@ class Visitor:
         address = f"/file/{Store().add_picture(pixels)}"
         self.page.locator(f'.easel img[src="{address}"]').wait_for()
 
-    def drag(self, *places):
-        """Draws on the easel, from place to place, in fractions of it."""
+    def points(self, places):
+        """Where on the screen places are that are given in fractions of the easel."""
         canvas = self.page.locator(".easel canvas")
         canvas.scroll_into_view_if_needed()
         area = canvas.bounding_box()
-        points = [
-            (area["x"] + x * area["width"], area["y"] + y * area["height"]) for x, y in places
-        ]
+        return [(area["x"] + x * area["width"], area["y"] + y * area["height"]) for x, y in places]
+
+    def swipe(self, *places):
+        """As `drag`, with a finger."""
+        touch = self.context.new_cdp_session(self.page)
+        for k, (x, y) in enumerate(self.points(places)):
+            kind = "touchMove" if k else "touchStart"
+            event = dict(type=kind, touchPoints=[dict(x=x, y=y)])
+            touch.send("Input.dispatchTouchEvent", event)
+        touch.send("Input.dispatchTouchEvent", dict(type="touchEnd", touchPoints=[]))
+
+    def drag(self, *places):
+        """Draws on the easel, from place to place, in fractions of it."""
+        points = self.points(places)
         self.page.mouse.move(*points[0])
         self.page.mouse.down()
         for point in points[1:]:
@@ -407,6 +421,19 @@ def test_it_fits_a_phone(chromium, address):
             " return area.width && (area.left < 0 || area.right > 390); }).map(e => e.outerHTML)"
         )
         assert outside == []
+    phone.context.close()
+
+
+def test_a_finger_paints_and_does_not_scroll(chromium, address):
+    phone = Visitor(chromium, address, "?task=ip", width=390)
+    phone.upload_picture(picture(32, 32, seed=9))
+    before = phone.points([(0, 0)])
+    phone.swipe((0.5, 0.2), (0.5, 0.5), (0.5, 0.8))
+    phone.page.wait_for_timeout(300)
+    assert phone.points([(0, 0)]) == before
+    changed = (phone.pixels(phone.made()) != picture(32, 32, seed=9)).any(axis=-1)
+    assert changed[8:24, 16].all()
+    assert not changed[:, :8].any()
     phone.context.close()
 
 
