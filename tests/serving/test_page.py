@@ -151,12 +151,12 @@ class Visitor:
 
     def made(self):
         """Asks for the picture, waits for it, and returns its card."""
-        count = self.page.locator("article").count()
+        before = [self.page.locator("article").count(), self.line()]
         self.make()
         self.page.wait_for_function(
-            "n => document.querySelectorAll('article').length > n"
-            " || document.querySelector('.error').innerText",
-            arg=count,
+            "([count, line]) => document.querySelectorAll('article').length > count"
+            " || !['', line].includes(document.querySelector('.error').innerText)",
+            arg=before,
         )
         assert self.line() == ""
         card = self.page.locator("article").first
