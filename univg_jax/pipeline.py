@@ -581,8 +581,7 @@ class Pipeline:
 
         Raises UserError for an unknown setting, and for a value that cannot be.
         """
-        stored = self.config.to_dict()
-        config = Config.of({**stored, "sampling": {**stored["sampling"], **options}})
+        config = with_sampling(self.config, options)
         generator = dataclasses.replace(self.generator, sampler=config.sampling.sampler)
         return dataclasses.replace(self, config=config, generator=generator)
 
@@ -647,6 +646,12 @@ def _check_task(task: str, known: Sequence[str], path: os.PathLike | str) -> str
 def _to_pixels(images: Float[np.ndarray, "b h w 3"], names: Sequence[str]) -> Pixels:
     check_finite(images, names, what="picture")
     return to_uint8(images)
+
+
+def with_sampling(config: Config, options: Options) -> Config:
+    """The config with other `sampling` settings. Raises UserError for what cannot be."""
+    stored = config.to_dict()
+    return Config.of({**stored, "sampling": {**stored["sampling"], **options}})
 
 
 def trained_tasks(config: Config) -> tuple[str, ...]:

@@ -565,6 +565,8 @@ def yes(request):
         (["--benchmark=parti", "--data=.", "--scorer=clip=x"], "--scorer=clip: "),
         (["--benchmark=emoji_scenes", "--sweep=step=1,2"], "unknown key of --sweep: 'step'"),
         (["--benchmark=emoji_scenes", "--sweep=steps"], "--sweep=steps: expected steps=A,B,C"),
+        (["--benchmark=emoji_scenes", "--sweep=steps=1,0"], "sampling.steps=0: expected a whole"),
+        (["--benchmark=emoji_scenes", "--batch_size=12"], "expected a multiple of 8 devices"),
     ],
 )
 def test_bad_input_of_evaluate(root, tmp_path, capsys, arguments, message):

@@ -19,6 +19,7 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmarks import geneval
 from univg_jax.evaluation.benchmarks.geneval import BENCHMARK, read
 from univg_jax.evaluation.job import generate
+from univg_jax.evaluation.official import Request
 from univg_jax.evaluation.public import PublicJob
 from univg_jax.evaluation.scorecard import Scorecard
 from univg_jax.images import write_png
@@ -42,8 +43,8 @@ def model(pipeline) -> Pipeline:
 
 def job(tmp_path, **options) -> PublicJob:
     rows = read(write(tmp_path), excerpt=True)
-    options = dict(scorers=SCORERS, batch_size=8) | options
-    return PublicJob(benchmark=BENCHMARK, rows=rows, out=tmp_path / "out", **options)
+    options = dict(benchmark=BENCHMARK, scorers=SCORERS, batch_size=8) | options
+    return PublicJob(rows=rows, out=tmp_path / "out", **options)
 
 
 def files(folder):
@@ -84,17 +85,17 @@ def test_what_is_finished_is_not_made_again(model, tmp_path, monkeypatch):
     whole = job(tmp_path)(model)
     assert part.folder != whole.folder
     assert len(list((tmp_path / "out").glob("geneval-images-*"))) == 1
-    before = files(tmp_path / "out")
+    (images,) = (tmp_path / "out").glob("geneval-images-*")
+    before = files(images)
     monkeypatch.setattr(Pipeline, "generate_batch", None)
-    monkeypatch.setattr(type(BENCHMARK), "summary", None, raising=False)
     assert job(tmp_path)(model).numbers == whole.numbers
-    assert files(tmp_path / "out") == before
+    assert files(images) == before
 
 
 @pytest.mark.parametrize("change", [dict(seed=1), dict(settings={"parameters": "params"})])
 def test_images_of_other_settings_lie_beside(model, tmp_path, change):
-    job(tmp_path, scores=False)(model)
-    done = job(tmp_path, scores=False, **change)(model)
+    job(tmp_path, only="generate")(model)
+    done = job(tmp_path, only="generate", **change)(model)
     assert len(list((tmp_path / "out").glob("geneval-images-*"))) == 2
     assert done.numbers == {}
 
@@ -104,13 +105,30 @@ def test_scores_of_a_folder_that_somebody_made(tmp_path):
     for request in BENCHMARK.requests(job(tmp_path).rows):
         for name in request.files:
             write_png(folder / name, picture("cup", "cow"))
-    done = job(tmp_path, images=folder, generates=False)(None)
+    done = job(tmp_path, images=folder)(None)
     assert done.numbers["overall"] == 0.75
     (folder / "00000" / "samples" / "0000.png").unlink()
-    again = job(tmp_path, images=folder, generates=False)(None)
+    again = job(tmp_path, images=folder)(None)
     # A folder of others may change: it is scored each time.
     assert again.numbers["failures/missing"] == 1
     assert Scorecard.read(again.folder).images_at(again.folder) == folder
+
+
+def test_images_of_other_pictures_lie_beside(model, tmp_path):
+    """Also if they have the names of the first ones."""
+    file = tmp_path / "pictures" / "0.png"
+    inputs = dict(image=file, prompt="make it snow")
+    edit = Request(index=0, task="ie", files=("0.png",), inputs=inputs)
+    edits = dataclasses.replace(BENCHMARK, requests=lambda rows: [edit], side_files=lambda rows: {})
+    made = []
+    for value in (50, 200):
+        write_png(file, np.full((16, 16, 3), value, np.uint8))
+        asked = job(tmp_path, benchmark=edits, only="generate")
+        made.append(asked(model).folder)
+        assert asked(model).folder == made[-1]
+    assert made[0] != made[1]
+    first, second = (pixels(pathlib.Path(folder))["0.png"] for folder in made)
+    assert np.any(first != second)
 
 
 def test_each_prompt_is_encoded_once(model, tmp_path, monkeypatch):
@@ -122,7 +140,7 @@ def test_each_prompt_is_encoded_once(model, tmp_path, monkeypatch):
         return embed(self, prompts)
 
     monkeypatch.setattr(Pipeline, "embed_prompts", counting)
-    job(tmp_path, scores=False)(model)
+    job(tmp_path, only="generate")(model)
     assert len(counts) == 4 + 1  # and the one without a text, for guidance
     assert set(counts.values()) == {1}
     (encoded,) = (tmp_path / "out").iterdir()
@@ -180,6 +198,33 @@ def test_any_devices_and_processes_make_the_same(tmp_path, devices):
     assert list(found[0]) == list(found[1])
     for name, image in found[0].items():
         np.testing.assert_allclose(found[1][name], image, atol=1)  # of 255, by rounding
+
+
+TORN = """
+import dataclasses, pathlib, sys
+from tests import processes
+processes.join()
+from tests.evaluation.test_public import job, tokenize
+from tests.evaluation.tiny_pipeline import make_pipeline
+from univg_jax.errors import UserError
+def fail(text, num_tokens):
+    if "two cups" in text:
+        raise UserError("two cups are too many")
+    return tokenize(text, num_tokens)
+model = make_pipeline()
+model = dataclasses.replace(model, collator=dataclasses.replace(model.collator, tokenizer=fail))
+try:
+    job(pathlib.Path(sys.argv[1]))(model)
+except UserError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_prompt_that_one_process_cannot_read_stops_all(tmp_path):
+    told = processes.run([4, 4], str(tmp_path), program=("-c", TORN))
+    assert all(any(line.startswith("refused:") for line in lines) for lines in told)
+    assert any("two cups are too many" in line for line in told[0] + told[1])
+    assert not list(tmp_path.glob("out/*/results.json"))
 
 
 # --- GenEval's own 553 prompts ---

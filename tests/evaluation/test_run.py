@@ -15,6 +15,7 @@ from univg_jax.evaluation.benchmark import Cases
 from univg_jax.evaluation.benchmarks.emoji_scenes import BENCHMARK
 from univg_jax.evaluation.results import Results
 from univg_jax.evaluation.run import Evaluator, evaluate, open_cases
+from univg_jax.images import write_png
 
 TASKS = ("ie", "seg", "depth")
 
@@ -200,6 +201,20 @@ def test_a_pipeline_is_compared_with_its_untrained_self_its_codec_and_the_truth(
     values = {name: entry["l1"]["value"] for name, entry in task["systems"].items()}
     assert values["real"] == 0 < values["codec"] < values["model"]
     assert len(list((folder_of(tmp_path) / "ie").glob("???.png"))) == 9
+
+
+def test_a_folder_of_others_is_scored_each_time(pipeline, tmp_path):
+    """It may have changed, which its name does not tell."""
+    options = dict(tasks=["ie"], batch_size=8)
+    evaluate(pipeline, TOY, out=tmp_path / "theirs", only="generate", **options)
+    (folder,) = (tmp_path / "theirs").iterdir()
+    values = []
+    for shade in (0, 255):
+        for path in (folder / "ie").glob("???.png"):
+            write_png(path, np.full((16, 16, 3), shade, np.uint8))
+        results = evaluate(pipeline, TOY, out=tmp_path / "out", images=folder, **options)
+        values.append(results.tasks["ie"]["systems"]["model"]["l1"]["value"])
+    assert values[0] != values[1]
 
 
 CHANGES = {

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from univg_jax.evaluation.results import Done
     from univg_jax.evaluation.run import EmbeddedJob
     from univg_jax.evaluation.scorers import Scorers
+    from univg_jax.settings import Config
 
 OURS = "ours"  # --score_only without a folder: the images of --generate_only
 SIDE_BY_SIDE = 4  # checkpoints of a followed run whose pictures its page shows, the newest
@@ -145,20 +146,32 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--checkpoint is missing: only --score_only=DIR goes without one")
     if args.follow:
         _check_follow(args)
+    from univg_jax.evaluation.sweep import combinations
+    from univg_jax.pipeline import Pipeline, load_config
+    from univg_jax.together import together
+
+    choices = combinations(args.sweep)
     configure(args)
-    job = _public_job(args, benchmark) if is_public else _embedded_job(args, benchmark)
-    if args.follow:
-        _follow(args, benchmark.name, job)
-        return
+    # All that can be wrong is found before the model is loaded, and on all processes or on none.
+    with together():
+        job = _public_job(args, benchmark) if is_public else _embedded_job(args, benchmark)
     if args.checkpoint is None:
         done = job(None)
         _show(done)
         _write_page(args.out, [done])
         return
-    from univg_jax.evaluation.sweep import combinations
-    from univg_jax.pipeline import Pipeline
+    if args.follow:
+        from univg_jax.evaluation.follow import wait_for_run
 
-    choices = combinations(args.sweep)
+        wait_for_run(args.checkpoint, say=_say)
+    with together():
+        config = load_config(args.checkpoint, **_options(args))
+        for choice in choices:
+            choice.check(config)
+        (_check_public if is_public else _check_embedded)(job, config)
+    if args.follow:
+        _follow(args, benchmark.name, job)
+        return
     pipeline = Pipeline.load(args.checkpoint, ema=not args.raw_params, **_options(args))
     done = []
     for choice in choices:
@@ -182,7 +195,17 @@ def _check_follow(args: argparse.Namespace) -> None:
 
 
 # What the numbers of a followed run depend on, beside the checkpoints and the scorers.
-COMPARED = ("benchmark", "steps", "seed", "raw_params", "without", "excerpt", "limit", "tasks")
+COMPARED = (
+    "benchmark",
+    "data",
+    "steps",
+    "seed",
+    "raw_params",
+    "without",
+    "excerpt",
+    "limit",
+    "tasks",
+)
 COMPARED += ("examples", "split")
 
 
@@ -208,14 +231,6 @@ def _follow(args: argparse.Namespace, name: str, job: "PublicJob | EmbeddedJob")
         say=_say,
         show=show,
     )
-
-
-def _wait_for_run(args: argparse.Namespace) -> None:
-    """With --follow, returns when the run has a checkpoint."""
-    if args.follow:
-        from univg_jax.evaluation.follow import wait_for_run
-
-        wait_for_run(args.checkpoint, say=_say)
 
 
 def _say(*lines: str) -> None:
@@ -245,10 +260,8 @@ def _write_page(out: str, done: Sequence["Done"], *, log: str | None = None) -> 
 
 
 def _public_job(args: argparse.Namespace, benchmark: "Official") -> "PublicJob":
-    """What is done with a pipeline. All that can be wrong is found before it is loaded."""
-    from univg_jax.evaluation.public import PublicJob, check_tasks
-    from univg_jax.evaluation.score_files import check_scorers, check_settings
-    from univg_jax.pipeline import load_config, trained_tasks
+    from univg_jax.evaluation.public import PublicJob
+    from univg_jax.evaluation.score_files import check_scorers
 
     if args.data is None:
         raise UserError(f"--data is missing: the official files of {benchmark.name}")
@@ -260,53 +273,57 @@ def _public_job(args: argparse.Namespace, benchmark: "Official") -> "PublicJob":
         if specs:
             from univg_jax.evaluation.scorers.opening import open_scorers
 
-            answers = os.path.join(args.out, "answers")
-            scorers = open_scorers(specs, answers=answers)
-            check_settings(benchmark, scorers)
-    rows = benchmark.read(args.data, excerpt=args.excerpt)
-    if args.checkpoint is not None:
-        _wait_for_run(args)
-        config = load_config(args.checkpoint, **_options(args))
-        check_tasks(benchmark, rows, trained_tasks(config))
+            scorers = open_scorers(specs, answers=os.path.join(args.out, "answers"))
     return PublicJob(
         benchmark=benchmark,
-        rows=rows,
-        out=args.out,
+        rows=benchmark.read(args.data, excerpt=args.excerpt),
         scorers=scorers,
         without=without,
         limit=args.limit,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        images=None if args.score_only == OURS else args.score_only,
-        generates=args.score_only is None,
-        scores=not args.generate_only,
-        settings=dict(parameters="params" if args.raw_params else "ema"),
+        **_both(args),
     )
 
 
 def _embedded_job(args: argparse.Namespace, benchmark: "Benchmark") -> "EmbeddedJob":
-    from univg_jax import assembly
-    from univg_jax.evaluation.run import EmbeddedJob, open_cases, with_data
-    from univg_jax.pipeline import load_config
+    from univg_jax.evaluation.run import EmbeddedJob
 
     for name in ("scorer", "without", "limit", "excerpt"):
         if getattr(args, name):
             raise UserError(f"{benchmark.name} takes no --{name}: it has all that it needs")
-    tasks = [find_task(name).name for name in args.tasks.split(",")] if args.tasks else None
-    _wait_for_run(args)
-    config = with_data(load_config(args.checkpoint, **_options(args)), args.data)
-    # The data is looked at before the model is loaded; one case of each task does for that.
-    one = dict(num=1, num_train=1, collator=assembly.make_collator(config))
-    open_cases(config, benchmark, tasks=tasks, split=args.split, **one)
-    given = dict(
+    return EmbeddedJob(
+        benchmark=benchmark,
         data_dir=args.data,
-        tasks=tasks,
+        tasks=tuple(find_task(name).name for name in args.tasks.split(",")) if args.tasks else None,
         split=args.split,
         num_examples=args.examples,
+        **_both(args),
+    )
+
+
+def _both(args: argparse.Namespace) -> dict[str, Any]:
+    """What both kinds of jobs take."""
+    return dict(
+        out=args.out,
+        only="generate" if args.generate_only else "score" if args.score_only else None,
+        images=None if args.score_only == OURS else args.score_only,
         batch_size=args.batch_size,
         seed=args.seed,
-        images=None if args.score_only == OURS else args.score_only,
         settings=dict(parameters="params" if args.raw_params else "ema"),
     )
-    only = "generate" if args.generate_only else "score" if args.score_only else None
-    return EmbeddedJob(benchmark=benchmark, out=args.out, only=only, options=given)
+
+
+def _check_public(job: "PublicJob", config: "Config") -> None:
+    from univg_jax.evaluation.public import check_tasks
+    from univg_jax.pipeline import trained_tasks
+
+    check_tasks(job.benchmark, job.rows, trained_tasks(config))
+
+
+def _check_embedded(job: "EmbeddedJob", config: "Config") -> None:
+    from univg_jax import assembly
+    from univg_jax.evaluation.run import open_cases, with_data
+
+    config = with_data(config, job.data_dir)
+    # One case of each task shows whether the data serves.
+    one = dict(num=1, num_train=1, collator=assembly.make_collator(config))
+    open_cases(config, job.benchmark, tasks=job.tasks, split=job.split, **one)

@@ -12,7 +12,10 @@ always read from its file, also where this run wrote it.
 
 import concurrent.futures
 import dataclasses
+import functools
+import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +28,7 @@ from data_pipelines import tasks, transforms
 from data_pipelines.collate import Collator
 from data_pipelines.tasks import INPUTS, TASKS
 from univg_jax.batch import Batch
-from univg_jax.errors import UserError
+from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation.generate import exist
 from univg_jax.evaluation.metrics import Image
 from univg_jax.evaluation.official import Official, Output, Request, Row
@@ -35,7 +38,7 @@ from univg_jax.images import jpeg_bytes, png_bytes
 from univg_jax.inputs import read_input
 from univg_jax.pipeline import Pixels
 from univg_jax.progress import Bar
-from univg_jax.together import each_together, together
+from univg_jax.together import each_together, of_first, together
 
 JPEG_QUALITY = 95
 _WRITERS = 4
@@ -231,7 +234,52 @@ def _example(request: Request, folder: epath.Path, collator: Collator) -> Any:
             prompt=given.get("prompt", ""), **pictures, resolution=side
         )
     except UserError as error:
-        raise type(error)(f"item {request.index} ({request.files[0]}): {error}") from None
+        raise _of_item(request, error) from None
+
+
+def pictures_digest(requests: Sequence[Request]) -> str:
+    """A digest of the pictures that requests give the model; empty if they give none.
+
+    All processes call it; process 0 reads them. Raises UserError for one that cannot be read.
+    """
+    given = [
+        (request, name, value)
+        for request in requests
+        for name, value in request.inputs.items()
+        if name in INPUTS and not isinstance(value, Output)
+    ]
+    if not given:
+        return ""
+    found = np.zeros(32, np.uint8)
+    with together():
+        if jax.process_index() == 0:
+            whole = hashlib.sha256()
+            read = functools.lru_cache(_file_digest)  # sentences about one picture follow another
+            for request, name, value in given:
+                try:
+                    if callable(value):
+                        pixels = read_input(name, value())
+                        whole.update(str(pixels.shape).encode() + pixels.tobytes())
+                    else:
+                        whole.update(read(os.fspath(value)))
+                except UserError as error:
+                    raise _of_item(request, error) from None
+            found = np.frombuffer(whole.digest(), np.uint8)
+    return of_first(found).tobytes().hex()[:16]
+
+
+def _file_digest(path: str) -> bytes:
+    try:
+        return hashlib.sha256(epath.Path(path).read_bytes()).digest()
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _of_item(request: Request, error: UserError) -> UserError:
+    """The error with the files that were asked for."""
+    return type(error)(f"item {request.index} ({request.files[0]}): {error}")
 
 
 def _due(value: Any, folder: epath.Path) -> Any:

@@ -90,6 +90,9 @@ class Official:
     is known. All processes call `measure(pipeline, rows, seed)`, and each gets the columns of its
     own rows, by their numbers.
 
+    `check_scoring(rows, scorers)` raises UserError for what scoring lacks beside the scorers, such
+    as the prompts of a judge: it is asked before any image is made.
+
     `settings` are choices in which papers differ, so a result has to say them; those that are
     named in `scoring` change no image. Raise `version` when numbers would change.
     """
@@ -106,6 +109,7 @@ class Official:
     quality: Callable[[Scores], float] = lambda scores: next(iter(scores.values())).value
     distances: Callable[[Mapping[str, FeatureSums]], Summary] = lambda sums: {}
     needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    check_scoring: Callable[[Sequence[Row], Mapping[str, Any]], None] = lambda rows, scorers: None
     side_files: Callable[[Sequence[Row]], Mapping[str, str | Callable[[], bytes]]] = lambda rows: {}
     measure: Callable[[Any, Sequence[Row], int], Mapping[int, Scores]] | None = None
     published: tuple[Published, ...] = ()

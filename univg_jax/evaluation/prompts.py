@@ -7,6 +7,7 @@ import jax
 
 from data_pipelines.tokenizer import TokenizedText, Tokenizer
 from univg_jax.batch import Text
+from univg_jax.together import together
 
 # Embeddings of as many prompts as a process has rows in a batch. All processes call it.
 Embed = Callable[[Sequence[TokenizedText]], Text]
@@ -28,7 +29,8 @@ class EncodedPrompts:
         all others.
 
         All processes call it, with the texts of each of them: since the encoder is a program over
-        all devices, all encode equally often.
+        all devices, all encode equally often. Raises UserError on all of them for a prompt that
+        cannot be tokenized.
         """
         new = [
             [text for text in dict.fromkeys(own) if text not in self._held.get(process, ())]
@@ -37,12 +39,14 @@ class EncodedPrompts:
         self._held = dict(enumerate(texts))
         index = jax.process_index()
         self._found = {t: found for t, found in self._found.items() if t in texts[index]}
+        with together():  # a prompt that cannot be read must not leave the others waiting
+            spare = self._tokenizer(texts[index][0], num_tokens)
+            tokenized = {text: self._tokenizer(text, num_tokens) for text in new[index]}
         for start in range(0, max(map(len, new)), rows):
             part = new[index][start : start + rows]
             # One that has none left encodes any text again.
-            filled = (part + [*part, texts[index][0]][-1:] * rows)[:rows]
-            tokenized = [self._tokenizer(text, num_tokens) for text in filled]
-            embedded = self._embed(tokenized)
+            filled = [*(tokenized[text] for text in part), *[spare] * (rows - len(part))]
+            embedded = self._embed(filled)
             for k, text in enumerate(part):
                 row = jax.tree.map(lambda x, k=k: x[k : k + 1], embedded)
-                self._found[text] = dataclasses.replace(tokenized[k], embedding=row)
+                self._found[text] = dataclasses.replace(tokenized[text], embedding=row)

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -17,9 +18,14 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation import job, score
 from univg_jax.evaluation.official import Official, Row
 from univg_jax.evaluation.prompts import EncodedPrompts
-from univg_jax.evaluation.results import FILE, Done, digest
-from univg_jax.evaluation.run import provenance
-from univg_jax.evaluation.score_files import Scored, check_scorers, score_images
+from univg_jax.evaluation.results import Done, digest
+from univg_jax.evaluation.run import SAMPLING, Only, check_batch_size, provenance
+from univg_jax.evaluation.score_files import (
+    Scored,
+    check_scorers,
+    check_settings,
+    score_images,
+)
 from univg_jax.evaluation.scorecard import (
     Scorecard,
     cases_of,
@@ -36,51 +42,65 @@ from univg_jax.together import together
 class PublicJob:
     """What is done with a pipeline on a benchmark; see `generate_images` and `score_folder`.
 
-    `images` is a folder to score that somebody else has filled. `settings` are stored beside those
-    that the pipeline knows.
+    `only` leaves out the other half. `images` is a folder to score that somebody else has filled.
+    `settings` are stored beside those that the pipeline knows. Raises UserError for what would be
+    wrong with the scorers, what scoring lacks, and a batch size that does not divide over the
+    devices.
     """
 
     benchmark: Official
     rows: Sequence[Row]
     out: epath.PathLike
     scorers: Scorers
+    only: Only | None = None
     without: Collection[str] = ()
     limit: int | None = None
     batch_size: int = 32
     seed: int = 0
     images: epath.PathLike | None = None
-    generates: bool = True
-    scores: bool = True
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.benchmark.measure is not None and (self.only or self.images is not None):
+            raise UserError(f"{self.benchmark.name} measures the model itself: it has no images")
+        if self.only != "generate":
+            check_scorers(self.benchmark, self.scorers, without=self.without)
+            check_settings(self.benchmark, self.scorers)
+            self.benchmark.check_scoring(self.rows[: self.limit], self.scorers)
+        if self.only != "score" and self.images is None:
+            check_batch_size(self.batch_size)
 
     def __call__(self, pipeline: Pipeline | None) -> Done:
         """Without a pipeline, `images` are scored."""
-        benchmark, rows = self.benchmark, self.rows
-        if benchmark.measure is not None:
-            return self._measured(pipeline)
-        folder, settings, origin = self.images, None, {}
-        if folder is None:
-            origin = provenance(pipeline)
-            settings = {
-                **self.settings,
-                **image_settings(pipeline, benchmark, rows, seed=self.seed),
-            }
-            folder = images_folder(self.out, benchmark, settings)
-        if self.generates:
+        if self.images is not None:
+            return self._scored(self.images)
+        settings = {**self.settings, **self._image_settings(pipeline)}
+        if self.benchmark.measure is not None:
+            return self._measured(pipeline, settings)
+        folder = epath.Path(self.out) / f"{self.benchmark.name}-images-{digest(settings)[:12]}"
+        if self.only != "score":
             generate_images(
                 pipeline,
-                benchmark,
-                rows,
+                self.benchmark,
+                self.rows,
                 folder,
                 seed=self.seed,
                 batch_size=self.batch_size,
                 limit=self.limit,
             )
-        if not self.scores:
-            return Done(folder=folder, text=f"{benchmark.name}: the images are made")
+        if self.only == "generate":
+            return Done(folder=folder, text=f"{self.benchmark.name}: the images are made")
+        return self._scored(folder, settings, origin=provenance(pipeline))
+
+    def _scored(
+        self,
+        folder: epath.PathLike,
+        settings: Mapping[str, Any] | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> Done:
         at, card = score_folder(
-            benchmark,
-            rows,
+            self.benchmark,
+            self.rows,
             folder,
             out=self.out,
             scorers=self.scorers,
@@ -91,16 +111,11 @@ class PublicJob:
         )
         return _done(at, card)
 
-    def _measured(self, pipeline: Pipeline | None) -> Done:
+    def _measured(self, pipeline: Pipeline, settings: Mapping[str, Any]) -> Done:
         """The numbers of the model itself."""
         benchmark, rows = self.benchmark, self.rows[: self.limit]
-        if pipeline is None or not (self.generates and self.scores):
-            raise UserError(f"{benchmark.name} measures the model itself: it has no images")
-        made_with = image_settings(pipeline, benchmark, self.rows, seed=self.seed)
-        card = _new_card(benchmark, rows, {**self.settings, **made_with}, {})
+        card = _new_card(benchmark, rows, settings, {})
         at = card.folder(self.out)
-        if (at / FILE).exists():
-            return _done(at, Scorecard.read(at))
         template = benchmark.score(rows[0], [], {})
         found = benchmark.measure(pipeline, rows, self.seed)
         table = score.gather(found, count=len(rows), template=template)
@@ -108,12 +123,46 @@ class PublicJob:
         scored = Scored(scores, {})
         return _done(at, _finish(card, at, benchmark, rows, scored, provenance(pipeline)))
 
+    def _image_settings(self, pipeline: Pipeline) -> dict[str, Any]:
+        """All that the images depend on, in the order in which a report shows it."""
+        benchmark, asked = self.benchmark, self._asked
+        sampling = pipeline.config.to_dict()["sampling"]
+        return {
+            "step": pipeline.step,
+            **{key: sampling[key] for key in SAMPLING},
+            "guidance": {task: sampling["guidance"].get(task) for task in asked.tasks},
+            "seed": self.seed,
+            "resolution": pipeline.config.data.resolution,
+            "version": benchmark.version,
+            "options": {k: v for k, v in benchmark.settings.items() if k not in benchmark.scoring},
+            "items": asked.items,
+            **({"pictures": asked.pictures} if asked.pictures else {}),
+            **pipeline.digests,
+        }
+
+    @functools.cached_property
+    def _asked(self) -> "_Asked":
+        """Of pictures, those of the first `limit` items, which are read for it."""
+        requests = self.benchmark.requests(self.rows)
+        items = [(r.task, r.files, str(r.inputs.get("prompt", ""))) for r in requests]
+        return _Asked(
+            tasks=tuple(dict.fromkeys(request.task for request in requests)),
+            items=digest(items or list(map(repr, self.rows))),
+            pictures=job.pictures_digest(requests[: self.limit]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What a model is asked for: tasks, digests of all items and of the pictures it is given."""
+
+    tasks: tuple[str, ...]
+    items: str
+    pictures: str
+
 
 def _done(folder: epath.Path, card: Scorecard) -> Done:
     return Done(folder=folder, text=card.table(), numbers=card.numbers, primary=card.primary)
-
-
-SAMPLING = ("solver", "steps", "shift", "rescale", "interval")
 
 
 def check_tasks(benchmark: Official, rows: Sequence[Row], trained: Collection[str]) -> None:
@@ -124,29 +173,6 @@ def check_tasks(benchmark: Official, rows: Sequence[Row], trained: Collection[st
             f"{benchmark.name} needs the task {missing[0]!r}: this run was trained on "
             f"{', '.join(trained)}"
         )
-
-
-def image_settings(
-    pipeline: Pipeline, benchmark: Official, rows: Sequence[Row], *, seed: int
-) -> dict[str, Any]:
-    """All that the images depend on, in the order in which a report shows it."""
-    requests = benchmark.requests(rows)
-    sampling = pipeline.config.to_dict()["sampling"]
-    tasks = dict.fromkeys(request.task for request in requests)
-    return {
-        "step": pipeline.step,
-        **{key: sampling[key] for key in SAMPLING},
-        "guidance": {task: sampling["guidance"].get(task) for task in tasks},
-        "seed": seed,
-        "resolution": pipeline.config.data.resolution,
-        "version": benchmark.version,
-        "options": {k: v for k, v in benchmark.settings.items() if k not in benchmark.scoring},
-        "items": digest(
-            [(r.task, r.files, str(r.inputs.get("prompt", ""))) for r in requests]
-            or list(map(repr, rows))
-        ),
-        **pipeline.digests,
-    }
 
 
 def generate_images(
@@ -168,9 +194,7 @@ def generate_images(
     over the devices, and inputs that cannot be read.
     """
     check_tasks(benchmark, rows, pipeline.tasks)
-    devices = pipeline.rows * jax.process_count()
-    if batch_size < 1 or batch_size % devices:
-        raise UserError(f"batch size {batch_size}: expected a multiple of {devices} devices")
+    check_batch_size(batch_size)
     prompts = EncodedPrompts(pipeline.tokenizer, pipeline.embed_prompts)
     collator = dataclasses.replace(pipeline.collator, tokenizer=prompts)
     encoded = dataclasses.replace(pipeline, collator=collator)
@@ -184,13 +208,6 @@ def generate_images(
         prompts=prompts,
     )
     logging.info("%s: %d new images are in %s", benchmark.name, made, folder)
-
-
-def images_folder(
-    out: epath.PathLike, benchmark: Official, settings: Mapping[str, Any]
-) -> epath.Path:
-    """Where images of these settings lie."""
-    return epath.Path(out) / f"{benchmark.name}-images-{digest(settings)[:12]}"
 
 
 def score_folder(
@@ -208,18 +225,15 @@ def score_folder(
     """Scores the images of the first `limit` rows; returns where the results are, and the results.
 
     `settings` are those of the images; without them they are somebody else's, and are named by
-    their folder. Results of the same settings and scorers that are there already are returned as
-    they are, if the images are ours.
+    their folder. Scores are always made anew: what the images are compared with may have changed,
+    and a server's answers are kept on their own.
 
-    Raises UserError for a scorer that is missing, a picture that cannot be read, and a folder that
-    has no image of the benchmark.
+    Raises UserError for a picture that cannot be read, and a folder that has no image of the
+    benchmark.
     """
-    check_scorers(benchmark, scorers, without=without)
     used: Scorers = {name: scorers[name] for name in benchmark.needs if name in scorers}
     card = _new_card(benchmark, rows[:limit], settings, used, without=without, folder=folder)
     at = card.folder(out)
-    if settings is not None and (at / FILE).exists():
-        return at, Scorecard.read(at)
     scored = score_images(benchmark, rows[:limit], folder, used)
     return at, _finish(card, at, benchmark, rows[:limit], scored, provenance, without=without)
 

@@ -38,6 +38,7 @@ from univg_jax.settings import Config
 from univg_jax.together import each_together
 
 Only = Literal["generate", "score"]
+SAMPLING = ("solver", "steps", "shift", "rescale", "interval")  # settings of all tasks' samplers
 NUM_TRAIN = 256  # training cases that trivial answers are made from
 NUM_SAMPLES = 6  # cases of a task that the report shows, so that input and target are written, too
 
@@ -72,9 +73,7 @@ def evaluate(
         raise UserError("a pipeline is evaluated as `Pipeline.load` gives it: this one has no path")
     config = with_data(pipeline.config, data_dir)
     pipeline = dataclasses.replace(pipeline, config=config)
-    devices = pipeline.rows * jax.process_count()
-    if batch_size < 1 or batch_size % devices:
-        raise UserError(f"batch size {batch_size}: expected a multiple of {devices} devices")
+    check_batch_size(batch_size)
     cases, train = open_cases(
         config,
         benchmark,
@@ -85,7 +84,6 @@ def evaluate(
     )
     needs = {need: None for name in cases for need in benchmark.tasks[name].needs_scorers}
     sampling = config.to_dict()["sampling"]
-    kept = ("solver", "steps", "shift", "rescale", "interval", "guidance")
     evaluator = Evaluator(
         benchmark=benchmark,
         systems=pipeline_systems(pipeline, seed=seed),
@@ -94,7 +92,8 @@ def evaluate(
         settings={  # in the order in which the report shows them
             "step": pipeline.step,
             **(settings or {}),
-            **{key: sampling[key] for key in kept},
+            **{key: sampling[key] for key in SAMPLING},
+            "guidance": sampling["guidance"],
             "seed": seed,
             "split": split,
             "examples": num_examples,
@@ -116,11 +115,22 @@ class EmbeddedJob:
 
     benchmark: Benchmark
     out: epath.PathLike
+    tasks: Sequence[str] | None = None
+    split: str = "test"
+    num_examples: int = 64
+    batch_size: int = 32
+    seed: int = 0
+    data_dir: epath.PathLike | None = None
+    settings: Mapping[str, Any] | None = None
     only: Only | None = None
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of `evaluate`
+    images: epath.PathLike | None = None
+
+    def __post_init__(self):
+        check_batch_size(self.batch_size)
 
     def __call__(self, pipeline: Pipeline) -> Done:
-        results = evaluate(pipeline, self.benchmark, out=self.out, only=self.only, **self.options)
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        results = evaluate(pipeline, **options)
         if self.only == "generate":
             return Done(folder=results.folder(self.out), text="the images are made")
         numbers = {
@@ -134,6 +144,13 @@ class EmbeddedJob:
             numbers=numbers,
             primary=next(iter(numbers), ""),
         )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises UserError for a global batch that does not divide over the devices."""
+    devices = jax.device_count()
+    if batch_size < 1 or batch_size % devices:
+        raise UserError(f"batch size {batch_size}: expected a multiple of {devices} devices")
 
 
 def provenance(pipeline: Pipeline) -> dict[str, str]:
@@ -269,7 +286,9 @@ class Evaluator:
             results = Results.read(folder)
         made_of = {name: self._made_of(name, cases[name]) for name in cases}
         done = {name: task.get("made_of") for name, task in results.tasks.items()}
-        todo = [name for name in cases if done.get(name) != made_of[name]]
+        # A folder of somebody else may have changed: it is scored each time.
+        is_new = self.images is not None
+        todo = [name for name in cases if is_new or done.get(name) != made_of[name]]
         total = sum(len(cases[name]) * len(self.systems) for name in todo)
         quiet = not total or jax.process_index() > 0
         with Bar(total=total, unit="image", disable=quiet) as bar:

@@ -46,6 +46,12 @@ def read_rgb(path: epath.PathLike, *, what: str) -> Image:
         raise UserError(f"{path} {error}") from None
 
 
+def check_file(path: epath.PathLike, *, what: str) -> None:
+    """Raises NotFoundError for a picture that is not there, before others are made."""
+    if not epath.Path(path).exists():
+        raise NotFoundError(f"{path} does not exist: expected {what}")
+
+
 def resized(image: UInt8[np.ndarray, "_ _ 3"], *, like: UInt8[np.ndarray, "_ _ 3"]) -> Image:
     """The picture at the size of another one, by Pillow's bicubic filter."""
     if image.shape == like.shape:

@@ -7,8 +7,8 @@ from typing import Any
 
 from univg_jax.errors import UserError, check_name
 from univg_jax.fields import parse_literal
-from univg_jax.pipeline import Pipeline
-from univg_jax.settings import Options, Sampler
+from univg_jax.pipeline import Pipeline, with_sampling
+from univg_jax.settings import Config, Options, Sampler
 
 SCALES = {"guidance": "text", "image_guidance": "image"}  # keys of `sampling.guidance`
 KEYS = (*SCALES, *(field.name for field in dataclasses.fields(Sampler)))
@@ -23,19 +23,21 @@ class Choice:
     def __str__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.values.items())
 
-    def applied_to(self, pipeline: Pipeline) -> Pipeline:
-        """The pipeline at these settings; guidance is that of every task that has any.
+    def check(self, config: Config) -> None:
+        """Raises UserError for a value that cannot be."""
+        with_sampling(config, self._options(config))
 
-        Raises UserError for a value that cannot be.
-        """
-        if not self.values:
-            return pipeline
+    def applied_to(self, pipeline: Pipeline) -> Pipeline:
+        """The pipeline at these settings; guidance is that of every task that has any."""
+        return pipeline.with_sampling(self._options(pipeline.config)) if self.values else pipeline
+
+    def _options(self, config: Config) -> Options:
         options: dict[str, Any] = {k: v for k, v in self.values.items() if k not in SCALES}
         scales = {SCALES[k]: v for k, v in self.values.items() if k in SCALES}
-        stored: Options = pipeline.config.to_dict()["sampling"]["guidance"]
         if scales:
+            stored = config.to_dict()["sampling"]["guidance"]
             options["guidance"] = {task: {**given, **scales} for task, given in stored.items()}
-        return pipeline.with_sampling(options)
+        return options
 
 
 def combinations(flags: Sequence[str]) -> list[Choice]:

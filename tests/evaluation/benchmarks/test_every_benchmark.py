@@ -26,6 +26,7 @@ from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import BENCHMARKS
 from univg_jax.evaluation.job import write_side_files
 from univg_jax.evaluation.official import Official
+from univg_jax.evaluation.public import PublicJob
 from univg_jax.evaluation.score_files import check_scorers, score_images
 from univg_jax.evaluation.scorers import PROTOCOLS
 from univg_jax.evaluation.scorers.chat import Reply
@@ -206,6 +207,24 @@ def test_files_become_numbers_and_what_is_missing_is_counted(opened, tmp_path):
     assert "failures/missing" in numbers or bench.name == "magicbrush"  # whose are of two kinds
     assert sum(missing) > 0 or len(rows) == 1
     assert all(math.isnan(bench.quality(row)) or bench.quality(row) < 1e4 for row in found.rows)
+
+
+@pytest.mark.parametrize("opened", WITH_IMAGES, indirect=True)
+def test_a_job_takes_what_has_all_that_scoring_needs(opened, tmp_path):
+    bench, rows = opened
+    scorers = {name: ALL[name] for name in bench.needs}
+    assert PublicJob(benchmark=bench, rows=rows, out=tmp_path, scorers=scorers, batch_size=8)
+
+
+@pytest.mark.parametrize("name", ["gedit", "imgedit"])
+def test_a_judge_without_prompts_is_refused_before_images_are_made(name, tmp_path):
+    FILES[name](tmp_path)
+    bench = open_benchmark(name)
+    given = dict(benchmark=bench, rows=bench.read(tmp_path, excerpt=True), out=tmp_path)
+    message = f"{name} needs its judge's prompts: --benchmark={name}:prompts=FILE"
+    with pytest.raises(UserError, match=message):
+        PublicJob(**given, scorers={"judge": YES}, batch_size=8)
+    assert PublicJob(**given, scorers={}, only="generate", batch_size=8)
 
 
 @pytest.mark.parametrize("opened", WITH_IMAGES, indirect=True)

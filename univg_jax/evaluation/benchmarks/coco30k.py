@@ -24,7 +24,7 @@ from univg_jax.evaluation import fid
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Columns, Official, requests_of
-from univg_jax.evaluation.similarity import clip_cosine, read_rgb, resized
+from univg_jax.evaluation.similarity import check_file, clip_cosine, read_rgb, resized
 from univg_jax.evaluation.summaries import Features, Scores, Summary, column, failure_counts
 from univg_jax.fields import setting
 
@@ -146,6 +146,7 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     return {"clip": merge(column(scores, "clip")).value, **failure_counts(scores)}
 
 
+REAL = "a picture of COCO's val2014.zip, unpacked (real=DIR)"
 REAL_SIDE = 512  # pixels a side of the real pictures, whose shape is not kept
 
 
@@ -176,7 +177,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
             return columns
         pictures: dict[str, Image | None] = {"generated": image}
         if statistics is None:
-            real = read_rgb(row.real, what="COCO's val2014.zip, unpacked (real=DIR)")
+            real = read_rgb(row.real, what=REAL)
             pictures["real"] = resized(real, like=np.zeros((REAL_SIDE, REAL_SIDE, 3), np.uint8))
         for name, picture in pictures.items():
             vector = None if picture is None else np.asarray(inception([picture]), float)[0]
@@ -191,12 +192,18 @@ def benchmark(settings: Settings = Settings()) -> Official:
             return {"fid": math.nan}
         return {"fid": fid.frechet_distance(generated.gaussian(), statistics)}
 
+    def check_scoring(rows: Sequence[Row], scorers: Mapping[str, Any]) -> None:
+        if "inception" in scorers and not settings.stats:
+            for row in rows:
+                check_file(row.real, what=REAL)
+
     return Official(
         name="coco30k",
         version=1,
         read=read_rows,
         requests=lambda rows: requests_of(rows, image_files),
         needs={"inception": ("fid",), "clip": ("clip",)},
+        check_scoring=check_scoring,
         score=score_image,
         summary=summary,
         distances=distances,

@@ -386,14 +386,16 @@ def benchmark(settings: Settings = Settings()) -> Official:
     def read_rows(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
         return read(path, settings, excerpt=excerpt)
 
+    def check_scoring(rows: Sequence[Row], scorers: Mapping[str, Any]) -> None:
+        if prompts is None:
+            raise UserError("gedit needs its judge's prompts: --benchmark=gedit:prompts=FILE")
+
     def score_image(
         row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
     ) -> dict[str, Ratio]:
         (image,) = images
         if image is None:
             return score(row, Verdict("missing"))
-        if prompts is None:
-            raise UserError("gedit needs its judge's prompts: give prompts=FILE")
         found = judge(row, image, scorers["judge"], prompts=prompts, sampling=sampling)
         return score(row, found)
 
@@ -404,6 +406,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         requests=requests,
         side_files=side_files,
         needs={"judge": ()},
+        check_scoring=check_scoring,
         score=score_image,
         summary=summary,
         quality=lambda scores: scores["official/O"].value,

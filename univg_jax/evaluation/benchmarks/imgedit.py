@@ -298,14 +298,16 @@ def benchmark(settings: Settings = Settings()) -> Official:
     def read_rows(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
         return read(path, settings, excerpt=excerpt)
 
+    def check_scoring(rows: Sequence[Row], scorers: Mapping[str, Any]) -> None:
+        if prompts is None:
+            raise UserError("imgedit needs its judge's prompts: --benchmark=imgedit:prompts=FILE")
+
     def score_image(
         row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]
     ) -> dict[str, Ratio]:
         (image,) = images
         if image is None:
             return score(row, None)
-        if prompts is None:
-            raise UserError("imgedit needs its judge's prompts: give prompts=FILE")
         endpoint, how = scorers["judge"], settings.sampling
         return score(row, ask(row, image, endpoint, prompts=prompts, sampling=how))
 
@@ -329,6 +331,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         read=read_rows,
         requests=requests,
         needs={"judge": ()},
+        check_scoring=check_scoring,
         score=score_image,
         summary=summary,
         quality=lambda scores: scores["official"].value,

@@ -35,6 +35,7 @@ _WHAT = "of MagicBrush's test split (the zip that its README links)"
 SESSIONS_FILE = InputFile("edit_sessions.json", f"the instructions {_WHAT}")
 CAPTIONS_FILE = InputFile("local_captions.json", f"the captions of each turn {_WHAT}")
 SESSIONS, TURNS = 535, 1053
+TARGET = "a target of MagicBrush"
 _LAST = "last/"  # columns: against the last target of the session
 
 
@@ -171,7 +172,7 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
 def _compared(
     image: Image, target: str, caption: str, scorers: Mapping[str, Any]
 ) -> dict[str, float]:
-    truth = similarity.read_rgb(target, what="a target of MagicBrush")
+    truth = similarity.read_rgb(target, what=TARGET)
     return similarity.compare(image, truth, caption, scorers)
 
 
@@ -225,12 +226,19 @@ def _or_worst(ratios: Sequence[Ratio], worst: float) -> list[Ratio]:
     return [ratio if ratio.count[0] else Ratio.of(worst) for ratio in ratios]
 
 
+def check_scoring(rows: Sequence[Row], scorers: Mapping[str, Any]) -> None:
+    """Raises NotFoundError for a target that is not there."""
+    for row in rows:
+        similarity.check_file(row.target, what=TARGET)
+
+
 BENCHMARK = Official(
     name="magicbrush",
     version=1,
     read=read,
     requests=requests,
     needs=similarity.NEEDS,
+    check_scoring=check_scoring,
     score=score,
     summary=summary,
     primary="official/single/dino",

@@ -466,6 +466,7 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     return found
 
 
+PARSED = ("color", "shape", "texture", "complex")  # sets whose prompts a grammar has to read
 # What each set asks of scorers.
 NEEDS = {
     **dict.fromkeys(("color", "shape", "texture"), ("vqa",)),
@@ -488,6 +489,11 @@ def benchmark(settings: Settings = Settings()) -> Official:
             where = settings.parses or "t2i_compbench"
             raise UserError(f"{where} has no parse of {quote(row.prompt)}: give parses=FILE")
         return parses[row.prompt]
+
+    def check_scoring(rows: Sequence[Row], scorers: Mapping[str, Any]) -> None:
+        if settings.set in PARSED:
+            for row in rows:
+                parse(row)
 
     def attribute_score(row: Row, image: Image, scorers: Mapping[str, Any]) -> float | str:
         replies, ends = ask_all(scorers["vqa"], image, questions(parse(row)))
@@ -548,6 +554,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         read=lambda path, *, excerpt=False: read(path, settings.set, excerpt=excerpt),
         requests=lambda rows: requests_of(rows, image_files),
         needs=dict.fromkeys(NEEDS[settings.set], ()),
+        check_scoring=check_scoring,
         score=score_images,
         summary=lambda rows, scores: (
             summary(rows, scores) | outcome_counts(scores, what="T2I-CompBench")
