@@ -4,8 +4,9 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from univg_jax.progress import Bar
 from univg_jax.together import each_together
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 _CHUNK = 256  # pictures whose features are added up at once
 
 
@@ -104,7 +106,6 @@ def score_images(
         )
     template = benchmark.score(rows[0], [None] * len(requests[0].files), scorers)
     sums = _Sums({name: f.convention for name, f in template.items() if isinstance(f, Features)})
-    workers = max([1, *(getattr(scorer, "concurrency", 1) for scorer in scorers.values())])
 
     def scored(number: int) -> tuple[int, Columns] | None:
         if number >= len(rows):  # equally many turns on every process, which may have no row left
@@ -117,41 +118,56 @@ def score_images(
     turns = range(index, -(-len(rows) // count) * count, count)
     with (
         Bar(total=len(rows), desc="score", unit="row", disable=index > 0) as bar,
-        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        computed_ahead(scored, turns, scorers.values()) as rows_scored,
     ):
-        try:
-            for item in each_together(_in_order(pool, scored, turns, ahead=2 * workers)):
-                if item is not None:
-                    number, columns = item
-                    found[number] = sums.without_features(columns)
-                bar.update(min(count, len(rows) - bar.n))
-        except BaseException:
-            with contextlib.ExitStack() as stack:  # who waits to ask a server again gives up
-                for scorer in scorers.values():
-                    if hasattr(scorer, "interrupted"):
-                        stack.enter_context(scorer.interrupted())
-                pool.shutdown(cancel_futures=True)
-            raise
+        for item in each_together(rows_scored):
+            if item is not None:
+                number, columns = item
+                found[number] = sums.without_features(columns)
+            bar.update(min(count, len(rows) - bar.n))
     ratios = {name: ratio for name, ratio in template.items() if isinstance(ratio, Ratio)}
     table = score.gather(found, count=len(rows), template=ratios)
     by_row = [{name: column[k] for name, column in table.items()} for k in range(len(rows))]
     return Scored(by_row, sums.gathered())
 
 
+@contextlib.contextmanager
+def computed_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], scorers: Iterable[Any]
+) -> Iterator[Iterator[Result]]:
+    """`function(item)` of each in their order, as many at once as the scorers' `concurrency`.
+
+    An error, of the function or in the block, ends all of it: threads that wait to ask a server
+    again give up, those whose answers are on the way keep them first.
+    """
+    scorers = list(scorers)
+    threads = max([1, *(getattr(scorer, "concurrency", 1) for scorer in scorers)])
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        try:
+            yield _in_order((pool.submit(function, item) for item in items), ahead=2 * threads)
+        except BaseException:
+            with contextlib.ExitStack() as stack:
+                for scorer in scorers:
+                    if hasattr(scorer, "interrupted"):
+                        stack.enter_context(scorer.interrupted())
+                pool.shutdown(cancel_futures=True)
+            raise
+
+
 def _in_order(
-    pool: concurrent.futures.Executor,
-    function: Callable[[int], Item],
-    numbers: Iterable[int],
-    *,
-    ahead: int,
-) -> Iterator[Item]:
-    """`function(number)` of each in their order, some of them computed ahead."""
-    waiting: collections.deque[concurrent.futures.Future[Item]] = collections.deque()
-    for number in numbers:
-        waiting.append(pool.submit(function, number))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
+    submitted: Iterator[concurrent.futures.Future[Result]], *, ahead: int
+) -> Iterator[Result]:
+    """The results in their order, with up to `ahead` more on their way; an error comes at once."""
+    waiting = collections.deque(itertools.islice(submitted, ahead))
     while waiting:
+        waiting.extend(itertools.islice(submitted, 1))
+        while not waiting[0].done():
+            unfinished = [future for future in waiting if not future.done()]
+            done, _ = concurrent.futures.wait(
+                unfinished, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                future.result()
         yield waiting.popleft().result()
 
 

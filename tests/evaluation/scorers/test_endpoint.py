@@ -29,6 +29,7 @@ from tests.evaluation.chat_server import (
 )
 from univg_jax import images
 from univg_jax.errors import UnreachableError, UserError
+from univg_jax.evaluation.score_files import computed_ahead
 from univg_jax.evaluation.scorers import endpoint as module
 from univg_jax.evaluation.scorers import scorer_digests
 from univg_jax.evaluation.scorers.chat import Sampling
@@ -73,6 +74,11 @@ def in_turn(*answers):
 
 def ask(endpoint, prompt="How good?", **options):
     return endpoint.judge([PICTURE], prompt, sampling=SAMPLING, **options)
+
+
+def ask_many(endpoint, function, items):
+    with computed_ahead(function, items, [endpoint]) as results:
+        return list(results)
 
 
 # What is asked
@@ -177,7 +183,7 @@ def test_the_same_question_at_the_same_time_is_asked_once(serve, tmp_path):
             return None
         return ask(endpoint)
 
-    replies = endpoint.map(question, range(8), desc="test", quiet=True)
+    replies = ask_many(endpoint, question, range(8))
     assert {reply.text for reply in replies[:7]} == {"fine"}
     assert len(server.requests) == 1
 
@@ -382,7 +388,7 @@ def test_a_server_that_has_broken_ends_the_run(serve, tmp_path):
     server = serve(lambda request: "fine" if prompt_of(request) == "0" else (500, {}, b"broken"))
     endpoint = opened(server, tmp_path, attempts=1)
     with pytest.raises(UnreachableError, match=r"none of 20 questions in a row.*HTTP 500: broken"):
-        endpoint.map(lambda i: ask(endpoint, str(i)), range(200), desc="test", quiet=True)
+        ask_many(endpoint, lambda i: ask(endpoint, str(i)), range(200))
     assert len(server.requests) < 40
 
 
@@ -427,7 +433,7 @@ def test_results_are_in_the_order_of_items(serve, tmp_path, concurrency):
 
     server = serve(rule)
     endpoint = opened(server, tmp_path, concurrency=concurrency)
-    replies = endpoint.map(lambda i: ask(endpoint, str(i)).text, range(20), desc="test")
+    replies = ask_many(endpoint, lambda i: ask(endpoint, str(i)).text, range(20))
     assert replies == [f"about {i}" for i in range(20)]
     assert server.most_at_once <= concurrency
     assert sorted(server.prompts, key=int) == [str(i) for i in range(20)]
@@ -442,7 +448,7 @@ def test_it_asks_as_many_at_once_as_it_may(serve, tmp_path):
 
     server = serve(rule)
     endpoint = opened(server, tmp_path, concurrency=4)
-    endpoint.map(lambda i: ask(endpoint, str(i)), range(8), desc="test", quiet=True)
+    ask_many(endpoint, lambda i: ask(endpoint, str(i)), range(8))
     assert server.most_at_once == 4
 
 
@@ -452,24 +458,25 @@ def test_an_error_stops_those_that_wait(serve, tmp_path):
 
     endpoint = opened(serve(rule), tmp_path, concurrency=6)
     with pytest.raises(UserError, match="refuses the key"):
-        endpoint.map(lambda i: ask(endpoint, str(i)), range(50), desc="test", quiet=True)
+        ask_many(endpoint, lambda i: ask(endpoint, str(i)), range(50))
     server = serve(lambda request: "fine")
     endpoint = opened(server, tmp_path)
-    assert endpoint.map(lambda i: ask(endpoint, str(i)).text, [1], desc="test") == ["fine"]
+    assert ask_many(endpoint, lambda i: ask(endpoint, str(i)).text, [1]) == ["fine"]
 
 
 KILLED = """
 import sys
 import numpy as np
+from univg_jax.evaluation.score_files import computed_ahead
 from univg_jax.evaluation.scorers.chat import Sampling
 from univg_jax.evaluation.scorers.endpoint import Endpoint
 
 endpoint = Endpoint(url=sys.argv[1], model="rule-7b", cache=sys.argv[2], concurrency=2)
 picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 sampling = Sampling(images_first=False)
-endpoint.map(
-    lambda i: endpoint.judge([picture], str(i), sampling=sampling), range(12), desc="x", quiet=True
-)
+ask = lambda i: endpoint.judge([picture], str(i), sampling=sampling)
+with computed_ahead(ask, range(12), [endpoint]) as replies:
+    list(replies)
 """
 
 
@@ -501,7 +508,7 @@ def test_a_killed_run_asks_nothing_twice(serve, tmp_path):
     server.rule = lambda request: f"about {prompt_of(request)}"
     server.requests.clear()
     endpoint = opened(server, tmp_path)
-    replies = endpoint.map(lambda i: ask(endpoint, str(i)).text, range(12), desc="x", quiet=True)
+    replies = ask_many(endpoint, lambda i: ask(endpoint, str(i)).text, range(12))
     assert replies == [f"about {i}" for i in range(12)]
     assert len(server.requests) == 6
     assert len(list(kept.iterdir())) == 12  # no half file is left

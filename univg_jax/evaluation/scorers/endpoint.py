@@ -1,8 +1,7 @@
 """`vqa` and `judge`: questions about pictures to a vision-language model that the user serves.
 
 `judge` asks for a text about pictures, `vqa` for the probability of each answer of one token
-(`scorers.chat` is how a server is asked). `map` asks about many items at once, and gives the
-results in their order.
+(`scorers.chat` is how a server is asked).
 
 Every answer is kept in a folder, by the hash of all that it depends on: the model, the prompt, how
 it is asked, and the bytes of the pictures. So a killed run asks nothing twice, and replies can be
@@ -15,8 +14,8 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
-from typing import Any, TypeVar
+from concurrent.futures import CancelledError, Future
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -27,13 +26,10 @@ from univg_jax.errors import NotFoundError, UnreachableError, UserError
 from univg_jax.evaluation.scorers.chat import ONE_TOKEN, Chat, Reply, Sampling
 from univg_jax.files import read_sealed, write_sealed
 from univg_jax.images import data_uri, jpeg_bytes, png_bytes
-from univg_jax.progress import Bar
 
 MOST_FAILED = 20  # questions in a row, after which the server is taken for broken
 
 Picture = UInt8[np.ndarray, "_ _ 3"] | bytes  # pixels, or a file as it is
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class _State:
@@ -79,7 +75,7 @@ class _State:
             return self._failed_in_a_row
 
     def wait(self, seconds: float) -> None:
-        """Sleeps. Raises CancelledError when `map` stops its threads."""
+        """Sleeps. Raises CancelledError in a block of `stopping_all`."""
         if self._stopping.wait(seconds):
             raise CancelledError
 
@@ -155,34 +151,6 @@ class Endpoint(Chat):
         Raises what `judge` raises, and UserError for a server that gives no probabilities.
         """
         return self.judge([image], question, sampling=sampling)
-
-    def map(
-        self,
-        function: Callable[[Item], Result],
-        items: Sequence[Item],
-        *,
-        desc: str,
-        quiet: bool = False,
-    ) -> list[Result]:
-        """`function(item)` of all items in their order, `concurrency` at a time.
-
-        `function` asks, any number of times. What it raises ends the others, too: those that wait
-        stop, those whose answers are on the way keep them first. One `map` at a time.
-        """
-        with (
-            ThreadPoolExecutor(self.concurrency, "endpoint") as pool,
-            Bar(total=len(items), desc=desc, unit="item", disable=quiet) as bar,
-        ):
-            futures = [pool.submit(function, item) for item in items]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update()
-            except BaseException:
-                with self.interrupted():
-                    pool.shutdown(cancel_futures=True)
-                raise
-        return [future.result() for future in futures]
 
     def interrupted(self) -> contextlib.AbstractContextManager[None]:
         """A block in which threads that wait to ask again give up, by a CancelledError."""
