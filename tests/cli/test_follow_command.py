@@ -32,7 +32,7 @@ TRAIN = (
     "--config.model.overrides.depth=1",
 )
 FOLLOW = ("evaluate", "--benchmark=emoji_scenes", "--tasks=depth", "--follow", "--raw_params")
-FOLLOW += ("--examples=2", "--batch_size=2", "--steps=1")
+FOLLOW += ("--examples=2", "--batch_size=8", "--steps=1")
 
 
 @pytest.mark.slow
