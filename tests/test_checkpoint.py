@@ -15,7 +15,7 @@ from tests import processes
 from univg_jax import checkpoint, checksums, sharding
 from univg_jax.batch import pytree_dataclass
 from univg_jax.errors import NotFoundError, UserError
-from univg_jax.settings import Optim
+from univg_jax.settings import Optim, Train
 from univg_jax.training import optim
 from univg_jax.workdir import CHECKPOINTS, claim_workdir, list_steps
 
@@ -79,8 +79,8 @@ def assert_equal(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def save(workdir, *steps, state=None, **options):
-    with checkpoint.Checkpointer(workdir, **options) as checkpointer:
+def save(workdir, *steps, state=None, keep=3):
+    with checkpoint.Checkpointer(workdir, Train(save_every=1, keep=keep)) as checkpointer:
         for step in steps:
             checkpointer.save(
                 step, state or make_state(step), {"global_next_index": 10 * step}, {"seed": 1}

@@ -8,10 +8,9 @@ from tests.test_checkpoint import make_state
 from univg_jax import checkpoint
 from univg_jax.errors import UserError
 from univg_jax.retention import Retention, evaluations
-from univg_jax.settings import Best, Train
+from univg_jax.settings import Train
 from univg_jax.workdir import list_steps
 
-OVERALL = Best("geneval", "overall", is_lower_better=False)
 STEPS = range(1, 9)
 
 
@@ -26,20 +25,39 @@ def write(workdir, rows):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def kept(workdir, best=OVERALL, keep=2):
-    return sorted(Retention(workdir, keep=keep, best=best).kept(STEPS))
+def settings(number="overall", **changes):
+    """Those of a run that saves every step, and keeps its best."""
+    return Train(**dict(save_every=1, keep=2, best=number and f"geneval/{number}") | changes)
+
+
+def kept(workdir, number="overall", there=STEPS, **changes):
+    return sorted(Retention(workdir, settings(number, **changes)).kept(there))
 
 
 def test_without_a_best_number_the_newest_stay(tmp_path):
     write(tmp_path, {1: 0.9})
-    assert kept(tmp_path, best=None) == [7, 8]
+    assert kept(tmp_path, None) == [7, 8]
     assert kept(tmp_path, keep=None) == list(STEPS)
+
+
+def test_every_so_many_th_step_stays(tmp_path):
+    assert kept(tmp_path, None, keep_every=3) == [3, 6, 7, 8]
+
+
+def test_a_step_of_an_interrupted_run_stays_until_the_next_one_and_pushes_none_out(tmp_path):
+    regular = dict(number=None, save_every=3, keep=2, steps=20)
+    assert kept(tmp_path, there=[3, 6, 7], **regular) == [3, 6, 7]
+    assert kept(tmp_path, there=[3, 6, 7, 8], **regular) == [3, 6, 8]
+    assert kept(tmp_path, there=[3, 6, 8, 9], **regular) == [6, 9]
+    assert kept(tmp_path, there=[15, 18, 20], **regular) == [18, 20]  # the last one is planned
 
 
 def test_the_best_one_stays(tmp_path):
     write(tmp_path, {step: 1 / step for step in STEPS})
     assert kept(tmp_path) == [1, 7, 8]
-    assert kept(tmp_path, best=OVERALL._replace(is_lower_better=True)) == [7, 8]
+    assert kept(tmp_path, keep_best=3) == [1, 2, 3, 7, 8]
+    assert kept(tmp_path, "overall:min") == [7, 8]
+    assert kept(tmp_path, "overall:min", keep_best=4) == [5, 6, 7, 8]
     write(tmp_path, dict.fromkeys(STEPS, 0.5))
     assert kept(tmp_path) == [1, 7, 8]  # the first of several
 
@@ -63,7 +81,7 @@ def test_failures_and_what_is_no_number_are_neither_best_nor_waited_for(tmp_path
 
 def test_a_number_that_no_row_has_is_named_once(tmp_path, caplog):
     write(tmp_path, {1: 0.3})
-    retention = Retention(tmp_path, keep=2, best=OVERALL._replace(number="overal"))
+    retention = Retention(tmp_path, settings("overal"))
     for _ in range(2):
         assert 8 in retention.kept(STEPS)
     assert caplog.text.count("has no number 'overal'; did you mean 'overall'?") == 1
@@ -71,7 +89,7 @@ def test_a_number_that_no_row_has_is_named_once(tmp_path, caplog):
 
 def test_a_run_removes_the_rest_when_it_saves(tmp_path):
     state = make_state()
-    with checkpoint.Checkpointer(tmp_path, keep=1, best=OVERALL) as checkpointer:
+    with checkpoint.Checkpointer(tmp_path, settings(keep=1)) as checkpointer:
 
         def steps_after(step):
             checkpointer.save(step, state, {}, {})

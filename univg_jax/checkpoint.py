@@ -1,9 +1,9 @@
 """Save, restore onto any mesh, verify, hand over from stage to stage.
 
 A checkpoint is `workdir/checkpoints/STEP`: `state` (arrays under their path names), `data` (the
-stream's position), `config`, and `checksums.json` of all their files, which is committed together
-with them. A step counts as sound only if its checksums hold, because orbax alone restores a flipped
-bit silently.
+stream's position), `config`, `history` (what the next row of metrics has of the steps so far), and
+`checksums.json` of all their files, which is committed together with them. A step counts as sound
+only if its checksums hold, because orbax alone restores a flipped bit silently.
 
 In a run of several processes every process calls every function here. Paths may be `gs://`.
 """
@@ -29,7 +29,7 @@ from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError, short
 from univg_jax.files import write_whole
 from univg_jax.lock import WorkdirLock
 from univg_jax.retention import Retention
-from univg_jax.settings import Best
+from univg_jax.settings import Train
 from univg_jax.sharding import with_shardings
 from univg_jax.stored import (
     Shapes,
@@ -55,6 +55,8 @@ from univg_jax.workdir import (
 # Orbax writes these while or after the sums are made; they hold no data.
 NOT_SUMMED = ("_CHECKPOINT_METADATA", "commit_success.txt", checksums.FILE)
 
+EVERY_STEP = Train(save_every=1)  # all steps are planned, and the newest are kept
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restored:
@@ -62,6 +64,7 @@ class Restored:
 
     state: PyTree
     data_state: Json | None  # None: there is none, in public weights
+    history: Json = dataclasses.field(default_factory=dict)  # what no row of metrics has yet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,14 +100,12 @@ class Checkpointer:
     `close`.
     """
 
-    def __init__(
-        self, workdir: epath.PathLike, *, keep: int | None = 3, best: Best | None = None
-    ) -> None:
+    def __init__(self, workdir: epath.PathLike, settings: Train = EVERY_STEP) -> None:
         self.workdir = _absolute(workdir)
         self.directory = self.workdir / CHECKPOINTS
         self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=Retention(self.workdir, keep=keep, best=best),
+            preservation_policy=Retention(self.workdir, settings),
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._combine_checksums),
         )
@@ -116,7 +117,9 @@ class Checkpointer:
             self.directory, options=options, handler_registry=handlers
         )
 
-    def save(self, step: int, state: PyTree, data_state: Json, config: Json) -> None:
+    def save(
+        self, step: int, state: PyTree, data_state: Json, config: Json, history: Json | None = None
+    ) -> None:
         """Starts to save `state`, which may be donated as soon as this returns.
 
         A step that is saved already is left as it is. Raises UserError with the leaves that are not
@@ -136,6 +139,7 @@ class Checkpointer:
                 state=ocp.args.PyTreeSave(nest(leaves)),
                 data=ocp.args.JsonSave(dict(data_state)),
                 config=ocp.args.JsonSave(as_json(config)),
+                history=ocp.args.JsonSave(dict(history or {})),
             ),
             force=True,
         )
@@ -408,7 +412,8 @@ def _additional(root: epath.Path, step: int) -> tuple[str, ...]:
 
 def _restore(step_dir: epath.Path, abstract_state: PyTree) -> Restored:
     state = read_state(step_dir, abstract_state)
-    return Restored(state=state, data_state=read_item(step_dir, "data"))
+    history = read_item(step_dir, "history") if (step_dir / "history").exists() else {}
+    return Restored(state=state, data_state=read_item(step_dir, "data"), history=history)
 
 
 @jax.jit

@@ -64,6 +64,17 @@ class Preempted(UserError):
         self.exit_code = 128 + signum
 
 
+ENDED_BY = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
+
+
+class Ended(KeyboardInterrupt):
+    """A signal ended the command. No `Exception`, so that nothing on the way handles it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(ENDED_BY[signal.Signals(number)])
+        self.exit_code = 128 + number
+
+
 @contextlib.contextmanager
 def needs_extra(extra: str, what: str) -> Iterator[None]:
     """Around imports of packages that come with an extra of ours only.

@@ -1,6 +1,7 @@
 """Samples of every task while a run trains: held-out examples as grids of pictures."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from univg_jax.training.loop import Preview
 
 
 def make_preview(run: Run) -> Preview:
-    """A function of (parameters, folder) that writes and returns one grid a task.
+    """A function of (parameters, folder) that writes one grid a task, and gives each as it is made.
 
     A column is an example of the validation split. Its rows are the source, where the task has one,
     the target and the model's output. An example's noise is the same every time.
@@ -34,9 +35,8 @@ def make_preview(run: Run) -> Preview:
         collator=run.collator,
     )
 
-    def preview(params: PyTree, folder: epath.Path) -> dict[str, np.ndarray]:
+    def preview(params: PyTree, folder: epath.Path) -> Iterator[tuple[str, np.ndarray]]:
         trained = dataclasses.replace(pipeline, params=params)
-        grids = {}
         for task, (batch,) in zip(batches, each_together(batches.values())):
             output = trained.generate_batch(batch, task, seed=run.config.seed)
             names = ("source", "target", "has_source", "valid", "sample_id")
@@ -46,12 +46,9 @@ def make_preview(run: Run) -> Preview:
             kinds = [*(["source"] if whole["has_source"].any() else []), "target", "output"]
             # Processes give their rows in any order.
             order = [i for i in np.argsort(whole["sample_id"]) if whole["valid"][i]]
-            grids[task] = np.concatenate(
-                [np.concatenate(whole[kind][order], axis=1) for kind in kinds]
-            )
-        if jax.process_index() == 0:
-            for task, grid in grids.items():
+            grid = np.concatenate([np.concatenate(whole[kind][order], axis=1) for kind in kinds])
+            if jax.process_index() == 0:
                 write_png(folder / f"{task}.png", grid)
-        return {f"samples/{task}": grid for task, grid in grids.items()}
+            yield f"samples/{task}", grid
 
     return preview

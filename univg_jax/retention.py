@@ -1,9 +1,13 @@
 """Which checkpoints of a run stay while it trains.
 
-The newest `keep` do. With `train.best` also the best one by a number that `univg evaluate --follow`
-writes to `evaluations/BENCHMARK.jsonl` in the workdir, and the oldest `keep` of those that wait for
-their evaluation: these are what a follower takes next, so none is removed under it, and a run that
-nobody follows keeps twice as many at most. Without `train.best` nobody waits for a follower.
+The newest `keep` do, and every `keep_every`-th step. With `train.best` also the best `keep_best` by
+a number that `univg evaluate --follow` writes to `evaluations/BENCHMARK.jsonl` in the workdir, and
+the oldest `keep` of those that wait for their evaluation: these are what a follower takes next, so
+none is removed under it, and a run that nobody follows keeps twice as many at most. Without
+`train.best` nobody waits for a follower.
+
+A step that is saved because the run was told to end stays until the next one is saved, and pushes
+none out: an interrupted run keeps the steps that an undisturbed one keeps.
 """
 
 import math
@@ -15,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from univg_jax.errors import suggestion
-from univg_jax.settings import Best
+from univg_jax.settings import Train
 from univg_jax.together import of_first
 from univg_jax.trees import Json
 from univg_jax.workdir import EVALUATIONS
@@ -25,15 +29,13 @@ from univg_jax.writers import read_metrics
 class Retention:
     """Orbax asks it at each save (its `PreservationPolicy`), on all processes.
 
-    The rows are read anew each time. Of several best steps the first one stays. A number that no
-    row has is named once, with a warning.
+    The rows are read anew each time. Of steps that are as good as each other the first ones stay.
+    A number that no row has is named once, with a warning.
     """
 
-    def __init__(
-        self, workdir: epath.PathLike, *, keep: int | None, best: Best | None = None
-    ) -> None:
-        self._keep, self._best = keep, best
-        self._file = evaluations(workdir, best.benchmark) if best else None
+    def __init__(self, workdir: epath.PathLike, settings: Train) -> None:
+        self._settings, self._best = settings, settings.best_number
+        self._file = evaluations(workdir, self._best.benchmark) if self._best else None
         self._has_warned = False
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> Sequence[bool]:
@@ -48,15 +50,17 @@ class Retention:
 
     def kept(self, steps: Collection[int]) -> set[int]:
         """Those of the steps that stay."""
-        steps = sorted(steps)
-        if self._keep is None:
+        steps, keep, every = sorted(steps), self._settings.keep, self._settings.keep_every
+        if keep is None:
             return set(steps)
-        newest = steps[-self._keep :]
+        planned = [step for step in steps if self._settings.saves_at(step)]
+        newest = {*planned[-keep:], *steps[-1:]}
+        newest |= {step for step in planned if every is not None and step % every == 0}
         if self._best is None:
-            return set(newest)
+            return newest
         rows = {row["step"]: row for row in read_metrics(self._file)}
-        waiting = [step for step in steps if step not in rows and step not in newest]
-        return {*newest, *self._best_of(steps, rows), *waiting[: self._keep]}
+        waiting = [step for step in planned if step not in rows and step not in newest]
+        return {*newest, *self._best_of(planned, rows), *waiting[:keep]}
 
     def _best_of(self, steps: Sequence[int], rows: dict[int, Json]) -> list[int]:
         """The best of the steps; none where no row has the number."""
@@ -69,10 +73,8 @@ class Retention:
                 "train.best: %s has no number %r%s", self._file, name, suggestion(name, names)
             )
         values = {s: found[s][name] for s in steps if is_number(found.get(s, {}).get(name))}
-        if not values:
-            return []
-        choose = min if self._best.is_lower_better else max
-        return [choose(values, key=values.__getitem__)]
+        sign = 1 if self._best.is_lower_better else -1
+        return sorted(values, key=lambda s: (sign * values[s], s))[: self._settings.keep_best]
 
 
 def evaluations(workdir: epath.PathLike, benchmark: str) -> epath.Path:

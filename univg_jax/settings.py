@@ -339,12 +339,18 @@ class Train:
     keep: int | None = setting(
         3, "checkpoints that are kept, the newest", least=1, none="all", unit="checkpoints"
     )
+    keep_every: int | None = setting(
+        None, "of older ones every so many-th step stays", least=1, none="none", unit="steps"
+    )
     best: str | None = setting(
         None,
         "BENCHMARK/NUMBER of univg evaluate --follow, such as geneval/overall, with :min behind it "
         "where less is better: the best checkpoint by it is kept, too, and up to `keep` older ones "
         "that wait for their evaluation",
         none="the newest alone",
+    )
+    keep_best: int = setting(
+        1, "how many of the best by `best` are kept", least=1, unit="checkpoints"
     )
     eval_examples: int = setting(
         64,
@@ -355,6 +361,11 @@ class Train:
     sample_examples: int = setting(
         4, "samples of a task, in one grid; 0: no samples", least=0, unit="examples"
     )
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a run that nothing interrupts saves this step."""
+        is_multiple = self.save_every is not None and step % self.save_every == 0
+        return step == self.steps or is_multiple
 
     @property
     def best_number(self) -> Best | None:

@@ -113,17 +113,78 @@ def test_sigterm_loses_nothing_and_repeats_nothing(finished, tmp_path):
     assert [row["step"] for row in rows if "val/loss/ie" in row] == [3, 6]
 
 
+TIMES = ("seconds/", "time", "goodput", "steps_per_second", "images_per_second")
+
+
+def rows_of(workdir):
+    """The rows of metrics, but for what the clock says."""
+    rows = writers.read_metrics(workdir / "metrics.jsonl")
+    return [{k: x for k, x in row.items() if not k.startswith(TIMES)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    run(workdir, config=sparse())
+    return workdir
+
+
+def sparse():
+    """Rows at steps 2, 4, 5, 6, and the steps 4 and 6 are kept."""
+    return _with(helpers.tiny_config(), log_every=5, eval_every=6, save_every=2, keep=2)
+
+
+@pytest.mark.parametrize("stops", [[1], [3], [5], [3, 1], [1, 1, 1, 1, 1]], ids=str)
+def test_rows_and_kept_steps_do_not_tell_where_a_run_was_interrupted(undisturbed, tmp_path, stops):
+    for steps in stops:
+        with pytest.raises(Preempted):
+            run(tmp_path, config=sparse(), stream=TerminatedStream(steps))
+    run(tmp_path, config=sparse())
+    assert [row["step"] for row in rows_of(undisturbed)] == [2, 4, 5, 6]
+    assert rows_of(tmp_path) == rows_of(undisturbed)
+    assert list_steps(tmp_path) == list_steps(undisturbed) == (4, 6)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_sampling(tmp_path, signum):
-    def preview(params, folder):
-        os.kill(os.getpid(), signum)
-        return {"samples/t2i": np.zeros((4, 4, 3), np.uint8)}
-
+    """The step is saved, and its samples and its row are made when the run goes on."""
     config = _with(helpers.tiny_config(), sample_every=2)
-    with pytest.raises(Preempted, match="step 3 is saved") as end:
+    made = []
+
+    def preview(params, folder):
+        if not made:
+            os.kill(os.getpid(), signum)
+        for name in ("samples/t2i", "samples/ie"):
+            made.append((int(folder.name), name))
+            yield name, np.zeros((4, 4, 3), np.uint8)
+
+    with pytest.raises(Preempted, match="step 2 is saved") as end:
         run(tmp_path, config=config, preview=preview)
     assert end.value.exit_code == 128 + signum
-    assert list_steps(tmp_path)[-1] == 3
+    assert list_steps(tmp_path)[-1] == 2
+    assert made == [(2, "samples/t2i")]
+    assert [row["step"] for row in rows_of(tmp_path)] == [1]
+    run(tmp_path, config=config, preview=preview)
+    names = ("samples/t2i", "samples/ie")
+    assert made[1:] == [(step, name) for step in (2, 4, 6) for name in names]
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_while_validating(finished, tmp_path):
+    signals = [signal.SIGTERM]
+
+    class Terminating(list):
+        def __iter__(self):
+            if signals:
+                os.kill(os.getpid(), signals.pop())
+            return super().__iter__()
+
+    rows = {"t2i": Terminating([helpers.batch(1000)]), "ie": [helpers.batch(1001)]}
+    with pytest.raises(Preempted, match="step 3 is saved"):
+        run(tmp_path, validation=rows)
+    state = run(tmp_path, validation=rows)
+    assert_equal_bits(state, finished[2])
+    assert rows_of(tmp_path) == rows_of(finished[0])
 
 
 def test_a_finished_run_restores_and_does_nothing(finished):
@@ -468,7 +529,7 @@ def test_previews_show_the_average(tmp_path):
 
     def preview(params, folder):
         made.append((jax.device_get(params), pathlib.Path(folder).name))
-        return {"samples/t2i": np.zeros((4, 4, 3), np.uint8)}
+        return [("samples/t2i", np.zeros((4, 4, 3), np.uint8))]
 
     config = _with(helpers.tiny_config(), steps=2, sample_every=2)
     state = run(tmp_path, config=config, preview=preview)

@@ -1,10 +1,10 @@
-"""Signals ask a run to end; a second Ctrl-C does not ask."""
+"""Signals ask a run to end; a second one does not ask."""
 
 import signal
 
 import pytest
 
-from univg_jax.training.preemption import PreemptionNotice
+from univg_jax.training.preemption import PreemptionNotice, is_saving
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +24,19 @@ def test_the_first_signal_asks_to_stop_and_is_known(number, capfd):
     assert ("once more ends it at once" in capfd.readouterr().err) == (number == signal.SIGINT)
 
 
-def test_the_second_interrupt_ends_at_once():
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_at_once(first, second):
     with PreemptionNotice():
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # a cloud may repeat itself
-            signal.raise_signal(number)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(first)
+        with pytest.raises(KeyboardInterrupt) as end:
+            signal.raise_signal(second)
+    assert end.value.exit_code == 128 + second
+
+
+def test_a_signal_waits_only_where_there_are_steps_to_save():
+    with PreemptionNotice() as notice:
+        assert not is_saving()
+        notice.begin()
+        assert is_saving()
+    assert not is_saving()

@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     absl_logger = logging.get_absl_logger()
     (absl_logger.removeFilter if args.verbose else absl_logger.addFilter)(_is_ours_or_warning)
     try:
-        # Training saves its step first, and a server finishes what it has begun.
-        with signals.ended_by_signals(at_once=args.command not in ("train", "serve")):
+        with signals.ended_by_signals(waits=getattr(args, "waits", lambda: False)):
             if args.command:
                 from univg_jax import tpu
 

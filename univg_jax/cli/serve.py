@@ -106,7 +106,7 @@ def add_arguments(parser: Parser) -> None:
         help="seconds that a request may take; default: 300",
     )
     parser.add_example("--checkpoint=runs/quickstart/stage3")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, waits=lambda: True)  # it finishes what it has begun
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,26 +11,20 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
+from univg_jax.errors import ENDED_BY, Ended
+
 GRACE = 3.0  # seconds
-_LINES = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
-
-
-class Ended(KeyboardInterrupt):
-    """A signal ended the command. No `Exception`, so that nothing on the way handles it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(_LINES[signal.Signals(number)])
-        self.exit_code = 128 + number
 
 
 @contextlib.contextmanager
-def ended_by_signals(*, at_once: bool) -> Iterator[None]:
-    """In the block SIGINT and SIGTERM raise `Ended`.
+def ended_by_signals(*, waits: Callable[[], bool]) -> Iterator[None]:
+    """In the block SIGINT and SIGTERM raise `Ended`, and end the process after `GRACE` seconds.
 
-    `at_once`: the process ends after `GRACE` seconds, whatever it does.
+    While `waits()`, there is work that the first signal lets come to its end: only the second one
+    ends the process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -39,8 +33,8 @@ def ended_by_signals(*, at_once: bool) -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise Ended(number)
 
-    handlers = {number: signal.signal(number, end) for number in _LINES}
-    with _ended_at_once() if at_once else contextlib.nullcontext():
+    handlers = {number: signal.signal(number, end) for number in ENDED_BY}
+    with _ended_at_last(waits):
         try:
             yield
         finally:
@@ -49,16 +43,20 @@ def ended_by_signals(*, at_once: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ended_at_once() -> Iterator[None]:
-    """In the block a signal ends the process after `GRACE` seconds, whatever it does."""
+def _ended_at_last(waits: Callable[[], bool]) -> Iterator[None]:
+    """In the block the thread ends the process, whatever it does."""
     over, (heard, written) = threading.Event(), os.pipe()
     os.set_blocking(written, False)
     before = signal.set_wakeup_fd(written)  # gets the number of each signal, at once
 
     def wait() -> None:
+        is_first = True
         while number := os.read(heard, 1)[0]:
-            if number in _LINES and not over.wait(GRACE):
-                print(f"univg: {_LINES[signal.Signals(number)]}", file=sys.stderr, flush=True)
+            if number not in ENDED_BY:
+                continue
+            must_end, is_first = not (is_first and waits()), False
+            if must_end and not over.wait(GRACE):
+                print(f"univg: {ENDED_BY[signal.Signals(number)]}", file=sys.stderr, flush=True)
                 for child in multiprocessing.active_children():  # they would stay
                     child.terminate()
                 os._exit(128 + number)

@@ -32,7 +32,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_example(
         "--config=experiments/emoji.py:stage=1,preset=smoke --workdir=runs/smoke/stage1"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, waits=_is_saving)
+
+
+def _is_saving() -> bool:
+    """Whether a signal has to wait for steps that are saved first."""
+    preemption = sys.modules.get("univg_jax.training.preemption")
+    return preemption is not None and preemption.is_saving()
 
 
 def run(args: argparse.Namespace) -> None:

@@ -66,8 +66,11 @@ class Clock:
 class History:
     """Makes the rows of metrics.jsonl from the metrics of steps and a clock.
 
-    The `seconds/*` of a row add up to the wall time since the row before. A process that was killed
-    after its last row leaves no trace of the time since. `time` is the run's wall time in seconds,
+    A row has all steps since the row before. Those that have no row yet are in the checkpoint
+    (`get_state`), so the rows of a run do not tell where it was interrupted.
+
+    The `seconds/*` of a row add up to the wall time since the row before. Of an attempt that ended,
+    the time since its last row or checkpoint is lost. `time` is the run's wall time in seconds,
     all attempts together. `goodput` is the share of it that went to steps that count: the sum of
     `seconds/step` over the rows that the run has kept. A step that was lost with a crash and made
     again counts once, though `time` has both.
@@ -84,25 +87,57 @@ class History:
         self._seconds_before = max((row.get("time", 0.0) for row in self._rows), default=0.0)
         self._step_seconds = 0.0
         self._records_before: dict[str, float] = {}
-        self._steps: list[dict[str, np.ndarray]] = []
+        self._steps: list[dict[str, np.ndarray]] = []  # since the last row
+        self.is_left = False  # what was due when the attempt before ended is still to be done
         self._last_row_seconds: dict[str, float] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all steps have a row."""
+        return not self._steps
+
+    def get_state(self, *, records: Mapping[str, int], is_left: bool) -> Json:
+        """The steps that have no row yet, and what else their row will have; see `take_row`.
+
+        `is_left`: what was due at this step is left to the next attempt.
+        """
+        if self.is_complete:
+            return {}
+        self.clock.switch(self.clock.activity)
+        return {
+            "steps": [{name: x.tolist() for name, x in step.items()} for step in self._steps],
+            "seconds": dict(self.clock.seconds),
+            "records": self._total(records),
+            "time": self._so_far()["time"],
+            "is_left": is_left,
+        }
+
+    def set_state(self, state: Json) -> None:
+        """Goes on from what `get_state` gave, in the attempt before."""
+        if not state:
+            return
+        self._records_before, self.is_left = dict(state["records"]), state["is_left"]
+        self._steps = [{k: np.asarray(x) for k, x in step.items()} for step in state["steps"]]
+        self._seconds_before = max(self._seconds_before, state["time"])
+        for name, seconds in state["seconds"].items():
+            self.clock.seconds[name] = self.clock.seconds.get(name, 0.0) + seconds
 
     def resume(self, step: int, *, is_own: bool) -> list[writers.Row]:
         """Counts the steps up to `step` that earlier attempts made, and returns their rows.
 
-        Later ones were lost. Every step that is saved has a row: warns if one of this run's own
-        (`is_own`) has none.
+        Later ones were lost. Call it after `set_state`. Warns if a step of this run's own
+        (`is_own`) has neither a row nor a place in the next one.
         """
-        kept = [row for row in self._rows if row["step"] <= step]
+        kept = [row for row in self._rows if row["step"] <= step - self.is_left]
         newest = max((row["step"] for row in kept), default=0)
-        if is_own and newest < step:
+        if is_own and newest < (due := step - len(self._steps)):
             logging.warning(
-                "%s: the rows of steps %d to %d are missing", self._file, newest + 1, step
+                "%s: the rows of steps %d to %d are missing", self._file, newest + 1, due
             )
         self._step_seconds = sum(row.get("seconds/step", 0.0) for row in kept)
         # They only grow, so the last row decides.
         counts = (item for row in kept for item in row.items() if item[0].startswith("records/"))
-        self._records_before = dict(counts)
+        self._records_before = dict(counts) | self._records_before
         return kept
 
     def add(self, step: int, metrics: Mapping[str, Array]) -> int:
@@ -111,7 +146,7 @@ class History:
         Raises NonFiniteLossError for a NaN or infinite one.
         """
         values = jax.device_get(dict(metrics))
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "param_norm"):  # the last is that of the new state
             if not np.isfinite(values[name]):
                 losses = zip(self._task_names, values["loss_sum"], strict=True)
                 bad = [task for task, loss in losses if not np.isfinite(loss)]
@@ -144,10 +179,7 @@ class History:
                 row[f"loss/{name}"] = float(loss / count)
                 row[f"count/{name}"] = float(count)
                 row[f"share/{name}"] = float(count / rows)
-        for name, count in records.items():
-            total = self._records_before.get(f"records/{name}", 0.0) + count
-            if total or "/" not in name:  # of forty datasets most have no damage
-                row[f"records/{name}"] = total
+        row |= self._total(records)
         seconds = self.clock.take()
         training = sum(s for name, s in seconds.items() if name not in NOT_TRAINING)
         row |= {"steps_per_second": len(steps) / training, "images_per_second": rows / training}
@@ -163,6 +195,14 @@ class History:
             key = f"seconds/{name}"
             self._last_row_seconds[key] = self._last_row_seconds.get(key, 0.0) + seconds
         return self._last_row_seconds | self._so_far()
+
+    def _total(self, records: Mapping[str, int]) -> dict[str, float]:
+        totals = {
+            f"records/{name}": self._records_before.get(f"records/{name}", 0.0) + count
+            for name, count in records.items()
+        }
+        # Of forty datasets most have no damage.
+        return {k: total for k, total in totals.items() if total or k.count("/") == 1}
 
     def _so_far(self) -> dict[str, float]:
         seconds = self._seconds_before + self.clock.elapsed

@@ -20,6 +20,7 @@ from univg_jax.interop import diffusers
 from univg_jax.settings import InitFrom
 from univg_jax.together import together
 from univg_jax.trained import ExportedModel, Trained, open_trained
+from univg_jax.training.history import History
 from univg_jax.training.step import TrainState, TrainStep
 from univg_jax.trees import Json
 
@@ -141,9 +142,12 @@ def initial_state(
     abstract: TrainState,
     checkpointer: Checkpointer,
     stream: DataStream,
+    history: History,
     mesh: Mesh,
 ) -> TrainState:
-    """The state that training goes on from; puts `stream` there. `init()` makes a fresh one.
+    """The state that training goes on from; puts `stream` and `history` there.
+
+    `init()` makes a fresh one.
 
     The order of precedence:
         1. the newest sound checkpoint of this workdir: all of the state, and the place in the data
@@ -155,6 +159,7 @@ def initial_state(
     settings = step.config.init_from
     if checkpointer.latest_step():
         restored = checkpointer.restore(abstract)
+        history.set_state(restored.history)
         logging.info("resumed %s at step %d", checkpointer.workdir, int(restored.state.step))
     elif settings.path and settings.which == "state":
         restored = checkpoint.restore(settings.path, abstract)

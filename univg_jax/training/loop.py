@@ -28,12 +28,12 @@ from univg_jax.together import each_together, raise_together
 from univg_jax.training import optim
 from univg_jax.training.history import History, write_summary
 from univg_jax.training.initialize import DataStream, initial_state
-from univg_jax.training.preemption import PreemptionNotice
+from univg_jax.training.preemption import PreemptionNotice, Stopping
 from univg_jax.training.profiling import Trace
 from univg_jax.training.step import TrainState, TrainStep, num_parameters
 from univg_jax.workdir import check_not_past, claim_workdir, newest_step
 
-Preview = Callable[[PyTree, epath.Path], dict[str, np.ndarray]]
+Preview = Callable[[PyTree, epath.Path], Iterable[tuple[str, np.ndarray]]]
 
 
 class PendingMetrics:
@@ -122,8 +122,11 @@ def train(
 
     Call it inside `jax.set_mesh(mesh)`: it trains on that mesh. `frozen` are the encoders'
     parameters. `validation` has this host's batches of each task, read anew each time.
-    `preview(params, folder)` samples every task, writes its pictures and returns them. `profile`
-    are the updates to trace into `workdir/profile`.
+    `preview(params, folder)` samples every task, writes its pictures and gives them by name.
+    `profile` are the updates to trace into `workdir/profile`.
+
+    A signal ends the run within the time of one step, of a batch of validation or of a task's
+    samples, and of a save. What was due at that step is done when the run goes on.
 
     Raises `NonFiniteLossError` when the loss or the gradient is not finite, `Preempted` after
     SIGTERM or Ctrl-C once its step is saved, UserError if the workdir is past `config.train.steps`.
@@ -132,7 +135,7 @@ def train(
     c = step_fns.config.train
     with (
         PreemptionNotice() as notice,
-        Checkpointer(workdir, keep=c.keep, best=c.best_number) as checkpointer,
+        Checkpointer(workdir, c) as checkpointer,
     ):
         return _train(
             step_fns,
@@ -176,11 +179,13 @@ def _train(
         abstract=programs.abstract,
         checkpointer=checkpointer,
         stream=stream,
+        history=history,
         mesh=mesh,
     )
     # Everything that could be wrong has been tried; from here on the workdir is this config's.
     claim_workdir(workdir, step_fns.config)
     start = int(state.step)
+    redo = history.is_left  # what was due at `start` is still to be done
     rows = history.resume(start, is_own=newest > 0)
     if is_main:
         overview = parameter_overview.get_parameter_overview(
@@ -191,13 +196,13 @@ def _train(
     config, clock = step_fns.config, history.clock
     pending = PendingMetrics(history, stream, batch_size=config.data.batch_size)
     schedule = optim.make_schedule(config.optim, total_steps=c.steps)
-    writer = writers.create_writer(workdir, resume_step=start, rows=rows, active=is_main)
+    writer = writers.create_writer(workdir, resume_step=start - redo, rows=rows, active=is_main)
     trace = Trace(workdir / "profile", steps=profile, start=start)
     bar = Bar(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main)
 
     def is_due(step: int, every: int | None) -> bool:
         is_multiple = every is not None and step % every == 0
-        return step > start and (step == c.steps or is_multiple)
+        return (step > start or redo) and (step == c.steps or is_multiple)
 
     # The loop. DO NOT CHANGE THE ORDER: evaluate, write the row, save, next batch, update. With it
     # a checkpoint of step n has the state after n updates and the position after n batches, and a
@@ -205,26 +210,33 @@ def _train(
     # Whatever happens, the contexts (and `checkpointer`'s) finish what was begun.
     with contextlib.closing(writer), bar, trace:
         clock.switch("step")
+        notice.begin()
         for step in range(start, c.steps + 1):
-            stopping = notice.stop_requested()
-            saving = is_due(step, c.save_every) or (stopping and step > start)
+            stopping, is_left = notice.stop_requested(), False
+            is_planned = is_due(step, c.save_every)
             if trace.is_due(step):
                 pending.fetch()
                 with clock("profile"):
                     trace.toggle()
-            if is_due(step, c.eval_every):
-                pending.fetch()  # or the wait for the step would count as evaluation
-                with clock("eval"):
-                    losses = validation_losses(
-                        programs.validate, state.ema, frozen, validation, mesh
-                    )
-                    writer.write_scalars(step, losses)
-            if preview is not None and is_due(step, c.sample_every):
-                pending.fetch()
-                with clock("sample"):
-                    folder = workdir / "samples" / f"{step:07d}"
-                    writer.write_images(step, preview(state.ema, folder))
-            if saving or is_due(step, c.log_every):
+            try:
+                if is_due(step, c.eval_every):
+                    pending.fetch()  # or the wait for the step would count as evaluation
+                    with clock("eval"):
+                        losses = validation_losses(
+                            programs.validate, state.ema, frozen, validation, mesh, notice.check
+                        )
+                        writer.write_scalars(step, losses)
+                if preview is not None and is_due(step, c.sample_every):
+                    pending.fetch()
+                    with clock("sample"):
+                        folder, images = workdir / "samples" / f"{step:07d}", {}
+                        for name, image in preview(state.ema, folder):
+                            images[name] = image
+                            notice.check()
+                        writer.write_images(step, images)
+            except Stopping:
+                stopping = is_left = True
+            if not is_left and (is_planned or is_due(step, c.log_every)):
                 pending.fetch()
                 with clock("log"):
                     row = history.take_row(step, records=on_all_hosts(stream.counters()))
@@ -232,9 +244,12 @@ def _train(
                     writer.write_scalars(step, row)
                     writer.flush()
                     bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-            if saving:
+            if is_planned or (stopping and step > start):
+                pending.fetch()
+                records = on_all_hosts(stream.counters())
+                left = history.get_state(records=records, is_left=is_left)
                 with clock("save"):
-                    checkpointer.save(step, state, stream.get_state(), config.to_dict())
+                    checkpointer.save(step, state, stream.get_state(), config.to_dict(), left)
             if stopping or step == c.steps:
                 break
             with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
@@ -250,6 +265,7 @@ def _train(
         if step > start:
             with clock("save"):
                 checkpointer.wait()
+        if step > start and history.is_complete:
             writer.write_scalars(step, history.complete_row())
     if step < c.steps:
         done = f"step {step} is saved" if step else "no step was made"
@@ -276,17 +292,18 @@ def validation_losses(
     frozen: PyTree,
     validation: Mapping[str, Iterable[Batch]],
     mesh: Mesh,
+    check: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Validation loss of each task: the same rows, times and noise every time.
 
-    Raises NonFiniteLossError for one that is not finite.
+    `check()` is called after each batch. Raises NonFiniteLossError for a loss that is not finite.
     """
     losses = {}
     for name, batches in validation.items():
-        sums = [
-            jax.device_get(validate(params, frozen, sharding.shard_batch(batch, mesh)))
-            for batch in each_together(batches)
-        ]
+        sums = []
+        for batch in each_together(batches):
+            sums.append(jax.device_get(validate(params, frozen, sharding.shard_batch(batch, mesh))))
+            check()
         total = sum(s["loss_sum"].sum() for s in sums)
         loss = float(total / sum(s["count"].sum() for s in sums))
         if not np.isfinite(loss):
