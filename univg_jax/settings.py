@@ -352,6 +352,18 @@ class Train:
     keep_best: int = setting(
         1, "how many of the best by `best` are kept", least=1, unit="checkpoints"
     )
+    non_finite: str = setting(
+        "stop",
+        "what a loss, gradient or update that is not finite does: it ends the run, or its step is "
+        "skipped, which leaves the parameters, the optimizer and the average as they are",
+        names=("stop", "skip"),
+    )
+    max_skipped: int = setting(
+        10,
+        "with skip: so many steps in a row may be skipped, one more ends the run",
+        least=1,
+        unit="steps",
+    )
     eval_examples: int = setting(
         64,
         "validation examples of a task, at 8 fixed times each; 0: no validation",

@@ -7,6 +7,7 @@ from etils import epath
 
 from tests import helpers
 from univg_jax import writers
+from univg_jax.settings import Train
 from univg_jax.training import history
 
 
@@ -15,11 +16,12 @@ def test_goodput_counts_a_step_that_was_lost_and_made_again_once(tmp_path, monke
     monkeypatch.setattr(history, "time", types.SimpleNamespace(monotonic=lambda: now))
     metrics = {name: jnp.ones(()) for name in ("loss", "grad_norm", "param_norm")}
     metrics |= {name: jnp.ones(2) for name in ("loss_sum", "latent_square_sum", "count")}
+    metrics |= {"is_finite": jnp.ones(2, bool), "sample_id": jnp.arange(2)}
 
     def attempt(*, start, stop):
         """3 s to start, then for every step 1 s of data, 4 s of step, its row, 2 s of saving."""
         nonlocal now
-        attempt = history.History(epath.Path(tmp_path), helpers.TASKS)
+        attempt = history.History(epath.Path(tmp_path), helpers.TASKS, Train())
         clock = attempt.clock
         rows = attempt.resume(start, is_own=start > 0)
         writer = writers.JsonlWriter(tmp_path / "metrics.jsonl", rows)

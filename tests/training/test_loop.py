@@ -510,13 +510,46 @@ def test_a_run_that_is_past_its_last_step_is_refused(finished):
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
     run(tmp_path, config=_with(helpers.tiny_config(), steps=2))
 
-    # From here on the codec is broken, as by a bad cast: the loss is NaN from step 3 on.
-    def broken(frozen):
-        frozen["codec"]["mean"] = jnp.full_like(frozen["codec"]["mean"], jnp.nan)
-
-    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 3 \(tasks t2i, ie\)"):
+    # From here on the loss is NaN, from step 3 on.
+    message = r"loss is nan at step 3 \(tasks t2i, ie; samples 16, 17, .*\)"
+    with pytest.raises(NonFiniteLossError, match=message):
         run(tmp_path, change_frozen=broken)
     assert list_steps(tmp_path) == (2,)
+
+
+def broken(frozen):
+    """A codec as after a bad cast."""
+    frozen["codec"]["mean"] = jnp.full_like(frozen["codec"]["mean"], jnp.nan)
+
+
+def test_steps_that_are_not_finite_may_be_skipped_and_change_nothing(tmp_path, caplog):
+    options = dict(non_finite="skip", save_every=2, log_every=2, eval_every=None, keep=None)
+    config = _with(helpers.tiny_config(), steps=2, **options)
+    before = run(tmp_path, config=config)
+    after = run(tmp_path, config=_with(config, steps=4, eval_examples=0), change_frozen=broken)
+    for name in ("params", "opt_state", "ema"):
+        assert_equal_bits(getattr(before, name), getattr(after, name))
+    assert int(after.step) == 4
+    row = writers.read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert (row["step"], row["skipped"], "loss" in row) == (4, 2, False)
+    assert "loss is nan at step 3 (tasks t2i, ie; samples 16" in caplog.text
+
+
+def test_so_many_steps_in_a_row_are_skipped_and_no_more(tmp_path):
+    options = dict(non_finite="skip", max_skipped=2, eval_every=None)
+    with pytest.raises(NonFiniteLossError, match=r"at step 3 .*, as were the 2 steps before it"):
+        run(tmp_path, config=_with(helpers.tiny_config(), **options), change_frozen=broken)
+    assert list_steps(tmp_path) == (2,)
+
+
+def test_an_update_that_is_not_finite_is_found_before_it_is_validated_or_saved(tmp_path):
+    """The loss and the gradient of the step that makes it are still numbers."""
+    config = _with(helpers.tiny_config(), steps=2, eval_every=1, save_every=1)
+    config.optim.update(dict(name="adamw", lr=1e38, warmup=0, clip=1e38))
+    with pytest.raises(NonFiniteLossError, match=r"param_norm is (inf|nan) at step 1"):
+        run(tmp_path, config=config)
+    assert list_steps(tmp_path) == ()
+    assert writers.read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def _with(config, **train_fields):

@@ -12,10 +12,13 @@ from etils import epath
 from jaxtyping import Array
 
 from univg_jax import writers
-from univg_jax.errors import NonFiniteLossError
+from univg_jax.errors import NonFiniteLossError, shorten
 from univg_jax.files import write_whole
-from univg_jax.settings import Config
+from univg_jax.settings import Config, Train
 from univg_jax.trees import Json
+
+NORMS = ("loss", "grad_norm", "param_norm")  # of a step; the last is that of the new parameters
+SPIKE = 2.0
 
 # Activities whose seconds do not count as training speed.
 NOT_TRAINING = ("start", "compile", "eval", "sample", "save", "profile")
@@ -77,10 +80,16 @@ class History:
 
     `latent_square/TASK` is the mean square of the latents of a task's targets: 1 over all that the
     codec was fitted on. `records/*` are the stream's counters since the run began.
+
+    `loss` and the norms are means over the row's steps, `*_max` the largest of them, and `spikes`
+    counts steps whose loss is more than `SPIKE` times the median. Steps that were not finite are in
+    none of these, `skipped` counts them.
     """
 
-    def __init__(self, workdir: epath.Path, task_names: Sequence[str]) -> None:
+    def __init__(self, workdir: epath.Path, task_names: Sequence[str], settings: Train) -> None:
         self.clock = Clock("start")
+        self._settings = settings
+        self._skipped = 0  # in a row
         self._task_names = task_names
         self._file = workdir / "metrics.jsonl"
         self._rows = writers.read_metrics(self._file)
@@ -143,19 +152,30 @@ class History:
     def add(self, step: int, metrics: Mapping[str, Array]) -> int:
         """Fetches one step's metrics; returns how many valid rows it had, on all hosts.
 
-        Raises NonFiniteLossError for a NaN or infinite one.
+        Raises NonFiniteLossError for a NaN or infinite one, unless it is skipped.
         """
         values = jax.device_get(dict(metrics))
-        for name in ("loss", "grad_norm", "param_norm"):  # the last is that of the new state
-            if not np.isfinite(values[name]):
-                losses = zip(self._task_names, values["loss_sum"], strict=True)
-                bad = [task for task, loss in losses if not np.isfinite(loss)]
-                where = f" (tasks {', '.join(bad)})" if bad else ""
-                raise NonFiniteLossError(
-                    f"{name} is {values[name]} at step {step}{where}; that state was not saved"
-                )
-        self._steps.append(values)
-        return round(float(values["count"].sum()))
+        count = round(float(values["count"].sum()))
+        is_finite, sample_id = values.pop("is_finite"), values.pop("sample_id")
+        bad = [name for name in NORMS if not np.isfinite(values[name])]
+        self._skipped = self._skipped + 1 if bad else 0
+        if not bad:
+            self._steps.append(values)
+            return count
+        losses = zip(self._task_names, values["loss_sum"], strict=True)
+        where = {
+            "tasks": [task for task, loss in losses if not np.isfinite(loss)],
+            "samples": [str(i) for i in sample_id[~is_finite]],
+        }
+        of = "; ".join(f"{kind} {shorten(names, 8)}" for kind, names in where.items() if names)
+        message = f"{bad[0]} is {values[bad[0]]} at step {step}{f' ({of})' if of else ''}"
+        if self._settings.non_finite == "stop":
+            raise NonFiniteLossError(f"{message}; that state was not saved")
+        if self._skipped > self._settings.max_skipped:
+            raise NonFiniteLossError(f"{message}, as were the {self._skipped - 1} steps before it")
+        logging.warning("%s: skipped", message)
+        self._steps.append({"count": values["count"]})
+        return count
 
     def take_row(self, step: int, *, records: Mapping[str, int]) -> dict[str, float]:
         """The row of the steps added since the row before, which the next row starts after.
@@ -166,19 +186,11 @@ class History:
         if not self._steps:
             raise RuntimeError(f"no metrics since the last row, at step {step}")
         steps, self._steps = self._steps, []
-        total = {k: np.sum([m[k] for m in steps], axis=0, dtype=np.float64) for k in steps[0]}
-        row = {k: float(total[k] / len(steps)) for k in ("loss", "grad_norm", "param_norm")}
-        rows = total["count"].sum()
-        for name, loss, square, count in zip(
-            self._task_names,
-            *(total[key] for key in ("loss_sum", "latent_square_sum", "count")),
-            strict=True,
-        ):
-            if count:
-                row[f"latent_square/{name}"] = float(square / count)
-                row[f"loss/{name}"] = float(loss / count)
-                row[f"count/{name}"] = float(count)
-                row[f"share/{name}"] = float(count / rows)
+        good = [step for step in steps if "loss" in step]
+        row = {"skipped": float(len(steps) - len(good))}
+        if good:
+            row |= self._means(good)
+        rows = np.sum([m["count"] for m in steps], dtype=np.float64)
         row |= self._total(records)
         seconds = self.clock.take()
         training = sum(s for name, s in seconds.items() if name not in NOT_TRAINING)
@@ -195,6 +207,26 @@ class History:
             key = f"seconds/{name}"
             self._last_row_seconds[key] = self._last_row_seconds.get(key, 0.0) + seconds
         return self._last_row_seconds | self._so_far()
+
+    def _means(self, steps: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+        """What a row says of steps that are finite."""
+        total = {k: np.sum([m[k] for m in steps], axis=0, dtype=np.float64) for k in steps[0]}
+        row = {k: float(total[k] / len(steps)) for k in NORMS}
+        row |= {f"{k}_max": float(max(m[k] for m in steps)) for k in ("loss", "grad_norm")}
+        losses = np.array([m["loss"] for m in steps], np.float64)
+        row["spikes"] = float(np.sum(losses > SPIKE * np.median(losses)))
+        rows = total["count"].sum()
+        for name, loss, square, count in zip(
+            self._task_names,
+            *(total[key] for key in ("loss_sum", "latent_square_sum", "count")),
+            strict=True,
+        ):
+            if count:
+                row[f"latent_square/{name}"] = float(square / count)
+                row[f"loss/{name}"] = float(loss / count)
+                row[f"count/{name}"] = float(count)
+                row[f"share/{name}"] = float(count / rows)
+        return row
 
     def _total(self, records: Mapping[str, int]) -> dict[str, float]:
         totals = {

@@ -7,6 +7,7 @@ devices, goes on as if nothing had happened.
 
 import contextlib
 import dataclasses
+import math
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -162,7 +163,7 @@ def _train(
 ) -> TrainState:
     workdir, c = checkpointer.workdir, step_fns.config.train
     is_main = jax.process_index() == 0
-    history = History(workdir, step_fns.task_names)
+    history = History(workdir, step_fns.task_names, c)
     newest = newest_step(workdir)
 
     # The mesh, the programs, all compiled before the first batch is taken, and the first state.
@@ -243,7 +244,7 @@ def _train(
                     row["lr"] = float(schedule(step - 1))
                     writer.write_scalars(step, row)
                     writer.flush()
-                    bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                    bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", refresh=False)
             if is_planned or (stopping and step > start):
                 pending.fetch()
                 records = on_all_hosts(stream.counters())

@@ -115,10 +115,19 @@ class TrainStep:
         ema = optim.update_ema(
             state.ema, params, decay=c.ema, step=state.step, warmup=c.ema_warmup, fresh=c.ema_fresh
         )
+        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        if self.config.train.non_finite == "skip":
+            is_finite = jnp.all(jnp.isfinite(jnp.stack([loss, *norms.values()])))
+            params, opt_state, ema = jax.tree.map(
+                lambda new, old: jnp.where(is_finite, new, old),
+                (params, opt_state, ema),
+                (state.params, state.opt_state, state.ema),
+            )
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(params),
+            **norms,
+            "is_finite": jnp.isfinite(losses),
+            "sample_id": batch.sample_id,
             **self.per_task(losses, batch.valid, batch.task),
             "latent_square_sum": jax.ops.segment_sum(
                 jnp.mean(jnp.square(x0), axis=(1, 2, 3)) * batch.valid,
