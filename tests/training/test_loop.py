@@ -17,7 +17,7 @@ import pytest
 from jax import monitoring
 
 from tests import helpers
-from univg_jax import sharding, writers
+from univg_jax import checkpoint, sharding, writers
 from univg_jax.errors import NonFiniteLossError, Preempted, UserError
 from univg_jax.training import loop
 from univg_jax.workdir import is_claimed, list_steps
@@ -526,7 +526,9 @@ def test_steps_that_are_not_finite_may_be_skipped_and_change_nothing(tmp_path, c
     options = dict(non_finite="skip", save_every=2, log_every=2, eval_every=None, keep=None)
     config = _with(helpers.tiny_config(), steps=2, **options)
     before = run(tmp_path, config=config)
-    after = run(tmp_path, config=_with(config, steps=4, eval_examples=0), change_frozen=broken)
+    with pytest.raises(NonFiniteLossError, match="the validation loss of task t2i is nan"):
+        run(tmp_path, config=_with(config, steps=6), change_frozen=broken)
+    after = checkpoint.restore(tmp_path / "checkpoints" / "4", before).state
     for name in ("params", "opt_state", "ema"):
         assert_equal_bits(getattr(before, name), getattr(after, name))
     assert int(after.step) == 4

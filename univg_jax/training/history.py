@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import Array
 
 from univg_jax import writers
-from univg_jax.errors import NonFiniteLossError, shorten
+from univg_jax.errors import NonFiniteLossError
 from univg_jax.files import write_whole
 from univg_jax.settings import Config, Train
 from univg_jax.trees import Json
@@ -167,7 +167,7 @@ class History:
             "tasks": [task for task, loss in losses if not np.isfinite(loss)],
             "samples": [str(i) for i in sample_id[~is_finite]],
         }
-        of = "; ".join(f"{kind} {shorten(names, 8)}" for kind, names in where.items() if names)
+        of = "; ".join(f"{kind} {_listed(names)}" for kind, names in where.items() if names)
         message = f"{bad[0]} is {values[bad[0]]} at step {step}{f' ({of})' if of else ''}"
         if self._settings.non_finite == "stop":
             raise NonFiniteLossError(f"{message}; that state was not saved")
@@ -239,6 +239,11 @@ class History:
     def _so_far(self) -> dict[str, float]:
         seconds = self._seconds_before + self.clock.elapsed
         return {"time": seconds, "goodput": self._step_seconds / seconds}
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def write_summary(
