@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from univg_jax import files, images
-from univg_jax.errors import NotFoundError, UserError
+from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError
 
 
 def test_the_folder_is_made_and_nothing_else_is_left(tmp_path):
@@ -186,3 +189,47 @@ def test_a_picture_that_is_not_finite_is_named(value):
     with pytest.raises(UserError, match=r"^b is not finite, as 1 of 3 pictures"):
         images.check_finite(pictures, ["a", "b", "c"], what="picture")
     images.check_finite(pictures[[0, 2]], ["a", "c"], what="picture")
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    out = tmp_path / "new" / "folder"
+    with pytest.raises(UserError, match="nowhere"), files.write_folder(out, seal="sums") as folder:
+        files.write_streamed(folder / "nowhere" / "a", lambda file: None)
+    assert not list((tmp_path / "new").iterdir())
+    out.mkdir()  # an empty folder is none
+    with files.write_folder(out, seal="sums") as folder:
+        (folder / "below").mkdir()
+        (folder / "below" / "a").write_text("a")
+        assert not list(out.iterdir())
+    assert (out / "below" / "a").read_text() == "a"
+    with pytest.raises(AlreadyExistsError, match="exists"), files.write_folder(out, seal="sums"):
+        raise AssertionError
+    assert [child.name for child in (tmp_path / "new").iterdir()] == ["folder"]
+
+
+KILLED_IN_A_FOLDER = """
+import os, signal, sys
+from univg_jax.files import write_folder
+
+with write_folder(sys.argv[1], seal="sums") as folder:
+    (folder / "a").write_text("a")
+    (folder / "sums").write_text("a")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_that_is_killed_leaves_no_folder(tmp_path):
+    command = [sys.executable, "-c", KILLED_IN_A_FOLDER, str(tmp_path / "out")]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.")
+    assert left.name.endswith(".partial")
+    with files.write_folder(tmp_path / "out", seal="sums"):
+        pass
+    assert (tmp_path / "out").is_dir()
+
+
+def test_a_disk_that_is_too_full_is_told_beforehand(tmp_path):
+    files.check_space(tmp_path / "not" / "yet", 10)
+    with pytest.raises(UserError, match=r"needs 1073741824.00 GiB, and .* has .* GiB left"):
+        files.check_space(tmp_path / "not" / "yet", 2**60)

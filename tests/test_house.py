@@ -57,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "flow": set(),
     "lock": set(),
     "pretrained": set(),
+    "quantization": {"streaming"},
     "stored": {"streaming"},
     "streaming": set(),
     "tpu": set(),
@@ -66,12 +67,13 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"tpu"},
     "sharding": {"batch"},
     "distributed": {"sharding"},
-    "checkpoint": {"checksums", "lock", "retention", "sharding", "stored", "workdir"},
+    "checkpoint": {"checksums", "lock", "retention", "sharding", "stored", "streaming", "workdir"},
     # Networks: ours, weights of others, and what encodes a batch.
     "models": {"batch", "sharding"},
     "interop": {"models", "pretrained", "sharding", "streaming"},
     "trained": {
-        *("checkpoint", "checksums", "interop", "sharding", "stored", "streaming", "workdir"),
+        *("checkpoint", "checksums", "interop", "quantization", "sharding", "stored"),
+        *("streaming", "workdir"),
     },
     "conditioning": {"batch", "models", "sharding"},
     "encoders": {"conditioning", "interop", "models", "pretrained", "sharding", "workdir"},
@@ -108,7 +110,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "export": {
         *("assembly", "checksums", "data_pipelines", "encoders", "interop", "pipeline"),
-        *("pretrained", "streaming", "trained", "workdir"),
+        *("pretrained", "quantization", "streaming", "trained", "workdir"),
     },
     "serving": {
         *("batch", "data_pipelines", "inputs", "pipeline", "result", "sampling", "version"),

@@ -98,6 +98,7 @@ SMALL = {
     "result": "what a trained model answers",
     "progress": "bars, or lines in a log",
     "streaming": "tensors in blocks",
+    "quantization": "kernels in 8 bits",
     "pretrained": "folders of pretrained weights",
     "tpu": "chips, compiler options",
     "writers": "TensorBoard, JSONL",

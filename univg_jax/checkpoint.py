@@ -39,6 +39,7 @@ from univg_jax.stored import (
     read_state,
     saved_shapes,
 )
+from univg_jax.streaming import BLOCK_BYTES
 from univg_jax.trees import Json, named_leaves, nest
 from univg_jax.workdir import (
     CHECKPOINTS,
@@ -136,7 +137,9 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(nest(leaves)),
+                state=ocp.args.PyTreeSave(
+                    nest(leaves), nest({name: _pieces(x) for name, x in leaves.items()})
+                ),
                 data=ocp.args.JsonSave(dict(data_state)),
                 config=ocp.args.JsonSave(as_json(config)),
                 history=ocp.args.JsonSave(dict(history or {})),
@@ -414,6 +417,14 @@ def _restore(step_dir: epath.Path, abstract_state: PyTree) -> Restored:
     state = read_state(step_dir, abstract_state)
     history = read_item(step_dir, "history") if (step_dir / "history").exists() else {}
     return Restored(state=state, data_state=read_item(step_dir, "data"), history=history)
+
+
+def _pieces(x: jax.Array) -> ocp.SaveArgs:
+    """Arrays are stored in pieces, so that a part is read without the rest (`stored.stream`).
+
+    A piece of a stacked parameter has one layer.
+    """
+    return ocp.SaveArgs(chunk_byte_size=BLOCK_BYTES, shard_axes=(0,) if x.ndim > 2 else ())
 
 
 @jax.jit

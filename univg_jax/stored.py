@@ -87,15 +87,24 @@ def stream(folder: epath.PathLike, name: str) -> Tensor:
     base = os.fspath(folder)
     base = base if "://" in base else f"file://{os.path.abspath(base)}"
     kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name.replace('/', '.')}/"}
-    array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
-    dtype = np.dtype(array.dtype.numpy_dtype)
+
+    def open_array() -> tensorstore.TensorStore:
+        # One piece at a time, and none is kept: by default it would read 32 at once.
+        limits = {key: {"limit": 1} for key in ("data_copy_concurrency", "file_io_concurrency")}
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}, **limits})
+        spec = {"driver": "zarr", "kvstore": kvstore}
+        return tensorstore.open(spec, open=True, read=True, context=context).result()
+
+    array = open_array()
+    shape, dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
+    pieces = array.chunk_layout.read_chunk.shape
 
     def blocks() -> Iterator[Block]:
-        pieces = array.chunk_layout.read_chunk.shape
-        for box in boxes(array.shape, dtype.itemsize, chunks=pieces):
+        array = open_array()
+        for box in boxes(shape, dtype.itemsize, chunks=pieces):
             yield box, array[box].read().result()
 
-    return Tensor(shape=tuple(array.shape), dtype=dtype, blocks=blocks)
+    return Tensor(shape=shape, dtype=dtype, blocks=blocks)
 
 
 def read_item(step_dir: epath.Path, item: str) -> Json:

@@ -1,5 +1,6 @@
 """Tensors on their way from one file to another, in blocks, so that none need fit into memory."""
 
+import ctypes
 import dataclasses
 import itertools
 import math
@@ -8,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Shaped
 
-BLOCK_BYTES = 2**26
+BLOCK_BYTES = 2**22
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h: larger blocks are mapped, each by itself
 
 Box = tuple[slice, ...]
 Block = tuple[Box, Shaped[np.ndarray, "..."]]  # where it lies in its tensor, and what is there
@@ -30,11 +32,20 @@ class Tensor:
 
     def astype(self, dtype: np.dtype) -> "Tensor":
         """The same tensor, each block cast as it comes."""
+        if self.dtype == dtype:
+            return self
         return dataclasses.replace(
             self,
             dtype=np.dtype(dtype),
             blocks=lambda: ((box, block.astype(dtype)) for box, block in self.blocks()),
         )
+
+    def read(self) -> Shaped[np.ndarray, "..."]:
+        """The whole of it, in memory."""
+        values = np.empty(self.shape, self.dtype)
+        for box, block in self.blocks():
+            values[box] = block
+        return values
 
     @property
     def size(self) -> int:
@@ -45,6 +56,16 @@ class Tensor:
     def num_bytes(self) -> int:
         """Its size in a file."""
         return self.size * self.dtype.itemsize
+
+
+def return_freed_blocks() -> None:
+    """From now on this process gives a block's memory back to the system as soon as it is freed.
+
+    By default glibc keeps up to 32 MB for each thread that ever freed a block. It is no fault if
+    another C library has no such setting.
+    """
+    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
+        set_option(_M_MMAP_THRESHOLD, 2**17)
 
 
 def boxes(

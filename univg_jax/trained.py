@@ -13,23 +13,26 @@ formats that can be read back it also has
     pretrained/                                                copies of pretrained encoders, if any
 """
 
+import abc
 import copy
 import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from univg_jax import checkpoint, checksums
 from univg_jax.errors import NotFoundError, UserError, shorten
 from univg_jax.files import read_json
-from univg_jax.interop.folder import StoredModel, Weight
+from univg_jax.interop.folder import Weight, read_leaf
 from univg_jax.interop.tensors import DTYPES, TensorFolder
-from univg_jax.sharding import with_shardings
+from univg_jax.quantization import SCALE, dequantize_array, restore
+from univg_jax.sharding import replicated, with_shardings
 from univg_jax.stored import Shapes, differences, read_arrays, saved_shapes, stream
 from univg_jax.streaming import Block, Tensor, boxes
 from univg_jax.trees import Json, named_leaves, nest
@@ -41,39 +44,39 @@ VERSION = 1  # of what an exported folder has
 WHICH = ("ema", "params")  # the average of the parameters, or the parameters themselves
 
 
-@runtime_checkable
-class Trained(Protocol):
+class Trained(abc.ABC):
     """A trained model on disk."""
 
     path: epath.Path
 
     @property
+    @abc.abstractmethod
     def folder(self) -> epath.Path:
         """What has its `encoders`. Raises NotFoundError where there is no checkpoint."""
-        ...
 
     @property
+    @abc.abstractmethod
     def step(self) -> int:
         """The run's step. Raises UserError if it is damaged, or no step is sound."""
-        ...
 
     @property
+    @abc.abstractmethod
     def digest(self) -> str:
         """16 hex digits that name the content."""
-        ...
 
+    @abc.abstractmethod
     def config(self) -> Json:
         """The run's config."""
-        ...
 
+    @abc.abstractmethod
     def data_state(self) -> Json | None:
         """Where the run's stream was."""
-        ...
 
+    @abc.abstractmethod
     def which(self, *, ema: bool) -> str:
         """The name in WHICH of what is asked for. Raises UserError if it is not there."""
-        ...
 
+    @abc.abstractmethod
     def load_params(
         self, *, which: str, abstract: PyTree, shardings: PyTree | None = None
     ) -> PyTree:
@@ -81,17 +84,16 @@ class Trained(Protocol):
 
         Raises UserError where they are not those of this tree.
         """
-        ...
 
+    @abc.abstractmethod
     def init_params(
         self, params: PyTree, *, which: str, new: Sequence[str], dropped: Sequence[str]
     ) -> PyTree:
         """Fresh `params` of a next stage, with the values of this model: `checkpoint.init_from`."""
-        ...
 
+    @abc.abstractmethod
     def tensors(self, which: str) -> dict[str, Tensor]:
         """The parameters as they are stored, to be read one after the other."""
-        ...
 
 
 def open_trained(path: epath.PathLike, *, step: int | None = None) -> "RunStep | ExportedModel":
@@ -112,7 +114,7 @@ def open_trained(path: epath.PathLike, *, step: int | None = None) -> "RunStep |
 
 
 @dataclasses.dataclass(frozen=True)
-class RunStep:
+class RunStep(Trained):
     """A workdir at its newest sound step, or one step; see `Trained`."""
 
     path: epath.Path
@@ -158,7 +160,7 @@ class RunStep:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportedModel:
+class ExportedModel(Trained):
     """An exported folder that can be read back; see `Trained`."""
 
     path: epath.Path
@@ -257,25 +259,43 @@ class SafetensorsStore:
 
     @staticmethod
     def tensors(path: epath.Path) -> dict[str, Tensor]:
-        """All of them, to be read one after the other."""
+        """All of them, to be read one after the other; quantized ones in float32."""
         stored = TensorFolder(path, WEIGHTS)
-        return {name.replace(".", "/"): _stream(stored, name) for name in stored.shapes}
+        found = {name: _stream(stored, name) for name in stored.shapes}
+        return {
+            name.replace(".", "/"): restore(name, found)
+            for name in found
+            if not name.endswith(SCALE)
+        }
 
     @staticmethod
     def read(path: epath.Path, leaves: Shapes) -> PyTree:
         """The values of these leaves, nested, with their dtypes and shardings."""
-        weights = {
-            name: Weight(
-                names=(name.replace("/", "."),),
-                shape=tuple(leaf.shape),
-                axes=tuple(range(len(leaf.shape))),
-            )
-            for name, leaf in leaves.items()
-        }
-        stored = StoredModel(
-            module=None, abstract=nest(leaves), weights=weights, tensors=TensorFolder(path, WEIGHTS)
+        stored = TensorFolder(path, WEIGHTS)
+        return nest({name: _read(stored, name, like=leaf) for name, leaf in leaves.items()})
+
+
+def _read(stored: TensorFolder, name: str, *, like: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
+    """One parameter, with the shape, the dtype and the sharding of `like`."""
+    theirs = name.replace("/", ".")
+
+    def read(tensor: str, **changes: Any) -> jax.Array:
+        shape = stored.shapes[tensor]
+        options = {"dtype": DTYPES[stored.dtypes[tensor]], "sharding": like.sharding} | changes
+        return read_leaf(
+            stored,
+            Weight(names=(tensor,), shape=shape, axes=tuple(range(len(shape)))),
+            like=jax.ShapeDtypeStruct(shape, **options),
         )
-        return nest({name: stored.read_leaf(name, like=leaf) for name, leaf in leaves.items()})
+
+    if theirs + SCALE not in stored:
+        return read(theirs, dtype=like.dtype)
+    whole = like.sharding
+    if isinstance(whole, NamedSharding):  # every device has all scales
+        whole = replicated(whole.mesh)
+    scale = read(theirs + SCALE, sharding=whole)
+    like = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
+    return dequantize_array(read(theirs), scale, like=like)
 
 
 def _stream(stored: TensorFolder, name: str) -> Tensor:

@@ -19,14 +19,19 @@ def add_arguments(parser: Parser) -> None:
         ("list", "the steps of a run: when saved, how large, whether sound", list_),
         (
             "verify",
-            "recompute the checksums of every step and of the encoders; exit code 1 for damage",
+            "recompute the checksums of every step and of the encoders, or of an export; exit code "
+            "1 for damage",
             verify,
         ),
         ("copy", "copy a sound step, its config and its encoders into another workdir", copy),
     ):
         description = summary[0].upper() + summary[1:] + "."
         action = actions.add_parser(name, help=summary, description=description)
-        place = {"list": ", or a folder of workdirs", "verify": " or a step of it", "copy": ""}
+        place = {
+            "list": ", or a folder of workdirs",
+            "verify": ", a step of it, or an export",
+            "copy": "",
+        }
         action.add_argument("dir", type=flags.path, metavar="DIR", help=f"a workdir{place[name]}")
         if name == "list":
             action.add_argument(
@@ -90,7 +95,11 @@ def _print_steps(run: "epath.Path", *, quick: bool) -> None:
 def verify(args: argparse.Namespace) -> None:
     """Prints what is wrong with each step and the encoders; raises UserError if anything is."""
     from univg_jax import checkpoint, encoders
+    from univg_jax.trained import ExportedModel, open_trained
 
+    if isinstance(exported := open_trained(args.dir), ExportedModel):
+        print(f"export of step {exported.step}: sound, digest {exported.digest}")
+        return
     reports = checkpoint.verify(args.dir)
     for report in reports:
         found = "; ".join(report.problems) if report.problems else "sound"

@@ -30,7 +30,11 @@ def add_arguments(parser: Parser) -> None:
         help="the folder to write; it must not exist, and does not until the export is whole",
     )
     parser.add_argument(
-        "--dtype", default="f32", metavar="f32|bf16", help="of the parameters; default: f32"
+        "--dtype",
+        default="f32",
+        metavar="f32|bf16|int8",
+        help="of the parameters; default: f32. int8 (safetensors only) has a scale for each output "
+        "of a kernel",
     )
     parser.add_argument(
         "--max_file_gb",

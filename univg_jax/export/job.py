@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from univg_jax import quantization
 from univg_jax.pipeline import Pipeline, load_config
 from univg_jax.settings import Config
 from univg_jax.streaming import Tensor
 from univg_jax.trained import Trained
+from univg_jax.trees import map_named
 
 DTYPES = {"bf16": np.dtype(jnp.bfloat16), "f32": np.dtype(np.float32)}
+QUANTIZED = "int8"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,7 @@ class Job:
 
     trained: Trained
     ema: bool = True
-    dtype: str = "f32"  # a name of DTYPES
+    dtype: str = "f32"  # a name of DTYPES, or QUANTIZED
     max_file_bytes: int = 5 * 10**9
     copy_encoders: bool = False
     pretrained: str | None = None  # the folder of pretrained encoders, if not that of the config
@@ -39,21 +42,32 @@ class Job:
 
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters in the dtype of the export, by their names, read as they are written."""
+        """The parameters in the dtype of the export, by their names, read as they are written.
+
+        Quantized ones have scales beside them.
+        """
+        stored = self.trained.tensors(self.which)
         return {
-            name: tensor.astype(DTYPES[self.dtype])
-            for name, tensor in self.trained.tensors(self.which).items()
+            key: tensor
+            for name, x in stored.items()
+            for key, tensor in self._as_exported(name, x).items()
         }
+
+    def _as_exported(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if self.dtype == QUANTIZED:
+            return quantization.quantize(name, tensor.astype(DTYPES["f32"]))
+        return {name: tensor.astype(DTYPES[self.dtype])}
 
     @property
     def num_bytes(self) -> int:
-        """The size of the parameters in the dtype of the export."""
-        return sum(tensor.num_bytes for tensor in self.tensors.values())
+        """About the size of the parameters in the dtype of the export."""
+        itemsize = 1 if self.dtype == QUANTIZED else DTYPES[self.dtype].itemsize
+        return self.num_params * itemsize
 
     @property
     def num_params(self) -> int:
         """How many numbers the parameters are."""
-        return sum(tensor.size for tensor in self.tensors.values())
+        return sum(tensor.size for tensor in self.trained.tensors(self.which).values())
 
     def pipeline(self) -> Pipeline:
         """The model as it is before the export, with float32 parameters."""
@@ -63,19 +77,10 @@ class Job:
 
     def rounded(self, params: PyTree) -> PyTree:
         """Float32 parameters with the values that the export has."""
-        dtype = DTYPES[self.dtype]
-        if dtype == np.float32:
-            return params
-        # Jitted, so that XLA on the mesh keeps every shard where it is.
-        shardings = jax.tree.map(lambda x: x.sharding, params)
-        round_all = jax.jit(
-            lambda tree: jax.tree.map(lambda x: _through(x, dtype), tree), out_shardings=shardings
-        )
-        return round_all(params)
 
+        def rounded(name: str, x: jax.Array) -> jax.Array:
+            stored = self._as_exported(name, Tensor.of(np.asarray(x)))
+            values = quantization.restore(name, stored).astype(np.dtype(x.dtype)).read()
+            return jax.device_put(values, x.sharding)
 
-def _through(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """`x` rounded to a dtype of fewer bits."""
-    info = jnp.finfo(dtype)
-    # A cast there and back is no rounding to XLA, which may drop both.
-    return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+        return params if self.dtype == "f32" else map_named(rounded, params)

@@ -19,6 +19,7 @@ from univg_jax.export.format import Format, open_format
 from univg_jax.export.job import Job
 from univg_jax.pipeline import trained_tasks
 from univg_jax.progress import timed
+from univg_jax.streaming import return_freed_blocks
 from univg_jax.trained import PROVENANCE, VERSION
 
 
@@ -49,12 +50,14 @@ def export_model(
         rounding = compare.differences(cases, originals, expected)
         facts = describe(job, name, pipeline.digests)
         del pipeline, rounded
+    return_freed_blocks()
     with files.write_folder(out, seal=checksums.FILE) as folder:
         with timed(f"writing {name}"):
             form.write(job, folder)
         write_provenance(folder, facts)
-        sums = checksums.checksums(folder, checksums.list_files(epath.Path(folder)))
-        checksums.write(epath.Path(folder), sums)
+        root = epath.Path(folder)
+        sums = checksums.checksums(root, checksums.list_files(root))
+        checksums.write(root, sums)
         with timed("the export's pictures"):
             made = form.reload(job, folder)(cases)
         compared = compare.differences(cases, expected, made)
@@ -66,8 +69,7 @@ def export_model(
         write_provenance(folder, facts)
         write_card(folder, job, form, facts, evaluation)
         late = [PROVENANCE, CARD]
-        sums |= checksums.checksums(epath.Path(folder), late)
-        checksums.write(epath.Path(folder), sums)
+        checksums.write(root, sums | checksums.checksums(root, late))
     return Exported(compared=compared, rounding=rounding)
 
 
@@ -76,7 +78,8 @@ def check(job: Job, name: str, out: epath.PathLike) -> Format:
     form = open_format(name)
     files.check_absent(out)
     check_name(job.dtype, form.dtypes, what=f"dtype of format {name}:")
-    job.which  # noqa: B018 (raises where an export has other parameters)
+    # Both raise UserError: of other parameters than the checkpoint has, of a missing folder.
+    job.which, job.config  # noqa: B018
     form.check(job)
     files.check_space(out, form.num_bytes(job))
     return form

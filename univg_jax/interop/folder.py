@@ -117,28 +117,14 @@ class StoredModel:
             shardings = named_leaves(tree_shardings(self.abstract, mesh))
         return nest(
             {
-                name: self.read_leaf(
-                    name,
+                name: read_leaf(
+                    self.tensors,
+                    self.weights[name],
                     like=jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[name]),
                 )
                 for name, leaf in named_leaves(self.abstract).items()
             }
         )
-
-    def read_leaf(self, name: str, *, like: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
-        """One parameter, with the shape, the dtype and the sharding of `like`."""
-        weight, shape, sharding = self.weights[name], tuple(like.shape), like.sharding
-        holders: dict[tuple, list[jax.Device]] = {}  # devices by the bounds of what they hold
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
-            bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
-            holders.setdefault(bounds, []).append(device)
-        arrays = []
-        for bounds, devices in holders.items():
-            shard = _read_box(self.tensors, weight, shape, bounds, np.dtype(like.dtype))
-            arrays += [jax.device_put(shard, device) for device in devices]
-            # Transfers are asynchronous: without waiting, the host would hold several shards.
-            jax.block_until_ready(arrays)
-        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
     def write(
         self, folder: PathLike, params: Params, *, max_file_bytes: int = MAX_FILE_BYTES
@@ -202,6 +188,24 @@ def loader(open_: Callable[..., StoredModel]) -> Callable[..., tuple[Any, Params
     summary = open_.__doc__.splitlines()[0]
     load.__doc__ = f"{summary} Returns (module, parameters); see `{open_.__name__}`."
     return load
+
+
+def read_leaf(
+    tensors: TensorFolder, weight: Weight, *, like: jax.ShapeDtypeStruct | jax.Array
+) -> jax.Array:
+    """One parameter of ours, with the shape, the dtype and the sharding of `like`."""
+    shape, sharding = tuple(like.shape), like.sharding
+    holders: dict[tuple, list[jax.Device]] = {}  # devices by the bounds of what they hold
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in holders.items():
+        shard = _read_box(tensors, weight, shape, bounds, np.dtype(like.dtype))
+        arrays += [jax.device_put(shard, device) for device in devices]
+        # Transfers are asynchronous: without waiting, the host would hold several shards.
+        jax.block_until_ready(arrays)
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 def _read_box(

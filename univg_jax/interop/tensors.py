@@ -28,8 +28,9 @@ DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
+    "I8": np.dtype(np.int8),
 }
-FLOATS = tuple(DTYPES)
+FLOATS = ("F32", "F16", "BF16")
 # Earlier versions read so many samples of so many bytes from each file.
 NUM_SAMPLES, SAMPLE_BYTES = 64, 2**16
 

@@ -70,6 +70,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> Non
             for _, block in tensor.blocks():
                 block = np.ascontiguousarray(block, tensor.dtype)
                 written += file.write(block.reshape(-1).view(np.uint8))
+                del block  # or it stays while the next one is read
             if written != tensor.num_bytes:
                 raise ValueError(f"{name} has {written} bytes, expected {tensor.num_bytes}")
 

@@ -1,5 +1,6 @@
 """Parameters alone in a folder of orbax, which restores them onto any devices."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import tensorstore
 from univg_jax.export import folder
 from univg_jax.export.format import Format
 from univg_jax.export.job import Job
-from univg_jax.streaming import Tensor
+from univg_jax.streaming import BLOCK_BYTES, Box, Tensor
 from univg_jax.trained import PARAMS
 from univg_jax.trees import nest
 
@@ -25,15 +26,25 @@ class _TensorHandler(ocp.type_handlers.NumpyHandler):
     ) -> None:
         blocks = iter(value.blocks())
         first, block = next(blocks)
-        # The file's pieces are the blocks, so that none is written twice.
-        tspec["metadata"]["chunks"] = [cut.stop - cut.start for cut in first]
+        tspec["metadata"]["chunks"] = _pieces(first, value.dtype.itemsize)
         array = tensorstore.open(
             tensorstore.Spec(tspec), create=True, open=True, context=ts_context
         ).result()
-        # No `await`, which would begin the next tensor before this one is written.
-        array[first].write(block).result()
-        for box, block in blocks:
-            array[box].write(block).result()
+        box = first
+        while block is not None:
+            # No `await`, which would begin the next tensor before this one is written.
+            array[box].write(block, can_reference_source_data_indefinitely=True).result()
+            del block  # or it stays while the next one is read
+            box, block = next(blocks, (None, None))
+
+
+def _pieces(box: Box, itemsize: int) -> list[int]:
+    """The shape of the file's pieces, which divide every block, so that none is written twice."""
+    shape = [cut.stop - cut.start for cut in box]
+    cut = next((axis for axis, size in enumerate(shape) if size > 1), 0)
+    while shape and shape[cut] % 2 == 0 and math.prod(shape) * itemsize > BLOCK_BYTES:
+        shape[cut] //= 2
+    return shape
 
 
 def write(job: Job, out: Path) -> None:

@@ -23,4 +23,5 @@ FORMAT = Format(
     reload=folder.reload,
     usage=folder.usage,
     num_bytes=folder.num_bytes,
+    dtypes=("f32", "bf16", "int8"),
 )

@@ -1,0 +1,87 @@
+"""The host never holds more than a part of a model: 1.3 times its largest parameter, at most."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from univg_jax import assembly, encoders
+from univg_jax.batch import BatchShape
+from univg_jax.checkpoint import Checkpointer
+from univg_jax.settings import Config
+from univg_jax.trained import STORES
+from univg_jax.trees import named_leaves
+
+PEAK = pathlib.Path("/proc/self/clear_refs")  # of Linux
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]
+
+# Writes a small model first, after which all libraries are loaded, then a large one.
+WRITE = """
+import pathlib, sys
+from etils import epath
+from univg_jax import checksums
+from univg_jax.export.format import open_format
+from univg_jax.export.job import Job
+from univg_jax.streaming import return_freed_blocks
+from univg_jax.trained import open_trained
+
+def memory(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+name, dtype, out, *runs = sys.argv[1:]
+return_freed_blocks()
+for i, run in enumerate(runs):
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = memory("VmRSS")
+    folder = pathlib.Path(out, str(i))
+    folder.mkdir(parents=True)
+    open_format(name).write(Job(trained=open_trained(run), dtype=dtype), folder)
+    checksums.checksums(epath.Path(folder), checksums.list_files(epath.Path(folder)))
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(root, tmp_path_factory):
+    """A workdir of a model of 700 MB, and the bytes of its largest parameter."""
+    workdir = tmp_path_factory.mktemp("large")
+    config = json.loads((root / "stage1" / "config.json").read_text())
+    config["model"]["overrides"].update(hidden_dim=768, num_heads=8, depth=9)
+    config = Config.of(config)
+    shutil.copytree(root / "stage1" / "encoders", workdir / "encoders")
+    found = encoders.abstract(config.conditioning)
+    spec = found.conditioner.encoded_spec(found.frozen, BatchShape.of(config.data).spec(1))
+    model = assembly.make_model(config, found.conditioner)
+    abstract = jax.eval_shape(lambda key: model.init_params(key, *spec), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jax.device_put(rng.standard_normal(x.shape, dtype=np.float32)), abstract
+    )
+    with Checkpointer(workdir) as checkpointer:
+        state = {"ema": params, "params": {"none": np.zeros(1, np.float32)}}
+        checkpointer.save(1, state, {"next": 0}, config.to_dict())
+    sizes = [x.nbytes for x in named_leaves(params).values()]
+    assert sum(sizes) > 5 * max(sizes)
+    return workdir, max(sizes)
+
+
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc"
+)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "f32") for name in STORES), ("safetensors", "int8")]
+)
+def test_an_export_needs_little_memory(large, root, tmp_path, name, dtype):
+    workdir, largest = large
+    command = [sys.executable, "-c", WRITE, name, dtype, tmp_path, root / "stage1", workdir]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    used = int(done.stdout.split()[-1])
+    assert used < 1.3 * largest, f"{used / largest:.2f} times the largest parameter"
+    print(f"{name}, {dtype}: {used / largest:.2f} times the largest parameter")
