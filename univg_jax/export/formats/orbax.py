@@ -15,6 +15,10 @@ from univg_jax.trained import PARAMS
 from univg_jax.trees import nest
 
 
+# Orbax's own context keeps 100 MB of what was written.
+_NO_CACHE = tensorstore.Context({"cache_pool#ocdbt": {"total_bytes_limit": 0}})
+
+
 class _TensorHandler(ocp.type_handlers.NumpyHandler):
     """Writes a `Tensor` as orbax writes an array, but one block after the other."""
 
@@ -28,7 +32,7 @@ class _TensorHandler(ocp.type_handlers.NumpyHandler):
         first, block = next(blocks)
         tspec["metadata"]["chunks"] = _pieces(first, value.dtype.itemsize)
         array = tensorstore.open(
-            tensorstore.Spec(tspec), create=True, open=True, context=ts_context
+            tensorstore.Spec(tspec), create=True, open=True, context=_NO_CACHE
         ).result()
         box = first
         while block is not None:
