@@ -14,7 +14,6 @@ from univg_jax.streaming import BLOCK_BYTES, Box, Tensor
 from univg_jax.trained import PARAMS
 from univg_jax.trees import nest
 
-
 # Orbax's own context keeps 100 MB of what was written.
 _NO_CACHE = tensorstore.Context({"cache_pool#ocdbt": {"total_bytes_limit": 0}})
 
