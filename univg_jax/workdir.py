@@ -49,8 +49,9 @@ def resume(workdir: epath.PathLike, config: Config) -> Config:
     parent = config.init_from
     if begun is None and parent.path and parent.which == "state":
         path = epath.Path(parent.path)  # a workdir, or a checkpoint in it
-        runs = (folder for folder in (path, *path.parents[:2]) if (folder / CONFIG).exists())
-        begun, _ = _recorded(next(runs, path))
+        # An export, which has no checkpoints, is refused later: it has no state.
+        runs = [f for f in (path, *path.parents[:2]) if (f / CHECKPOINTS).exists()]
+        begun = _recorded(runs[0])[0] if runs else None
     if begun is not None:
         names = ("decay_steps", "ema_fresh")
         kept = {k: getattr(begun.optim, k) for k in names if getattr(config.optim, k) is None}

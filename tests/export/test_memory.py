@@ -65,7 +65,7 @@ def large(root, tmp_path_factory):
         lambda x: jax.device_put(rng.standard_normal(x.shape, dtype=np.float32)), abstract
     )
     with Checkpointer(workdir) as checkpointer:
-        state = {"ema": params, "params": {"none": np.zeros(1, np.float32)}}
+        state = {"ema": params, "params": {"none": jax.device_put(np.zeros(1, np.float32))}}
         checkpointer.save(1, state, {"next": 0}, config.to_dict())
     sizes = [x.nbytes for x in named_leaves(params).values()]
     assert sum(sizes) > 5 * max(sizes)
