@@ -104,6 +104,35 @@ class EncoderTokenizer:
         """Token -> id."""
         return self._tokenizer.get_vocab()
 
+    def parts(self, num_tokens: int) -> dict[str, tuple["EncoderTokenizer", int]]:
+        """The tokenizers that make a row, in its order, each with its number of positions.
+
+        They have the names that folders have in a pipeline of diffusers.
+        """
+        return {"tokenizer": (self, num_tokens)}
+
+    @property
+    def stand_in(self) -> int:
+        """The id that the encoder reads where `<p>` stands."""
+        return self._stand_in
+
+    @property
+    def placeholder(self) -> int:
+        """The id of `<p>` in `to_json(with_placeholder=True)`, which no encoder reads."""
+        return self._with_placeholder.token_to_id(PLACEHOLDER)
+
+    def to_json(self, num_tokens: int, *, with_placeholder: bool) -> str:
+        """A tokenizer.json that makes the same rows by itself: cut and padded to `num_tokens`.
+
+        `with_placeholder` is for prompts with a face: `<p>` has an id of its own there, where
+        `__call__` has `stand_in`.
+        """
+        tokenizer = copy.deepcopy(self._with_placeholder if with_placeholder else self._tokenizer)
+        tokenizer.enable_truncation(num_tokens)
+        pad = dict(pad_id=self._pad, pad_token=tokenizer.id_to_token(self._pad))
+        tokenizer.enable_padding(length=num_tokens, **pad)
+        return tokenizer.to_str()
+
     def __call__(self, text: str, num_tokens: int) -> TokenizedText:
         if num_tokens < self._num_special:
             raise UserError(
@@ -179,6 +208,11 @@ class SD3Tokenizer:
     def fingerprint(self) -> str:
         """That of both tokenizers."""
         return "".join(part.fingerprint for part in (self.clip, self.t5) if part is not None)
+
+    def parts(self, num_tokens: int) -> dict[str, tuple[EncoderTokenizer, int]]:
+        """As `EncoderTokenizer.parts`."""
+        t5 = {} if self.t5 is None else {"tokenizer_3": (self.t5, num_tokens - CLIP_POSITIONS)}
+        return {"tokenizer": (self.clip, CLIP_POSITIONS), **{k: p for k, p in t5.items() if p[1]}}
 
     def __call__(self, text: str, num_tokens: int) -> TokenizedText:
         t5_positions = num_tokens - CLIP_POSITIONS

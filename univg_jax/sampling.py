@@ -78,9 +78,13 @@ def guided_velocity(
     return v
 
 
-def solver_times(sampler: Sampler) -> Float[Array, "s 2"]:
-    """The intervals (t, next t) of the solver's steps, from t = 1 down to t = 0."""
-    times = shift_times(jnp.linspace(1.0, 0.0, sampler.steps + 1), sampler.shift)
+def solver_times(sampler: Sampler) -> Float[Array, " n"]:
+    """The times of the solver, from t = 1 down to t = 0: one more than its steps."""
+    return shift_times(jnp.linspace(1.0, 0.0, sampler.steps + 1), sampler.shift)
+
+
+def intervals(times: Float[Array, " n"]) -> Float[Array, "s 2"]:
+    """(t, next t) of each step."""
     return jnp.stack([times[:-1], times[1:]], axis=-1)
 
 
@@ -95,12 +99,21 @@ def solver_step(
     return x + (t_next - t) * slope
 
 
-def solve(v: Velocity, noise: Float[Array, "b h w c"], sampler: Sampler) -> Float[Array, "b h w c"]:
-    """Integrates dx/dt = v(x, t) from t = 1 to t = 0 in `sampler.steps` steps; returns x there."""
+def solve(
+    v: Velocity,
+    noise: Float[Array, "b h w c"],
+    sampler: Sampler,
+    *,
+    times: Float[Array, " n"] | None = None,
+) -> Float[Array, "b h w c"]:
+    """Integrates dx/dt = v(x, t) from t = 1 to t = 0; returns x there.
+
+    It stops at `times`, by default those of the sampler.
+    """
     x, _ = jax.lax.scan(
         lambda x, interval: (solver_step(v, x, interval, sampler), None),
         noise,
-        solver_times(sampler),
+        intervals(solver_times(sampler) if times is None else times),
     )
     return x
 
@@ -137,7 +150,7 @@ class Generator:
         # A callback from inside the one program would keep it out of the cache of compiled
         # programs, and can stop the devices of a CPU, which wait for each other.
         x, conditions = self.begin(frozen, passes, seeds)
-        for done, interval in enumerate(solver_times(self.sampler), 1):
+        for done, interval in enumerate(intervals(solver_times(self.sampler)), 1):
             x = self.advance(params, conditions, weights, x, interval)
             jax.block_until_ready(x)
             on_step(done)
@@ -163,7 +176,7 @@ class Generator:
             functions.generate.lower(self, params, frozen, passes, weights, seeds).compile()
             return
         x, conditions = self.begin(frozen, passes, seeds)
-        interval = solver_times(self.sampler)[0]
+        interval = intervals(solver_times(self.sampler))[0]
         functions.advance.lower(self, params, conditions, weights, x, interval).compile()
         functions.decode.lower(self, frozen, x).compile()
 
@@ -187,8 +200,9 @@ class Generator:
     ) -> tuple[Float[Array, "b h w c"], Conditions]:
         """The noise at t = 1, and the conditions of all passes, those of a row as neighbors."""
         each = constrain_rows([self.conditioner.conditions(frozen, batch) for batch in passes])
+        rows = len(passes) * passes[0].sample_id.shape[0]
         stacked = jax.tree.map(
-            lambda *xs: jnp.stack(xs, axis=1).reshape(len(xs) * len(xs[0]), *xs[0].shape[1:]), *each
+            lambda *xs: jnp.stack(xs, axis=1).reshape(rows, *xs[0].shape[1:]), *each
         )
         shape = each[0].cond_latents.shape[1:]
         noise = jax.vmap(lambda s, i: sample_noise(jax.random.key(s), i[None], shape)[0])(

@@ -155,6 +155,28 @@ def test_any_text_gives_a_closed_prompt_in_the_vocabulary(text, num_tokens):
     assert (result.tokens < 30522).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    task=st.sampled_from(["t2i", "id"]),
+    text=st.text(max_size=40),
+    person=st.sampled_from(["", "<p> "]),
+    num_tokens=st.integers(4, 24),
+)
+def test_a_saved_tokenizer_makes_the_same_rows(task, text, person, num_tokens):
+    prompt = f"<{task}> {person}{text}"
+    try:
+        expected = TOKENIZER(prompt, num_tokens)
+    except UserError:  # too few tokens for the person, which the file cannot tell
+        return
+    saved = TOKENIZER.to_json(num_tokens, with_placeholder=task == "id")
+    row = tokenizers.Tokenizer.from_str(saved).encode(prompt)
+    ids = np.array(row.ids)
+    slot = ids == TOKENIZER.placeholder
+    np.testing.assert_array_equal(slot, expected.identity_slot)
+    np.testing.assert_array_equal(np.where(slot, TOKENIZER.stand_in, ids), expected.tokens)
+    np.testing.assert_array_equal(np.array(row.attention_mask, bool), expected.text_mask)
+
+
 # --- CLIP, T5, SD3 -------------------------------------------------------------------------------
 
 MERGES = ["p e", "pe r", "s o", "so n</w>", "per son</w>", "a t</w>", "c at</w>", "i t</w>"]
@@ -335,6 +357,21 @@ def test_sd3_is_one_row_of_clip_then_t5(sd3):
     np.testing.assert_array_equal(
         tokenizer("a cat", 77).tokens, load(sd3 / "tokenizer")("a cat", 77).tokens
     )
+
+
+@pytest.mark.parametrize("text", ["<t2i> a cat", "<id> a <p> at it", "<t2i> " + "a cat so " * 40])
+def test_the_parts_of_sd3_make_its_row_when_they_are_saved(sd3, text):
+    ours, num_tokens = load(sd3), 77 + 12
+    expected = ours(text, num_tokens)
+    ids, mask = [], []
+    for part, count in ours.parts(num_tokens).values():
+        saved = part.to_json(count, with_placeholder="<id>" in text)
+        row = tokenizers.Tokenizer.from_str(saved).encode(text)
+        ids += [part.stand_in if i == part.placeholder else i for i in row.ids]
+        mask += row.attention_mask
+    assert ids == expected.tokens.tolist()
+    assert list(map(bool, mask)) == expected.text_mask.tolist()
+    assert list(load_tokenizer(str(sd3)).parts(77)) == ["tokenizer"]
 
 
 def test_sd3_truncates_each_part(sd3):

@@ -19,6 +19,7 @@ from univg_jax.files import read_sealed, write_sealed
 from univg_jax.interop.diffusers import load_transformer, open_vae
 from univg_jax.interop.inception import load_inception
 from univg_jax.settings import Conditioning
+from univg_jax.trees import named_leaves
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,24 @@ def test_a_second_start_and_a_load_fit_nothing(run):
     ):
         assert again.conditioner == first.conditioner
         jax.tree.map(np.testing.assert_array_equal, again.frozen, first.frozen)
+
+
+def test_streamed_parameters_are_those_that_are_loaded(run, tmp_path):
+    folder = write_sd3(tmp_path / "sd3")
+    pretrained = dict(text=dict(kind="sd3", dtype="bfloat16"), codec="vae", identity=None)
+    found = prepare_encoders(
+        dict(pretrained, folder=str(folder)), tmp_path / "run", images=unused, portraits=unused
+    )
+    for workdir, loaded in [(tmp_path / "run", found), run]:
+        streamed = encoders.tensors(workdir, folder=str(folder))
+        expected = named_leaves(dict(loaded.frozen))
+        assert streamed.keys() == expected.keys()
+        for name, tensor in streamed.items():
+            assert (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)
+            whole = np.zeros(tensor.shape, tensor.dtype)
+            for box, block in tensor.blocks():
+                whole[box] = block
+            np.testing.assert_array_equal(whole, expected[name])
 
 
 def test_those_of_a_start_that_failed_do_not_count(tmp_path):

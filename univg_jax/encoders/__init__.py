@@ -11,6 +11,7 @@ from univg_jax.encoders.run import (
     prepare,
     prepare_codec,
     pretrained_files,
+    tensors,
     text_identity,
     tokenizer_folder,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "prepare",
     "prepare_codec",
     "pretrained_files",
+    "tensors",
     "text_identity",
     "tokenizer_folder",
 ]

@@ -46,7 +46,9 @@ from univg_jax.errors import NotFoundError, UserError
 from univg_jax.files import write_sealed, write_whole
 from univg_jax.pretrained import local_path
 from univg_jax.settings import Conditioning
+from univg_jax.streaming import Tensor
 from univg_jax.together import together
+from univg_jax.trees import named_leaves
 from univg_jax.workdir import ENCODERS
 
 
@@ -161,6 +163,26 @@ def load(
         if params is not None:
             frozen[role] = params
     return Encoders(conditioner=Conditioner(**modules), frozen=frozen)
+
+
+def tensors(workdir: epath.PathLike, *, folder: str = "") -> dict[str, Tensor]:
+    """The parameters that `load` reads, by `role/name`, to be read one after the other.
+
+    Raises what `load` raises.
+    """
+    encoders, found = epath.Path(workdir) / ENCODERS, {}
+    for role, record in (read_records(encoders) or {}).items():
+        if record is None:
+            continue
+        if isinstance(kind_of(role, record), Pretrained):
+            networks, dtype = _open(role, record, folder), jnp.dtype(record["dtype"])
+            _check_weights(networks, role, record, of=f"the run {encoders.parent}")
+            parts = {name: stored.stream(dtype=dtype) for name, stored in networks.items()}
+        else:
+            fitted = safetensors.numpy.load(read_fitted(encoders, role, record))
+            parts = {name: Tensor.of(value) for name, value in fitted.items()}
+        found |= {f"{role}/{name}": tensor for name, tensor in named_leaves(parts).items()}
+    return found
 
 
 def _load_one(

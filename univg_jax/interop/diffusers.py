@@ -233,9 +233,10 @@ def _unread(model: MMDiT) -> dict[str, tuple[tuple[int, ...], Any]]:
 
 def _table(model: MMDiT) -> np.ndarray:
     size = model.pos_embed_max_size
-    return sincos_table(
+    table = sincos_table(
         size, size, dim=model.hidden_dim, max_size=size, base_size=model.pos_embed_base_size
     )
+    return np.asarray(table)
 
 
 def _check_table(model: MMDiT, table: np.ndarray, folder: Path) -> None:

@@ -13,7 +13,7 @@ are never read.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from univg_jax.interop.config import config_file
 from univg_jax.interop.tensors import PathLike, TensorFolder, check_shapes
 from univg_jax.pretrained import local_path
 from univg_jax.sharding import tree_shardings
+from univg_jax.streaming import Block, Tensor, boxes
 from univg_jax.trees import named_leaves, nest
 
 Params = dict[str, Any]  # nested, as Flax has them
@@ -125,6 +126,20 @@ class StoredModel:
                 for name, leaf in named_leaves(self.abstract).items()
             }
         )
+
+    def stream(self, *, dtype: Any = jnp.float32) -> dict[str, Tensor]:
+        """The parameters as `dtype`, to be read one after the other; no device is used."""
+
+        def tensor(weight: Weight, shape: tuple[int, ...]) -> Tensor:
+            def blocks() -> Iterator[Block]:
+                for box in boxes(shape, np.dtype(dtype).itemsize):
+                    bounds = tuple((cut.start, cut.stop) for cut in box)
+                    yield box, _read_box(self.tensors, weight, shape, bounds, np.dtype(dtype))
+
+            return Tensor(shape=shape, dtype=np.dtype(dtype), blocks=blocks)
+
+        leaves = named_leaves(self.abstract)
+        return {name: tensor(self.weights[name], tuple(x.shape)) for name, x in leaves.items()}
 
     def write(
         self, folder: PathLike, params: Params, *, max_file_bytes: int = MAX_FILE_BYTES

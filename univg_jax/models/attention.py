@@ -4,7 +4,8 @@
     cpu       the same, with matrix products and a gradient that are faster on CPUs
     splash    Pallas kernel for TPUs
     cudnn     NVIDIA's kernel for GPUs
-    auto      chooses by the platform that it is compiled for
+    auto      chooses by the platform of the process that compiles it
+    portable  chooses when a program is lowered for a platform, which may be another one
 
 The two kernels compute scores in blocks, so that no [queries x keys] array is ever in memory. All
 have the same signature and give the same numbers up to the rounding of the dtype. Every query
@@ -242,10 +243,28 @@ def auto(
     return xla_attention(q, k, v, mask)
 
 
+def portable(
+    q: Float[Array, "b n k c"],
+    k: Float[Array, "b s k c"],
+    v: Float[Array, "b s k c"],
+    mask: Bool[Array, "b s"] | None,
+) -> Float[Array, "b n k c"]:
+    """The implementation for the platform that the program is lowered for: for `jax.export`.
+
+    For TPUs `splash`, whose kernels a program may hold for later versions of their compiler; for
+    CPUs `cpu`, else `xla`: what holds cuDNN's kernel is bound to its version. JAX lowers a Pallas
+    kernel for one platform at a time, so each platform needs a program of its own.
+    """
+    return jax.lax.platform_dependent(
+        q, k, v, mask, tpu=splash, cpu=cpu_attention, default=xla_attention
+    )
+
+
 ATTENTION: dict[str, Callable] = {
     "auto": auto,
     "xla": xla_attention,
     "splash": splash,
     "cudnn": cudnn_attention,
     "cpu": cpu_attention,
+    "portable": portable,
 }

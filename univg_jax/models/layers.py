@@ -264,7 +264,7 @@ def time_features(t: Float[Array, " b"], *, dim: int = 256) -> Float[Array, "b {
 
 def sincos_table(
     height: int, width: int, *, dim: int, max_size: int, base_size: int
-) -> Float[np.ndarray, "n {dim}"]:
+) -> Float[Array, "n {dim}"]:
     """Fixed position features for the central `height x width` crop of a grid of `max_size` tokens.
 
     Token i of the grid has position p = i * base_size / max_size. The first half of the features
@@ -285,9 +285,10 @@ def sincos_table(
         angles = np.outer(position.astype(np.float64), omega)
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
-    columns = np.broadcast_to(features(width)[None], (height, width, dim // 2))
-    rows = np.broadcast_to(features(height)[:, None], (height, width, dim // 2))
-    return np.concatenate([columns, rows], axis=-1).reshape(height * width, dim)
+    # By JAX, so that a compiled program holds the features of one row and one column only.
+    columns = jnp.broadcast_to(features(width)[None], (height, width, dim // 2))
+    rows = jnp.broadcast_to(features(height)[:, None], (height, width, dim // 2))
+    return jnp.concatenate([columns, rows], axis=-1).reshape(height * width, dim)
 
 
 def rotate_2d(x: Float[Array, "b n k c"], *, height: int, width: int) -> Float[Array, "b n k c"]:
