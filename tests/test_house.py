@@ -76,7 +76,9 @@ ALLOWED: dict[str, set[str]] = {
         *("streaming", "workdir"),
     },
     "conditioning": {"batch", "models", "sharding"},
-    "encoders": {"conditioning", "interop", "models", "pretrained", "sharding", "workdir"},
+    "encoders": {
+        *("conditioning", "interop", "models", "pretrained", "sharding", "streaming", "workdir"),
+    },
     "sampling": {"batch", "conditioning", "flow", "models", "sharding"},
     # Training never sees a dataset. Only training.initialize knows the weights of others.
     "training": {
@@ -109,8 +111,9 @@ ALLOWED: dict[str, set[str]] = {
         *("sharding", "version", "workdir", "writers"),
     },
     "export": {
-        *("assembly", "checksums", "data_pipelines", "encoders", "interop", "pipeline"),
-        *("pretrained", "quantization", "streaming", "trained", "workdir"),
+        *("assembly", "batch", "checksums", "data_pipelines", "encoders", "inputs", "interop"),
+        *("models", "pipeline", "pretrained", "quantization", "sampling", "streaming"),
+        *("trained", "workdir"),
     },
     "serving": {
         *("batch", "data_pipelines", "inputs", "pipeline", "result", "sampling", "version"),

@@ -52,7 +52,7 @@ def write_card(
         config=job.config,
         tasks=[TASKS[name] for name in trained_tasks(job.config)],
         data=data_rows(job.config),
-        encoders=encoder_rows(job),
+        encoders=encoder_rows(job, form),
         evaluation=evaluation,
         limits=list(form.limits(job)),
         usage=form.usage(job),
@@ -86,14 +86,15 @@ def data_rows(config: Config) -> list[dict[str, str]]:
     ]
 
 
-def encoder_rows(job: Job) -> list[dict[str, str]]:
+def encoder_rows(job: Job, form: Format) -> list[dict[str, str]]:
     """The frozen encoders, with where their weights are and their license."""
     rows = []
     for role, record in encoders.describe(job.trained.folder).items():
         if record["is_fitted"]:
             where, license_ = "in this folder: the run fitted it on its data", "as the data's"
         else:
-            where = "in this folder, copied" if job.copy_encoders else "not in this folder"
+            is_copied = job.copy_encoders or form.holds_encoders
+            where = "in this folder, copied" if is_copied else "not in this folder"
             license_ = LICENSES.get(record["kind"], OF_OTHERS)
         rows.append(
             {

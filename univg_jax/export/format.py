@@ -30,7 +30,8 @@ class Format:
     where the library at hand can, else by what the same files say; its pictures may differ by
     `tolerance` levels of 255 from those of the `Pipeline`, because of `tolerance_reason`.
     `limits(job)` are sentences for the model card: what the format cannot express. `usage(job)` is
-    code that makes a picture, in Python, and `opened_by` are its readers.
+    code that makes a picture, in Python, and `opened_by` are its readers. `holds_encoders`: the
+    weights of pretrained encoders are in the folder whether or not they are to be copied.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Format:
     num_bytes: Callable[[Job], int]
     check: Callable[[Job], None] = lambda job: None
     limits: Callable[[Job], Sequence[str]] = lambda job: ()
+    holds_encoders: bool = False
     dtypes: tuple[str, ...] = ("f32", "bf16")
     tolerance: int = 1
     tolerance_reason: str = "a device may sum in another order when the program is compiled again"
