@@ -16,6 +16,7 @@ from jax import export
 from packaging.requirements import Requirement
 
 from univg_jax import Pipeline
+from univg_jax.errors import NotFoundError
 from univg_jax.export.formats import stablehlo
 from univg_jax.export.formats.stablehlo import LOADER, MANIFEST, PLATFORMS
 from univg_jax.export.job import Job
@@ -116,6 +117,13 @@ def test_the_pictures_are_the_pipelines_where_our_package_is_not(
     for task, images in zip(TASKS, found, strict=True):
         expected = np.asarray(pipeline.run(task, **pictures[task], seed=3).image)
         assert np.abs(images[0].astype(int) - expected).max() <= TOLERANCE, task
+
+
+def test_a_missing_package_is_told_before_the_model_is_loaded(job, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    monkeypatch.setattr(Pipeline, "load", None)
+    with pytest.raises(NotFoundError, match=r"flatbuffers: pip install 'univg_jax\[stablehlo\]'"):
+        export_model(job, "stablehlo", tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
