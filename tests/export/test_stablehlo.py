@@ -141,8 +141,9 @@ def test_rows_steps_and_what_guidance_leads_away_from_may_differ_from_call_to_ca
     prompt = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     negative = stablehlo.inputs_of(job, folder, make_request("t2i", prompt="a dog", **options))
     null = {f"null_{name}": value for name, value in negative.items()}
-    found = model.sample("t2i", **prompt, **null, seeds=[5, 6], times=np.linspace(1, 0, 4))
-    expected = pipeline(prompts, negative_prompt="a dog", seed=5, steps=3).images
+    options = dict(seeds=[5, 6], times=np.linspace(1, 0, 4), guidance_weights=[9.0, -8.0])
+    found = model.sample("t2i", **prompt, **null, **options)
+    expected = pipeline(prompts, negative_prompt="a dog", seed=5, steps=3, guidance=9.0).images
     for a, b in zip(found, map(np.asarray, expected), strict=True):
         assert np.abs(a.astype(int) - b).max() <= TOLERANCE
     assert np.abs(found[0].astype(int) - found[1]).max() > 10 * TOLERANCE
