@@ -6,8 +6,8 @@ Starts two servers, one after the other: one that makes a picture at a time, and
 Each client asks for a picture, waits for it, and asks for the next. Every answer is compared with
 that of `Pipeline` for its prompt and seed: a difference above 1 of 255 ends the benchmark. Then a
 server with a short queue is asked by more clients than it takes, who come again when it says so.
-Prints tables in Markdown. Other work on the machine slows all of it: the rows of both servers
-alternate, and what counts is their ratio.
+Prints tables in Markdown. Other work on the machine slows all of it: the servers take turns,
+and what counts is their ratio.
 """
 
 import argparse
@@ -105,7 +105,7 @@ async def load(
     return total, seconds, refused
 
 
-def row(clients: int, total: float, seconds: list[float]) -> tuple[float, str]:
+def row(total: float, seconds: list[float]) -> tuple[float, str]:
     """Pictures a second, and a line of the table."""
     cuts = statistics.quantiles(seconds, n=20, method="inclusive")
     rate = len(seconds) / total
@@ -116,7 +116,8 @@ def main() -> None:
     """Measures the checkpoint of the arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--count", type=int, default=96, help="pictures of each row")
+    parser.add_argument("--count", type=int, default=96, help="pictures of each round")
+    parser.add_argument("--rounds", type=int, default=4, help="of each server, in turns")
     parser.add_argument("--max_batch", type=int, default=8)
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -131,11 +132,13 @@ def main() -> None:
         )
         print("|---" * 8 + "|")
         for clients in CLIENTS:
-            found = []
-            for address in (single, batched):
-                total, seconds, _ = asyncio.run(load(address, clients, args.count, expected))
-                found.append(row(clients, total, seconds))
-            (slow, first), (fast, second) = found
+            totals, seconds = [0.0, 0.0], [[], []]
+            for _ in range(args.rounds):
+                for k, address in enumerate((single, batched)):
+                    total, each, _ = asyncio.run(load(address, clients, args.count, expected))
+                    totals[k] += total
+                    seconds[k] += each
+            (slow, first), (fast, second) = map(row, totals, seconds)
             print(f"| {clients} | {first} | {second} | {fast / slow:.2f} |", flush=True)
     with served(args.checkpoint, max_batch=args.max_batch, max_queue=4) as busy:
         _, seconds, refused = asyncio.run(load(busy, 32, args.count, expected))
