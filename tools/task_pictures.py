@@ -14,6 +14,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from data_pipelines.tasks import TASKS
+from univg_jax.images import decode_rgb
 
 IMAGES = pathlib.Path(__file__).parents[1] / "docs" / "images"
 WHITE = 250  # of 255: what is less is ink
@@ -42,7 +43,7 @@ def cut(grid: UInt8[np.ndarray, "h w 3"]) -> list[list[UInt8[np.ndarray, "..."]]
 
 def open_grid() -> UInt8[np.ndarray, "h w 3"]:
     """The picture with a row for each task."""
-    return np.asarray(Image.open(IMAGES / "long.png").convert("RGB"))
+    return decode_rgb((IMAGES / "long.png").read_bytes())
 
 
 def enlarge(strip: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "_h _w 3"]:

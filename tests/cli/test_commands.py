@@ -138,7 +138,9 @@ def sample(root, pictures, task, arguments, out):
 def test_every_task_samples_a_picture(root, pictures, tmp_path, task):
     out = tmp_path / "out.png"
     assert sample(root, pictures, task, SAMPLES[task], out) == 0
-    assert np.asarray(Image.open(out)).shape == (32, 32, 3)
+    # A picture that was given returns at its own size, a new one has the run's.
+    is_new = task in ("t2i", "id")
+    assert np.asarray(Image.open(out)).shape == ((32, 32, 3) if is_new else (40, 50, 3))
 
 
 GRAY_CONFIG = """
@@ -181,12 +183,8 @@ def test_a_task_is_known_everywhere_by_its_entry(root, pictures, tmp_path, monke
 
 def test_inpainting_keeps_what_is_not_masked(root, pictures, tmp_path):
     assert sample(root, pictures, "ip", SAMPLES["ip"], tmp_path / "out.png") == 0
-    from data_pipelines.transforms import resize_and_crop
-
     image = np.asarray(Image.open(pictures / "image.png"))
-    mask = np.asarray(Image.open(pictures / "mask.png").convert("RGB"))
-    image, mask = (resize_and_crop({"image": x}, resolution=32)["image"] for x in (image, mask))
-    kept = mask.mean(-1) <= 127
+    kept = np.asarray(Image.open(pictures / "mask.png")) == 0
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png"))[kept], image[kept])
 
 

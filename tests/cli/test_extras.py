@@ -85,7 +85,7 @@ def test_what_is_imported_is_required():
     extras = SETUP["options.extras_require"]
     optional = distributions(extras["quickstart"])
     native = distributions(extras["data"]) | distributions(extras["beam"])
-    native |= distributions(extras["demo"])
+    native |= distributions(extras["demo"]) | distributions(extras["stablehlo"])
     served = distributions(extras["serve"])
     where = importlib.metadata.packages_distributions()
     for folder in ("univg_jax", "data_pipelines", "experiments"):
@@ -113,7 +113,7 @@ def test_what_is_imported_is_required():
 def test_every_extra_is_used():
     assert set(SETUP["options.extras_require"]) == {
         # Of which the commands speak.
-        *("quickstart", "tpu", "cuda", "gcs", "data", "beam", "demo", "serve"),
+        *("quickstart", "tpu", "cuda", "gcs", "data", "beam", "demo", "serve", "stablehlo"),
         # Of which the Makefile speaks.
         *("parity", "docs", "dev"),
     }

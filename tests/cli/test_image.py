@@ -52,7 +52,7 @@ def test_it_runs_the_command_as_a_user_who_is_not_root():
     scripts = SETUP["options.entry_points"]["console_scripts"]
     assert json.loads(entry) == [scripts.split("=")[0].strip()]
     (user,) = of("USER")
-    assert f"useradd --home-dir {of('WORKDIR')[-1]} {user}" in "\n".join(of("RUN"))
+    assert f"useradd --uid 1000 --home-dir {of('WORKDIR')[-1]} {user}" in "\n".join(of("RUN"))
 
 
 def test_its_python_is_one_that_the_project_takes():

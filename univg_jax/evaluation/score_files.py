@@ -96,9 +96,11 @@ def score_images(
 
     All processes call it, each reads its share of the rows, and all return all rows. A scorer that
     waits for a server has a `concurrency`: so many rows are scored at once. Raises UserError for a
-    picture that cannot be read, a folder that has none, and what `check_settings` refuses.
+    picture that cannot be read, a folder that has none, and what `check_settings` and the
+    benchmark's `check_scoring` refuse.
     """
     check_settings(benchmark, scorers)
+    benchmark.check_scoring(rows, scorers)
     count, index, requests = jax.process_count(), jax.process_index(), benchmark.requests(rows)
     if len(missing(requests, folder)) == sum(len(request.files) for request in requests):
         raise UserError(

@@ -437,7 +437,7 @@ def test_how_items_end_is_counted(judged, rows, results, caplog):
 
 def test_without_prompts_there_is_no_score(tmp_path, rows, results):
     endpoint = Endpoint(url="http://127.0.0.1:9/v1", model="m", cache=tmp_path / "answers")
-    with pytest.raises(UserError, match="gedit needs its judge's prompts: give prompts=FILE"):
+    with pytest.raises(UserError, match="gedit:prompts=FILE"):
         score_images(open_benchmark("gedit"), rows, results, {"judge": endpoint})
 
 

@@ -341,7 +341,7 @@ def test_a_source_or_prompts_that_are_not_there_are_one_line(folders):
     rows = bench.read(folders, excerpt=True)[1:3]
     with pytest.raises(NotFoundError, match="expected the pictures of ImgEdit-Bench"):
         score_images(bench, rows, folders / "results", scorers)
-    with pytest.raises(UserError, match="imgedit needs its judge's prompts: give prompts=FILE"):
+    with pytest.raises(UserError, match="imgedit:prompts=FILE"):
         score_images(open_benchmark("imgedit"), rows, folders / "results", scorers)
 
 
