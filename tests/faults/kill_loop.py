@@ -2,31 +2,35 @@
 
     python -m tests.faults.kill_loop --kills=50 --processes=2 --seed=0
 
-The run is `experiments/emoji.py` with the preset `smoke`: real data, two tasks with a validation,
-checkpoints and samples every few steps. Each kill strikes all processes or one, by SIGKILL, SIGTERM
-or SIGSTOP (a host that hangs; a second later the scheduler takes all), at a random time after the
-start or while a checkpoint is being written. A run that has ended is compared with one that nothing
-disturbed, and the next one begins, until there were so many kills. Compared are all that must be
-the same: every array of the newest checkpoint bit for bit, the place in the data, the rows of
-metrics and the events of TensorBoard but for what the clock says, the samples, and which steps are
-kept.
+The runs are the three stages of `experiments/emoji.py`, each with a parent that nothing disturbed;
+the second one in two buckets. They validate, sample and save every few steps. Each kill strikes all
+processes or one, by SIGKILL, SIGTERM or SIGSTOP (a host that hangs; a second later the scheduler
+takes all), at a random time after the start or while a checkpoint is being written. A run that has
+ended is compared with one that nothing disturbed, and the next one begins, until there were so many
+kills. Compared are all that must be the same: every array of the newest checkpoint bit for bit, the
+place in the data, the rows of metrics and the events of TensorBoard but for what the clock says,
+the samples, and which steps are kept.
 """
 
 import argparse
 import collections
 import dataclasses
+import functools
+import itertools
 import json
+import os
 import pathlib
 import random
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
 
+from experiments import emoji
 from tests import processes
 from tests.processes import Process
 from tests.test_writers import shown_events
@@ -34,19 +38,23 @@ from univg_jax.stored import STATE, read_item, saved_shapes, stream
 from univg_jax.workdir import CHECKPOINTS, list_steps
 from univg_jax.writers import read_metrics
 
-STEPS = 24
 CONFIG = (
-    "--config=experiments/emoji.py:stage=2,preset=smoke",
-    f"--config.train.steps={STEPS}",
+    "--config.model.overrides.depth=1",
+    "--config.sampling.steps=2",
+    "--config.optim.warmup=1",
+    "--config.train.steps=12",
     "--config.train.log_every=5",
-    "--config.train.save_every=4",
+    "--config.train.save_every=3",
     "--config.train.keep=2",
-    "--config.train.eval_every=9",
-    "--config.train.sample_every=12",
+    "--config.train.eval_every=5",
+    "--config.train.sample_every=6",
     "--config.train.eval_examples=8",
     "--config.train.sample_examples=2",
 )
-DEVICES = 2  # in all
+TASKS = ({"t2i"}, {"t2i", "ie", "seg"}, {"t2i", "id"})  # of each stage; fewer compile sooner
+BUCKETS = "--config.data.buckets=((32, 32), (24, 40))"
+DEVICES = 2  # in all, so that the mesh is the same
+SAVE_SECONDS = 0.3  # about what a save takes
 TIMES = ("seconds/", "time", "goodput", "steps_per_second", "images_per_second")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 ENDS = {0, 143, -9, -15}  # done; preempted; killed, before there was a handler
@@ -54,75 +62,99 @@ ENDS = {0, 143, -9, -15}  # done; preempted; killed, before there was a handler
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kill:
-    """Strikes after `seconds`, or that long after a save has begun where one does before."""
+    """Strikes `seconds` after the start, or after the beginning of the attempt's `save`-th save."""
 
     signum: signal.Signals
     is_of_all: bool
-    while_saving: bool
+    save: int | None
     seconds: float
 
     @classmethod
-    def draw(cls, rng: random.Random, *, startup: float, processes: int) -> "Kill":
-        """A kill at any moment of an attempt that takes `startup` seconds to its first step."""
-        while_saving = rng.random() < 0.5
+    def draw(cls, rng: random.Random, *, seconds: float, processes: int) -> "Kill":
+        """A kill at any moment of an attempt that would take `seconds`."""
+        save = rng.choice([1, 2, 3]) if rng.random() < 0.5 else None
         return cls(
             signum=rng.choice(SIGNALS),
             is_of_all=processes == 1 or rng.random() < 0.5,
-            while_saving=while_saving,
-            seconds=rng.uniform(0, 0.3) if while_saving else rng.uniform(0, 1.5 * startup),
+            save=save,
+            seconds=rng.uniform(0, seconds if save is None else SAVE_SECONDS),
         )
 
+    def __str__(self) -> str:
+        when = "after the start" if self.save is None else f"after save {self.save} began"
+        who = "all" if self.is_of_all else "one"
+        return f"{self.signum.name} to {who}, {self.seconds:.2f} s {when}"
 
-def command(workdir: pathlib.Path, data: pathlib.Path) -> tuple[str, ...]:
-    return ("train", *CONFIG, f"--workdir={workdir}", f"--config.data.dir={data}")
 
+@dataclasses.dataclass(kw_only=True)
+class Runs:
+    """Runs of the three stages in `folder`, as one process or several."""
 
-def devices(count: int) -> list[int]:
-    """Of each process: the same number in all, so that the mesh is the same."""
-    return [DEVICES // count] * count
+    folder: pathlib.Path
+    processes: int
+    seconds: float = 0.0  # of the last attempt that nothing disturbed
+
+    def undisturbed(self, stage: int) -> pathlib.Path:
+        """The workdir of a stage that nothing disturbed, trained when it is first asked for."""
+        workdir = self.folder / f"undisturbed{stage}"
+        if not workdir.exists():
+            self.attempt(workdir, stage)
+        return workdir
+
+    def attempt(self, workdir: pathlib.Path, stage: int, kill: Kill | None = None) -> bool:
+        """Starts or continues a run; returns whether it was killed.
+
+        Raises AssertionError for an end that the kill does not explain.
+        """
+        command = self._command(workdir, stage)
+        begun = time.monotonic()
+        devices = [DEVICES // self.processes] * self.processes
+        with processes.running(devices, *command) as running:
+            was_killed = kill is not None and strike(running, kill, workdir)
+            codes = [process.wait() for process in running]
+            logs = [process.log.read_text() for process in running]
+        told = f"{kill}: the exit codes are {codes}\n" + "\n".join(logs)
+        assert was_killed or not any(codes), told
+        # Who loses another process ends with an error, but all that are struck as they should.
+        assert not (was_killed and kill.is_of_all) or set(codes) <= ENDS, told
+        if kill is None:
+            self.seconds = time.monotonic() - begun
+        return was_killed
+
+    def _command(self, workdir: pathlib.Path, stage: int) -> tuple[str, ...]:
+        parent = f",init_from={self.undisturbed(stage - 1)}" if stage > 1 else ""
+        unused = set(emoji.get_config(stage=stage).tasks) - TASKS[stage - 1]
+        return (
+            "train",
+            f"--config=experiments/emoji.py:stage={stage},preset=smoke{parent}",
+            *CONFIG,
+            *(f"--config.tasks.{name}.weight=0" for name in sorted(unused)),
+            *([BUCKETS] if stage == 2 else []),
+            f"--config.data.dir={self.folder / 'data'}",
+            f"--workdir={workdir}",
+        )
 
 
 def strike(running: Sequence[Process], kill: Kill, workdir: pathlib.Path) -> bool:
     """Kills when its moment has come; returns whether the run was still alive then."""
-    begun = time.monotonic()
-    unfinished = f"{CHECKPOINTS}/*.orbax-checkpoint-tmp*"
-    while kill.while_saving and not list(workdir.glob(unfinished)):
-        if is_over(running):
+    begun, saves = time.monotonic(), set()
+    while True:
+        if all(process.popen.poll() is not None for process in running):
             return False
+        if kill.save is None or len(saves) >= kill.save:
+            if time.monotonic() >= begun + kill.seconds:
+                break
+        else:
+            saves.update(workdir.glob(f"{CHECKPOINTS}/*.orbax-checkpoint-tmp*"))
+            begun = time.monotonic()
         time.sleep(0.005)
-    while time.monotonic() < begun + kill.seconds and not kill.while_saving:
-        if is_over(running):
-            return False
-        time.sleep(0.01)
-    if kill.while_saving:
-        time.sleep(kill.seconds)
-    struck = running if kill.is_of_all else running[-1:]
-    for process in struck:
-        if process.popen.poll() is None:
-            process.popen.send_signal(kill.signum)
+    for process in running if kill.is_of_all else running[-1:]:
+        process.popen.send_signal(kill.signum)
     if kill.signum == signal.SIGSTOP:
         time.sleep(1)
         for process in running:
             process.popen.kill()
     return True
-
-
-def is_over(running: Sequence[Process]) -> bool:
-    return all(process.popen.poll() is not None for process in running)
-
-
-def attempt(workdir: pathlib.Path, data: pathlib.Path, count: int, kill: Kill | None) -> bool:
-    """Starts or continues a run; returns whether it was killed. Raises for any other bad end."""
-    with processes.running(devices(count), *command(workdir, data)) as running:
-        was_killed = kill is not None and strike(running, kill, workdir)
-        codes = [process.wait() for process in running]
-        logs = [process.log.read_text() for process in running]
-    if not was_killed and any(codes):
-        raise AssertionError(f"a run that nobody disturbed ended with {codes}:\n" + "\n".join(logs))
-    # Who loses another process ends with a fault of its own, but never with a bug of ours.
-    if was_killed and kill.is_of_all and not set(codes) <= ENDS:
-        raise AssertionError(f"after {kill} the codes are {codes}:\n" + "\n".join(logs))
-    return was_killed
 
 
 def differences(a: pathlib.Path, b: pathlib.Path) -> Iterator[str]:
@@ -136,7 +168,8 @@ def differences(a: pathlib.Path, b: pathlib.Path) -> Iterator[str]:
         arrays = [read_array(folder, name) for folder in folders]
         if arrays[0].tobytes() != arrays[1].tobytes():
             yield f"{name} of step {steps[0][-1]}"
-    for item in ("data", "config", "history"):
+    # Where a signal came between a step and its row, `history` still has what is a row by now.
+    for item in ("data", "config"):
         values = [read_item(folder, item) for folder in folders]
         if values[0] != values[1]:
             yield f"{item} of step {steps[0][-1]}"
@@ -150,8 +183,8 @@ def differences(a: pathlib.Path, b: pathlib.Path) -> Iterator[str]:
     if len(found[0]) != len(found[1]):
         yield f"{len(found[0])} rows and {len(found[1])}"
     events = [shown(run) for run in (a, b)]
-    yield from (f"TensorBoard: {key}" for key in sorted(set(events[0] - events[1])))
-    yield from (f"TensorBoard: {key}" for key in sorted(set(events[1] - events[0])))
+    different = {event[:2] for a, b in (events, events[::-1]) for event in a - b}
+    yield from (f"TensorBoard: step {step}, {tag}" for step, tag in sorted(different))
     pictures = [
         {p.relative_to(run): p.read_bytes() for p in (run / "samples").rglob("*.png")}
         for run in (a, b)
@@ -169,43 +202,47 @@ def read_array(folder: epath.Path, name: str) -> np.ndarray:
 
 
 def rows(workdir: pathlib.Path) -> list[dict[str, float]]:
-    found = read_metrics(workdir / "metrics.jsonl")
+    """Those of metrics.jsonl, all of whose lines must be whole and of different steps."""
+    file = workdir / "metrics.jsonl"
+    found = read_metrics(file)
+    assert len(found) == len(file.read_text().splitlines()), f"{file} has torn lines, or doubles"
     return [{k: x for k, x in row.items() if not k.startswith(TIMES)} for row in found]
 
 
 def shown(workdir: pathlib.Path) -> collections.Counter:
-    """How often TensorBoard shows each number of each step."""
-    events = collections.Counter(shown_events(workdir / "tensorboard"))
-    return collections.Counter(
-        {key: n for key, n in events.items() if not key[1].startswith(TIMES)}
-    )
+    """How often TensorBoard shows each number and picture of each step."""
+    events = shown_events(workdir / "tensorboard")
+    return collections.Counter(event for event in events if not event[1].startswith(TIMES))
 
 
 def kill_loop(
-    *, kills: int, processes: int, seed: int, folder: pathlib.Path, say=print
+    *,
+    kills: int,
+    processes: int,
+    seed: int,
+    folder: pathlib.Path,
+    say: Callable[[str], object] = print,
 ) -> list[str]:
     """All differences found; `say` tells of each kill."""
-    rng, data = random.Random(seed), folder / "data"
-    begun = time.monotonic()
-    attempt(folder / "undisturbed", data, processes, None)
-    startup = time.monotonic() - begun
-    found, done, number = [], 0, 0
-    while done < kills:
-        workdir, number = folder / f"run{number}", number + 1
-        is_killed = True
-        while is_killed:
+    rng, runs = random.Random(seed), Runs(folder=folder, processes=processes)
+    found, done = [], 0
+    for number in itertools.count():
+        stage = number % len(TASKS) + 1
+        expected, workdir = runs.undisturbed(stage), folder / f"run{number}"
+        while True:
             kill = None
             if done < kills:
-                kill = Kill.draw(rng, startup=startup, processes=processes)
-            is_killed = attempt(workdir, data, processes, kill)
-            if is_killed:
-                done += 1
-                steps = list_steps(workdir) if workdir.exists() else ()
-                say(f"kill {done}: {kill}, steps {steps}")
-        new = [f"{workdir.name}: {text}" for text in differences(folder / "undisturbed", workdir)]
+                kill = Kill.draw(rng, seconds=runs.seconds, processes=processes)
+            if not runs.attempt(workdir, stage, kill):
+                break
+            done += 1
+            steps = list_steps(workdir) if workdir.exists() else ()
+            say(f"kill {done}, stage {stage}: {kill}; steps {steps}")
+        new = [f"{workdir.name}: {text}" for text in differences(expected, workdir)]
         say(f"{workdir.name} after {done} kills: {len(new)} differences")
         found += new
-    return found
+        if done == kills:
+            return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,12 +252,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, help="default: a temporary one")
     args = parser.parse_args(argv)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     with tempfile.TemporaryDirectory() as temporary:
         found = kill_loop(
             kills=args.kills,
             processes=args.processes,
             seed=args.seed,
             folder=args.folder or pathlib.Path(temporary),
+            say=functools.partial(print, flush=True),
         )
     print(json.dumps({"kills": args.kills, "processes": args.processes, "differences": found}))
     return 1 if found else 0

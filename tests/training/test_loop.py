@@ -145,29 +145,35 @@ def test_rows_and_kept_steps_do_not_tell_where_a_run_was_interrupted(undisturbed
     assert list_steps(tmp_path) == list_steps(undisturbed) == (4, 6)
 
 
+@pytest.mark.parametrize("at", [2, 6])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_sampling(tmp_path, signum):
-    """The step is saved, and its samples and its row are made when the run goes on."""
+def test_a_signal_while_sampling(tmp_path, signum, at):
+    """The step is saved, and its samples and its row are made when the run goes on.
+
+    Also the last step: the run is not done, and has no summary.
+    """
     config = _with(helpers.tiny_config(), sample_every=2)
-    made = []
+    made, signals = [], [signum]
 
     def preview(params, folder):
-        if not made:
-            os.kill(os.getpid(), signum)
+        if signals and int(folder.name) == at:
+            os.kill(os.getpid(), signals.pop())
         for name in ("samples/t2i", "samples/ie"):
             made.append((int(folder.name), name))
             yield name, np.zeros((4, 4, 3), np.uint8)
 
-    with pytest.raises(Preempted, match="step 2 is saved") as end:
+    with pytest.raises(Preempted, match=f"step {at} is saved") as end:
         run(tmp_path, config=config, preview=preview)
     assert end.value.exit_code == 128 + signum
-    assert list_steps(tmp_path)[-1] == 2
-    assert made == [(2, "samples/t2i")]
-    assert [row["step"] for row in rows_of(tmp_path)] == [1]
+    assert list_steps(tmp_path)[-1] == at
+    assert made.pop() == (at, "samples/t2i")
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, at))
+    assert not (tmp_path / "summary.json").exists()
     run(tmp_path, config=config, preview=preview)
     names = ("samples/t2i", "samples/ie")
-    assert made[1:] == [(step, name) for step in (2, 4, 6) for name in names]
+    assert made == [(step, name) for step in (2, 4, 6) for name in names]
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_a_signal_while_validating(finished, tmp_path):

@@ -268,7 +268,7 @@ def _train(
                 checkpointer.wait()
         if step > start and history.is_complete:
             writer.write_scalars(step, history.complete_row())
-    if step < c.steps:
+    if step < c.steps or is_left:
         done = f"step {step} is saved" if step else "no step was made"
         cause = "Ctrl-C" if notice.signum == signal.SIGINT else "SIGTERM"
         raise Preempted(
