@@ -167,7 +167,7 @@ def test_a_signal_while_sampling(tmp_path, signum, at):
     assert end.value.exit_code == 128 + signum
     assert list_steps(tmp_path)[-1] == at
     assert made.pop() == (at, "samples/t2i")
-    assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, at))
+    assert [row["step"] for row in rows_of(tmp_path) if "loss" in row] == list(range(1, at))
     assert not (tmp_path / "summary.json").exists()
     run(tmp_path, config=config, preview=preview)
     names = ("samples/t2i", "samples/ie")
