@@ -140,9 +140,9 @@ def write_image_encoder(folder):
     write_params(folder, "model.safetensors", params=params, weights=weights, config=config)
 
 
-def write_vae(folder):
+def write_vae(folder, *, channels=4):
     """Writes a VAE of three levels."""
-    module = AutoencoderKL(latent_channels=4, widths=(8, 12, 16), depth=1, groups=4)
+    module = AutoencoderKL(latent_channels=channels, widths=(8, 12, 16), depth=1, groups=4)
     params = random_params(module, jnp.zeros((1, 4, 4, 3)), seed=4)
     write_params(
         folder,
@@ -154,7 +154,7 @@ def write_vae(folder):
             block_out_channels=[8, 12, 16],
             down_block_types=["DownEncoderBlock2D"] * 3,
             up_block_types=["UpDecoderBlock2D"] * 3,
-            latent_channels=4,
+            latent_channels=channels,
             layers_per_block=1,
             norm_num_groups=4,
             scaling_factor=1.5305,
@@ -165,8 +165,11 @@ def write_vae(folder):
     )
 
 
-def write_sd3(folder: Path) -> Path:
-    """Writes transformer, VAE, three text encoders with tokenizers, scheduler and index."""
+def write_sd3(folder: Path, *, channels: int = 4) -> Path:
+    """Writes transformer, VAE, three text encoders with tokenizers, scheduler and index.
+
+    `channels` are those of a latent.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_clip(folder / "tokenizer")
     write_clip(folder / "tokenizer_2", pad="!")
@@ -178,11 +181,10 @@ def write_sd3(folder: Path) -> Path:
         folder / "text_encoder_2", width=12, heads=3, projection=8, activation="gelu", seed=2
     )
     write_t5_encoder(folder / "text_encoder_3", width=28, vocab_size=400)
-    write_vae(folder / "vae")
-    inputs = jnp.zeros((1, 2, 2, 4)), jnp.zeros((1, 1, 28)), jnp.zeros((1, 14)), jnp.zeros(1)
-    save_transformer(
-        TRANSFORMER, random_params(TRANSFORMER, *inputs, seed=5), folder / "transformer"
-    )
+    write_vae(folder / "vae", channels=channels)
+    model = dataclasses.replace(TRANSFORMER, in_channels=channels, out_channels=channels)
+    inputs = jnp.zeros((1, 2, 2, channels)), jnp.zeros((1, 1, 28)), jnp.zeros((1, 14)), jnp.zeros(1)
+    save_transformer(model, random_params(model, *inputs, seed=5), folder / "transformer")
     (folder / "scheduler").mkdir(exist_ok=True)
     scheduler = dict(
         _class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=3.0

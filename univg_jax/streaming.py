@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Shaped
 
@@ -25,10 +26,12 @@ class Tensor:
     blocks: Callable[[], Iterable[Block]]
 
     @classmethod
-    def of(cls, value: Shaped[np.ndarray, "..."]) -> "Tensor":
-        """An array that is in memory."""
-        whole = tuple(slice(0, size) for size in value.shape)
-        return cls(shape=value.shape, dtype=value.dtype, blocks=lambda: [(whole, value)])
+    def of(cls, value: jax.Array | np.ndarray) -> "Tensor":
+        """An array that is in memory, of the host or of devices."""
+        shape, dtype = tuple(value.shape), np.dtype(value.dtype)
+        return cls(
+            shape=shape, dtype=dtype, blocks=lambda: [(everything(shape), np.asarray(value))]
+        )
 
     def astype(self, dtype: np.dtype) -> "Tensor":
         """The same tensor, each block cast as it comes."""
@@ -66,6 +69,11 @@ def return_freed_blocks() -> None:
     """
     if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
         set_option(_M_MMAP_THRESHOLD, 2**17)
+
+
+def everything(shape: Sequence[int]) -> Box:
+    """The box of a whole tensor."""
+    return tuple(slice(0, size) for size in shape)
 
 
 def boxes(

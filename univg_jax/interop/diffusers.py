@@ -8,6 +8,7 @@ position table (computed here) and the text queries of the last block (nothing r
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from univg_jax.interop.config import (
 )
 from univg_jax.interop.folder import (
     CONV,
-    MAX_FILE_BYTES,
     Params,
     StoredModel,
     Weight,
@@ -39,17 +39,22 @@ from univg_jax.interop.folder import (
     loader,
     map_weights,
     open_model,
+    stored_tensors,
     write_params,
 )
 from univg_jax.interop.sd3_config import config_of, model_of, stored_channels
 from univg_jax.interop.tensors import PathLike, TensorFolder, check_shapes
-from univg_jax.models.layers import sincos_table
+from univg_jax.interop.writing import MAX_FILE_BYTES
+from univg_jax.models.layers import MLP, gelu_tanh, sincos_table
 from univg_jax.models.mmdit import MMDiT
 from univg_jax.models.vae import AutoencoderKL
+from univg_jax.streaming import Tensor, everything
 from univg_jax.trees import map_named, named_leaves
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TABLE = "pos_embed.pos_embed"
+PROJECTOR = "identity_projector"  # in a pipeline that we exported
+PATCHES = ("pos_embed.proj.weight", "pos_embed.proj.bias")
 
 # Our module path -> diffusers' module name; of a block, after `transformer_blocks.<i>.`.
 OUTER = {
@@ -99,7 +104,7 @@ def open_transformer(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredMod
         module=model,
         abstract=abstract,
         weights=_weights(model, stored_channels(model, folder)),
-        unread={name: shape for name, (shape, _) in _unread(model).items()},
+        unread={name: tensor.shape for name, tensor in _unread(model).items()},
     )
     if TABLE in stored.tensors:
         _check_table(model, stored.tensors.read(TABLE), Path(folder))
@@ -188,12 +193,39 @@ def save_transformer(
         params=params,
         weights=_weights(model, stored_channels(model)),
         config=config,
-        unread={
-            name: np.asarray(make(), np.float32).reshape(shape)
-            for name, (shape, make) in _unread(model).items()
-        },
+        unread=_unread(model),
         max_file_bytes=max_file_bytes,
     )
+
+
+def transformer_tensors(model: MMDiT, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a folder of `SD3Transformer2DModel`, `PATCHES` first, from the parameters.
+
+    The host holds one parameter at a time. Raises UserError if the parameters have other names or
+    shapes than the model.
+    """
+    expected = {name: tuple(leaf.shape) for name, leaf in named_leaves(_abstract(model)).items()}
+    found = {name: leaf.shape for name, leaf in leaves.items()}
+    check_shapes(expected, found, where="parameters")
+    tensors = stored_tensors(leaves, _weights(model, stored_channels(model)))
+    dtype = leaves["patch_embed/kernel"].dtype
+    first = {name: tensors[name] for name in PATCHES}
+    return first | {n: tensor.astype(dtype) for n, tensor in _unread(model).items()} | tensors
+
+
+def without_source(model: MMDiT, leaves: Mapping[str, Tensor]) -> tuple[MMDiT, dict[str, Tensor]]:
+    """The model of text-to-image alone, which reads the noisy latent alone, and its parameters.
+
+    Without a source the source's latent is zero and the mask is one, everywhere. So their share in
+    a patch is constant: nothing, and the sum of the mask's weights. It goes into the bias.
+    """
+    c, p, d = model.out_channels, model.patch_size, model.hidden_dim
+    kernel = leaves["patch_embed/kernel"].read().astype(np.float32).reshape(p, p, 2 * c + 1, d)
+    bias = leaves["patch_embed/bias"].read().astype(np.float32) + kernel[:, :, -1].sum((0, 1))
+    patches = {"kernel": np.ascontiguousarray(kernel[:, :, :c]).reshape(-1, d), "bias": bias}
+    dtype = leaves["patch_embed/kernel"].dtype
+    folded = {f"patch_embed/{n}": Tensor.of(x).astype(dtype) for n, x in patches.items()}
+    return dataclasses.replace(model, in_channels=c), {**leaves, **folded}
 
 
 def _abstract(model: MMDiT) -> Params:
@@ -216,19 +248,21 @@ def _weights(model: MMDiT, channels: tuple[int, ...]) -> dict[str, Weight]:
     }
 
 
-def _unread(model: MMDiT) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Tensors that diffusers stores and we do not: their shape, and a function that makes them."""
+def _unread(model: MMDiT) -> dict[str, Tensor]:
+    """Tensors that diffusers stores and we do not, float32."""
     d, size = model.hidden_dim, model.pos_embed_max_size
-    block = f"transformer_blocks.{model.depth - 1}.attn"
-    tensors = {
-        TABLE: ((1, size * size, d), lambda: _table(model)),
-        f"{block}.add_q_proj.weight": ((d, d), lambda: np.zeros((d, d))),
-        f"{block}.add_q_proj.bias": ((d,), lambda: np.zeros(d)),
+    block, ones = f"transformer_blocks.{model.depth - 1}.attn", np.ones((), np.float32)
+    constants = {
+        f"{block}.add_q_proj.weight": np.broadcast_to(0 * ones, (d, d)),
+        f"{block}.add_q_proj.bias": np.broadcast_to(0 * ones, (d,)),
     }
     if model.qk_norm:
-        c = d // model.num_heads
-        tensors[f"{block}.norm_added_q.weight"] = ((c,), lambda: np.ones(c))
-    return tensors
+        constants[f"{block}.norm_added_q.weight"] = np.broadcast_to(ones, (d // model.num_heads,))
+    shape = 1, size * size, d
+    table = Tensor(
+        shape=shape, dtype=ones.dtype, blocks=lambda: [(everything(shape), _table(model)[None])]
+    )
+    return {TABLE: table, **{name: Tensor.of(value) for name, value in constants.items()}}
 
 
 def _table(model: MMDiT) -> np.ndarray:
@@ -249,6 +283,25 @@ def _check_table(model: MMDiT, table: np.ndarray, folder: Path) -> None:
             f"pos_embed_max_size={model.pos_embed_max_size}, base size "
             f"{model.pos_embed_base_size} (differs by {error:.3g}); no other is supported"
         )
+
+
+def open_projector(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
+    """The identity projector of an exported pipeline. Raises what `open_model` raises."""
+    config = read_config(folder, key="_class_name", expected=("IdentityProjector",))
+    c = complete_config(folder, config, dict(face_dim=768, text_dim=4096))
+    model = MLP(c["text_dim"], c["text_dim"], gelu_tanh, dtype)
+    face = jax.ShapeDtypeStruct((1, c["face_dim"]), jnp.float32)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), face)["params"]
+    weights = projector_weights(abstract)
+    return open_model(folder, WEIGHTS, module=model, abstract=abstract, weights=weights)
+
+
+load_projector = loader(open_projector)
+
+
+def projector_weights(params: Params) -> dict[str, Weight]:
+    """Where an identity projector's parameters are stored."""
+    return map_weights(params, outer={"in": "linear_1", "out": "linear_2"})
 
 
 # Regexes in our module paths -> theirs, applied in this order.
@@ -289,6 +342,42 @@ def open_vae(folder: PathLike, *, dtype: Any = jnp.float32) -> StoredModel:
 
 
 load_vae = loader(open_vae)
+
+
+def steady_vae(folder: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the config of a VAE that gives our codec's latents in every pipeline.
+
+    Our codec takes the mode of the posterior. diffusers' inpainting pipeline draws a sample of it,
+    and forgets the shift of the latents before it decodes them. So here the 1x1 convolutions
+    between the networks and the latents, which are the identity where the folder has none, take
+    the shift over, and set the log variance to -30, the least: a deviation of 3e-7. All else is
+    stored as it was.
+
+    Raises what `open_vae` raises.
+    """
+    stored = open_vae(folder)
+    model, tensors = stored.module, stored.tensors
+    c, shift = model.latent_channels, model.shift_factor
+
+    def conv(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+        if f"{name}.weight" not in tensors:
+            return np.eye(size), np.zeros(size)
+        weight, bias = (
+            tensors.read(f"{name}.{part}").astype(np.float64) for part in ("weight", "bias")
+        )
+        return weight[:, :, 0, 0], bias
+
+    weight, bias = conv("quant_conv", 2 * c)
+    weight[c:], bias[c:] = 0, -30
+    after = weight, bias - shift * (np.arange(2 * c) < c)
+    weight, bias = conv("post_quant_conv", c)
+    before = weight, bias + weight @ np.full(c, shift)
+    out = {name: tensors.stream(name) for name in tensors.shapes}
+    for name, (weight, bias) in {"quant_conv": after, "post_quant_conv": before}.items():
+        out[f"{name}.weight"] = Tensor.of(weight[:, :, None, None].astype(np.float32))
+        out[f"{name}.bias"] = Tensor.of(bias.astype(np.float32))
+    config = read_json(config_file(tensors.folder))
+    return out, config | dict(use_quant_conv=True, use_post_quant_conv=True, shift_factor=0.0)
 
 
 def vae_weights(abstract: Params, *, names: tuple[tuple[str, str], ...]) -> dict[str, Weight]:

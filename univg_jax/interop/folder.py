@@ -11,8 +11,8 @@ are never read.
 """
 
 import dataclasses
+import functools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,14 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Shaped
-from safetensors.numpy import save_file
 
 from univg_jax.files import read_json, write_whole
 from univg_jax.interop.config import config_file
 from univg_jax.interop.tensors import PathLike, TensorFolder, check_shapes
+from univg_jax.interop.writing import MAX_FILE_BYTES, write_sharded
 from univg_jax.pretrained import local_path
 from univg_jax.sharding import tree_shardings
-from univg_jax.streaming import Block, Tensor, boxes
+from univg_jax.streaming import Block, Tensor, boxes, everything
 from univg_jax.trees import named_leaves, nest
 
 Params = dict[str, Any]  # nested, as Flax has them
@@ -36,7 +36,6 @@ Params = dict[str, Any]  # nested, as Flax has them
 LINEAR = (1, 0)  # [out in] -> [in out]
 CONV = (2, 3, 1, 0)  # [out in h w] -> [h w in out]
 TENSORS = {"kernel": "weight", "bias": "bias", "scale": "weight"}  # our leaf -> their tensor
-MAX_FILE_BYTES = 5 * 10**9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +57,11 @@ class Weight:
     def transposed(self) -> tuple[int, ...]:
         """The shape of a stored tensor in our order of axes."""
         return tuple(self.shape[axis] for axis in self.axes)
+
+    def stored(self, value: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """Our parameter, or one layer of it, as it is stored."""
+        value = value.reshape(self.transposed).transpose(np.argsort(self.axes))
+        return value[:, np.argsort(self.channels)] if self.channels else value
 
 
 def map_weights(
@@ -255,53 +259,55 @@ def write_params(
     params: Params,
     weights: Mapping[str, Weight],
     config: Mapping[str, Any] | None,
-    unread: Mapping[str, Shaped[np.ndarray, "..."]] | None = None,
+    unread: Mapping[str, Tensor] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """The inverse of `open_model` and `read`: writes a folder in float32, `config.json` last.
 
     Several files are written if one would exceed `max_file_bytes`. `unread` are tensors that they
-    have and we lack. The host holds one file's tensors at a time.
+    have and we lack. The host holds one parameter at a time.
     """
-    unread = unread or {}
-    leaves = named_leaves(params)
-    stored_in = {
-        name: (path, layer) for path, w in weights.items() for layer, name in enumerate(w.names)
-    }
-
-    def tensor(name: str) -> Shaped[np.ndarray, "..."]:
-        if name not in stored_in:
-            return np.ascontiguousarray(unread[name], np.float32)
-        path, layer = stored_in[name]
-        weight = weights[path]
-        value = np.asarray(leaves[path][layer] if weight.stacked else leaves[path], np.float32)
-        value = value.reshape(weight.transposed).transpose(np.argsort(weight.axes))
-        value = value[:, np.argsort(weight.channels)] if weight.channels else value
-        return np.ascontiguousarray(value)
-
-    sizes = {name: 4 * math.prod(w.shape) for w in weights.values() for name in w.names}
-    sizes |= {name: 4 * value.size for name, value in unread.items()}
-    files: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if files[-1] and sum(sizes[n] for n in files[-1]) + size > max_file_bytes:
-            files.append([])
-        files[-1].append(name)
-
+    leaves = {name: Tensor.of(leaf) for name, leaf in named_leaves(params).items()}
     folder = local_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stem, suffix = file.rsplit(".", 1)
     for old in folder.glob(f"{stem}*.{suffix}*"):
         old.unlink()
-    weight_map = {}
-    for i, names in enumerate(files):
-        one = file if len(files) == 1 else f"{stem}-{i + 1:05d}-of-{len(files):05d}.{suffix}"
-        save_file({name: tensor(name) for name in names}, folder / one, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, one)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        write_whole(folder / f"{file}.index.json", json.dumps(index, indent=2))
+    tensors = stored_tensors(leaves, weights) | dict(unread or {})
+    tensors = {name: tensor.astype(np.dtype(np.float32)) for name, tensor in tensors.items()}
+    write_sharded(folder, file, tensors, max_file_bytes=max_file_bytes)
     if config is not None:
         write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def stored_tensors(
+    leaves: Mapping[str, Tensor], weights: Mapping[str, Weight]
+) -> dict[str, Tensor]:
+    """Our parameters under their stored names and in their layout, to be written in this order.
+
+    The host holds one parameter at a time.
+    """
+    held: dict[str, np.ndarray] = {}  # the parameter that is being cut into layers
+
+    def layer(path: str, index: int) -> Iterator[Block]:
+        if path not in held:
+            held.clear()
+            held[path] = leaves[path].read()
+        weight = weights[path]
+        yield (
+            everything(weight.shape),
+            weight.stored(held[path][index] if weight.stacked else held[path]),
+        )
+
+    return {
+        name: Tensor(
+            shape=weight.shape,
+            dtype=leaves[path].dtype,
+            blocks=functools.partial(layer, path, index),
+        )
+        for path, weight in weights.items()
+        for index, name in enumerate(weight.names)
+    }
 
 
 def check_params(params: Params, abstract: Params) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.files import MAX_JSON_BYTES, parse_json, read_json
 from univg_jax.interop.fingerprint import file_sha256
 from univg_jax.pretrained import local_path
+from univg_jax.streaming import Block, Tensor, boxes
 
 PathLike = str | os.PathLike
 
@@ -93,6 +94,16 @@ class TensorFolder:
         """The tensor, or the part of it in `box`. The file is mapped only while it is read."""
         with _opened(self.file_of[name]) as handle:
             return handle.get_tensor(name) if box is None else handle.get_slice(name)[tuple(box)]
+
+    def stream(self, name: str) -> Tensor:
+        """The tensor as it is stored, read in blocks when it is written elsewhere."""
+        shape, dtype = self.shapes[name], DTYPES[self.dtypes[name]]
+
+        def blocks() -> Iterator[Block]:
+            for box in boxes(shape, dtype.itemsize):
+                yield box, self.read(name, box)
+
+        return Tensor(shape=shape, dtype=dtype, blocks=blocks)
 
     def fingerprint(self) -> str:
         """A hash of all that the network is made of: of every file, and of its configuration."""

@@ -7,7 +7,7 @@ every tensor), and the tensors' bytes one after the other
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import BinaryIO
 
 import numpy as np
@@ -26,16 +26,19 @@ def write_sharded(
     tensors: Mapping[str, Tensor],
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
+    apart: Collection[str] = (),
 ) -> None:
     """Writes tensors as Hugging Face does, in the order in which they come.
 
     If `file` would exceed `max_file_bytes`, there are several, such as
-    `model-00001-of-00002.safetensors`, and an index. The host holds one block of one tensor. Raises
-    UserError where the system refuses.
+    `model-00001-of-00002.safetensors`, and an index. Those named in `apart`, which come first, have
+    a file of their own. The host holds one block of one tensor. Raises UserError where the system
+    refuses.
     """
     files: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
-        if files[-1] and _size(files[-1]) + tensor.num_bytes > max_file_bytes:
+        is_full = _size(files[-1]) + tensor.num_bytes > max_file_bytes
+        if files[-1] and (is_full or (name in apart) != (next(iter(files[-1])) in apart)):
             files.append({})
         files[-1][name] = tensor
     stem, suffix = file.rsplit(".", 1)
@@ -74,6 +77,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> Non
             if written != tensor.num_bytes:
                 raise ValueError(f"{name} has {written} bytes, expected {tensor.num_bytes}")
 
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     write_streamed(path, write)
 
 

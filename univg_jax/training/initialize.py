@@ -17,6 +17,7 @@ from univg_jax.batch import Batch
 from univg_jax.checkpoint import Checkpointer, Restored
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.interop import diffusers
+from univg_jax.interop.folder import check_params
 from univg_jax.settings import InitFrom
 from univg_jax.together import together
 from univg_jax.trained import ExportedModel, Trained, open_trained
@@ -101,11 +102,23 @@ class PublicWeights:
         diffusers.open_transformer(self.folder)
 
     def load(self, params: PyTree, step: TrainStep, mesh: Mesh) -> Restored:
-        """The public weights as the backbone; what they lack (image and mask channels) is zero."""
+        """The public weights as the backbone; what they lack (image and mask channels) is zero.
+
+        A pipeline that we exported may have an identity projector, too.
+        """
         backbone = diffusers.init_transformer(
             params["backbone"], step.model.backbone, self.folder, mesh=mesh
         )
-        return Restored(state={**params, "backbone": backbone}, data_state=None)
+        state = {**params, "backbone": backbone}
+        projector = epath.Path(self.folder).parent / diffusers.PROJECTOR
+        if diffusers.PROJECTOR in params and projector.exists():
+            fresh = params[diffusers.PROJECTOR]
+            stored = diffusers.open_projector(projector)
+            check_params(fresh, stored.abstract)
+            state[diffusers.PROJECTOR] = jax.tree.map(
+                lambda new, x: jax.device_put(x, new.sharding), fresh, stored.read(mesh=mesh)
+            )
+        return Restored(state=state, data_state=None)
 
 
 def find_parent(settings: InitFrom) -> ParentRun | PublicWeights | None:
