@@ -24,13 +24,14 @@ _GOOGLE = "0x1ae0"  # the vendor of a TPU on the PCI bus
 class Chip:
     """What one device can do, by libtpu's count of devices.
 
-    A chip of tpu7x is two devices, so it can do twice as much. The two cores of a v4 are one device
+    A chip of tpu7x is two devices, so it can do twice as much as stands here. The two cores of a v4 are one device
     (megacore), as JAX runs on real ones; libtpu describes them so by a configuration's name.
     """
 
     name: str
     kind: str  # `jax.Device.device_kind`
     sides: int  # dimensions of a slice's torus: 2 or 3
+    unit: int  # rows and columns of its matrix units
     flops: float  # a second, in bf16
     hbm: float  # bytes that a program may use
     hbm_bandwidth: float  # bytes a second
@@ -41,13 +42,13 @@ class Chip:
 
 # fmt: off
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in (
-    #    name     kind           sides flops        hbm          HBM         ICI        DCN
-    Chip("v4",    "TPU v4",      3, 275e12,      30.75 * GIB, 1228e9,     300e9,     3.1e9,
+    #    name,    kind,          sides, unit, FLOP/s, HBM and its rate, ICI, DCN
+    Chip("v4",    "TPU v4",      3, 128, 275e12, 30.75 * GIB, 1228e9, 300e9, 3.1e9,
          libtpu_config="megacore"),
-    Chip("v5e",   "TPU v5 lite", 2, 197e12,      15.75 * GIB, 819e9,      200e9,     3.1e9),
-    Chip("v5p",   "TPU v5",      3, 459e12,      95.74 * GIB, 2765e9,     600e9,     6.2e9),
-    Chip("v6e",   "TPU v6 lite", 2, 918e12,      31.25 * GIB, 1600e9,     400e9,     12.5e9),
-    Chip("tpu7x", "TPU7x",       3, 2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 600e9 / 2, 12.5e9 / 2),
+    Chip("v5e",   "TPU v5 lite", 2, 128, 197e12, 15.75 * GIB, 819e9, 200e9, 3.1e9),
+    Chip("v5p",   "TPU v5",      3, 128, 459e12, 95.74 * GIB, 2765e9, 600e9, 6.2e9),
+    Chip("v6e",   "TPU v6 lite", 2, 256, 918e12, 31.25 * GIB, 1600e9, 400e9, 12.5e9),
+    Chip("tpu7x", "TPU7x",       3, 256, 1153.5e12, 94.75 * GIB, 3690e9, 300e9, 6.25e9),
 )}
 # fmt: on
 

@@ -31,15 +31,19 @@ def test_it_prints_a_column_for_each_topology_and_writes_their_plans(tmp_path, c
     out = tmp_path / "plan.json"
     overrides = ["--config.model.overrides.depth=2", "--config.model.overrides.dtype=bfloat16"]
     topologies = ["--topology=v6e:2x2", "--topology=v5e:2x2"]
-    assert main([*COMMAND, *overrides, *topologies, f"--json={out}", "--quick"]) == 0
+    assert main([*COMMAND, *overrides, *topologies, f"--json={out}", "--quick", "--traffic"]) == 0
     printed = capsys.readouterr().out
-    for word in ("v6e:2x2", "v5e:2x2", "MFU at most"):
+    for word in ("v6e:2x2", "v5e:2x2", "MFU at most", "train: HBM traffic", "attention", "pad"):
         assert word in printed
     plans = json.loads(out.read_text())["plans"]
     assert [plan["chip"]["kind"] for plan in plans] == ["TPU v6 lite", "TPU v5 lite"]
     assert all(plan["fits"] for plan in plans)
     (first,), (second,) = (plan["programs"] for plan in plans)
     assert first["model_flops"] == second["model_flops"] > 0
+    traffic = first["traffic"]
+    assert traffic == sorted(traffic, key=lambda one: -one["bytes"])
+    assert sum(one["bytes"] for one in traffic) == pytest.approx(first["memory_bytes"])
+    assert {one["part"] for one in traffic} >= {"attention", "MLP", "norms", "optimizer"}
     fields = {"kind", "group", "count", "bytes", "wire_bytes"}
     assert first["collectives"][0].keys() >= fields
 

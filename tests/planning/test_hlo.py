@@ -6,10 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from univg_jax import sharding
 from univg_jax.models.mmdit import MMDiT
 from univg_jax.planning import hlo
 
@@ -54,6 +51,33 @@ ENTRY %main (a: bf16[30,8,64], b: bf16[30,16,64]) -> bf16[30,8,16] {
 """  # noqa: E501
 
 
+def products(text):
+    (product,) = hlo.products(hlo.parse(text))
+    return product
+
+
+def test_products_fill_whole_matrix_units():
+    """By the two sizes that the unit holds: the contraction and the narrower side of the result."""
+    product = products(BATCHED_PRODUCT)
+    assert product == hlo.Product(30, 8, 64, 16)
+    assert product.unit_flops(128) == 2 * 30 * 16 * 128 * 128
+    assert hlo.Product(1, 4096, 64, 2048).unit_flops(128) == 2 * 2 * 4096 * 64 * 2048
+    assert hlo.Product(1, 4096, 64, 2048).unit_flops(256) == 4 * 2 * 4096 * 64 * 2048
+    assert hlo.Product(1, 4096, 2048, 64).unit_flops(256) == 4 * 2 * 4096 * 64 * 2048
+    assert hlo.Product(1, 300, 256, 512).unit_flops(256) == 2 * 512 * 256 * 512
+    whole = hlo.Product(3, 1024, 512, 256)
+    assert whole.unit_flops(256) == whole.unit_flops(128) == whole.flops
+
+
+def test_a_convolution_contracts_its_taps():
+    image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 7))
+    convolution = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
+        x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    text = jax.jit(convolution).lower(image, kernel).compile().as_text()
+    assert products(text) == hlo.Product(1, 2 * 6 * 6, 3 * 9, 7)
+
+
 def test_a_batched_product_as_a_tpu_writes_it_counts_the_taps_that_meet_an_input():
     assert hlo.count(BATCHED_PRODUCT).flops == 2 * 30 * 8 * 16 * 64
 
@@ -88,72 +112,6 @@ ENTRY %main (x.1: f32[8,8]) -> (s32[], f32[8,8]) {
 
 def test_a_loop_whose_first_iteration_was_peeled_off_runs_once_less():
     assert hlo.count(PEELED).flops == 26 * 2 * 8**3
-
-
-def test_collectives_by_kind_group_and_bytes():
-    mesh = sharding.make_mesh(data=2, fsdp=4)
-    jax.set_mesh(mesh)
-    x = jax.device_put(jnp.ones((64, 32)), NamedSharding(mesh, P("fsdp")))
-
-    def communicate(x):
-        def local(x):
-            whole = jax.lax.all_gather(x, "fsdp", tiled=True)
-            part = jax.lax.psum_scatter(whole * jax.lax.axis_index("fsdp"), "fsdp", tiled=True)
-            return jax.lax.psum(part * jax.lax.axis_index("data"), "data")
-
-        return jax.shard_map(local, in_specs=P("fsdp"), out_specs=P("fsdp"))(x)
-
-    found = {c.kind: c for c in count(communicate, x).collectives}
-    size = 64 * 32 * 4
-    assert {kind: (c.group, c.count, c.bytes) for kind, c in found.items()} == {
-        "all-gather": (4, 1, size),
-        "reduce-scatter": (4, 1, size),
-        "all-reduce": (2, 1, size / 4),
-    }
-    assert found["all-gather"].wire_bytes == found["reduce-scatter"].wire_bytes == size * 3 / 4
-    assert found["all-reduce"].wire_bytes == 2 * size / 4 / 2
-    # Devices 0 to 3 are the first row of the mesh: over data a group spans 4.
-    assert found["all-reduce"].crosses(4)
-    assert not found["all-gather"].crosses(4)
-
-
-@pytest.mark.parametrize(
-    "groups",
-    [
-        "replica_groups={{0,2,4,6},{1,3,5,7}}, use_global_device_ids=true",
-        "replica_groups=[2,4]<=[4,2]T(1,0), use_global_device_ids=true",
-        "replica_groups=mesh['data'=4,'fsdp'=2] {'data'}, use_global_device_ids=true",
-    ],
-)
-def test_groups_are_read_in_each_of_their_three_notations(groups):
-    text = f"""HloModule test
-
-%add (a: f32[], b: f32[]) -> f32[] {{
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b)
-}}
-
-ENTRY %main (x: f32[8]) -> f32[8] {{
-  %x = f32[8]{{0}} parameter(0)
-  ROOT %y = f32[8]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add
-}}
-"""
-    (found,) = hlo.count(text).collectives
-    assert (found.kind, found.group, found.span, found.bytes) == ("all-reduce", 4, 6, 32)
-
-
-def test_memory_counts_the_slice_of_an_array_that_a_loop_reads():
-    layers = jnp.ones((100, 256, 256))
-    one = 256 * 256 * 4
-
-    def body(x, w):
-        return x + w, None
-
-    moved = count(lambda w: jax.lax.scan(body, jnp.zeros((256, 256)), w)[0], layers).memory_bytes
-    # At least each layer read, and the sum read and written; the whole stack each time would be 100
-    # times more.
-    assert 3 * 100 * one <= moved <= 6 * 100 * one
 
 
 def test_what_is_no_hlo_is_refused():

@@ -68,6 +68,11 @@ def add_arguments(parser: Parser) -> None:
         "--sweep", action="store_true", help="rank mesh shapes and remat policies by their roofline"
     )
     parser.add_argument(
+        "--traffic",
+        action="store_true",
+        help="also what moves to and from HBM, by part of the step and by cause",
+    )
+    parser.add_argument(
         "--quick",
         action="store_true",
         help="a third of the compile time; memory and its traffic some percent off",
@@ -133,6 +138,9 @@ def run(args: argparse.Namespace) -> None:
                 with timed(f"compiling for {topology.name}{whose}"):
                     plans.append(compile_(config, topology, programs=programs, cached=parts))
         plan_tables.print_plans(plans)
+        if args.traffic:
+            for plan in plans:
+                plan_tables.print_traffic(plan)
         report["plans"] = [p.to_json() for p in plans]
     if args.max_batch:
         report["max_batch"] = {}

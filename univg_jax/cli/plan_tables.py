@@ -8,10 +8,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from univg_jax import tpu
 from univg_jax.files import format_bytes
 from univg_jax.planning import search
 from univg_jax.planning.plan import Plan, Program
+from univg_jax.planning.traffic import CAUSES
+from univg_jax.tpu import GIB, SOURCE
 
 
 def print_plans(plans: list[Plan]) -> None:
@@ -35,7 +36,35 @@ def print_plans(plans: list[Plan]) -> None:
     for before, after in itertools.pairwise(plans):
         if after.cached:
             print(_savings(before, after))
-    print(f"Peaks: {tpu.SOURCE}.")
+    print(f"Peaks: {SOURCE}.")
+
+
+def print_traffic(plan: Plan) -> None:
+    """Prints what each program of a plan moves to and from HBM: a row for each part."""
+    for program in plan.programs:
+        if not program.fits:
+            continue
+        table = _table(f"{plan.config} on {plan.topology}, {program.name}: HBM traffic")
+        table.add_column("")
+        sizes: dict[str, dict[str, float]] = collections.defaultdict(dict)
+        for one in program.traffic:
+            sizes[one.part][one.cause] = one.bytes
+        rows = dict(sorted(sizes.items(), key=lambda item: -sum(item[1].values())))
+        whole = {c: sum(row.get(c, 0.0) for row in rows.values()) for c in CAUSES}
+        for name in ("GiB", "time", "share", *sorted(CAUSES, key=lambda c: -whole[c])):
+            table.add_column(name, justify="right")
+        for part, row in [*rows.items(), ("all", whole)]:
+            if part == "all":
+                table.add_section()
+            size = sum(row.values())
+            table.add_row(
+                part,
+                f"{size / GIB:.3f}",
+                _seconds(size / plan.chip.hbm_bandwidth),
+                f"{size / program.memory_bytes:.1%}",
+                *(f"{row.get(c.header, 0.0) / GIB:.3f}" for c in table.columns[4:]),
+            )
+        _print(table, width=120)
 
 
 def print_sweep(topology: str, plans: list[Plan]) -> None:
@@ -94,6 +123,7 @@ def _program_cells(plan: Plan, program: Program) -> dict[str, str]:
     counted = {
         "compiled FLOPs, of model": f"{program.flops:.4g}, "
         f"{program.flops / program.model_flops:.3f} x",
+        "matrix units filled": f"{program.flops / program.unit_flops:.1%}",
         "collectives: arrays (number)": _collectives(program),
         "received, of the FSDP ideal": received,
         "HBM traffic, FLOPs a byte": f"{format_bytes(program.memory_bytes)}, "

@@ -2,22 +2,26 @@
 
 XLA's own `cost_analysis` counts the body of a loop once and knows nothing of Pallas kernels. Here
 an instruction counts as often as it runs (`planning.parse`). FLOPs are counted in this file, bytes
-in `planning.traffic`.
+in
+`planning.traffic` and `planning.collectives`.
 """
 
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
-from univg_jax.planning import traffic
+from univg_jax.planning.collectives import Collective, collectives
 from univg_jax.planning.parse import Computation, Instruction, Module, Shape, parse
+from univg_jax.planning.traffic import Traffic, by_part
 
-# Products of queries x keys x head in the kernels of splash attention. Forwards there are two,
-# q k^T and p v. Backwards the scores are computed again (q k^T), then dp = do v^T and dv, dk and dq
-# where they are fused into one kernel (dkv); dq has a kernel of its own otherwise.
-_SPLASH_PRODUCTS = {"fwd": 2, "dkv": 5, "dq": 3}
+# Products of queries x keys x head in the kernels of splash attention: those that contract the
+# head, and those that contract queries or keys. Forwards there are q k^T and p v. Backwards the
+# scores are computed again (q k^T), then dp = do v^T and dv, dk and dq where one kernel has all
+# (dkv); dq has a kernel of its own otherwise.
+_SPLASH_PRODUCTS = {"fwd": (1, 1), "dkv": (2, 3), "dq": (2, 1)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,60 +29,104 @@ class Counts:
     """What one run of a program does on one device."""
 
     flops: float  # of matrix products, convolutions and attention kernels; 2 per multiply-add
-    memory_bytes: float  # to and from HBM
-    collectives: tuple[traffic.Collective, ...]
+    unit_flops: float  # what the matrix unit could do in the time that it is busy with these
+    traffic: tuple[Traffic, ...]  # to and from HBM
+    collectives: tuple[Collective, ...]
+
+    @property
+    def memory_bytes(self) -> float:
+        """What it moves to and from HBM in all."""
+        return sum((one.bytes for one in self.traffic), 0.0)
 
 
-def count(text: str) -> Counts:
-    """Counts what `compiled.as_text()` prints.
+def count(text: str, *, unit: int = 128) -> Counts:
+    """Counts what `compiled.as_text()` prints; the device's matrix unit has `unit` x `unit` cells.
 
     Raises ValueError for a text without an entry computation, and for a loop whose trip count is
     not constant.
     """
     module = parse(text)
+    found = list(products(module))
     return Counts(
-        flops=flops(module),
-        memory_bytes=traffic.hbm_bytes(module),
-        collectives=traffic.collectives(module),
+        flops=sum((one.flops for one in found), 0.0),
+        unit_flops=sum((one.unit_flops(unit) for one in found), 0.0),
+        traffic=by_part(module),
+        collectives=collectives(module),
     )
 
 
-def flops(module: Module) -> float:
-    """FLOPs of one run; 2 per multiply-add. Elementwise operations are left out, as in MFU."""
-    return sum(
-        run.times * _instruction_flops(run.instruction, run.computation)
-        for run in module.executions
-    )
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """`count` products of matrices, [rows, depth] by [depth, columns]."""
+
+    count: int | float
+    rows: int | float
+    depth: int | float
+    columns: int | float
+
+    @property
+    def flops(self) -> float:
+        """2 per multiply-add."""
+        return 2.0 * self.count * self.rows * self.depth * self.columns
+
+    def unit_flops(self, unit: int) -> float:
+        """What a matrix unit of `unit` x `unit` cells could do in the time that it is busy.
+
+        It holds a matrix of [depth, narrower side of the result] in pieces of its own size, while
+        the rows of the other one stream through. A product with heads of 64 fills half of a unit
+        of 128.
+        """
+        held, streamed = sorted((self.rows, self.columns))
+        whole = math.ceil(self.depth / unit) * math.ceil(held / unit) * unit**2
+        return 2.0 * self.count * streamed * whole
 
 
-def _instruction_flops(instruction: Instruction, computation: Computation) -> float:
+def products(module: Module) -> Iterator[Product]:
+    """The matrix products, convolutions and attention kernels of one run.
+
+    Elementwise operations are left out, as in MFU.
+    """
+    for run in module.executions:
+        for one in _products(run.instruction, run.computation):
+            yield dataclasses.replace(one, count=run.times * one.count)
+
+
+def _products(instruction: Instruction, computation: Computation) -> Iterator[Product]:
     if instruction.opcode == "dot":
-        left = computation.operand_shapes(instruction)[0]
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
-        depth = math.prod(left.dims[int(i)] for i in contracted.split(",") if i)
-        return 2.0 * math.prod(instruction.shapes[0].dims) * depth
-    if instruction.opcode == "convolution":
-        left, right = computation.operand_shapes(instruction)
-        return _convolution_flops(instruction, left, right)
-    if instruction.opcode == "custom-call":
-        return _kernel_flops(instruction, computation)
-    return 0.0
+        yield _dot(instruction, *computation.operand_shapes(instruction))
+    elif instruction.opcode == "convolution":
+        yield _convolution(instruction, *computation.operand_shapes(instruction))
+    elif instruction.opcode == "custom-call":
+        yield from _kernel_products(instruction, computation)
 
 
-def _kernel_flops(instruction: Instruction, computation: Computation) -> float:
-    """FLOPs of splash attention, the only Pallas kernel that programs have."""
+def _dot(instruction: Instruction, left: Shape, right: Shape) -> Product:
+    def size(shape: Shape, name: str) -> int:
+        found = re.search(rf"{name}_dims=\{{([\d,]*)\}}", instruction.attributes)
+        return math.prod(shape.dims[int(i)] for i in found[1].split(",") if i) if found else 1
+
+    depth, count = size(left, "lhs_contracting"), size(left, "lhs_batch")
+    rows, columns = (math.prod(x.dims) / (depth * count) for x in (left, right))
+    return Product(count, rows, depth, columns)
+
+
+def _kernel_products(instruction: Instruction, computation: Computation) -> Iterator[Product]:
+    """Those of splash attention, the only Pallas kernel that programs have."""
     kernel = re.match(r"splash_mha_(fwd|dkv|dq)", instruction.name)
     # Before q and k there may be integers: which blocks of the mask are to be computed.
     shapes = computation.operand_shapes(instruction)
     arrays = [shape for shape in shapes if shape.dtype in ("bf16", "f32")]
     if kernel is None or len(arrays) < 2:
-        return 0.0
-    q, k = arrays[:2]
-    return 2.0 * _SPLASH_PRODUCTS[kernel[1]] * math.prod(q.dims) * k.dims[-2]
+        return
+    (*heads, queries, head), keys = arrays[0].dims, arrays[1].dims[-2]
+    over_head, over_tokens = _SPLASH_PRODUCTS[kernel[1]]
+    yield Product(over_head * math.prod(heads), queries, head, keys)
+    # Its depth is the queries in the gradients of keys and values; both are whole blocks.
+    yield Product(over_tokens * math.prod(heads), queries, keys, head)
 
 
-def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> float:
-    """2 x (features in and out) x (pairs of an input and an output position that a tap joins).
+def _convolution(instruction: Instruction, left: Shape, right: Shape) -> Product:
+    """Features in x features out, for each pair of an input and an output position of a tap.
 
     The pairs must be counted one by one, not as outputs x taps. On a TPU a batched product of
     matrices is written as a convolution whose spatial dimension is the batch: padding and dilation
@@ -104,7 +152,9 @@ def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> f
 
     strides, pads = numbers("stride", "1"), numbers("pad", "0_0")
     lhs_dilates, rhs_dilates = numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1")
-    joined = 1
+    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+    count, rows = 1.0, out.dims[out_labels.index("b")]
+    depth = right.dims[right_labels.index("i")] / (int(groups[1]) if groups else 1)
     for i in range(spatial):
         length = left.dims[left_labels.index(str(i))]
         taps = right.dims[right_labels.index(str(i))]
@@ -113,8 +163,9 @@ def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> f
         (lhs_dilate,), (rhs_dilate,) = lhs_dilates[i], rhs_dilates[i]
         at = np.arange(outputs)[:, None] * stride - pad + np.arange(taps)[None] * rhs_dilate
         inside = (at >= 0) & (at <= (length - 1) * lhs_dilate)
-        joined *= int((inside & (at % lhs_dilate == 0)).sum())
-    features = out.dims[out_labels.index("b")] * out.dims[out_labels.index("f")]
-    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
-    depth = right.dims[right_labels.index("i")] / (int(groups[1]) if groups else 1)
-    return 2.0 * joined * features * depth
+        joined = int((inside & (at % lhs_dilate == 0)).sum())
+        if taps > 1 and joined == outputs:  # a product for each position
+            count *= outputs
+        else:
+            rows, depth = rows * outputs, depth * joined / outputs
+    return Product(count, rows, depth, out.dims[out_labels.index("f")])

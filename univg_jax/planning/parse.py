@@ -20,6 +20,7 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^ +(ROOT )?%(\S+) = ")
 _OPCODE = re.compile(r" ?([a-z][a-z0-9-]*)\(")
+_TILES = re.compile(r":T((?:\([\d,]+\))+)")
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
 
 
@@ -32,10 +33,36 @@ class Shape:
     layout: str
 
     @property
+    def _bits(self) -> int:
+        return _BITS[self.dtype] if self.dtype in _BITS else int(re.search(r"\d+", self.dtype)[0])
+
+    @property
     def bytes(self) -> float:
         """The array's size without padding; a fraction for types of less than a byte."""
-        bits = _BITS[self.dtype] if self.dtype in _BITS else int(re.search(r"\d+", self.dtype)[0])
-        return math.prod(self.dims) * bits / 8
+        return math.prod(self.dims) * self._bits / 8
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The dimensions from the minor one, whose elements are neighbors, to the major one."""
+        order, *_ = self.layout.strip("{}").split(":")
+        return tuple(int(i) for i in order.split(",") if i) or tuple(range(len(self.dims))[::-1])
+
+    @property
+    def stored_bytes(self) -> float:
+        """The array's size in memory, with the padding of its tiles.
+
+        `{1,0:T(8,128)(2,1)}` lists dimensions from the minor one on, then tiles: the last
+        dimensions are cut into pieces of 8 x 128, the last piece is filled up, and each piece is
+        cut by the next tile in turn.
+        """
+        dims = [self.dims[i] for i in reversed(self.order)]
+        tiles = _TILES.search(self.layout)
+        for text in tiles[1].strip("()").split(")(") if tiles else ():
+            tile = [int(n) for n in text.split(",")]
+            dims = [1] * (len(tile) - len(dims)) + dims
+            kept, cut = dims[: -len(tile)], dims[-len(tile) :]
+            dims = kept + [-(-dim // size) for dim, size in zip(cut, tile)] + tile
+        return math.prod(dims) * self._bits / 8
 
     @property
     def in_hbm(self) -> bool:
@@ -53,6 +80,7 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str  # the text after the operands
     value: int | None  # of an integer constant
+    number: int | None  # of a parameter
     is_root: bool
 
     def called(self, attribute: str) -> str | None:
@@ -63,6 +91,28 @@ class Instruction:
 
 class Computation(dict[str, Instruction]):
     """Instructions by name, in the order of the text."""
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        """The instruction whose result is the computation's."""
+        return next(i for i in self.values() if i.is_root)
+
+    @functools.cached_property
+    def _users(self) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = {}
+        for instruction in self.values():
+            for name in dict.fromkeys(instruction.operands):
+                users.setdefault(name, []).append(instruction)
+        return users
+
+    def users(self, instruction: Instruction) -> list[Instruction]:
+        """The instructions that have the result of one among their operands."""
+        return self._users.get(instruction.name, [])
+
+    def parameter(self, number: int) -> Instruction:
+        """The parameter of that number."""
+        parameters = (i for i in self.values() if i.opcode == "parameter")
+        return next(i for i in parameters if i.number == number)
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
         """The instructions that compute the operands of one."""
@@ -164,7 +214,7 @@ def parse(text: str) -> Module:
     """The module that `compiled.as_text()` prints. Raises ValueError if it has no entry."""
     computations: dict[str, Computation] = {}
     current, entry = Computation(), None
-    for line in text.splitlines():
+    for line in _lines(text):
         if header := _COMPUTATION.match(line):
             current = computations.setdefault(header[2], Computation())
             entry = header[2] if header[1] else entry
@@ -173,6 +223,17 @@ def parse(text: str) -> Module:
     if entry is None:
         raise ValueError("no HLO module: no ENTRY computation")
     return Module(computations, entry)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Headers and instructions; an attribute with line breaks does not end an instruction."""
+    whole: list[str] = []
+    for line in text.splitlines():
+        if _COMPUTATION.match(line) or _INSTRUCTION.match(line) or line == "}":
+            yield "\n".join(whole)
+            whole = []
+        whole.append(line)
+    yield "\n".join(whole)
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -196,6 +257,7 @@ def _instruction(line: str) -> Instruction | None:
         operands=tuple(re.findall(r"%([^\s,)]+)", arguments)),
         attributes=text[close:],
         value=int(arguments) if is_integer else None,
+        number=int(arguments) if opcode[1] == "parameter" else None,
         is_root=bool(head[1]),
     )
 

@@ -4,12 +4,13 @@ libtpu compiles for any topology that it knows, on any Linux machine. Each progr
 FLOPs and collectives (`planning.hlo`). With the chip's published peaks (`univg_jax.tpu`) they bound
 a step's time from below and the model FLOPs utilization (MFU) from above:
 
-    roofline = max(FLOPs / peak, HBM bytes / HBM bandwidth,
+    roofline = max(unit FLOPs / peak, HBM bytes / HBM bandwidth,
                    ICI bytes / ICI bandwidth, DCN bytes / DCN bandwidth)
     MFU     <= model FLOPs / (peak x roofline)
 
 ICI joins the chips of a slice, and DCN, the data center network, joins slices. Model FLOPs are
-`MMDiT.matmul_flops`: without recomputation, padding or encoders. All figures are of one device.
+`MMDiT.matmul_flops`: without recomputation, padding or encoders. Unit FLOPs are those of the whole
+matrix units that the products keep busy (`hlo.Product`). All figures are of one device.
 """
 
 import dataclasses
@@ -30,9 +31,11 @@ from data_pipelines.tasks import TASKS
 from univg_jax import assembly, encoders, sharding, tpu
 from univg_jax.batch import Batch, BatchShape, Conditions
 from univg_jax.errors import UserError, check_name
-from univg_jax.planning import hlo, traffic
+from univg_jax.planning import hlo
 from univg_jax.planning.cached import with_cached
+from univg_jax.planning.collectives import Collective
 from univg_jax.planning.topology import Topology
+from univg_jax.planning.traffic import Traffic
 from univg_jax.sampling import Generator, guidance_weights
 from univg_jax.settings import Config
 from univg_jax.training.step import VALIDATION_TIMES, TrainState, TrainStep, num_parameters
@@ -55,8 +58,9 @@ class Program:
     over: float = 0.0  # bytes of memory that are missing
     model_flops: float = 0.0
     flops: float = 0.0
-    memory_bytes: float = 0.0  # to and from HBM
-    collectives: tuple[traffic.Collective, ...] = ()
+    unit_flops: float = 0.0  # what the matrix units could do in the time that those take
+    traffic: tuple[Traffic, ...] = ()  # to and from HBM
+    collectives: tuple[Collective, ...] = ()
     ideal_wire_bytes: float = 0.0
     # Lower bounds of the time, by what bounds it: compute, HBM, ICI, DCN.
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -66,6 +70,11 @@ class Program:
     def fits(self) -> bool:
         """Whether the compiler found room for it."""
         return self.over == 0
+
+    @property
+    def memory_bytes(self) -> float:
+        """What moves to and from HBM."""
+        return sum((one.bytes for one in self.traffic), 0.0)
 
     @property
     def wire_bytes(self) -> float:
@@ -129,6 +138,7 @@ class Plan:
         for row, program in zip(result["programs"], self.programs, strict=True):
             row |= {
                 "fits": program.fits,
+                "memory_bytes": program.memory_bytes,
                 "wire_bytes": program.wire_bytes,
                 "roofline_seconds": program.roofline,
                 "bound": program.bound,
@@ -361,7 +371,7 @@ class _Compiler:
     def _measured(self, compiled: jax.stages.Compiled) -> dict[str, Any]:
         """Memory, counts and lower bounds of the time of a program that fits."""
         chip = self.topology.chip
-        counts = hlo.count(compiled.as_text())
+        counts = hlo.count(compiled.as_text(), unit=chip.unit)
         memory = compiled.memory_analysis()
         slice_size = self.mesh.size // self.topology.slices
         between = sum(c.wire_bytes for c in counts.collectives if c.crosses(slice_size))
@@ -372,10 +382,11 @@ class _Compiler:
             temporaries=memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
             peak=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
             flops=counts.flops,
-            memory_bytes=counts.memory_bytes,
+            unit_flops=counts.unit_flops,
+            traffic=counts.traffic,
             collectives=counts.collectives,
             seconds={
-                "compute": counts.flops / chip.flops,
+                "compute": counts.unit_flops / chip.flops,
                 "HBM": counts.memory_bytes / chip.hbm_bandwidth,
                 "ICI": within / chip.ici_bandwidth,
                 "DCN": between / chip.dcn_bandwidth,

@@ -1,206 +1,260 @@
-"""Bytes that a compiled program moves: to and from a device's HBM, and between devices.
+"""Bytes that a compiled program moves to and from a device's HBM, by part of the step and by cause.
 
     HBM    sum over instructions of (operands read + results written), those in HBM only
-    wire   (n - 1) / n of each array that a group of n devices gathers or scatters,
-           twice that for an all-reduce, which does both
 
-Inside a fusion nothing is written to memory: only its own operands and results count.
+An array has the size that its tiles take in memory (`Shape.stored_bytes`). Inside a fusion nothing
+is written to memory: only its own operands and results count, and of those only what it touches.
+No instruction is charged more than its operands and results hold, but for Pallas kernels, which may
+read an operand several times (`planning.kernels`).
 """
 
 import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-import numpy as np
+from univg_jax.planning import kernels
+from univg_jax.planning.collectives import COLLECTIVES
+from univg_jax.planning.parse import Computation, Execution, Instruction, Module, Shape
 
-from univg_jax.planning.parse import Computation, Instruction, Module
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# The span of a transfer over the data center network: more than any slice has devices.
-BETWEEN_SLICES = 2**31
+# The parts of a step by what the names of their instructions have in them: the first that matches.
+# Names are paths of JAX transformations, Flax modules and primitives.
+PARTS = {
+    "collectives": r"all_gather|psum|reduce_scatter|all_to_all|ppermute",
+    "attention": r"splash|attention|attend|blocks?/transpose|blocks?/slice|blocks?/split"
+    r"|blocks?/shard_map/(jit\(_)?pad|blocks?/concatenate",
+    "norms": r"norm",
+    "modulations": r"modulat",
+    "MLP": r"/mlp/",
+    "projections": r"\.project/|attn_out",
+    "gates": r"\.update/|blocks?/(mul|add)",
+    "residuals": r"backbone/(while|broadcast_in_dim)$|dynamic_(update_)?index_in_dim",
+    "model, other": r"jvp\(",
+    "optimizer": "",  # what is outside of the gradient, with the sum of micro-batches
+}
+CAUSES = ("read", "write", "copy", "transpose", "pad", "fill")
 
 # These name memory or pass control; the bytes are moved by the instructions that they refer to.
 _NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
-    "replica-id", "while", "conditional", "call", "send", "recv",
+    "replica-id", "while", "conditional", "call", "send", "recv", "opt-barrier",
 }  # fmt: skip
-# The ends of asynchronous copies, from HBM to memory on the chip or within HBM.
-_COPIES = {"copy-done", "slice-done", "dynamic-slice-done"}
 _SLICES = ("dynamic-slice", "slice", "gather")
+_SLICES_DONE = ("slice-done", "dynamic-slice-done")
+_UPDATE = "dynamic-update-slice"
+# What gives the same bytes another place, by its cause.
+_MOVES = {
+    "copy": "copy", "slice": "copy", "dynamic-slice": "copy", _UPDATE: "copy", "reshape": "copy",
+    "transpose": "transpose", "pad": "pad", "concatenate": "pad", "broadcast": "fill",
+}  # fmt: skip
+# Computes nothing either.
+_PASSES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "iota"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Collective:
-    """All collectives of one kind over groups of one size and span: their number and bytes.
+class Traffic:
+    """Bytes that one part of a program moves for one cause."""
 
-    `bytes` is the size of the whole array: what an all-gather makes, what an all-reduce or a
-    reduce-scatter takes.
-    """
-
-    kind: str
-    group: int  # devices; 0 for a permute, which has pairs instead of groups
-    span: int  # largest minus smallest device number of a group
-    count: int
+    part: str
+    cause: str
     bytes: float
 
-    @property
-    def wire_bytes(self) -> float:
-        """What a device receives at least: (n-1)/n of the array, twice that for an all-reduce."""
-        once = self.bytes * (self.group - 1) / self.group if self.group else self.bytes
-        return 2 * once if self.kind == "all-reduce" else once
 
-    def crosses(self, size: int) -> bool:
-        """Whether it leaves slices of `size` devices; devices are numbered slice by slice."""
-        return self.span >= size
-
-
-def hbm_bytes(module: Module) -> float:
-    """Bytes that one run reads from a device's HBM and writes to it."""
-    return sum(
-        run.times * _instruction_bytes(run.instruction, run.computation, module)
-        for run in module.executions
-        if not run.fused
-    )
-
-
-def collectives(module: Module) -> tuple[Collective, ...]:
-    """What one run communicates, the most bytes first."""
-    totals: dict[tuple[str, int, int], Collective] = {}
-    for run in module.executions:
+def by_part(module: Module, executions: Iterable[Execution] | None = None) -> tuple[Traffic, ...]:
+    """What one run moves, or these of its instructions, the most bytes first."""
+    totals: dict[tuple[str, str], float] = collections.defaultdict(float)
+    for run in module.executions if executions is None else executions:
         if not run.fused:
-            for one in _collectives(run.instruction, run.computation, module):
-                key = (one.kind, one.group, one.span)
-                total = totals.get(key, dataclasses.replace(one, count=0, bytes=0.0))
-                count, size = total.count + run.times, total.bytes + run.times * one.bytes
-                totals[key] = dataclasses.replace(one, count=count, bytes=size)
-    return tuple(sorted(totals.values(), key=lambda collective: -collective.bytes))
+            read, written = _moved(run.instruction, run.computation, module)
+            if read or written:
+                part = _part(run.instruction, run.computation)
+                cause = _cause(run.instruction, run.computation, module)
+                totals[part, cause or "read"] += run.times * read
+                totals[part, cause or "write"] += run.times * written
+    found = [Traffic(part=p, cause=c, bytes=size) for (p, c), size in totals.items() if size]
+    return tuple(sorted(found, key=lambda one: -one.bytes))
 
 
-def _instruction_bytes(instruction: Instruction, computation: Computation, module: Module) -> float:
-    """What an instruction outside fusions reads and writes; a slice counts as the slice alone."""
+def _moved(
+    instruction: Instruction, computation: Computation, module: Module
+) -> tuple[float, float]:
+    """Bytes that an instruction outside fusions reads and writes."""
     opcode = instruction.opcode
-    if opcode in _COPIES:
-        return sum((s.bytes * (2 if s.in_hbm else 1) for s in instruction.shapes), 0.0)
-    if opcode in _NO_TRAFFIC or opcode.endswith(("-start", "-done")):
-        return 0.0
-    if opcode == "fusion":
-        return _fusion_bytes(instruction, module.computations[instruction.called("calls")])
-    written = sum((s.bytes for s in instruction.shapes if s.in_hbm), 0.0)
-    if opcode in _SLICES:
-        return 2 * written
     operands = computation.operand_shapes(instruction)
-    if opcode == "dynamic-update-slice":
+    if opcode == "copy-start":  # (destination, source, context); one of them may be on the chip
+        return _size(instruction.shapes[1]), _size(instruction.shapes[0])
+    is_start = opcode.endswith("-start")
+    if is_start and opcode.removesuffix("-start") in COLLECTIVES:
+        # (operands, results, contexts)
+        results = instruction.shapes[len(operands) : 2 * len(operands)]
+        return _sizes(operands), _sizes(results)
+    if opcode in _SLICES_DONE:  # asynchronous: the slice is what its end gives
+        return _whole(instruction.shapes), _sizes(instruction.shapes)
+    if opcode in _NO_TRAFFIC or is_start or opcode.endswith("-done"):
+        return 0.0, 0.0
+    if opcode == "fusion":
+        inner = module.computations[instruction.called("calls")]
+        return _read_by_fusion(inner, module), _written(instruction.shapes, inner, module)
+    if opcode == "custom-call":
+        return _moved_by_kernel(instruction, operands)
+    if opcode in _SLICES:
+        size = _whole(instruction.shapes) if operands[0].in_hbm else 0.0
+        return min(size, _size(operands[0])), _sizes(instruction.shapes)
+    if opcode == _UPDATE:
         # In place: the update is read and written, the rest of the array stays where it is.
-        return 2 * operands[1].bytes if operands[1].in_hbm else 0.0
-    return written + sum(s.bytes for s in operands if s.in_hbm)
+        update = operands[1].stored_bytes
+        return _size(operands[1]), update if instruction.shapes[0].in_hbm else 0.0
+    return _sizes(operands), _sizes(instruction.shapes)
 
 
-def _fusion_bytes(fusion: Instruction, inner: Computation) -> float:
-    """What a fusion reads and writes: parameters and results, of which it may touch slices only.
+def _size(shape: Shape) -> float:
+    return shape.stored_bytes if shape.in_hbm else 0.0
+
+
+def _sizes(shapes: Iterable[Shape]) -> float:
+    return sum(map(_size, shapes), 0.0)
+
+
+def _whole(shapes: Iterable[Shape]) -> float:
+    """The size of arrays, wherever they are."""
+    return sum((shape.stored_bytes for shape in shapes), 0.0)
+
+
+def _moved_by_kernel(instruction: Instruction, operands: list[Shape]) -> tuple[float, float]:
+    if "AllocateBuffer" in instruction.attributes:  # memory that others will fill
+        return 0.0, 0.0
+    if (kernel := kernels.read_kernel(instruction.attributes)) is None:
+        return _sizes(operands), _sizes(instruction.shapes)
+    tables, arrays = operands[: kernel.prefetched], operands[kernel.prefetched :]
+    moved = [
+        window.fetched(array, kernel.grid) if array.in_hbm else 0.0
+        for window, array in zip(kernel.windows, [*arrays, *instruction.shapes], strict=True)
+    ]
+    return _sizes(tables) + sum(moved[: len(arrays)], 0.0), sum(moved[len(arrays) :], 0.0)
+
+
+def _read_by_fusion(inner: Computation, module: Module) -> float:
+    """What a fusion reads of its operands, of which it may touch slices only.
 
     A scan over layers passes the stack of all layers to each iteration's fusion, which reads one
     layer of it. Counting the stack would count it as often as there are layers.
     """
-    readers: dict[str, list[Instruction]] = collections.defaultdict(list)
-    for instruction in inner.values():
-        for name in instruction.operands:
-            readers[name].append(instruction)
     total = 0.0
     for parameter in inner.values():
-        if parameter.opcode != "parameter" or not all(s.in_hbm for s in parameter.shapes):
-            continue
-        users = readers[parameter.name]
-        if users and all(_touches_slice(user, parameter.name) for user in users):
-            # An update in place does not read the array; what it writes counts as a result below.
-            total += sum(u.shapes[0].bytes for u in users if u.opcode != "dynamic-update-slice")
-        else:
-            total += sum(s.bytes for s in parameter.shapes)
-    root = next(i for i in inner.values() if i.is_root)
-    results = inner.operands(root) if root.opcode == "tuple" else [root]
-    for result, shape in zip(results, fusion.shapes):
-        if shape.in_hbm:
-            is_update = result.opcode == "dynamic-update-slice" and result.operands[1] in inner
-            total += 2 * inner[result.operands[1]].shapes[0].bytes if is_update else shape.bytes
+        if parameter.opcode == "parameter" and (size := _sizes(parameter.shapes)):
+            total += size * _touched(parameter, inner, module)
     return total
 
 
-def _touches_slice(user: Instruction, name: str) -> bool:
-    is_array = user.operands[:1] == (name,)  # not one of the indices
-    return is_array and user.opcode in (*_SLICES, "dynamic-update-slice")
+def _touched(value: Instruction, inner: Computation, module: Module) -> float:
+    """The share of an array that the instructions of a fused computation read, 1 for all of it.
 
-
-def _collectives(
-    instruction: Instruction, computation: Computation, module: Module
-) -> Iterator[Collective]:
-    """What an instruction outside fusions communicates, each with a count of 1.
-
-    TPU programs wrap collectives into fusions. A reduce-scatter is an all-reduce fused with the
-    slice of its result. An asynchronous collective is a chain of three kinds of fusions: its start,
-    steps that share time with other work, and its end. All of them contain the collective, so only
-    the start counts. Between slices there are no collectives: the host sends, and the instruction
-    says what for.
+    What only moves or converts elements passes the question on to those that use its result, and a
+    fusion inside a fusion to its own parameter. An update in place does not read the array.
     """
+    total = 0.0
+    for user in inner.users(value):
+        for position in (i for i, name in enumerate(user.operands) if name == value.name):
+            if user.opcode in _SLICES and position == 0:
+                total += _elements(user) / _elements(value)
+            elif user.opcode == _UPDATE and position == 0:
+                total += 0.0
+            elif user.opcode in ("bitcast", "convert", "copy") and not user.is_root:
+                total += _touched(user, inner, module)
+            elif user.opcode == "fusion":
+                nested = module.computations[user.called("calls")]
+                total += _touched(nested.parameter(position), nested, module)
+            else:
+                return 1.0
+    return min(total, 1.0)
+
+
+def _elements(instruction: Instruction) -> int:
+    return max(sum(math.prod(shape.dims) for shape in instruction.shapes), 1)
+
+
+def _written(shapes: Iterable[Shape], inner: Computation, module: Module) -> float:
+    """What a fusion writes: its results, of which it may update slices in place."""
+    total = 0.0
+    for result, shape in zip(_results(inner), shapes, strict=True):
+        share = min(_updated(result, inner, module) / max(math.prod(shape.dims), 1), 1.0)
+        total += share * _size(shape)
+    return total
+
+
+def _results(inner: Computation) -> list[Instruction]:
+    root = inner.root
+    return inner.operands(root) if root.opcode == "tuple" else [root]
+
+
+def _updated(result: Instruction, inner: Computation, module: Module) -> int:
+    """How many elements of a result are written: those of an update in place, or all."""
+    while result.opcode in ("bitcast", "copy") and result.operands[0] in inner:
+        result = inner[result.operands[0]]
+    if result.opcode == "fusion":
+        nested = module.computations[result.called("calls")]
+        if nested.root.opcode != "tuple":
+            return _updated(nested.root, nested, module)
+    if result.opcode == _UPDATE and _is_parameter(inner[result.operands[0]], inner):
+        return _elements(inner[result.operands[1]])
+    return _elements(result)
+
+
+def _is_parameter(value: Instruction, inner: Computation) -> bool:
+    while value.opcode == "bitcast":
+        value = inner[value.operands[0]]
+    return value.opcode == "parameter"
+
+
+def _part(instruction: Instruction, computation: Computation) -> str:
+    """The part of the step that an instruction belongs to: by its name, or that of its operands.
+
+    The compiler adds copies without a name.
+    """
+    if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+        return "collectives"
+    for one in _sources(instruction, computation):
+        if name := re.search(r'op_name="([^"]*)"', one.attributes):
+            return next(part for part, pattern in PARTS.items() if re.search(pattern, name[1]))
+    return "no name"
+
+
+def _sources(instruction: Instruction, computation: Computation) -> Iterator[Instruction]:
+    """An instruction, and what its first operands are computed from, the nearest first."""
+    while instruction is not None:
+        yield instruction
+        first = instruction.operands[:1]
+        instruction = computation.get(first[0]) if first else None
+
+
+def _cause(instruction: Instruction, computation: Computation, module: Module) -> str | None:
+    """What an instruction moves bytes for, if it does nothing else with them."""
+    if instruction.opcode == "copy-start":  # to or from the chip it is a read or a write
+        return "copy" if all(shape.in_hbm for shape in instruction.shapes[:2]) else None
     if instruction.opcode == "fusion":
-        called = instruction.called("calls")
-        is_step = called.startswith("async_collective_fusion")
-        if is_step or instruction.name.startswith("async-collective-done"):
-            return
-        inner = module.computations[called]
-        for inside in inner.values():
-            for one in _collectives(inside, inner, module):
-                is_scatter = one.kind == "all-reduce" and "all-reduce-scatter" in called
-                yield dataclasses.replace(one, kind="reduce-scatter") if is_scatter else one
-    elif instruction.opcode == "send":
-        yield from _send(instruction)
-    elif (kind := instruction.opcode.removesuffix("-start")) in COLLECTIVES:
-        group = replica_group(instruction.attributes)
-        size = sum(s.bytes for s in computation.operand_shapes(instruction))
-        # Operands are a device's own: of an all-gather a part of the array, else the whole.
-        whole = size * max(len(group), 1) if kind == "all-gather" else size
-        span = max(group, default=0) - min(group, default=0)
-        yield Collective(kind=kind, group=len(group), span=span, count=1, bytes=whole)
+        inside = list(_inside(module.computations[instruction.called("calls")], module))
+    else:
+        inside = [instruction]
+    causes = set()
+    for one in inside:
+        if one.opcode not in _PASSES:
+            if one.opcode not in _MOVES:
+                return None
+            causes.add(_MOVES[one.opcode])
+    for cause in ("transpose", "pad", "copy"):
+        if cause in causes:
+            if cause == "copy" and instruction.opcode == "copy":
+                source = computation.operand_shapes(instruction)
+                if source and source[0].order != instruction.shapes[0].order:
+                    return "transpose"
+            return cause
+    return "fill" if causes else None
 
 
-def _send(instruction: Instruction) -> Iterator[Collective]:
-    if slices := re.search(r'megascale_target="\{([\d,]+)\}', instruction.attributes):
-        kind = re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes)[1]
-        kind, group = kind.lower().replace("_", "-"), len(_numbers(slices[1]))
-        size = instruction.shapes[0].bytes
-        yield Collective(kind=kind, group=group, span=BETWEEN_SLICES, count=1, bytes=size)
-
-
-def replica_group(attributes: str) -> list[int]:
-    """The devices of a collective's first group; empty for the pairs of a permute.
-
-    XLA writes groups in three ways; these three are the same, two groups of four devices:
-
-        replica_groups={{0,2,4,6},{1,3,5,7}}
-        replica_groups=[2,4]<=[4,2]T(1,0)
-        replica_groups=mesh['data'=4,'fsdp'=2] {'data'}
-
-    The second is an iota: number the devices 0, 1, ... in an array of shape [4,2], transpose its
-    axes by (1,0) if there is a T, and reshape to [2,4]: each row is a group. The third names the
-    axes of the mesh over which a group extends.
-    """
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return _numbers(listed[1])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        chosen = re.findall(r"'(\w+)'", mesh[2])
-        first = tuple(slice(None) if axis in chosen else 0 for axis in sizes)
-        return _iota(list(sizes.values()))[first].ravel().tolist()
-    iota = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-    if found := re.search(iota, attributes):
-        grid = _iota(_numbers(found[3])).transpose(_numbers(found[4]) if found[4] else None)
-        return grid.reshape(int(found[1]), int(found[2]))[0].tolist()
-    return []
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]
-
-
-def _iota(shape: list[int]) -> np.ndarray:
-    return np.arange(math.prod(shape)).reshape(shape)
+def _inside(inner: Computation, module: Module) -> Iterator[Instruction]:
+    for instruction in inner.values():
+        if instruction.opcode == "fusion":
+            yield from _inside(module.computations[instruction.called("calls")], module)
+        else:
+            yield instruction

@@ -1,0 +1,318 @@
+"""Bytes of programs that are small enough to be counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import SingleDeviceSharding
+
+from univg_jax.models.attention import splash
+from univg_jax.planning import kernels, traffic
+from univg_jax.planning.parse import Execution, Shape, parse
+from univg_jax.planning.topology import open_topology
+
+KIB = 1024
+
+
+def moved(text):
+    """Bytes by cause."""
+    totals = {}
+    for one in traffic.by_part(parse(text)):
+        totals[one.cause] = totals.get(one.cause, 0) + one.bytes
+    return totals
+
+
+# --- tiles ---
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dims", "layout", "size"),
+    [
+        ("bf16", (16, 128), "{1,0:T(8,128)(2,1)}", 16 * 128 * 2),
+        ("bf16", (16, 64), "{1,0:T(8,128)(2,1)}", 16 * 128 * 2),  # heads of 64 take twice as much
+        ("bf16", (64, 16), "{0,1:T(8,128)(2,1)}", 16 * 128 * 2),  # by the order in memory
+        ("f32", (3, 9, 130), "{2,1,0:T(8,128)}", 3 * 16 * 256 * 4),
+        ("f32", (3, 9, 130), "{1,0,2:T(8,128)}", 130 * 8 * 128 * 4),
+        ("f32", (), "{:T(128)}", 128 * 4),
+        ("s32", (1152,), "{0:T(1024)}", 2048 * 4),
+        ("pred", (2, 1152), "{1,0:T(4,128)(4,1)}", 4 * 1152),
+        ("f32", (9, 130), "{1,0}", 9 * 130 * 4),
+        ("f32", (9, 130), "", 9 * 130 * 4),
+        ("s4", (8, 128), "{1,0:T(8,128)(8,1)E(4)}", 512),
+    ],
+)
+def test_an_array_takes_whole_tiles(dtype, dims, layout, size):
+    assert Shape(dtype, dims, layout).stored_bytes == size
+
+
+@given(
+    dims=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    tile=st.sampled_from([(8, 128), (2, 128), (128,), (4, 128)]),
+    data=st.data(),
+)
+def test_tiles_only_add_and_never_where_they_fit(dims, tile, data):
+    order = data.draw(st.permutations(range(len(dims))))
+    layout = f"{{{','.join(map(str, order))}:T({','.join(map(str, tile))})}}"
+    shape = Shape("f32", tuple(dims), layout)
+    assert shape.stored_bytes >= shape.bytes
+    physical = [1, *(dims[i] for i in reversed(order))]
+    if all(dim % size == 0 for dim, size in zip(physical[::-1], tile[::-1])):
+        assert shape.stored_bytes == shape.bytes
+
+
+# --- instructions ---
+
+NESTED = """HloModule test
+
+%inner (p: f32[54,8,128], i: s32[]) -> f32[8,128] {
+  %p = f32[54,8,128]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  %zero = s32[] constant(0)
+  %one = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%p, %i, %zero, %zero), dynamic_slice_sizes={1,8,128}
+  ROOT %flat = f32[8,128]{1,0:T(8,128)} bitcast(%one)
+}
+
+%outer (q: f32[54,8,128], j: s32[], x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(2)
+  %q = f32[54,8,128]{2,1,0:T(8,128)} parameter(0)
+  %same = f32[54,8,128]{2,1,0:T(8,128)} bitcast(%q)
+  %j = s32[]{:S(6)} parameter(1)
+  %layer = f32[8,128]{1,0:T(8,128)} fusion(%same, %j), kind=kLoop, calls=%inner
+  ROOT %sum = f32[8,128]{1,0:T(8,128)} add(%layer, %x)
+}
+
+ENTRY %main (s: f32[54,8,128], k: s32[], y: f32[8,128]) -> f32[8,128] {
+  %s = f32[54,8,128]{2,1,0:T(8,128)} parameter(0)
+  %k = s32[]{:S(6)} parameter(1)
+  %y = f32[8,128]{1,0:T(8,128)} parameter(2)
+  ROOT %r = f32[8,128]{1,0:T(8,128)} fusion(%s, %k, %y), kind=kLoop, calls=%outer
+}
+"""  # noqa: E501
+
+
+def test_a_slice_in_a_fusion_in_a_fusion_reads_the_slice():
+    one = 4 * KIB
+    assert moved(NESTED) == {"read": 2 * one, "write": one}
+
+
+def test_what_else_reads_the_array_reads_all_of_it():
+    text = NESTED.replace(
+        "ROOT %sum = f32[8,128]{1,0:T(8,128)} add(%layer, %x)",
+        "%all = f32[8,128]{1,0:T(8,128)} custom(%same)\n"
+        "  ROOT %sum = f32[8,128]{1,0:T(8,128)} add(%layer, %all)",
+    )
+    assert moved(text)["read"] == 54 * 4 * KIB  # and nothing of y, which has no reader any more
+
+
+UPDATE = """HloModule test
+
+%inside (p: bf16[54,16,128], x: f32[16,128], i: s32[]) -> bf16[54,16,128] {
+  %p = bf16[54,16,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %x = f32[16,128]{1,0:T(8,128)} parameter(1)
+  %y = bf16[16,128]{1,0:T(8,128)(2,1)} convert(%x)
+  %one = bf16[1,16,128]{2,1,0:T(8,128)(2,1)} bitcast(%y)
+  %i = s32[]{:S(6)} parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %u = bf16[54,16,128]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%p, %one, %i, %zero, %zero)
+}
+
+ENTRY %main (a: bf16[54,16,128], b: f32[16,128], k: s32[]) -> bf16[54,16,128] {
+  %a = bf16[54,16,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = f32[16,128]{1,0:T(8,128)} parameter(1)
+  %k = s32[]{:S(6)} parameter(2)
+  ROOT %r = bf16[54,16,128]{2,1,0:T(8,128)(2,1)} fusion(%a, %b, %k), kind=kLoop, calls=%inside
+}
+"""
+
+
+def test_an_update_in_place_writes_the_update():
+    assert moved(UPDATE) == {"read": 8 * KIB, "write": 4 * KIB}
+
+
+def test_an_update_in_the_root_of_an_inner_fusion_is_in_place_too():
+    text = UPDATE.replace("ENTRY", "OUTER").replace(
+        "OUTER %main",
+        """%outside (c: bf16[54,16,128], d: f32[16,128], e: s32[]) -> bf16[54,16,128] {
+  %c = bf16[54,16,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %d = f32[16,128]{1,0:T(8,128)} parameter(1)
+  %e = s32[]{:S(6)} parameter(2)
+  ROOT %f = bf16[54,16,128]{2,1,0:T(8,128)(2,1)} fusion(%c, %d, %e), kind=kLoop, calls=%inside
+}
+
+ENTRY %main""",
+    )
+    text = text.replace("kind=kLoop, calls=%inside\n}\n", "kind=kLoop, calls=%outside\n}\n")
+    text = text.replace("calls=%outside", "calls=%inside", 1)
+    assert moved(text) == {"read": 8 * KIB, "write": 4 * KIB}
+
+
+def test_an_update_of_what_the_fusion_computes_writes_all():
+    text = UPDATE.replace(
+        "%i = s32[]{:S(6)} parameter(2)",
+        "%n = bf16[54,16,128]{2,1,0:T(8,128)(2,1)} negate(%p)\n  %i = s32[]{:S(6)} parameter(2)",
+    ).replace("slice(%p,", "slice(%n,")
+    assert moved(text) == {"read": (54 * 4 + 8) * KIB, "write": 54 * 4 * KIB}
+
+
+def entry(*lines, before=""):
+    body = "\n".join(f"  {line}" for line in lines)
+    return f"HloModule test\n\n{before}\n\nENTRY %main () -> f32[] {{\n{body}\n}}\n"
+
+
+F32 = "f32[8,128]{1,0:T(8,128)}"
+CHIP = "f32[8,128]{1,0:T(8,128)S(1)}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        # Arrays on the chip cost nothing.
+        ([f"%a = {CHIP} parameter(0)", f"ROOT %b = {F32} negate(%a)"], {"write": 4}),
+        # A prefetch reads; a copy within HBM does both; the pair counts once.
+        (
+            [
+                f"%a = {F32} parameter(0)",
+                f"%s = ({CHIP}, {F32}, u32[]{{:S(2)}}) copy-start(%a)",
+                f"ROOT %d = {CHIP} copy-done(%s)",
+            ],
+            {"read": 4},
+        ),
+        (
+            [
+                f"%a = {F32} parameter(0)",
+                f"%s = ({F32}, {F32}, u32[]{{:S(2)}}) copy-start(%a)",
+                f"ROOT %d = {F32} copy-done(%s)",
+            ],
+            {"copy": 8},
+        ),
+        # A copy to another order of dimensions is a transpose.
+        (
+            [f"%a = {F32} parameter(0)", "ROOT %b = f32[8,128]{0,1:T(8,128)} copy(%a)"],
+            {"transpose": 4 + 64},
+        ),
+        ([f"%a = {F32} parameter(0)", f"ROOT %b = {F32} copy(%a)"], {"copy": 8}),
+        (
+            [
+                "%z = f32[]{:S(6)} constant(0)",
+                f"%a = {F32} parameter(0)",
+                "ROOT %p = f32[16,128]{1,0:T(8,128)} pad(%a, %z), padding=0_8x0_0",
+            ],
+            {"pad": 4 + 8},
+        ),
+        (["%z = f32[]{:S(6)} constant(0)", f"ROOT %b = {F32} broadcast(%z)"], {"fill": 4}),
+        # Memory without content is not written.
+        (
+            [f'ROOT %b = {F32} custom-call(), custom_call_target="AllocateBuffer"'],
+            {},
+        ),
+        (
+            [
+                f"%a = {F32} parameter(0)",
+                f"%s = ({F32}, f32[32,128]{{1,0:T(8,128)}}) all-gather-start(%a), "
+                "replica_groups={{0,1,2,3}}",
+                "ROOT %d = f32[32,128]{1,0:T(8,128)} all-gather-done(%s)",
+            ],
+            {"read": 4, "write": 16},
+        ),
+    ],
+)
+def test_an_instruction_moves_what_it_reads_and_writes(lines, expected):
+    assert moved(entry(*lines)) == {cause: size * KIB for cause, size in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("jvp(UniVG)/backbone/while/body/closed_call/blocks/image.project/q_norm/mul", "norms"),
+        ("jvp(UniVG)/backbone/while/body/blocks/image.update/mlp/in/dot_general", "MLP"),
+        ("transpose(jvp(UniVG))/backbone/blocks/shard_map/jit(_pad)/pad", "attention"),
+        ("jvp(UniVG)/backbone/blocks/text.modulate/modulation/all_gather", "collectives"),
+        ("jvp(UniVG)/backbone/blocks/text.modulate/modulation/dot_general", "modulations"),
+        ("jvp(UniVG)/backbone/blocks/image.project/k/dot_general", "projections"),
+        ("transpose(jvp(UniVG))/backbone/while/body/jit(f)/dynamic_update_slice", "model, other"),
+        ("jvp(UniVG)/backbone/while", "residuals"),
+        ("while/body/closed_call/add", "optimizer"),
+    ],
+)
+def test_a_part_is_known_by_its_name(name, part):
+    text = entry(
+        f"%a = {F32} parameter(0)",
+        f'%b = {F32} negate(%a), metadata={{op_name="jit(update)/{name}"}}',
+        f"ROOT %c = {F32} copy(%b)",  # the compiler's own copies have no name
+    )
+    assert {one.part for one in traffic.by_part(parse(text))} == {part}
+
+
+# --- programs for a TPU ---
+
+
+@pytest.fixture(scope="module")
+def device():
+    return open_topology("v6e:2x2").devices[0]
+
+
+def compiled(function, device, *shapes):
+    where = SingleDeviceSharding(device)
+    arrays = [jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes]
+    lowered = jax.jit(function).trace(*arrays).lower(lowering_platforms=("tpu",))
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return parse(lowered.compile().as_text())
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.mark.xdist_group("libtpu")
+def test_attention_reads_keys_and_values_once_for_each_block_of_queries(device):
+    n, heads, c = 8192, 2, 128
+
+    def attend(q, k, v):
+        return splash(q, k, v, None)
+
+    module = compiled(attend, device, *[((1, n, heads, c), jnp.bfloat16)] * 3)
+    (run,) = (r for r in module.executions if r.instruction.name.startswith("splash"))
+    kernel = kernels.read_kernel(run.instruction.attributes)
+    queries, keys = kernel.windows[0].bounds[-2], kernel.windows[1].bounds[-2]
+    arrays = run.computation.operand_shapes(run.instruction)[kernel.prefetched :]
+    q, k, v = (
+        window.fetched(array, kernel.grid) for window, array in zip(kernel.windows[:3], arrays)
+    )
+    size = n * heads * c * 2
+    assert q == size
+    assert k == v == size * n / queries
+    assert n / queries >= 8
+    assert kernel.grid[-2:] == (n / queries, n / keys)
+
+
+@pytest.fixture(scope="module")
+def scan(device):
+    """The gradient of a scan over layers that are too large for the memory on the chip."""
+    stack, x = (6, 4096, 4096), (4096, 4096)
+
+    def loss(w, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
+
+    return compiled(jax.grad(loss), device, (stack, jnp.float32), (x, jnp.float32))
+
+
+@pytest.mark.xdist_group("libtpu")
+def test_no_instruction_is_charged_more_than_its_operands_and_results_hold(scan):
+    charged = 0
+    for run in scan.executions:
+        if not run.fused:
+            one = run.instruction
+            alone = Execution(instruction=one, computation=run.computation, times=1, fused=False)
+            held = [*run.computation.operand_shapes(one), *one.shapes]
+            moved = sum(t.bytes for t in traffic.by_part(scan, [alone]))
+            assert moved <= sum(shape.stored_bytes for shape in held), one
+            charged += moved > 0
+    assert charged > 10
+
+
+@pytest.mark.xdist_group("libtpu")
+def test_a_scan_over_layers_does_not_read_the_stack_for_each(scan):
+    total = sum(one.bytes for one in traffic.by_part(scan))
+    # Of arrays of 64 MiB it moves 1 to begin with of each layer's weights and sums, 3 forwards and
+    # 17 backwards, copies included. Read whole, the four stacks would be 6 times more each.
+    assert 10 * 6 * 2**26 <= total <= 24 * 6 * 2**26
