@@ -24,8 +24,9 @@ _GOOGLE = "0x1ae0"  # the vendor of a TPU on the PCI bus
 class Chip:
     """What one device can do, by libtpu's count of devices.
 
-    A chip of tpu7x is two devices, so it can do twice as much as stands here. The two cores of a v4 are one device
-    (megacore), as JAX runs on real ones; libtpu describes them so by a configuration's name.
+    A chip of tpu7x is two devices, so it can do twice as much as stands here. The two cores of a v4
+    are one device (megacore), as JAX runs on real ones; libtpu describes them so by a
+    configuration's name.
     """
 
     name: str
