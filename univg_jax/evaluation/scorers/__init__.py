@@ -109,7 +109,8 @@ PROTOCOLS = {  # what to do about one that is missing
     "clip": "--scorer=clip=DIR, the CLIP that the benchmark names, such as a folder of "
     "openai/clip-vit-base-patch32",
     "dino": "--scorer=dino=DIR, a folder of facebook/dino-vits16",
-    "depth": "a network of relative depth, from Python: a picture -> how near each pixel is",
+    "depth": "--scorer=depth=MODEL.onnx, a network of depth such as onnx-community/"
+    "depth-anything-v2-small, with its description beside it (docs/evaluation.md)",
     "identify": "--scorer=identify=SPEC.json, which names YuNet's ONNX file (face_detection_yunet "
     "of github.com/opencv/opencv_zoo) and that of an encoder of faces, such as w600k_r50 of "
     "github.com/deepinsight/insightface",

@@ -65,6 +65,12 @@ def _detect(path: str) -> Any:
     return open_detector(path)
 
 
+def _depth(path: str) -> Any:
+    from univg_jax.evaluation.scorers.depth_network import DepthNetwork
+
+    return DepthNetwork(path)
+
+
 def _inception(path: str, **options: str) -> Any:
     from univg_jax.evaluation.scorers.inception import open_inception
 
@@ -106,6 +112,7 @@ _ASKED = ("model", "snapshot", "cache", "key_variable", *_NUMBERS)
 OPENERS = {
     "clip": _Opener(_clip, ("preprocessing",)),
     "color": _Opener(_color),
+    "depth": _Opener(_depth),
     "detect": _Opener(_detect),
     "dino": _Opener(_dino),
     "identify": _Opener(_identify),
