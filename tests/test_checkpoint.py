@@ -145,7 +145,9 @@ def test_a_non_finite_state_is_never_saved(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "checksums", "json"])
-def test_a_damaged_step_is_found_and_the_one_before_restored(tmp_path, damage):
+def test_a_damaged_step_is_found_and_the_one_before_restored_when_asked_for(
+    tmp_path, damage, caplog
+):
     save(tmp_path, 2, 4)
     step_dir = tmp_path / "checkpoints" / "4"
     if damage == "flip":
@@ -159,8 +161,16 @@ def test_a_damaged_step_is_found_and_the_one_before_restored(tmp_path, damage):
     else:
         (step_dir / "state" / "_METADATA").write_text("{")
     assert [bool(report.problems) for report in checkpoint.verify(tmp_path)] == [False, True]
-    with pytest.raises(ValueError, match="step 4 is damaged"):
+    go_on = r"checkpoints/2, or continue the run with --fallback"
+    for read in (restore, checkpoint.load_params, checkpoint.step_of):
+        with pytest.raises(UserError, match=f"checkpoints/4 is damaged: .*{go_on}"):
+            read(tmp_path)
+    with pytest.raises(UserError, match=r"checkpoints/4 is damaged: [^;]*$"):
         restore(tmp_path, 4)
+    assert list_steps(tmp_path) == (2, 4), "nothing is set aside unasked"
+    checkpoint.fall_back(tmp_path)
+    assert "checkpoints/4 IS DAMAGED: " in caplog.text
+    assert "FALLING BACK TO STEP 2" in caplog.text
     assert checkpoint.load_config(tmp_path) == {"seed": 1}
     assert_equal(checkpoint.load_params(tmp_path, which="params"), make_state(2).params)
     restored = restore(tmp_path)
@@ -172,22 +182,39 @@ def test_a_damaged_step_is_found_and_the_one_before_restored(tmp_path, damage):
     assert (tmp_path / "checkpoints" / "4.damaged").exists()
 
 
-def test_nothing_sound_is_an_error(tmp_path):
+def test_where_nothing_is_sound_nothing_is_set_aside(tmp_path):
+    checkpoint.fall_back(tmp_path)  # a run that has not begun
+    save(tmp_path, 2, 4)
+    checkpoint.fall_back(tmp_path)
+    for step in (2, 4):
+        flip_a_bit(payload(tmp_path, step))
+    with pytest.raises(UserError, match="has no sound checkpoint to fall back to"):
+        checkpoint.fall_back(tmp_path)
+    assert list_steps(tmp_path) == (2, 4)
+
+
+def test_sums_of_an_older_version_are_read(tmp_path):
+    """They were BLAKE2b, a JSON object of names alone, and did not have orbax's two notes."""
     save(tmp_path, 2)
+    folder = epath.Path(tmp_path / CHECKPOINTS / "2")
+    notes = (checkpoint.COMMITTED, checkpoint.METADATA)
+    names = [name for name in checksums.read(folder) if name not in notes]
+    sums = {n: checksums.checksum(folder / n, "blake2b_128").partition(":")[2] for n in names}
+    (folder / checksums.FILE).write_text(json.dumps(sums))
+    assert checksums.find_problems(folder) == ()
+    assert_equal(restore(tmp_path).state, make_state(2))
     flip_a_bit(payload(tmp_path, 2))
-    with pytest.raises(ValueError, match="no sound checkpoint"):
-        restore(tmp_path)
+    assert len(checksums.find_problems(folder)) == 1
 
 
 KILLED = """
 import os, sys, signal, jax, jax.numpy as jnp
-from univg_jax import checkpoint
+from univg_jax import checkpoint, checksums
 state = {"params": {"a": jnp.arange(1000.0)}}
 with checkpoint.Checkpointer(sys.argv[1]) as c:
     c.save(1, state, {"n": 1}, {})
     c.wait()
-    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    c._manager._checkpointer._post_finalization_callback = kill
+    checksums.combine = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     c.save(2, state, {"n": 2}, {})
 """
 
@@ -228,6 +255,25 @@ def test_retention(tmp_path):
         assert checkpointer.latest_step() == 5
         checkpointer.save(5, make_state(9), {}, {})  # saved already: left as it is
     assert_equal(restore(tmp_path, 5).state, make_state())
+
+
+def test_a_delete_that_fails_is_no_failure_of_the_run(tmp_path, monkeypatch, caplog):
+    save(tmp_path, 1, 2, keep=2)
+    kind = type(epath.Path(tmp_path))
+    delete = kind.rmtree
+
+    def refuse(path, *args, **options):
+        if path.name == "1":
+            raise PermissionError(13, "Permission denied", str(path))
+        return delete(path, *args, **options)
+
+    monkeypatch.setattr(kind, "rmtree", refuse)
+    save(tmp_path, 3, 4, keep=2)
+    assert list_steps(tmp_path) == (1, 3, 4)
+    assert "checkpoint 1 cannot be deleted, it stays: " in caplog.text
+    monkeypatch.undo()
+    save(tmp_path, 5, keep=2)
+    assert list_steps(tmp_path) == (4, 5), "the next save tries again"
 
 
 def test_another_model_does_not_restore(tmp_path):
@@ -341,8 +387,8 @@ def test_hand_off_gives_the_position_of_the_step_whose_parameters_it_gives(tmp_p
     params = model(trunk=(2, 3))
     save(tmp_path, 1, 2, state={"params": params, "ema": params})
     assert checkpoint.load_data_state(tmp_path) == {"global_next_index": 20}
-    flip_a_bit(payload(tmp_path, 2))
-    assert checkpoint.init_from(params, tmp_path).data_state == {"global_next_index": 10}
+    older = checkpoint.init_from(params, tmp_path / CHECKPOINTS / "1")
+    assert older.data_state == {"global_next_index": 10}
 
 
 def test_copy(tmp_path):
@@ -395,7 +441,7 @@ from univg_jax import checkpoint, checksums, sharding
 workdir = sys.argv[1]
 read = []
 checksum = checksums.checksum
-checksums.checksum = lambda file: (read.append(str(file)), checksum(file))[1]
+checksums.checksum = lambda file, *how: (read.append(str(file)), checksum(file, *how))[1]
 abstract = {"params": {"a": jax.ShapeDtypeStruct((1024, 512), jnp.float32)}}
 abstract = sharding.with_shardings(
     abstract, sharding.tree_shardings(abstract, sharding.make_mesh(data=1, fsdp=8))
@@ -417,7 +463,13 @@ with checkpoint.Checkpointer(workdir) as checkpointer:
         file = max(folder.iterdir(), key=lambda f: f.stat().length)
         file.write_bytes(file.read_bytes()[:-1] + b"!")
     jax.experimental.multihost_utils.sync_global_devices("damaged")
+    checkpoint.fall_back(workdir)
+with checkpoint.Checkpointer(workdir) as checkpointer:
+    read.clear()
     restored = checkpointer.restore(abstract)
+    # It verifies what it wrote, which is what it restores: the disk is read once.
+    assert [file for file in read if f"process_{jax.process_index()}/" in file], read
+    assert not [file for file in read if other in file], read
     assert restored.data_state == {"n": 1}
     shards = (x["params"]["a"].addressable_shards for x in (restored.state, make(1)))
     for ours, theirs in zip(*shards):
@@ -440,8 +492,8 @@ def test_two_processes_agree_on_what_is_damaged_and_one_reads_what_they_wrote(tm
 def test_every_file_has_its_sum_and_a_missing_one_is_named(tmp_path):
     save(tmp_path, 1)
     step = tmp_path / CHECKPOINTS / "1"
-    listed = json.loads((step / checksums.FILE).read_text())
-    own = {n for n in checksums.list_files(epath.Path(step)) if n not in checkpoint.NOT_SUMMED}
+    listed = checksums.read(epath.Path(step))
+    own = set(checksums.list_files(epath.Path(step))) - {checksums.FILE}
     assert set(listed) == own, "every file of a step has its sum"
     payload(tmp_path, 1).unlink()
     (report,) = checkpoint.verify(tmp_path)

@@ -90,8 +90,8 @@ ALLOWED: dict[str, set[str]] = {
     "experiments": set(),
     # From a config to a run, and from a run to a trained model.
     "assembly": {
-        *("batch", "conditioning", "data_pipelines", "encoders", "lock", "models", "sampling"),
-        *("sharding", "tpu", "training", "workdir"),
+        *("batch", "checkpoint", "conditioning", "data_pipelines", "encoders", "lock", "models"),
+        *("sampling", "sharding", "tpu", "training", "workdir"),
     },
     "inputs": {"batch", "data_pipelines"},
     "result": set(),

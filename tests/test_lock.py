@@ -39,7 +39,10 @@ def holder(folder):
 def test_a_living_owner_is_not_disturbed_and_a_dead_one_is_replaced(tmp_path, caplog):
     with holder(tmp_path) as process:
         before = (tmp_path / "lock.json").read_text()
-        owner = rf"is in use by process {process.pid} on \S+ \(since .* UTC\); end that first"
+        owner = (
+            rf"is in use by process {process.pid} on \S+ \(since .* UTC\); end that first, or take "
+            "it over with --takeover"
+        )
         with pytest.raises(UserError, match=owner):
             WorkdirLock(tmp_path)
         assert (tmp_path / "lock.json").read_text() == before
@@ -130,11 +133,25 @@ def test_an_owner_on_another_machine_that_does_not_beat_is_dead(tmp_path, quick,
 
 def test_the_owner_beats_and_sees_that_it_was_replaced(tmp_path, quick, caplog):
     file = tmp_path / "lock.json"
-    with WorkdirLock(tmp_path):
+    with WorkdirLock(tmp_path) as held:
         wait_for(lambda: json.loads(file.read_text())["beats"] >= 2)
+        held.check()
         other_machine(tmp_path)
         wait_for(lambda: "process 7 on b (since then) HAS TAKEN OVER" in caplog.text)
+        with pytest.raises(UserError, match=r"was taken over by process 7 on b \(since then\)"):
+            held.check()
     assert json.loads(file.read_text())["pid"] == 7  # another's lock stays
+
+
+def test_a_living_owner_is_replaced_when_asked_for(tmp_path, monkeypatch, caplog):
+    slept = []
+    monkeypatch.setattr(lock.time, "sleep", slept.append)
+    with holder(tmp_path) as process, WorkdirLock(tmp_path, takeover=True):
+        assert slept == [2 * lock.BEAT], "the owner has time to see it"
+        assert f"taken over from process {process.pid}" in caplog.text
+        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+        process.communicate()  # it ends, and leaves the lock alone
+        assert (tmp_path / "lock.json").exists()
 
 
 def wait_for(condition):

@@ -19,7 +19,7 @@ from data_pipelines.quarantine import quarantine_file
 from data_pipelines.sources import open_sources
 from data_pipelines.tasks import TASKS
 from data_pipelines.tokenizer import Tokenizer, load_tokenizer
-from univg_jax import encoders, sharding, tpu
+from univg_jax import checkpoint, encoders, sharding, tpu
 from univg_jax.batch import BatchShape
 from univg_jax.conditioning import Conditioner
 from univg_jax.encoders import Encoders
@@ -34,7 +34,7 @@ from univg_jax.together import together
 from univg_jax.training import loop
 from univg_jax.training.initialize import begin_stream, find_parent
 from univg_jax.training.step import TrainState, TrainStep
-from univg_jax.workdir import is_claimed, newest_step, resume
+from univg_jax.workdir import barrier, is_claimed, newest_step, resume
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,7 @@ class Run:
                 validation=validation,
                 preview=preview,
                 profile=profile,
+                check=self.lock.check,
             )
         self.stream.close()
         return state
@@ -123,13 +124,16 @@ def most_of_all(own: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(own)).reshape(-1, *own.shape).max(axis=0)
 
 
-def make_run(config: Config, workdir: epath.PathLike) -> Run:
+def make_run(
+    config: Config, workdir: epath.PathLike, *, fallback: bool = False, takeover: bool = False
+) -> Run:
     """All that `config` needs to train in `workdir`: checked, built, read or fitted.
 
     All that can be wrong with the config and its data is checked before anything is built or
     written. The workdir becomes this config's only when it trains (`loop.train`): until then
     another config may take its place. The run holds the workdir (`WorkdirLock`) until it is
-    trained. Raises UserError.
+    trained; `takeover` takes it from a process that lives. With `fallback` newest checkpoints that
+    are damaged are set aside. Raises UserError.
     """
     tpu.silence_if_absent()
     workdir = epath.Path(workdir).expanduser()
@@ -151,8 +155,11 @@ def make_run(config: Config, workdir: epath.PathLike) -> Run:
     collator, stream = _open_stream(config, workdir)
     if len(stream.shapes) > 1:
         logging.info("%s", "\n".join(["buckets of the stream:", *stream.describe_buckets()]))
-    lock = WorkdirLock(workdir, active=jax.process_index() == 0)
+    lock = WorkdirLock(workdir, active=jax.process_index() == 0, takeover=takeover)
     try:
+        if fallback:
+            barrier("locked")  # the first process has the workdir
+            checkpoint.fall_back(workdir)
         begin_stream(config.init_from, stream, workdir=workdir)  # refuses data that has changed
         found = prepare_encoders(config, workdir, mesh)
         with together():

@@ -1,33 +1,49 @@
 """Checksums of the files of a folder, made and verified by all processes together.
 
 Each process sums the files that it wrote itself, so that no process reads what others wrote. The
-sums are one JSON file, `{name: BLAKE2b-128 in hex}`, which lists all files of the folder.
+sums are one JSON file, which lists all files of the folder and has a checksum of itself. They are
+XXH3-128, which is as fast as memory: they find what disks and networks do, and prove nothing about
+who wrote a file. Sums of before that are BLAKE2b-128, and still read.
 """
 
 import concurrent.futures
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+import xxhash
 from etils import epath
 from jax.experimental import multihost_utils
 
 from univg_jax.errors import UserError
-from univg_jax.files import read_json, write_whole
+from univg_jax.files import CHECKSUM, read_json, read_sealed, write_sealed, write_whole
 
 FILE = "checksums.json"
-THREADS = 8
+THREADS = 16
+_FILES = "files"  # in the JSON; one without it has the names and hex digits of BLAKE2b alone
+_CHUNK = 2**20
+_ALGORITHMS: Mapping[str, Callable] = {
+    "xxh3_128": xxhash.xxh3_128,
+    "blake2b_128": lambda content=b"": hashlib.blake2b(content, digest_size=16),
+}
+_SUM = re.compile(rf"({'|'.join(_ALGORITHMS)}):[0-9a-f]{{32}}")
 
 
-def checksum(file: epath.Path) -> str:
-    """BLAKE2b-128 of a file's bytes, in hex."""
-    digest = hashlib.blake2b(digest_size=16)
+def checksum(file: epath.Path, algorithm: str = "xxh3_128") -> str:
+    """The sum of a file's bytes: `ALGORITHM:HEX`."""
+    digest, buffer = _ALGORITHMS[algorithm](), memoryview(bytearray(_CHUNK))
     with file.open("rb") as f:
-        while chunk := f.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
+        while size := f.readinto(buffer):
+            digest.update(buffer[:size])
+    return f"{algorithm}:{digest.hexdigest()}"
+
+
+def checksum_of(content: bytes) -> str:
+    """The sum of a file with this content."""
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
 
 
 def list_files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
@@ -53,20 +69,21 @@ def write_own(folder: epath.Path, is_own: Callable[[str], bool]) -> None:
 
 
 def combine(
-    folder: epath.Path, *, of_processes: epath.Path, prefix: str, ignore: Iterable[str]
+    folder: epath.Path, *, of_processes: epath.Path, prefix: str, late: Mapping[str, str]
 ) -> None:
     """Writes the sums of all files of `folder`; one process calls it when all others have written.
 
     `of_processes` is the folder, at `prefix` in `folder`, in which `write_own` left its files. What
-    no process has summed, such as an index over all of them, is summed here.
+    no process has summed, such as an index over all of them, is summed here. `late` has the sums of
+    files that are written after this.
     """
     sums: dict[str, str] = {}
     for index in range(jax.process_count()):
         file = of_processes / _own_file(index)
         sums |= {prefix + name: value for name, value in read_json(file).items()}
         file.unlink()
-    rest = (name for name in list_files(folder) if name not in sums and name not in ignore)
-    sums |= checksums(folder, rest)
+    sums |= late
+    sums |= checksums(folder, (name for name in list_files(folder) if name not in sums))
     write(folder, sums)
 
 
@@ -74,28 +91,37 @@ def _own_file(process: int) -> str:
     return f"checksums.process_{process}.json"
 
 
-def find_problems(folder: epath.Path, *, under: str = "") -> tuple[str, ...]:
+def find_problems(
+    folder: epath.Path, *, under: str = "", closed: str | None = None
+) -> tuple[str, ...]:
     """What is wrong with a folder's files whose names begin with `under`; empty if nothing is.
 
-    Processes share the reading and agree on whether there are problems.
+    In a folder `closed` in it additional files are wrong, too. Processes share the reading and
+    agree on whether there are problems. A file that the process of the same number wrote is its
+    share, because it is what that process reads next.
     """
     sums, found = {}, ()
     try:
-        sums = read_json(folder / FILE)
+        sums = read(folder)
     except UserError as error:  # perhaps on this process alone, so the others are told below
         found = (str(error),)
+    if closed is not None and not found and (folder / closed).is_dir():
+        there = list_files(folder / closed, f"{closed}/")
+        found = tuple(f"{name} is additional" for name in there if name not in sums)
     names = sorted(name for name in sums if name.startswith(under))
 
     def problem(name: str) -> str | None:
+        algorithm = sums[name].partition(":")[0]
         try:
-            is_sound = checksum(folder / name) == sums[name]
-        except FileNotFoundError:
+            is_sound = checksum(folder / name, algorithm) == sums[name]
+        except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
         return None if is_sound else f"{name} is not what was written"
 
-    own = names[jax.process_index() :: jax.process_count()]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found += tuple(filter(None, pool.map(problem, own)))
+        found += tuple(filter(None, pool.map(problem, _share(names))))
     if jax.process_count() > 1:
         anywhere = multihost_utils.process_allgather(np.array(bool(found)))
         if np.any(anywhere):
@@ -103,12 +129,37 @@ def find_problems(folder: epath.Path, *, under: str = "") -> tuple[str, ...]:
     return found
 
 
-def find_additional(folder: epath.Path, *, ignore: Iterable[str]) -> tuple[str, ...]:
+def _share(names: Sequence[str]) -> list[str]:
+    """Those of the names that this process verifies."""
+    index, count = jax.process_index(), jax.process_count()
+
+    def owner(place: int, name: str) -> int:
+        writer = re.search(r"process_(\d+)(/|$)", name)
+        return (int(writer[1]) if writer else place) % count
+
+    return [name for place, name in enumerate(names) if owner(place, name) == index]
+
+
+def find_additional(folder: epath.Path) -> tuple[str, ...]:
     """The files of a folder that have no sum: somebody put them there later."""
-    sums = read_json(folder / FILE)
-    return tuple(n for n in list_files(folder) if n not in sums and n not in ignore)
+    sums = read(folder)
+    return tuple(n for n in list_files(folder) if n not in sums and n != FILE)
 
 
 def write(folder: epath.Path, sums: Mapping[str, str]) -> None:
     """Writes the sums of a folder's files."""
-    write_whole(folder / FILE, json.dumps(dict(sorted(sums.items())), indent=1))
+    write_sealed(folder / FILE, {_FILES: dict(sorted(sums.items()))})
+
+
+def read(folder: epath.Path) -> dict[str, str]:
+    """The sums of a folder's files. Raises UserError if its list is missing or damaged."""
+    value = read_json(folder / FILE)
+    if _FILES in value:
+        if CHECKSUM not in value:
+            raise UserError(f"{folder / FILE} is damaged: it has no checksum of itself")
+        sums = read_sealed(folder / FILE)[_FILES]
+    else:
+        sums = {name: f"blake2b_128:{digits}" for name, digits in value.items()}
+    if not isinstance(sums, dict) or not all(_SUM.fullmatch(str(sum_)) for sum_ in sums.values()):
+        raise UserError(f"{folder / FILE} is damaged: it has what is no checksum")
+    return sums

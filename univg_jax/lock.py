@@ -6,7 +6,10 @@ seconds is taken for dead. So no clocks are compared. What a dead owner left is 
 
 Two that start at once do not both get it where a folder can be locked: local disks, and most
 network file systems. In a bucket (`gs://`) they might, within the moment between reading and
-writing; the one whose file was overwritten says so at its next beat.
+writing; the one whose file was overwritten ends at its next beat.
+
+`takeover` takes a workdir from an owner that lives: it writes its name over the owner's, and waits
+for two beats, within which the owner sees it and ends at its next step (`check`).
 """
 
 import atexit
@@ -38,10 +41,12 @@ class WorkdirLock:
 
     Another lock of the same process replaces it. Raises UserError if another process that lives has
     the workdir, and writes nothing then. With `active=False` (all processes of a run but the first)
-    it does nothing.
+    it does nothing. `takeover`: see above.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, active: bool = True) -> None:
+    def __init__(
+        self, workdir: epath.PathLike, *, active: bool = True, takeover: bool = False
+    ) -> None:
         self._file = epath.Path(workdir) / FILE
         self._owner: Json = {
             "host": socket.gethostname(),
@@ -54,8 +59,9 @@ class WorkdirLock:
         }
         self._released = threading.Event()
         self._writing = threading.Lock()
+        self._lost_to = ""
         if active:
-            self._take()
+            self._take(takeover)
             threading.Thread(target=self._beat, daemon=True).start()
             atexit.register(self.release)
 
@@ -74,23 +80,36 @@ class WorkdirLock:
                 self._file.unlink(missing_ok=True)
             self._released.set()
 
-    def _take(self) -> None:
+    def check(self) -> None:
+        """Raises UserError if another process has taken the workdir over."""
+        if self._lost_to:
+            raise UserError(f"{self._file.parent} was taken over by {self._lost_to}")
+
+    def _take(self, takeover: bool) -> None:
         watched, deadline = None, 0.0
         while True:
             with _exclusive(self._file.parent):
                 found = _read(self._file)
                 is_dead = found == watched and time.monotonic() >= deadline
-                if found is None or self._is_ours(found) or is_dead or _is_gone(found):
+                is_free = found is None or self._is_ours(found) or is_dead or _is_gone(found)
+                if is_free or takeover:
                     write_whole(self._file, json.dumps(self._owner))
                     break
             if found.get("machine") == _machine() or watched not in (None, found):
-                raise UserError(f"{self._file.parent} is in use by {_name(found)}; end that first")
+                raise UserError(
+                    f"{self._file.parent} is in use by {_name(found)}; end that first, or take it "
+                    "over with --takeover"
+                )
             if watched is None:
                 watched, deadline = found, time.monotonic() + PATIENCE
                 logging.warning("%s: seeing if %s lives", self._file, _name(found))
             time.sleep(BEAT / 10)
-        if found is not None and not self._is_ours(found):
-            logging.warning("%s: taken over from %s, which is gone", self._file, _name(found))
+        if found is None or self._is_ours(found):
+            return
+        state = "which is gone" if is_free else "which ends now"
+        logging.warning("%s: taken over from %s, %s", self._file, _name(found), state)
+        if not is_free:
+            time.sleep(2 * BEAT)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
@@ -101,6 +120,7 @@ class WorkdirLock:
                 if found.get("token") != self._owner["token"]:
                     if not self._is_ours(found):
                         logging.error("%s: %s HAS TAKEN OVER THIS RUN", self._file, _name(found))
+                        self._lost_to = _name(found)
                     return
                 self._owner["beats"] += 1
                 write_whole(self._file, json.dumps(self._owner))

@@ -482,6 +482,22 @@ def test_one_run_a_workdir_and_ctrl_c_saves_its_step(root, tmp_path, capsys, cap
     assert not (workdir / "lock.json").exists()
 
 
+def test_a_damaged_checkpoint_ends_the_run_unless_it_may_fall_back(root, tmp_path, capsys, caplog):
+    workdir = shutil.copytree(root / "stage1", tmp_path / "run")
+    newest = workdir / "checkpoints" / "2"
+    config = newest / "config" / "metadata"
+    config.write_bytes(config.read_bytes()[:-1])
+    assert train(1, root, "--config.train.steps=3", workdir=workdir) == 1
+    line = error_line(capsys)
+    assert f"checkpoint {newest} is damaged: config/metadata is not what was written" in line
+    assert line.endswith("checkpoints/1, or continue the run with --fallback")
+    assert list_steps(workdir) == (1, 2)
+    assert train(1, root, "--config.train.steps=3", "--fallback", workdir=workdir) == 0
+    assert "FALLING BACK TO STEP 1" in caplog.text
+    assert (newest.parent / "2.damaged").exists()
+    assert main(["checkpoint", "verify", str(workdir)]) == 0
+
+
 def test_a_run_with_checkpoints_does_not_need_its_parent(root, tmp_path, capsys):
     workdir = shutil.copytree(root / "stage2", tmp_path / "run")
     gone = f"--config.init_from.path={tmp_path / 'gone'}"

@@ -507,6 +507,18 @@ def test_an_interval_of_none_is_the_last_step_only(tmp_path):
     assert "val/loss/t2i" in row
 
 
+def test_a_run_whose_workdir_was_taken_over_ends_at_its_next_step(tmp_path):
+    stream = helpers.CountingStream()
+
+    def check():
+        if stream.position == 3:
+            raise UserError("was taken over")
+
+    with pytest.raises(UserError, match="was taken over"):
+        run(tmp_path, stream=stream, check=check)
+    assert list_steps(tmp_path) == (2,)
+
+
 def test_a_run_that_is_past_its_last_step_is_refused(finished):
     """It must not restart, and must not end as if it had been made."""
     with pytest.raises(UserError, match=r"is at step 6, past train\.steps=4"):

@@ -28,6 +28,16 @@ def add_arguments(parser: Parser) -> None:
         metavar="START:STOP",
         help="trace the updates from step START to step STOP into DIR/profile",
     )
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        help="set newest checkpoints that are damaged aside, and go on from the newest sound one",
+    )
+    parser.add_argument(
+        "--takeover",
+        action="store_true",
+        help="take the run from the process that trains it, which ends at its next step",
+    )
     flags.add_processes(parser)
     parser.add_example(
         "--config=experiments/emoji.py:stage=1,preset=smoke --workdir=runs/smoke/stage1"
@@ -60,7 +70,9 @@ def run(args: argparse.Namespace) -> None:
         if (newest := newest_step(args.workdir)) >= profile.stop:
             raise UserError(f"--profile={args.profile}: {args.workdir} is at step {newest} already")
     if not assembly.is_finished(config, args.workdir):
-        run = assembly.make_run(config, args.workdir)
+        run = assembly.make_run(
+            config, args.workdir, fallback=args.fallback, takeover=args.takeover
+        )
         preview = make_preview(run) if config.train.sample_examples else None
         try:
             run.train(preview=preview, profile=profile)

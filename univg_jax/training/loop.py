@@ -118,13 +118,15 @@ def train(
     validation: Mapping[str, Iterable[Batch]],
     preview: Preview | None = None,
     profile: range | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Trains in `workdir` until `config.train.steps`; returns the final state.
 
     Call it inside `jax.set_mesh(mesh)`: it trains on that mesh. `frozen` are the encoders'
     parameters. `validation` has this host's batches of each task, read anew each time.
     `preview(params, folder)` samples every task, writes its pictures and gives them by name.
-    `profile` are the updates to trace into `workdir/profile`.
+    `profile` are the updates to trace into `workdir/profile`. `check()` is called at each step and
+    may end the run.
 
     A signal ends the run within the time of one step, of a batch of validation or of a task's
     samples, and of a save. What was due at that step is done when the run goes on.
@@ -145,6 +147,7 @@ def train(
             validation,
             preview=preview,
             profile=profile,
+            check=check,
             notice=notice,
             checkpointer=checkpointer,
         )
@@ -158,6 +161,7 @@ def _train(
     *,
     preview: Preview | None,
     profile: range | None,
+    check: Callable[[], None],
     notice: PreemptionNotice,
     checkpointer: Checkpointer,
 ) -> TrainState:
@@ -213,6 +217,7 @@ def _train(
         clock.switch("step")
         notice.begin()
         for step in range(start, c.steps + 1):
+            check()
             stopping, is_left = notice.stop_requested(), False
             is_planned = is_due(step, c.save_every)
             if trace.is_due(step):

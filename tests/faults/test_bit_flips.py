@@ -1,0 +1,13 @@
+"""Every damage to the files of a checkpoint is found and named."""
+
+import pytest
+
+from tests.faults.bit_flips import bit_flips
+
+
+@pytest.mark.parametrize("flips", [40, pytest.param(500, marks=pytest.mark.nightly)])
+def test_every_damage_is_found_and_named(tmp_path, flips):
+    counts, missed = bit_flips(flips=flips, seed=flips, folder=tmp_path)
+    assert missed == []
+    assert sum(counts.values()) == flips
+    assert set(counts) == {"flip", "cut", "swap", "missing", "additional"}
