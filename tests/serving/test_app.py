@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import re
 import threading
 import time
+import urllib.request
 import zlib
 
 import httpx2
@@ -217,11 +219,22 @@ def test_openai_edits_and_inpaints(official, client):
         assert filled.data[0].b64_json == ours.json()["data"][0]["b64_json"]
 
 
+def test_openai_gets_a_data_url(official):
+    given = dict(prompt="a pig on grass", extra_body={"seed": 3})
+    (as_url,) = official.images.generate(**given, response_format="url").data
+    (as_text,) = official.images.generate(**given).data
+    assert as_url.b64_json is None
+    assert as_text.url is None
+    with urllib.request.urlopen(as_url.url) as file:
+        assert file.headers["content-type"] == "image/png"
+        assert file.read() == base64.b64decode(as_text.b64_json)
+
+
 def test_openai_gets_its_own_errors(official):
     with pytest.raises(openai.BadRequestError, match="unknown model 'gpt-image-1'"):
         official.images.generate(model="gpt-image-1", prompt="a pig")
-    with pytest.raises(openai.BadRequestError, match="response_format"):
-        official.images.generate(prompt="a pig", response_format="url")
+    with pytest.raises(openai.BadRequestError, match="quality: Input should be 'auto'"):
+        official.images.generate(prompt="a pig", quality="hd")
     with pytest.raises(openai.BadRequestError, match="an edit has the size of its image, 50x40"):
         official.images.edit(image=png(), prompt="a pig", size="512x512")
 
@@ -252,7 +265,11 @@ def bomb(side):
         ("generate", dict(prompt="a pig", steps=3), "steps=3: this server is compiled for 2"),
         ("generate", dict(prompt="a pig", solver="heun"), "this server is compiled for euler"),
         ("generate", dict(prompt="a pig", solver="dpm"), "solver: Input should be 'euler' or"),
-        ("generate", dict(prompt="a pig", promt="x"), "promt: Extra inputs are not permitted"),
+        (
+            "generate",
+            dict(prompt="a pig", promt="x"),
+            "promt: no such field; did you mean 'prompt'?",
+        ),
         ("generate", dict(prompt="a pig", n=11), "n: Input should be less than or equal to 10"),
         ("generate", dict(prompt="a pig", guidance=-1), "guidance: Input should be greater"),
         ("edit", dict(prompt="x", image=b"no picture"), "image is not a readable image"),
@@ -268,7 +285,7 @@ def bomb(side):
         ("outpaint", dict(image=png()), "outpainting needs one of margins, aspect and size"),
         ("identity", dict(face=png(), prompt="a man"), "has no <p>"),
         ("layout", dict(prompt="a pig"), "a layout needs an image or boxes"),
-        ("depth", dict(image=png(), prompt="a pig"), "prompt: Extra inputs are not permitted"),
+        ("depth", dict(image=png(), prompt="a pig"), "prompt: no such field"),
     ],
 )
 def test_what_cannot_be_made_is_one_line(client, name, fields, says):
@@ -384,6 +401,23 @@ def test_a_bug_is_a_500_with_its_traceback_in_the_log_only(served, monkeypatch, 
     assert client.post("/v1/generate", json=dict(prompt="a pig")).status_code == 200
 
 
+def page_with_scripts(client):
+    """What a browser gets at /docs, without a key; and what the page loads."""
+    page = client.get("/docs").text
+    found = re.findall(r'(?:src|href)="([^"]+)"', page)
+    for path in found:
+        response = client.get(path)
+        assert response.status_code == 200
+        assert response.content
+    return page, found
+
+
+def test_the_page_of_the_schema_loads_nothing_from_elsewhere(client):
+    page, scripts = page_with_scripts(client)
+    assert any(path.endswith(".js") for path in scripts)
+    assert "://" not in page
+
+
 def test_keys(pipeline):
     keys = ["0123456789abcdef", "another-key-of-a-client"]
     with running(pipeline, wait=False, api_keys=keys) as (_, client):
@@ -402,6 +436,8 @@ def test_keys(pipeline):
         for key in keys:
             headers = {"authorization": f"Bearer {key}"}
             assert client.get("/v1/models", headers=headers).status_code == 200
+        _, scripts = page_with_scripts(client)
+        assert len(scripts) >= 3
         schema = client.get("/openapi.json").json()
         assert schema["paths"]["/v1/generate"]["post"]["security"] == [{"key": []}]
 
@@ -498,3 +534,20 @@ def test_an_answer_that_takes_too_long_is_told(pipeline, held):
             assert "too long" in line_of(response)
             assert server.batching.taken == 0
             gate.set()
+
+
+def test_a_file_that_takes_too_long_to_make_is_told(pipeline, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def encode(*_):
+        begun.set()
+        go_on.wait(60)
+        return b""
+
+    monkeypatch.setattr("univg_jax.serving.app._encode", encode)
+    with running(pipeline, timeout_s=3) as (server, client):
+        response = client.post("/v1/generate", json=dict(prompt="a pig"))
+        assert response.status_code == 504
+        assert begun.is_set()
+        assert server.batching.taken == 0
+        go_on.set()

@@ -14,6 +14,7 @@ import anyio
 import fastapi
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -24,15 +25,23 @@ from univg_jax.result import Result
 from univg_jax.serving import schema
 from univg_jax.serving.batching import Batching, Job
 from univg_jax.serving.bodies import KINDS, FieldError, open_picture, read_body, transparent_hole
-from univg_jax.serving.gate import OPEN, ClientLeft, Gate, Limits, refuse_http, refuse_user_error
+from univg_jax.serving.gate import (
+    DOCS,
+    OPEN,
+    ClientLeft,
+    Gate,
+    Limits,
+    refuse_http,
+    refuse_user_error,
+)
 from univg_jax.serving.metrics import Metrics
 from univg_jax.settings import MAX_SEED
 
 MODEL = "univg"  # the name that OpenAI's clients give
 Value = TypeVar("Value")
 
-
 Asked = tuple[str, dict[str, Any]]  # a task and the inputs of `make_request`
+Encoded = tuple[Result, bytes]  # what was made, and its file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,12 +98,14 @@ def create_app(
     batching: Batching, metrics: Metrics, *, limits: Limits, api_keys: Sequence[str] = ()
 ) -> FastAPI:
     """The application of a model. Without `api_keys` anybody may ask."""
-    app = FastAPI(
+    app = FastAPIOffline(
         title="univg_jax",
         version=version.__version__,
         summary="One image model: text to image, editing, in- and outpainting, layouts, depth, "
         "pose, segmentation, and pictures of a given person.",
         redoc_url=None,
+        static_url=f"{DOCS}/static",
+        swagger_ui_oauth2_redirect_url=f"{DOCS}/redirect",
     )
     started = int(time.time())
     pictures = Pictures(batching, limits)
@@ -193,20 +204,28 @@ class Pictures:
         if file_only and body.n > 1:
             raise FieldError("n: an answer that is a file has one picture", field="n")
         with self.batching.places(body.n):
-            results = await _unless_left(request, self._make(body, route, request), seconds=seconds)
-        return await self._in_thread(_respond, results, body.output_format, file_only)
+            return await _unless_left(
+                request, self._make(body, route, request, file_only=file_only), seconds=seconds
+            )
 
-    async def _make(self, body: schema.Body, route: Route, request: Request) -> list[Result]:
+    async def _make(
+        self, body: schema.Body, route: Route, request: Request, *, file_only: bool
+    ) -> Response:
         jobs = await self._in_thread(self._jobs, body, route)
         request.state.task = jobs[0].request.task
         request.state.pictures = len(jobs)
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_settle(self.batching.make(job))) for job in jobs]
+            works = [self._picture(job, body.output_format) for job in jobs]
+            tasks = [group.create_task(_settle(work)) for work in works]
         made = [task.result() for task in tasks]
-        for result in made:
-            if isinstance(result, Exception):
-                raise result
-        return made
+        for picture in made:
+            if isinstance(picture, Exception):
+                raise picture
+        return await self._in_thread(_respond, made, body, file_only)
+
+    async def _picture(self, job: Job, output_format: str) -> Encoded:
+        result = await self.batching.make(job)
+        return result, await self._in_thread(_encode, result, output_format)
 
     def _jobs(self, body: schema.Body, route: Route) -> list[Job]:
         """What is to be made. Raises UserError for what cannot be."""
@@ -269,28 +288,32 @@ async def _unless_left(request: Request, work: Awaitable[Value], *, seconds: flo
         left.cancel()
 
 
-def _respond(results: Sequence[Result], output_format: str, file_only: bool) -> Response:
-    files = [_encode(result, output_format) for result in results]
+def _respond(made: Sequence[Encoded], body: schema.Body, file_only: bool) -> Response:
+    first, file = made[0]
+    media_type = f"image/{body.output_format}"
     if file_only:
-        headers = {"X-Seed": str(results[0].seeds[0])}
-        return Response(files[0], media_type=f"image/{output_format}", headers=headers)
-    data = [
-        schema.Image(
-            b64_json=base64.b64encode(file).decode(),
-            seed=result.seeds[0],
-            prompt=result.prompts[0],
-            size="{}x{}".format(*result.image.size),
-            answer=None if result.answer is None else schema.Array.of(result.answer),
+        return Response(file, media_type=media_type, headers={"X-Seed": str(first.seeds[0])})
+    as_url = getattr(body, "response_format", None) == "url"
+    data = []
+    for result, file in made:
+        encoded = base64.b64encode(file).decode()
+        data.append(
+            schema.Image(
+                b64_json=None if as_url else encoded,
+                url=f"data:{media_type};base64,{encoded}" if as_url else None,
+                seed=result.seeds[0],
+                prompt=result.prompts[0],
+                size="{}x{}".format(*result.image.size),
+                answer=None if result.answer is None else schema.Array.of(result.answer),
+            )
         )
-        for file, result in zip(files, results)
-    ]
     # Where the checkpoint lies is the server's own affair.
-    settings = {k: v for k, v in results[0].settings.items() if k != "checkpoint"}
+    settings = {k: v for k, v in first.settings.items() if k != "checkpoint"}
     answer = schema.Answer(
         created=int(time.time()),
         data=data,
-        output_format=output_format,
-        task=results[0].task,
+        output_format=body.output_format,
+        task=first.task,
         settings=settings,
     )
     return Response(answer.model_dump_json(), media_type="application/json")

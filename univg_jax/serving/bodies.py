@@ -10,7 +10,7 @@ from PIL import Image
 from starlette.datastructures import FormData, UploadFile
 
 from univg_jax import images
-from univg_jax.errors import UserError, quote
+from univg_jax.errors import UserError, quote, suggestion
 from univg_jax.serving.schema import MAX_TEXT, Body
 
 Known = TypeVar("Known", bound=Body)
@@ -37,7 +37,7 @@ async def read_body(request: Request, model: type[Known]) -> Known:
         async with request.form(max_files=8, max_fields=64, max_part_size=8 * MAX_TEXT) as form:
             return model.model_validate(await _fields(form, model))
     except pydantic.ValidationError as error:
-        raise _in_one_line(error) from None
+        raise _in_one_line(error, model) from None
 
 
 async def _fields(form: FormData, model: type[Body]) -> dict[str, str | bytes]:
@@ -55,13 +55,18 @@ async def _fields(form: FormData, model: type[Body]) -> dict[str, str | bytes]:
     return found
 
 
-def _in_one_line(error: pydantic.ValidationError) -> FieldError:
-    """The first fault of a body, and how many others there are."""
-    first, *others = error.errors(include_url=False, include_context=False)
+def _in_one_line(error: pydantic.ValidationError, model: type[Body]) -> FieldError:
+    """One fault of a body, a wrong name before all others, and how many others there are."""
+    faults = error.errors(include_url=False, include_context=False)
+    first = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
     path = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     where = f"{quote(path, most=100)[1:-1]}: " if path else ""
-    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        message = "no such field"
+        if len(first["loc"]) == 1:
+            message += suggestion(path, model.model_fields)
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return FieldError(f"{where}{message}{more}", field=path.partition(".")[0][:100] or None)
 
 

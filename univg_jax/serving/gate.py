@@ -20,7 +20,8 @@ from univg_jax.serving import schema
 from univg_jax.serving.batching import Batching, Busy
 from univg_jax.serving.metrics import Metrics
 
-OPEN = ("/health", "/ready", "/docs", "/openapi.json")  # without a key
+DOCS = "/docs"
+OPEN = ("/health", "/ready", DOCS, "/openapi.json")  # without a key, as is what lies below DOCS
 LEFT = 499  # the status in log and metrics where the client left
 logger = logging.getLogger("univg_jax.serving")
 
@@ -158,7 +159,8 @@ class Gate:
             )
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        if self._keys and scope["path"] not in OPEN:
+        path = scope["path"]
+        if self._keys and not (path in OPEN or path.startswith(f"{DOCS}/")):
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             given = _digest(key.strip())
             # All are compared, each in constant time.

@@ -235,7 +235,9 @@ class _OpenAI(Guided):
     prompt: Prompt = Field(examples=["a pig on grass"])
     size: Size | None = Field(None, description="WIDTHxHEIGHT, or auto")
     model: str | None = Field(None, description="a name of /v1/models")
-    response_format: Literal["b64_json"] | None = None
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="base64; url: a data URL, since the server keeps no files"
+    )
     background: Literal["auto", "opaque"] | None = None
     quality: Literal["auto"] | None = None
     moderation: Literal["auto"] | None = None
@@ -276,7 +278,8 @@ class Array(pydantic.BaseModel):
 class Image(pydantic.BaseModel):
     """One picture."""
 
-    b64_json: str = Field(description="the file, in base64")
+    b64_json: str | None = Field(description="the file, in base64")
+    url: str | None = Field(description="instead, if response_format=url: the file as a data URL")
     seed: int
     prompt: str = Field(description="as the model got it, without the task's tag")
     size: str
