@@ -15,15 +15,15 @@ def taken():
 
 def test_an_address_that_is_in_use_is_one_line(taken, capsys):
     assert main(["demo", "--checkpoint=nowhere", f"--port={taken}"]) == 1
-    line = f"--host=127.0.0.1 --port={taken} cannot be used: Address already in use"
+    line = f"--host=127.0.0.1 --port={taken}: Address already in use"
     assert line in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--port=0"], "--port=0: expected a whole number >= 1 and <= 65535"),
-        (["--host=nowhere.invalid"], "--host=nowhere.invalid --port=7860 cannot be used: "),
+        (["--port=65536"], "--port=65536: expected a whole number >= 0 and <= 65535"),
+        (["--host=nowhere.invalid"], "--host=nowhere.invalid --port=7860: "),
     ],
 )
 def test_what_cannot_be_served_is_one_line(capsys, flags, line):

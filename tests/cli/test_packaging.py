@@ -9,8 +9,10 @@ import shutil
 import string
 import subprocess
 import sys
+import time
 import zipfile
 
+import httpx2
 import pytest
 import yaml
 
@@ -23,11 +25,16 @@ PACKAGES = ("univg_jax", "data_pipelines", "experiments")
 NOT_SOURCES = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
 
 
-def run(*command, cwd, **variables):
-    """What a command prints, in an environment that knows nothing of this clone."""
+def environment(home, **variables):
+    """One that knows nothing of this clone."""
     inherited = re.compile("PATH|LANG|PIP_.*|SSL_.*|.*_proxy", re.IGNORECASE)
     env = {name: value for name, value in os.environ.items() if inherited.fullmatch(name)}
-    env |= {"HOME": str(cwd), "JAX_PLATFORMS": "cpu", **variables}
+    return env | {"HOME": str(home), "JAX_PLATFORMS": "cpu", **variables}
+
+
+def run(*command, cwd, **variables):
+    """What a command prints, in an environment that knows nothing of this clone."""
+    env = environment(cwd, **variables)
     done = subprocess.run(
         [*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, check=False
     )
@@ -93,6 +100,20 @@ def test_the_wheel_alone_runs_every_command_and_a_trained_model(wheel, root, tmp
     sample = ("sample", "--checkpoint=run", "--task=t2i", "--prompt=a pig", "--out=pig.png")
     run(univg, *sample, cwd=tmp_path)
     assert (tmp_path / "pig.png").exists()
+
+    run(*pip, lock, f"{wheel}[serve]", cwd=tmp_path)
+    serve = [univg, "serve", "--checkpoint=run", "--port=0", "--max_batch=1"]
+    options = dict(cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(serve, **options) as server:
+        try:
+            address = server.stdout.readline().split()[2].rstrip(",")
+            while httpx2.get(f"{address}/ready", timeout=60).status_code != 200:
+                time.sleep(0.5)
+            made = httpx2.post(f"{address}/v1/generate", json={"prompt": "a pig"}, timeout=60)
+            assert made.status_code == 200
+        finally:
+            server.terminate()
+    assert server.returncode == 0
 
 
 class Image:

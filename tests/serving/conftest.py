@@ -8,7 +8,8 @@ import httpx2
 import pytest
 
 from univg_jax import Pipeline
-from univg_jax.serving.server import Server, Settings, open_socket
+from univg_jax.serving.address import open_socket, url_of
+from univg_jax.serving.server import Server, Settings
 
 
 @contextlib.contextmanager
@@ -18,7 +19,7 @@ def running(pipeline, *, wait=True, **settings):
     with open_socket("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.serve_on, args=[listening], daemon=True)
         thread.start()
-        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        address = url_of(listening)
         try:
             while not server.started:
                 time.sleep(0.01)

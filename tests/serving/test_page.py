@@ -10,10 +10,8 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
@@ -38,23 +36,20 @@ MILLISECONDS = SECONDS * 1000
 @contextlib.contextmanager
 def served(checkpoint, *flags):
     """`univg demo` in a process of its own, on one device; gives its address and the process."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     environment.pop("PYTEST_CURRENT_TEST", None)  # by which NiceGUI would listen for its own tests
     command = [sys.executable, "-m", "univg_jax", "demo", f"--checkpoint={checkpoint}"]
     process = subprocess.Popen(
-        [*command, f"--port={port}", *flags], env=environment, stderr=subprocess.PIPE, text=True
+        [*command, "--port=0", *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(SECONDS * 5):
-            with contextlib.suppress(requests.ConnectionError):
-                requests.get(address, timeout=SECONDS)
-                break
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.2)
-        yield address, process
+        said = re.match(r"the page: (http://127\.0\.0\.1:\d+) ", process.stdout.readline())
+        assert said, process.stderr.read()
+        yield said[1], process
     finally:
         process.kill()
         process.communicate()

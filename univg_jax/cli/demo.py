@@ -26,28 +26,27 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Loads the model and the examples, and serves the page until it is ended."""
     from univg_jax.pipeline import Pipeline
-    from univg_jax.serving import page
+    from univg_jax.serving import address, page
     from univg_jax.serving.examples import load_examples
     from univg_jax.serving.maker import Maker
     from univg_jax.serving.store import Store
 
-    flags.check_address(args)
-    configure(args)
-    pipeline = Pipeline.load(
-        args.checkpoint,
-        ema=not args.raw_params,
-        sampling=flags.sampling(args),
-        pretrained=args.pretrained,
-    )
-    store = Store()
-    examples = load_examples(pipeline, store, num=NUM_EXAMPLES, data_dir=args.data or "")
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"the page: http://{host}:{args.port} (Ctrl-C ends it)", flush=True)
-    page.serve(
-        Maker(pipeline, store),
-        examples,
-        host=args.host,
-        port=args.port,
-        title=f"{pipeline.config.name}, step {pipeline.step}",
-        seed=args.seed,
-    )
+    with address.open_socket(args.host, args.port) as listening:
+        configure(args)
+        pipeline = Pipeline.load(
+            args.checkpoint,
+            ema=not args.raw_params,
+            sampling=flags.sampling(args),
+            pretrained=args.pretrained,
+        )
+        store = Store()
+        examples = load_examples(pipeline, store, num=NUM_EXAMPLES, data_dir=args.data or "")
+        listening.listen()
+        print(f"the page: {address.url_of(listening)} (Ctrl-C ends it)", flush=True)
+        page.serve(
+            Maker(pipeline, store),
+            examples,
+            listening=listening,
+            title=f"{pipeline.config.name}, step {pipeline.step}",
+            seed=args.seed,
+        )

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,35 +110,23 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = True) ->
     )
 
 
-def add_address(parser: argparse.ArgumentParser, *, port: int) -> None:
+def add_address(parser: argparse._ActionsContainer, *, port: int) -> None:
     """Where a command that serves listens."""
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        metavar="HOST",
-        help="the address to listen on; default: 127.0.0.1, this machine alone. 0.0.0.0 is all: "
-        "whoever reaches the port may then use the model",
+        metavar="ADDRESS",
+        help="default: 127.0.0.1, which only this machine reaches; 0.0.0.0 is all of its addresses",
     )
     parser.add_argument(
         "--port",
         action=Number,
-        least=1,
+        least=0,
         most=65535,
         default=port,
         metavar="N",
-        help=f"the port; default: {port}",
+        help=f"default: {port}; 0: a free one",
     )
-
-
-def check_address(args: argparse.Namespace) -> None:
-    """Raises UserError if nothing can listen on --host and --port."""
-    try:
-        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        with socket.create_server((args.host, args.port), family=family):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--host={args.host} --port={args.port} cannot be used: {reason}") from None
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

@@ -13,24 +13,7 @@ from univg_jax.settings import SOLVERS
 
 def add_arguments(parser: Parser) -> None:
     """The command's flags."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=flags.path,
-        metavar="DIR",
-        help="a workdir, or DIR/checkpoints/STEP",
-    )
-    parser.add_argument(
-        "--raw_params",
-        action="store_true",
-        help="the raw parameters instead of their average (EMA)",
-    )
-    parser.add_argument(
-        "--pretrained",
-        type=flags.path,
-        metavar="DIR",
-        help="the folder of pretrained encoders; default: the run's config",
-    )
+    flags.add_model(parser)
     parser.add_argument(
         "--steps",
         metavar="N,N",
@@ -43,16 +26,7 @@ def add_arguments(parser: Parser) -> None:
         help="likewise; each is compiled with each of --steps",
     )
     network = parser.add_argument_group("network")
-    network.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="default: 127.0.0.1, which only this machine reaches",
-    )
-    number = dict(action=flags.Number, metavar="N")
-    network.add_argument(
-        "--port", **number, least=0, most=65535, default=8000, help="default: 8000; 0: a free one"
-    )
+    flags.add_address(network, port=8000)
     network.add_argument(
         "--api_keys",
         type=flags.path,
@@ -60,6 +34,7 @@ def add_arguments(parser: Parser) -> None:
         help="keys, one a line, of which a request needs one; default: those of the environment's "
         "UNIVG_API_KEYS, with commas between them; without any, everybody may ask",
     )
+    number = dict(action=flags.Number, metavar="N")
     batches = parser.add_argument_group("batches")
     batches.add_argument(
         "--max_batch",
@@ -112,7 +87,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Checks the flags, loads the model, and serves it until a signal."""
     with needs_extra("serve", "univg serve"):
-        from univg_jax.serving import server
+        from univg_jax.serving import address, server
 
     steps = _steps(args.steps) if args.steps is not None else ()
     solvers = args.solvers.split(",") if args.solvers is not None else ()
@@ -129,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         sampling["solver"] = solvers[0]
     options = dict(sampling=sampling, pretrained=args.pretrained)
     load_config(args.checkpoint, **options)
-    with server.open_socket(args.host, args.port) as listening:
+    with address.open_socket(args.host, args.port) as listening:
         pipeline = Pipeline.load(args.checkpoint, ema=not args.raw_params, **options)
         names = ("max_batch", "max_wait_ms", "max_queue", "max_mib", "max_pixels", "timeout_s")
         settings = server.Settings(
@@ -139,9 +114,8 @@ def run(args: argparse.Namespace) -> None:
             api_keys=keys,
         )
         listening.listen()  # who connects from now on waits until it serves, for a moment
-        host, port = listening.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        print(f"serving at http://{host}:{port}, compiling: see /ready and /docs", flush=True)
+        url = address.url_of(listening)
+        print(f"serving at {url}, compiling: see /ready and /docs", flush=True)
         server.log_as_json()
         try:
             server.Server(pipeline, settings).serve_on(listening)

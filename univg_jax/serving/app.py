@@ -365,10 +365,14 @@ def _openapi(app: FastAPI, routes: Sequence[Route], *, is_locked: bool) -> dict[
         form = schema.form_schema(route.body, components["schemas"][name])
         components["schemas"][f"{name}Form"] = form
         names = dict(zip(KINDS, (name, f"{name}Form")))
-        content = {
+        content: dict[str, dict[str, Any]] = {
             kind: {"schema": {"$ref": f"#/components/schemas/{names[kind]}"}}
             for kind in route.kinds
         }
+        lists = [field for field in ("margins", "boxes") if field in route.body.model_fields]
+        if lists:  # as JSON, and not as one part an item
+            as_json = {field: {"contentType": KINDS[0]} for field in lists}
+            content[KINDS[1]]["encoding"] = as_json
         made["paths"][route.path]["post"]["requestBody"] = {"required": True, "content": content}
     if is_locked:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

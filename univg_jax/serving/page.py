@@ -5,6 +5,7 @@ Each visitor has a `_Page` of their own. Nothing is loaded from elsewhere or sen
 
 import dataclasses
 import random
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from univg_jax.serving.store import MAX_UPLOAD, check_upload, read_mask, read_up
 from univg_jax.settings import MAX_SEED, SOLVERS
 
 with needs_extra("demo", "the page"):
-    from fastapi import Request, Response
+    import uvicorn
+    from fastapi import FastAPI, Request, Response
     from nicegui import app, events, run, ui
 
 MEDIA = {".png": "image/png", ".npy": "application/octet-stream", ".json": "application/json"}
@@ -40,8 +42,7 @@ def serve(
     maker: Maker,
     examples: Mapping[str, Sequence[Form]],
     *,
-    host: str,
-    port: int,
+    listening: socket.socket,
     title: str,
     seed: int = 0,
 ) -> None:
@@ -63,18 +64,17 @@ def serve(
     def index(request: Request) -> None:
         _Page(maker, examples, title=title, seed=seed).begin(dict(request.query_params))
 
-    ui.run(
-        host=host,
-        port=port,
+    around = FastAPI(openapi_url=None)
+    ui.run_with(
+        around,
         title=title,
         favicon="🎨",
         language="en-US",
-        reload=False,
-        show=False,
         show_welcome_message=False,
         reconnect_timeout=120.0,  # a phone that slept finds its page again
-        timeout_graceful_shutdown=3,
     )
+    config = uvicorn.Config(around, log_level="warning", ws="wsproto", timeout_graceful_shutdown=3)
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 class Easel(ui.element, component="easel.js"):
@@ -484,9 +484,14 @@ class _Page:
             self.job.is_stopped = True
 
     def _say(self, line: str) -> None:
-        """Shows one line of what is wrong; "" is nothing."""
+        """Shows one line of what is wrong, where it can be seen; "" is nothing."""
         self.error.set_text(line)
         self.error.set_visibility(bool(line))
+        if line:
+            ui.run_javascript(
+                f"getHtmlElement({self.error.id}).scrollIntoView("
+                "{behavior: 'smooth', block: 'nearest'})"
+            )
 
     def _show_progress(self) -> None:
         job = self.job

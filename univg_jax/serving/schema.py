@@ -45,11 +45,19 @@ def _from_text(value: object) -> object:
 
 
 def _read_size(text: str) -> str:
-    if text != "auto" and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", text, re.ASCII):
+    if text != "auto" and not re.fullmatch(SIZE, text):
         raise ValueError("expected WIDTHxHEIGHT, such as 64x48")
     return text
 
 
+def _one_of(**kinds: dict[str, Any]) -> pydantic.ConfigDict:
+    """For readers of the schema: exactly one of these fields is given, and is such."""
+    choices = [{"required": [name], "properties": {name: schema}} for name, schema in kinds.items()]
+    return pydantic.ConfigDict(json_schema_extra={"oneOf": choices})
+
+
+SIZE = "[1-9][0-9]{0,4}x[1-9][0-9]{0,4}"
+RATIO = r"(0\.[0-9]{0,3}[1-9]|[1-9][0-9]{0,3}(\.[0-9]{1,4})?)"
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Picture = Annotated[bytes, BeforeValidator(_decode), WithJsonSchema(PICTURE)]
@@ -57,7 +65,7 @@ Scale = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Size = Annotated[
     str,
     AfterValidator(_read_size),
-    WithJsonSchema({"type": "string", "pattern": "^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"}),
+    WithJsonSchema({"type": "string", "pattern": f"^(auto|{SIZE})$"}),
 ]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Corners = Annotated[list[Fraction], Field(min_length=4, max_length=4)]
@@ -135,13 +143,18 @@ class Inpaint(Guided):
 class Outpaint(Guided):
     """The image on a larger canvas, by one of margins, aspect and size."""
 
+    model_config = _one_of(
+        margins={"type": "array"},
+        aspect={"type": "string"},
+        size={"type": "string", "pattern": f"^{SIZE}$"},
+    )
     pictures = ("image",)
     image: Picture
     prompt: Text = Field("", examples=["a pig on grass"])
     margins: Annotated[Margins | None, BeforeValidator(_from_text)] = Field(
         None, description="left, top, right and bottom, in pixels"
     )
-    aspect: Annotated[str, Field(pattern=r"^[0-9.]{1,9}:[0-9.]{1,9}$")] | None = Field(
+    aspect: Annotated[str, Field(pattern=f"^{RATIO}:{RATIO}$")] | None = Field(
         None, description="width to height, such as 3:2"
     )
     size: Size | None = Field(None, description="WIDTHxHEIGHT, with the image in the middle")
@@ -169,6 +182,7 @@ Boxes = Annotated[list[Box], Field(min_length=1, max_length=64)]
 class Layout(Guided):
     """A picture laid out as a canvas of colored blocks, or as boxes."""
 
+    model_config = _one_of(image={"type": "string"}, boxes={"type": "array"})
     pictures = ("image",)
     prompt: Prompt = Field(examples=["a pig (red block) on grass"])
     image: Picture | None = Field(None, description="the canvas of blocks")

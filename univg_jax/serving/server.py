@@ -40,21 +40,6 @@ class Settings:
     api_keys: Sequence[str] = ()
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """A socket that has its address, and refuses connections until it is served.
-
-    Raises UserError where it cannot have it.
-    """
-    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, port))
-    except OSError as error:
-        found.close()
-        raise UserError(f"--host={host} --port={port}: {error.strerror or error}") from None
-    return found
-
-
 def read_keys(path: str | None) -> list[str]:
     """The API keys of a file, one a line, or else of the environment's UNIVG_API_KEYS.
 
