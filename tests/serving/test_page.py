@@ -419,6 +419,17 @@ def test_it_fits_a_phone(chromium, address):
     phone.context.close()
 
 
+def test_a_phone_shows_the_line_of_an_upload(chromium, address):
+    from playwright.sync_api import expect
+
+    phone = Visitor(chromium, address, "?task=ip", width=390)
+    phone.upload_picture(picture(40, 30))  # so that the line is below what the screen shows
+    expect(phone.page.get_by_text("Make the picture", exact=True)).not_to_be_in_viewport()
+    phone.upload("notes.png", b"Dear diary")
+    expect(phone.page.locator(".error")).to_be_in_viewport(timeout=MILLISECONDS)
+    phone.context.close()
+
+
 def test_a_finger_paints_and_does_not_scroll(chromium, address):
     phone = Visitor(chromium, address, "?task=ip", width=390)
     phone.upload_picture(picture(32, 32, seed=9))
