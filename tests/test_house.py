@@ -66,7 +66,8 @@ ALLOWED: dict[str, set[str]] = {
     "writers": set(),
     "runtime": {"tpu"},
     "sharding": {"batch"},
-    "distributed": {"sharding"},
+    "heartbeat": set(),
+    "distributed": {"heartbeat", "sharding"},
     "checkpoint": {"checksums", "lock", "retention", "sharding", "stored", "streaming", "workdir"},
     # Networks: ours, weights of others, and what encodes a batch.
     "models": {"batch", "sharding"},
@@ -82,8 +83,8 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"batch", "conditioning", "flow", "models", "sharding"},
     # Training never sees a dataset. Only training.initialize knows the weights of others.
     "training": {
-        *("batch", "checkpoint", "conditioning", "flow", "interop", "models", "sharding"),
-        *("tpu", "trained", "workdir", "writers"),
+        *("batch", "checkpoint", "conditioning", "distributed", "flow", "heartbeat", "interop"),
+        *("models", "sharding", "tpu", "trained", "workdir", "writers"),
     },
     # Data never sees a model.
     "data_pipelines": {"batch", "pretrained"},

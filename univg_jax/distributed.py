@@ -1,8 +1,7 @@
 """One command as several processes, one a host: `jax.distributed`, with clear errors.
 
-A process that fails must not wait for the others. It says why and exits. JAX's coordination service
-ends the others: at once if the failed one was process 0, else when its heartbeats have been missing
-for `HEARTBEAT` seconds.
+A process that fails must not wait for the others. It says why and exits, and they end with a line
+that names it; so do they when one is gone without a word, or stopped (`heartbeat`).
 """
 
 import os
@@ -18,10 +17,11 @@ from jax.experimental import multihost_utils
 
 from univg_jax import sharding
 from univg_jax.errors import UnreachableError, UserError
+from univg_jax.heartbeat import Heartbeat, at_coordinators_end
 
 ENVIRONMENT = "UNIVG_DISTRIBUTED"
 TIMEOUT = 300  # seconds for all processes to start: hosts of a pod start minutes apart
-HEARTBEAT = 100  # seconds
+HEARTBEAT = 100  # seconds of JAX's own service; ours is faster
 
 
 def start(
@@ -73,21 +73,29 @@ def start(
     )
 
 
+_heartbeat: Heartbeat | None = None
+
+
 def is_one_of_several() -> bool:
     """Whether this process works with others."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def exit_now(code: int) -> None:
+def heartbeat() -> Heartbeat | None:
+    """What watches the other processes; None where there are none."""
+    return _heartbeat
+
+
+def exit_now(code: int, reason: str) -> None:
     """Ends this process at once if it is one of several; does nothing otherwise.
 
-    An ordinary exit would wait for the others at JAX's shutdown barrier.
+    The others are told why, and end too. An ordinary exit would wait for them at JAX's shutdown
+    barrier.
     """
     if not is_one_of_several():
         return
-    if jax.process_index() == 0:
-        # Often all processes fail for one reason. The coordinator's end would silence the others.
-        time.sleep(2)
+    if _heartbeat is not None:
+        _heartbeat.end_all(reason, code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -117,16 +125,19 @@ def _check_free(port: int) -> None:
 
 
 def _initialize(timeout: int, **addresses: str | int) -> None:
+    global _heartbeat
     try:
-        jax.distributed.initialize(
-            **addresses, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT
-        )
+        with at_coordinators_end():
+            jax.distributed.initialize(
+                **addresses, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT
+            )
     except (ValueError, OSError) as error:  # OSError: no answer from what looked like a cloud
         if addresses:
             raise
         raise UserError(
             f"--distributed: the environment does not say who the other processes are ({error})"
         ) from None
+    _heartbeat = Heartbeat.of_this_process()
     if jax.default_backend() == "cpu" and jax.process_count() > 1:
         # Only process 0 would find its programs in the cache, and be ahead of the others by more
         # than the 30 s below.

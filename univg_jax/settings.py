@@ -364,6 +364,14 @@ class Train:
         least=1,
         unit="steps",
     )
+    watchdog: float | None = setting(
+        1800.0,
+        "without a step, a batch of validation or the samples of a task, after which the run ends, "
+        "with the stacks of all processes in WORKDIR/stacks",
+        above=0,
+        none="never",
+        unit="seconds",
+    )
     eval_examples: int = setting(
         64,
         "validation examples of a task, at 8 fixed times each; 0: no validation",

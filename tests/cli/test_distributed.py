@@ -85,7 +85,7 @@ def test_without_flags_there_is_one_process(monkeypatch):
     monkeypatch.delenv(distributed.ENVIRONMENT, raising=False)
     distributed.start()
     assert not distributed.is_one_of_several()
-    distributed.exit_now(3)  # returns: the exit code is the caller's business
+    distributed.exit_now(3, "")  # returns: the exit code is the caller's business
 
 
 def test_a_coordinator_that_does_not_answer():

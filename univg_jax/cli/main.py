@@ -62,9 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
         return 0
     except KeyboardInterrupt as end:
-        print(f"univg {args.command}: {str(end) or 'interrupted'}", file=sys.stderr)
+        reason = str(end) or "interrupted"
+        print(f"univg {args.command}: {reason}", file=sys.stderr)
         code = getattr(end, "exit_code", 130)
     except UserError as error:
+        reason = str(error)
         if args.verbose:
             traceback.print_exc()
         else:
@@ -76,17 +78,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if "gcsfs" not in str(error):
             raise
-        need = "pip install 'univg_jax[gcs]'"
-        print(f"univg {args.command}: error: gs:// paths need gcsfs: {need}", file=sys.stderr)
+        reason = "gs:// paths need gcsfs: pip install 'univg_jax[gcs]'"
+        print(f"univg {args.command}: error: {reason}", file=sys.stderr)
         code = 1
-    except Exception:  # a bug of ours
+    except Exception as error:  # a bug of ours, or another process is gone
+        _suspect_others()
         traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         code = 1
     if "jax" in sys.modules:
         from univg_jax import distributed
 
-        distributed.exit_now(code)
+        distributed.exit_now(code, reason)
     return code
+
+
+def _suspect_others() -> None:
+    """Where an error may come from another process's end, that one is named instead."""
+    if "univg_jax.distributed" in sys.modules:
+        from univg_jax import distributed
+
+        if (heartbeat := distributed.heartbeat()) is not None:
+            heartbeat.suspect()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -150,6 +163,11 @@ def _is_ours_or_warning(record: stdlib_logging.LogRecord) -> bool:
 
 def configure(args: argparse.Namespace) -> None:
     """JAX as every command that computes wants it; joins the other processes if flags name them."""
+    if getattr(args, "coordinator", None) or getattr(args, "distributed", False):
+        # `heartbeat` has a line for a process that is missing. C++ has others, if JAX, which reads
+        # this when it is imported, does not say otherwise.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
     import jax
 
     from univg_jax import distributed, runtime

@@ -32,6 +32,7 @@ from univg_jax.training.initialize import DataStream, initial_state
 from univg_jax.training.preemption import PreemptionNotice, Stopping
 from univg_jax.training.profiling import Trace
 from univg_jax.training.step import TrainState, TrainStep, num_parameters
+from univg_jax.training.watchdog import Watchdog
 from univg_jax.workdir import check_not_past, claim_workdir, newest_step
 
 Preview = Callable[[PyTree, epath.Path], Iterable[tuple[str, np.ndarray]]]
@@ -199,11 +200,16 @@ def _train(
         write_whole(workdir / "parameters.txt", overview)
 
     config, clock = step_fns.config, history.clock
+    watchdog = Watchdog(workdir, c.watchdog, doing=lambda: clock.activity)
     pending = PendingMetrics(history, stream, batch_size=config.data.batch_size)
     schedule = optim.make_schedule(config.optim, total_steps=c.steps)
     writer = writers.create_writer(workdir, resume_step=start - redo, rows=rows, active=is_main)
     trace = Trace(workdir / "profile", steps=profile, start=start)
     bar = Bar(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main)
+
+    def part_is_done() -> None:
+        watchdog.beat(f"a part of the {clock.activity} of step {step}")
+        notice.check()
 
     def is_due(step: int, every: int | None) -> bool:
         is_multiple = every is not None and step % every == 0
@@ -213,11 +219,12 @@ def _train(
     # a checkpoint of step n has the state after n updates and the position after n batches, and a
     # resumed run, which starts at the top, sees exactly what the uninterrupted one saw.
     # Whatever happens, the contexts (and `checkpointer`'s) finish what was begun.
-    with contextlib.closing(writer), bar, trace:
+    with contextlib.closing(writer), bar, trace, watchdog:
         clock.switch("step")
         notice.begin()
         for step in range(start, c.steps + 1):
             check()
+            watchdog.beat(f"step {step}")
             stopping, is_left = notice.stop_requested(), False
             is_planned = is_due(step, c.save_every)
             if trace.is_due(step):
@@ -229,7 +236,7 @@ def _train(
                     pending.fetch()  # or the wait for the step would count as evaluation
                     with clock("eval"):
                         losses = validation_losses(
-                            programs.validate, state.ema, frozen, validation, mesh, notice.check
+                            programs.validate, state.ema, frozen, validation, mesh, part_is_done
                         )
                         writer.write_scalars(step, losses)
                 if preview is not None and is_due(step, c.sample_every):
@@ -238,7 +245,7 @@ def _train(
                         folder, images = workdir / "samples" / f"{step:07d}", {}
                         for name, image in preview(state.ema, folder):
                             images[name] = image
-                            notice.check()
+                            part_is_done()
                         writer.write_images(step, images)
             except Stopping:
                 stopping = is_left = True
