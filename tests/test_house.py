@@ -83,8 +83,8 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"batch", "conditioning", "flow", "models", "sharding"},
     # Training never sees a dataset. Only training.initialize knows the weights of others.
     "training": {
-        *("batch", "checkpoint", "conditioning", "distributed", "flow", "heartbeat", "interop"),
-        *("models", "sharding", "tpu", "trained", "workdir", "writers"),
+        *("batch", "checkpoint", "conditioning", "flow", "heartbeat", "interop", "models"),
+        *("sharding", "tpu", "trained", "workdir", "writers"),
     },
     # Data never sees a model.
     "data_pipelines": {"batch", "pretrained"},

@@ -42,6 +42,30 @@ def test_workdir_belongs_to_one_config(tmp_path):
     assert (tmp_path / "config.json").read_text() == before
 
 
+def test_another_config_goes_on_where_that_is_declared(tmp_path):
+    begin(tmp_path, config(), steps=[2])
+    other = config(optim=dict(lr=0.2), seed=3)
+    with pytest.raises(UserError, match=r"same: --allow_config_change=optim\.lr,seed$"):
+        workdir.resume(tmp_path, other, allow=["seed"])
+    for allow in (["optim", "seed"], ["optim.lr", "seed", "tasks"]):
+        assert workdir.resume(tmp_path, other, allow=allow).seed == 3
+    assert workdir.changes(tmp_path, other) == {
+        "optim.lr": "optim.lr is 0.2, there 0.1",
+        "seed": "seed is 3, there 1",
+    }
+    workdir.claim_workdir(tmp_path, other, allow=["optim", "seed"])
+    assert workdir.resume(tmp_path, other).seed == 3, "from now on it is the run's own"
+    with pytest.raises(UserError, match=r"no key 'optim\.lrr'; did you mean 'optim\.lr'"):
+        workdir.resume(tmp_path, other, allow=["optim.lrr"])
+
+
+def test_what_a_checkpoint_has_cannot_be_declared(tmp_path):
+    begin(tmp_path, config(), steps=[2])
+    other = config(model=dict(size="l"), seed=3)
+    with pytest.raises(UserError, match=r"model\.size is 'l', there 'xl'; begin another run"):
+        workdir.resume(tmp_path, other, allow=["model", "seed"])
+
+
 def test_what_a_check_finds_writes_nothing(tmp_path):
     workdir.resume(tmp_path / "new", config())
     assert not (tmp_path / "new").exists()

@@ -104,6 +104,7 @@ SMALL = {
     "writers": "TensorBoard, JSONL",
     "checksums": "of a folder's files",
     "lock": "a workdir's one process",
+    "heartbeat": "which process is missing",
     "together": "what fails on one host ends all",
 }
 COLUMNS, TOP, ROW_HEIGHT = 3, 745, 24  # of the box with the small rooms

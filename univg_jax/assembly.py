@@ -1,6 +1,7 @@
 """From a config to the parts of a run: `make_run` composes what the other functions make."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -49,6 +50,7 @@ class Run:
     frozen: PyTree
     stream: Stream
     lock: WorkdirLock
+    allow_config_change: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -114,6 +116,7 @@ class Run:
                 preview=preview,
                 profile=profile,
                 check=self.lock.check,
+                allow_config_change=self.allow_config_change,
             )
         self.stream.close()
         return state
@@ -125,7 +128,12 @@ def most_of_all(own: np.ndarray) -> np.ndarray:
 
 
 def make_run(
-    config: Config, workdir: epath.PathLike, *, fallback: bool = False, takeover: bool = False
+    config: Config,
+    workdir: epath.PathLike,
+    *,
+    fallback: bool = False,
+    takeover: bool = False,
+    allow_config_change: Sequence[str] = (),
 ) -> Run:
     """All that `config` needs to train in `workdir`: checked, built, read or fitted.
 
@@ -133,11 +141,11 @@ def make_run(
     written. The workdir becomes this config's only when it trains (`loop.train`): until then
     another config may take its place. The run holds the workdir (`WorkdirLock`) until it is
     trained; `takeover` takes it from a process that lives. With `fallback` newest checkpoints that
-    are damaged are set aside. Raises UserError.
+    are damaged are set aside. `allow_config_change`: see `workdir.resume`. Raises UserError.
     """
     tpu.silence_if_absent()
     workdir = epath.Path(workdir).expanduser()
-    config = resume(workdir, config)
+    config = resume(workdir, config, allow=allow_config_change)
     with together():
         check_config(config)
     mesh = make_mesh(config)
@@ -160,7 +168,7 @@ def make_run(
         if fallback:
             barrier("locked")  # the first process has the workdir
             checkpoint.fall_back(workdir)
-        begin_stream(config.init_from, stream, workdir=workdir)  # refuses data that has changed
+        begin_stream(config, stream, workdir=workdir)  # refuses data that has changed
         found = prepare_encoders(config, workdir, mesh)
         with together():
             if collator.latents is not None:
@@ -179,6 +187,7 @@ def make_run(
             frozen=found.frozen,
             stream=stream,
             lock=lock,
+            allow_config_change=tuple(allow_config_change),
         )
     except BaseException:
         lock.release()
@@ -201,7 +210,9 @@ def _open_stream(config: Config, workdir: epath.Path) -> tuple[Collator, Stream]
         return collator, Stream(config, collator=collator, quarantine=file, **process)
 
 
-def is_finished(config: Config, workdir: epath.PathLike) -> bool:
+def is_finished(
+    config: Config, workdir: epath.PathLike, *, allow_config_change: Sequence[str] = ()
+) -> bool:
     """Whether `workdir` has the last step of `config` and its summary.
 
     Raises UserError if what is in it is of another config.
@@ -215,7 +226,7 @@ def is_finished(config: Config, workdir: epath.PathLike) -> bool:
     except UserError as error:
         logging.warning("%s: it is made again", error)
         return False
-    resume(workdir, config)
+    resume(workdir, config, allow=allow_config_change)
     return summary.get("steps") == newest_step(workdir) == config.train.steps
 
 

@@ -15,9 +15,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from univg_jax import sharding
+from univg_jax import heartbeat, sharding
 from univg_jax.errors import UnreachableError, UserError
-from univg_jax.heartbeat import Heartbeat, at_coordinators_end
 
 ENVIRONMENT = "UNIVG_DISTRIBUTED"
 TIMEOUT = 300  # seconds for all processes to start: hosts of a pod start minutes apart
@@ -73,17 +72,9 @@ def start(
     )
 
 
-_heartbeat: Heartbeat | None = None
-
-
 def is_one_of_several() -> bool:
     """Whether this process works with others."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def heartbeat() -> Heartbeat | None:
-    """What watches the other processes; None where there are none."""
-    return _heartbeat
 
 
 def exit_now(code: int, reason: str) -> None:
@@ -94,8 +85,8 @@ def exit_now(code: int, reason: str) -> None:
     """
     if not is_one_of_several():
         return
-    if _heartbeat is not None:
-        _heartbeat.end_all(reason, code)
+    if (watching := heartbeat.current()) is not None:
+        watching.end_all(reason, code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -125,9 +116,8 @@ def _check_free(port: int) -> None:
 
 
 def _initialize(timeout: int, **addresses: str | int) -> None:
-    global _heartbeat
     try:
-        with at_coordinators_end():
+        with heartbeat.at_coordinators_end():
             jax.distributed.initialize(
                 **addresses, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT
             )
@@ -137,7 +127,7 @@ def _initialize(timeout: int, **addresses: str | int) -> None:
         raise UserError(
             f"--distributed: the environment does not say who the other processes are ({error})"
         ) from None
-    _heartbeat = Heartbeat.of_this_process()
+    heartbeat.start()
     if jax.default_backend() == "cpu" and jax.process_count() > 1:
         # Only process 0 would find its programs in the cache, and be ahead of the others by more
         # than the 30 s below.

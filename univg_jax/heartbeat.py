@@ -64,17 +64,6 @@ class Heartbeat:
             threading.Thread(target=run, daemon=True).start()
         atexit.register(self.stop)
 
-    @classmethod
-    def of_this_process(cls) -> "Heartbeat | None":
-        """That of one of several processes, which `jax.distributed` has joined; else None."""
-        # JAX has no public name for its key-value store, and `jax.process_index` would wait here
-        # for all processes to say what devices they have.
-        from jax._src.distributed import global_state as s
-
-        if s.num_processes == 1:
-            return None
-        return cls(s.client, index=s.process_id, count=s.num_processes)
-
     def stop(self) -> None:
         """This process has done its work: nobody waits for it, and it for nobody."""
         atexit.unregister(self.stop)
@@ -188,6 +177,25 @@ class Heartbeat:
         # has an error of its own.
         time.sleep((3 if self._index == 0 else 2) * BEAT)
         end_process(line, code)
+
+
+_current: Heartbeat | None = None
+
+
+def start() -> None:
+    """Begins to beat if this process is one of several, which `jax.distributed` has joined."""
+    # JAX has no public name for its key-value store, and `jax.process_index` would wait here for
+    # all processes to say what devices they have.
+    from jax._src.distributed import global_state as joined
+
+    global _current
+    if joined.num_processes > 1:
+        _current = Heartbeat(joined.client, index=joined.process_id, count=joined.num_processes)
+
+
+def current() -> Heartbeat | None:
+    """What watches the other processes; None where there are none."""
+    return _current
 
 
 def _missing(name: str, seconds: float) -> str:

@@ -94,7 +94,7 @@ class _Builder:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        begin_stream(self.config.init_from, stream)
+        begin_stream(self.config, stream)
         return stream
 
     def held_out(self, stream: Stream) -> Iterator[HeldOut]:

@@ -36,14 +36,18 @@ MAY_CHANGE = (
     r"conditioning\.folder",
     r"conditioning\.fit_on.*",  # once the codec is fitted, it is recorded
 )
+# Those that it may change if that is declared: how it learns, and from what. Not what a checkpoint
+# has: the model and its encoders.
+MAY_BE_ALLOWED = re.compile(r"name|seed|(tasks|data|flow|optim)\..*")
 
 
-def resume(workdir: epath.PathLike, config: Config) -> Config:
+def resume(workdir: epath.PathLike, config: Config, *, allow: Sequence[str] = ()) -> Config:
     """The config with which the run in `workdir` goes on, or begins; writes nothing.
 
     Settings that are None and fixed when a run begins (`Config.begun`) are those of the run's own
-    config, or of another run that it continues. Raises UserError if the workdir is another config's
-    or past `config.train.steps`.
+    config, or of another run that it continues. `allow` are dotted keys, or sections, in which the
+    config may differ from the run's own. Raises UserError if the workdir is another config's, or
+    past `config.train.steps`.
     """
     begun, _ = _recorded(workdir)
     parent = config.init_from
@@ -57,7 +61,7 @@ def resume(workdir: epath.PathLike, config: Config) -> Config:
         kept = {k: getattr(begun.optim, k) for k in names if getattr(config.optim, k) is None}
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **kept))
     config = config.begun()
-    _check_same(workdir, config)
+    _check_same(workdir, config, allow)
     check_not_past(workdir, config.train.steps)
     return config
 
@@ -71,16 +75,18 @@ def is_claimed(workdir: epath.PathLike) -> bool:
     return (epath.Path(workdir) / CONFIG).exists()
 
 
-def claim_workdir(workdir: epath.PathLike, config: Config | Json) -> None:
+def claim_workdir(
+    workdir: epath.PathLike, config: Config | Json, *, allow: Sequence[str] = ()
+) -> None:
     """Makes `workdir` this config's: creates it, or finds the same config in it.
 
-    Keys that match `MAY_CHANGE` may differ, and `init_from` once the run has checkpoints: its
-    parent is not opened again. Raises UserError with the first keys that differ otherwise, and both
-    values, and writes nothing then. A config.json that is torn or gone is written again from the
-    newest checkpoint's, with a warning.
+    Keys that match `MAY_CHANGE` may differ, those in `allow` (see `resume`), and `init_from` once
+    the run has checkpoints: its parent is not opened again. Raises UserError with the other keys
+    that differ, and both values, and writes nothing then. A config.json that is torn or gone is
+    written again from the newest checkpoint's, with a warning.
     """
     config = _begun(config)
-    lost = _check_same(workdir, config)
+    lost = _check_same(workdir, config, allow)
     barrier("claim_workdir")  # nobody writes before everybody has read
     if jax.process_index() == 0:
         write_whole(epath.Path(workdir) / CONFIG, json.dumps(config.to_dict(), indent=1))
@@ -139,25 +145,51 @@ def _config_of_checkpoint(root: epath.Path, steps: Sequence[int]) -> tuple[Json 
     return None, 0
 
 
-def _check_same(workdir: epath.PathLike, config: Config) -> str:
-    """Raises UserError if `workdir` is another config's; returns what `_recorded` has to say."""
-    recorded, lost = _recorded(workdir)
+def changes(workdir: epath.PathLike, config: Config) -> dict[str, str]:
+    """The keys of what is learned that are not as in the run in `workdir`, and both values."""
+    recorded, _ = _recorded(workdir)
     if recorded is None:
-        return lost
-    theirs, ours = (flatten(as_json(c.to_dict())) for c in (recorded, config))
+        return {}
+    theirs, ours = (flatten(as_json(c.begun().to_dict())) for c in (recorded, config))
     may_change = (*MAY_CHANGE, r"init_from\..*") if newest_step(workdir) else MAY_CHANGE
     if theirs["optim.decay_steps"] is None:
         may_change = (*may_change, r"optim\.decay_steps")  # no cosine has begun
-    different = [
-        f"{key} is {ours.get(key, 'absent')!r}, there {theirs.get(key, 'absent')!r}"
+    return {
+        key: f"{key} is {ours.get(key, 'absent')!r}, there {theirs.get(key, 'absent')!r}"
         for key in sorted(ours.keys() | theirs.keys())
         if ours.get(key, "absent") != theirs.get(key, "absent")
         and not any(re.fullmatch(pattern, key) for pattern in may_change)
-    ]
-    if different:
-        begin = "" if newest_step(workdir) else "; it has no checkpoint: delete it to begin anew"
-        raise UserError(f"{workdir} belongs to another config: {shorten(different, 3)}{begin}")
+    }
+
+
+def _check_same(workdir: epath.PathLike, config: Config, allow: Sequence[str]) -> str:
+    """Raises UserError if `workdir` is another config's; returns what `_recorded` has to say."""
+    _, lost = _recorded(workdir)
+    different = changes(workdir, config)
+    keys = [*flatten(as_json(config.to_dict())), *different]
+    for name in allow:
+        if not any(_is_within(key, name) for key in keys):
+            raise UserError(f"--allow_config_change: no key {name!r}{suggestion(name, keys)}")
+    refused = {
+        key: both
+        for key, both in different.items()
+        if not (MAY_BE_ALLOWED.fullmatch(key) and any(_is_within(key, name) for name in allow))
+    }
+    if refused:
+        if not newest_step(workdir):
+            end = "it has no checkpoint: delete it to begin anew"
+        elif all(MAY_BE_ALLOWED.fullmatch(key) for key in refused):
+            end = f"to go on all the same: --allow_config_change={','.join(different)}"
+        else:
+            end = "begin another run from it (init_from)"
+        differences = shorten([*refused.values()])
+        raise UserError(f"{workdir} belongs to another config: {differences}; {end}")
     return lost
+
+
+def _is_within(key: str, name: str) -> bool:
+    """Whether a dotted key is this one, or in the section of this name."""
+    return key == name or key.startswith(f"{name}.")
 
 
 def list_steps(workdir: epath.PathLike) -> tuple[int, ...]:

@@ -1,13 +1,14 @@
 """A job makes the files that are missing, each a function of the seed, the item and its number."""
 
 import contextlib
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.evaluation import evaluation_cases as data
-from univg_jax.errors import UserError
+from univg_jax.errors import Ended, UserError
 from univg_jax.evaluation import job
 from univg_jax.evaluation.benchmarks import dpg
 from univg_jax.evaluation.job import generate, join, missing
@@ -58,22 +59,20 @@ def test_files_do_not_depend_on_the_batch(tmp_path, cells):
 
 
 def test_what_is_there_is_not_made_again(tmp_path):
+    """A preemption ends the job at the last finished images."""
     asked = requests()
     run(tmp_path / "whole", asked)
-
-    class Killed(Exception):
-        pass
-
     made = []
 
     def answer(batch, task):
         if len(made) == 2:
-            raise Killed
+            raise Ended(signal.SIGTERM)
         made.append(batch.sample_id[batch.valid])
         return noise(batch, task)
 
-    with pytest.raises(Killed):
+    with pytest.raises(Ended) as end:
         run(tmp_path / "killed", asked, answer=answer)
+    assert end.value.exit_code == 143
     left = {name for file in missing(asked, tmp_path / "killed") for name in [file.name]}
     there = contents(tmp_path / "killed")
     assert left == set(contents(tmp_path / "whole")) - set(there)

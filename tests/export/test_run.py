@@ -2,13 +2,14 @@
 
 import dataclasses
 import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 
 from univg_jax import Pipeline, files
-from univg_jax.errors import AlreadyExistsError, UserError
+from univg_jax.errors import AlreadyExistsError, Ended, UserError
 from univg_jax.export import compare, format, run
 from univg_jax.export.card import Measured
 from univg_jax.export.formats import FORMATS, safetensors
@@ -55,6 +56,19 @@ def test_a_full_disk_is_told_beforehand(job, tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs \d+\.\d+ MiB, and .* has 0.00 MiB left"):
         export_model(job, "safetensors", tmp_path / "out")
+
+
+def test_a_preemption_leaves_nothing(job, tmp_path, monkeypatch):
+    def write(job, folder):
+        safetensors.FORMAT.write(job, folder)
+        raise Ended(signal.SIGTERM)
+
+    form = dataclasses.replace(safetensors.FORMAT, write=write)
+    monkeypatch.setattr(run, "open_format", lambda name: form)
+    with pytest.raises(Ended) as end:
+        export_model(job, "safetensors", tmp_path / "out")
+    assert end.value.exit_code == 143
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_answers_otherwise_is_not_exported(job, tmp_path, monkeypatch):

@@ -95,11 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _suspect_others() -> None:
     """Where an error may come from another process's end, that one is named instead."""
-    if "univg_jax.distributed" in sys.modules:
-        from univg_jax import distributed
+    if "univg_jax.heartbeat" in sys.modules:
+        from univg_jax import heartbeat
 
-        if (heartbeat := distributed.heartbeat()) is not None:
-            heartbeat.suspect()
+        if (watching := heartbeat.current()) is not None:
+            watching.suspect()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -38,6 +38,14 @@ def add_arguments(parser: Parser) -> None:
         action="store_true",
         help="take the run from the process that trains it, which ends at its next step",
     )
+    parser.add_argument(
+        "--allow_config_change",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="KEY,...",
+        help="keys or sections of the config, such as tasks.t2i.weight,data.batch_size, in which "
+        "the run may go on with other values than it began with",
+    )
     flags.add_processes(parser)
     parser.add_example(
         "--config=experiments/emoji.py:stage=1,preset=smoke --workdir=runs/smoke/stage1"
@@ -69,9 +77,14 @@ def run(args: argparse.Namespace) -> None:
         profile = profiling.parse_steps(args.profile, total=config.train.steps)
         if (newest := newest_step(args.workdir)) >= profile.stop:
             raise UserError(f"--profile={args.profile}: {args.workdir} is at step {newest} already")
-    if not assembly.is_finished(config, args.workdir):
+    allow = args.allow_config_change
+    if not assembly.is_finished(config, args.workdir, allow_config_change=allow):
         run = assembly.make_run(
-            config, args.workdir, fallback=args.fallback, takeover=args.takeover
+            config,
+            args.workdir,
+            fallback=args.fallback,
+            takeover=args.takeover,
+            allow_config_change=allow,
         )
         preview = make_preview(run) if config.train.sample_examples else None
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -18,12 +19,13 @@ from univg_jax.checkpoint import Checkpointer, Restored
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.interop import diffusers
 from univg_jax.interop.folder import check_params
-from univg_jax.settings import InitFrom
+from univg_jax.settings import Config, InitFrom
 from univg_jax.together import together
 from univg_jax.trained import ExportedModel, Trained, open_trained
 from univg_jax.training.history import History
 from univg_jax.training.step import TrainState, TrainStep
 from univg_jax.trees import Json
+from univg_jax.workdir import changes
 
 
 @runtime_checkable
@@ -129,23 +131,40 @@ def find_parent(settings: InitFrom) -> ParentRun | PublicWeights | None:
 
 
 def begin_stream(
-    settings: InitFrom, stream: DataStream, *, workdir: epath.PathLike | None = None
+    config: Config, stream: DataStream, *, workdir: epath.PathLike | None = None
 ) -> None:
     """Puts a fresh stream where a run begins, or goes on in its workdir: see `initial_state`.
 
     Raises UserError if the data is no longer that of the run.
     """
     # All processes look for a sound checkpoint together, so that is no part of the block below.
-    state, begin = None, stream.set_state
+    settings, state, begin = config.init_from, None, stream.set_state
     with contextlib.suppress(NotFoundError):  # no checkpoint yet
         if workdir is not None:
             state = checkpoint.load_data_state(workdir)
+            if changes(workdir, config):
+                begin = functools.partial(_go_on_changed, stream)
     if state is None and isinstance(find_parent(settings), ParentRun):
         state = open_trained(settings.path).data_state()
         begin = stream.set_state if settings.which == "state" else stream.continue_from
     with together():
         if state is not None:
             begin(state)
+
+
+def _go_on_changed(stream: DataStream, state: Json) -> None:
+    """Goes on in a run whose config has changed, at its place in the data.
+
+    Where that is a place in another mixture, each task goes on in its sources where it was.
+    """
+    try:
+        stream.set_state(state)
+    except UserError as error:
+        stream.continue_from(state)
+        reason = str(error).partition(";")[0]
+        logging.warning("%s: each task goes on in its sources where it was there", reason)
+    else:
+        logging.warning("the data go on at sample %d, in the same order", state.get("next", 0))
 
 
 def initial_state(
@@ -186,5 +205,8 @@ def initial_state(
             stream.continue_from(loaded.data_state)
         params = loaded.state
         return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
-    stream.set_state(restored.data_state)
+    if changes(checkpointer.workdir, step.config):
+        _go_on_changed(stream, restored.data_state)
+    else:
+        stream.set_state(restored.data_state)
     return restored.state

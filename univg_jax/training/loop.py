@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
+from absl import logging
 from clu import parameter_overview
 from etils import epath
 from jax.experimental import multihost_utils
@@ -33,7 +34,7 @@ from univg_jax.training.preemption import PreemptionNotice, Stopping
 from univg_jax.training.profiling import Trace
 from univg_jax.training.step import TrainState, TrainStep, num_parameters
 from univg_jax.training.watchdog import Watchdog
-from univg_jax.workdir import check_not_past, claim_workdir, newest_step
+from univg_jax.workdir import changes, check_not_past, claim_workdir, newest_step
 
 Preview = Callable[[PyTree, epath.Path], Iterable[tuple[str, np.ndarray]]]
 
@@ -120,6 +121,7 @@ def train(
     preview: Preview | None = None,
     profile: range | None = None,
     check: Callable[[], None] = lambda: None,
+    allow_config_change: Sequence[str] = (),
 ) -> TrainState:
     """Trains in `workdir` until `config.train.steps`; returns the final state.
 
@@ -127,7 +129,8 @@ def train(
     parameters. `validation` has this host's batches of each task, read anew each time.
     `preview(params, folder)` samples every task, writes its pictures and gives them by name.
     `profile` are the updates to trace into `workdir/profile`. `check()` is called at each step and
-    may end the run.
+    may end the run. `allow_config_change` are the keys of the config that may differ from those
+    that the run began with (`workdir.resume`).
 
     A signal ends the run within the time of one step, of a batch of validation or of a task's
     samples, and of a save. What was due at that step is done when the run goes on.
@@ -149,6 +152,7 @@ def train(
             preview=preview,
             profile=profile,
             check=check,
+            allow_config_change=allow_config_change,
             notice=notice,
             checkpointer=checkpointer,
         )
@@ -163,6 +167,7 @@ def _train(
     preview: Preview | None,
     profile: range | None,
     check: Callable[[], None],
+    allow_config_change: Sequence[str],
     notice: PreemptionNotice,
     checkpointer: Checkpointer,
 ) -> TrainState:
@@ -189,7 +194,9 @@ def _train(
         mesh=mesh,
     )
     # Everything that could be wrong has been tried; from here on the workdir is this config's.
-    claim_workdir(workdir, step_fns.config)
+    if changed := changes(workdir, step_fns.config):
+        logging.warning("%s goes on with another config: %s", workdir, "; ".join(changed.values()))
+    claim_workdir(workdir, step_fns.config, allow=allow_config_change)
     start = int(state.step)
     redo = history.is_left  # what was due at `start` is still to be done
     rows = history.resume(start, is_own=newest > 0)

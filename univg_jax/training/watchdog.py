@@ -10,10 +10,9 @@ import jax
 from absl import logging
 from etils import epath
 
-from univg_jax import distributed
+from univg_jax import heartbeat
 from univg_jax.errors import UserError
 from univg_jax.files import write_whole
-from univg_jax.heartbeat import Heartbeat, end_process
 
 STACKS = "stacks"
 WRITING = 10.0  # seconds that a file system, which may be what hangs, has for the stacks
@@ -31,7 +30,7 @@ class Watchdog:
     ) -> None:
         self._folder, self._seconds, self._doing = workdir / STACKS, seconds, doing
         self._over = threading.Event()
-        self._heartbeat: Heartbeat | None = distributed.heartbeat()
+        self._heartbeat = heartbeat.current()
         self.beat("the start")
 
     def beat(self, after: str) -> None:
@@ -62,7 +61,7 @@ class Watchdog:
             if self._heartbeat is not None:
                 self._heartbeat.stalled(reason)
             self._write_stacks()
-            end_process(f"{reason}; it is at: {self._doing()}", 1)
+            heartbeat.end_process(f"{reason}; it is at: {self._doing()}", 1)
 
     def _write_stacks(self) -> None:
         with tempfile.TemporaryFile() as file:
