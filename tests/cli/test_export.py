@@ -69,6 +69,7 @@ def test_an_export_serves_the_other_commands(root, tmp_path, capsys):
         (["--format=onnx"], "unknown format 'onnx'; did you mean 'orbax'?"),
         (["--format=orbax", "--dtype=int8"], "unknown dtype of format orbax: 'int8'"),
         (["--format=orbax", "--step=9"], "no step 9 in"),
+        (["--format=diffusers"], "is 'minilm', where diffusers has 'sd3': export a run with enc"),
         (["--format=orbax", "--checkpoint=nowhere"], "no checkpoint in"),
         (["--format=orbax", "--pretrained=nowhere"], "pretrained=nowhere is not a folder"),
         (["--format=orbax", "--evaluation=nowhere"], "nowhere has no evaluation"),

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
 import sys
 import tracemalloc
 
@@ -12,6 +15,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.tasks import TASKS
+from tests.clean_python import make_python
 from tests.helpers import record_parity
 from tests.sd3_folder import random_params, write_image_encoder, write_sd3
 from tests.sd3_run import write_run
@@ -21,7 +25,7 @@ from univg_jax.export.formats.diffusers import FORMAT, answer_in_torch, read_pip
 from univg_jax.export.job import Job
 from univg_jax.export.run import export_model
 from univg_jax.flow import sample_noise
-from univg_jax.inputs import make_request
+from univg_jax.inputs import extend, make_request
 from univg_jax.interop.diffusers import (
     VAE,
     WEIGHTS,
@@ -317,6 +321,27 @@ def test_text_to_image_is_that_of_diffusers_pipeline(exported, pipeline, record_
     assert error < 1e-3  # of a range of 1: float32 through the whole sampler
 
 
+@pytest.mark.parity
+def test_outpainting_in_torch_is_that_of_our_pipeline(exported, pipeline, record_property):
+    torch = pytest.importorskip("torch")
+    picture = np.random.default_rng(2).integers(0, 256, (SIDE - 8, SIDE - 13, 3), np.uint8)
+    margins = (13, 5, 0, 3)  # left, top, right, bottom
+    canvas, new = extend(picture, margins=margins)
+    case = compare.Case(task="ip", inputs={"prompt": "a pig", "image": canvas, "mask": 255 * new})
+    ours = np.where(new[..., None] > 0, float_images(pipeline, case), canvas / 255)
+    options = dict(task="ip", margins=margins, latents=torch.tensor(noise(0)), output_type="np")
+    theirs = load_torch(exported)("a pig", image=picture, **options).images[0]
+    error = np.abs(ours - theirs).max()
+    record_parity(
+        record_property,
+        network="pipeline.py of an export",
+        configuration=f"outpainting by {margins} pixels; {pipeline.config.sampling.steps} steps",
+        image=error,
+    )
+    assert theirs[new > 0].std() > 0.05
+    assert error < 1e-3  # of a range of 1: float32 through the whole sampler
+
+
 def common_options(config):
     """What our sampler does, as options of diffusers' pipelines."""
     steps = config.sampling.steps
@@ -399,9 +424,46 @@ def test_our_pipeline_says_what_is_wrong_and_takes_lists_and_sizes(exported, pip
         (dict(task="id", prompt="a " * 60 + "<p>", face=picture), "<p> would be cut off"),
         (dict(task="t2i", prompt="a", height=30), "multiples of 8"),
         (dict(task="ie", prompt=["a", "b"], image=[picture]), "lists of different lengths"),
+        (dict(task="ie", image=picture, margins=(0, 0, 8, 0)), "margins go with task 'ip'"),
+        (dict(task="ip", image=picture, margins=(0, -8, 0, 0)), "pixels to add on some side"),
     ]:
         with pytest.raises(ValueError, match=message):
             pipe(**arguments)
+
+
+IN_TORCH = """
+import sys
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+
+folder, inputs, images = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+given = dict(np.load(inputs))
+options = dict(prompt=str(given.pop("prompt")), latents=torch.tensor(given.pop("latents")))
+np.save(images, pipe(task="ip", **options, **given, output_type="np").images)
+"""
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+def test_the_folder_serves_where_our_package_is_not(exported, pipeline, tmp_path):
+    """With torch, diffusers and transformers, the folder elsewhere, and no network."""
+    pytest.importorskip("torch")
+    folder = shutil.copytree(exported, tmp_path / "folder")
+    python = make_python(tmp_path / "venv", ("torch", "diffusers", "transformers"))
+    for package in ("univg_jax", "jax"):
+        missing = subprocess.run([python, "-I", "-c", f"import {package}"], capture_output=True)
+        assert b"ModuleNotFoundError" in missing.stderr
+    case = find_case("ip")
+    np.savez(tmp_path / "inputs.npz", latents=noise(case.seed), **case.inputs)
+    files = [folder, tmp_path / "inputs.npz", tmp_path / "images.npy"]
+    offline = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [python, "-I", "-c", IN_TORCH, *map(str, files)]
+    done = subprocess.run(command, env=offline, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    hole = case.inputs["mask"][..., None] > 0
+    ours = np.where(hole, float_images(pipeline, case), case.inputs["image"] / 255)
+    assert np.abs(ours - np.load(files[-1])[0]).max() < 1e-3  # as in our own environment
 
 
 @pytest.mark.parity

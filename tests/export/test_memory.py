@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 
+from tests.sd3_folder import write_image_encoder, write_sd3
+from tests.sd3_run import write_run
 from univg_jax import assembly, encoders
 from univg_jax.batch import BatchShape
 from univg_jax.checkpoint import Checkpointer
 from univg_jax.settings import Config
-from univg_jax.trained import STORES
+from univg_jax.trained import STORES, open_trained
 from univg_jax.trees import named_leaves
 
 PEAK = pathlib.Path("/proc/self/clear_refs")  # of Linux
@@ -72,16 +74,45 @@ def large(root, tmp_path_factory):
     return workdir, max(sizes)
 
 
-@pytest.mark.skipif(
-    not pathlib.Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc"
-)
+@pytest.fixture(scope="module")
+def large_sd3(tmp_path_factory):
+    """The same of a run with Stable Diffusion 3's encoders, and a small one."""
+    tmp_path = tmp_path_factory.mktemp("large_sd3")
+    folder = write_sd3(tmp_path / "pipeline")
+    write_image_encoder(folder / "image_encoder")
+    small = write_run(tmp_path / "small", folder=folder)
+    sizes = {"hidden_dim": 512, "depth": 12, "num_heads": 8}
+    sizes = {f"model.overrides.{name}": size for name, size in sizes.items()}
+    large = write_run(tmp_path / "large", folder=folder, **sizes)
+    sizes = [tensor.num_bytes for tensor in open_trained(large).tensors("ema").values()]
+    assert sum(sizes) > 5 * max(sizes)
+    return small, large, max(sizes)
+
+
+needs_proc = pytest.mark.skipif(not PEAK.exists(), reason="reads Linux's /proc")
+
+
+@needs_proc
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, "f32") for name in STORES), ("safetensors", "int8")]
+    ("name", "dtype"),
+    [*((name, "f32") for name in (*STORES, "stablehlo")), ("safetensors", "int8")],
 )
 def test_an_export_needs_little_memory(large, root, tmp_path, name, dtype):
     workdir, largest = large
-    command = [sys.executable, "-c", WRITE, name, dtype, tmp_path, root / "stage1", workdir]
+    check_memory(name, dtype, tmp_path, root / "stage1", workdir, largest=largest)
+
+
+@needs_proc
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_pipeline_for_diffusers_needs_little_memory(large_sd3, tmp_path, dtype):
+    small, large, largest = large_sd3
+    check_memory("diffusers", dtype, tmp_path, small, large, largest=largest)
+
+
+def check_memory(name, dtype, out, *runs, largest):
+    """Writes both runs, and holds what the second took beside the libraries."""
+    command = [sys.executable, "-c", WRITE, name, dtype, out, *runs]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     used = int(done.stdout.split()[-1])
-    assert used < 1.3 * largest, f"{used / largest:.2f} times the largest parameter"
     print(f"{name}, {dtype}: {used / largest:.2f} times the largest parameter")
+    assert used < 1.3 * largest, f"{used / largest:.2f} times the largest parameter"

@@ -1,20 +1,18 @@
 """Exported programs: what is in the folder, and that they run where our package is not."""
 
-import importlib.metadata
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
-import venv
 
 import jax
 import numpy as np
 import pytest
 from jax import export
-from packaging.requirements import Requirement
 
+from tests.clean_python import make_python
 from univg_jax import Pipeline
 from univg_jax.errors import NotFoundError
 from univg_jax.export.formats import stablehlo
@@ -67,37 +65,13 @@ def pictures():
     }
 
 
-def link_packages(site: pathlib.Path) -> None:
-    """Puts NEEDS and what they need into a folder, from our own environment."""
-    wanted, done = list(NEEDS), set()
-    while wanted:
-        name = wanted.pop()
-        if name in done:
-            continue
-        done.add(name)
-        distribution = importlib.metadata.distribution(name)
-        requirements = map(Requirement, distribution.requires or ())
-        wanted += [r.name for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})]
-        for entry in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
-            (site / entry).symlink_to(distribution.locate_file(entry))
-
-
 @pytest.fixture(
     scope="module", params=["linked", pytest.param("pip", marks=pytest.mark.nightly)], ids=str
 )
 def clean_python(request, tmp_path_factory):
     """The Python of an environment with NEEDS alone: links to our files of them, or installed."""
     folder = tmp_path_factory.mktemp("venv")
-    venv.create(folder, with_pip=request.param == "pip", symlinks=True)
-    python = folder / "bin" / "python"
-    if request.param == "pip":
-        lock = ROOT / "requirements.lock"
-        pip = [python, "-m", "pip", "install", "--quiet", "--constraint", lock, *NEEDS]
-        subprocess.run(list(map(str, pip)), check=True)
-    else:
-        (site,) = folder.glob("lib/python*/site-packages")
-        link_packages(site)
-    return str(python)
+    return make_python(folder, NEEDS, installed=request.param == "pip")
 
 
 def test_the_pictures_are_the_pipelines_where_our_package_is_not(

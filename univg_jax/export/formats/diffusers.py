@@ -81,8 +81,9 @@ def check(job: Job) -> None:
         kind = chosen.get("kind") if isinstance(chosen, Mapping) else chosen
         if kind not in kinds:
             raise UserError(
-                f"format diffusers: conditioning.{role} of {job.trained.path} is {kind!r}, but "
-                f"pipelines of diffusers need {kinds[0]!r} (a run with encoders=sd3)"
+                f"format diffusers: conditioning.{role} of {job.trained.path} is {kind!r}, where "
+                f"diffusers has {kinds[0]!r}: export a run with encoders=sd3, or this one in "
+                "another format"
             )
     config_of(_model(job.config).backbone)
 
@@ -268,7 +269,8 @@ def limits(job: Job) -> list[str]:
     positions, cell = config.data.num_tokens - CLIP_POSITIONS, conditioner.downsampling
     found = [
         "`pipeline.py` lacks nothing of the sampler. It takes the central window of a picture, and "
-        "draws its noise with PyTorch: a seed has another picture than in univg_jax. All that "
+        "draws its noise with PyTorch: a seed has another picture than in univg_jax. Outpainting "
+        "is task ip with `margins`, at the `height` and `width` that are given. All that "
         "follows is of diffusers' own pipelines.",
         "`StableDiffusion3Pipeline` makes text-to-image alone, with `transformer_t2i`: there the "
         "constant source and mask are part of the first layer's bias.",

@@ -4,6 +4,7 @@
     pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
     fox = pipe("a red fox in the snow").images[0]
     winter = pipe("make it snow", task="ie", image=fox).images[0]
+    wide = pipe("a fox", task="ip", image=fox, margins=(256, 0, 256, 0), height=512, width=1024)
 
 It needs torch, diffusers and transformers alone. How the model was trained and is sampled stands in
 the scheduler's configuration, as `_univg`; the export wrote it there.
@@ -116,6 +117,7 @@ class UniVGPipeline(DiffusionPipeline):
         image: Picture | Sequence[Picture] | None = None,
         mask: Picture | Sequence[Picture] | None = None,
         face: Picture | Sequence[Picture] | None = None,
+        margins: tuple[int, int, int, int] | None = None,
         negative_prompt: str | Sequence[str] = "",
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
@@ -132,6 +134,7 @@ class UniVGPipeline(DiffusionPipeline):
 
         Pictures are cropped at the center to `height` x `width` pixels, by default the square of
         the training. `mask` is white where the image is made anew; what is black keeps its pixels.
+        `margins` instead of a mask (left, top, right, bottom) are pixels to paint around the image.
         What `negative_prompt` says is avoided. `latents` is the noise to start from, of a standard
         normal, [b c h w]. What is not given is as the run had it. `output_type` is "pil", or "np"
         for floats in [0, 1].
@@ -139,6 +142,12 @@ class UniVGPipeline(DiffusionPipeline):
         settings = self.settings
         if task not in settings["tasks"]:
             raise ValueError(f"unknown task {task!r}; the model has {', '.join(settings['tasks'])}")
+        if margins is not None:
+            if task != "ip" or image is None or mask is not None:
+                raise ValueError("margins go with task 'ip' and an image, instead of a mask")
+            extended = [_extend(one, margins) for one in _each(image, 1)]
+            is_list = isinstance(image, list | tuple)
+            image, mask = zip(*extended, strict=True) if is_list else extended[0]
         given = {"image": image, "mask": mask, "face": face}
         for name, value in given.items():
             if (value is not None) != (name in INPUTS[task]):
@@ -340,6 +349,16 @@ def _each(value: object, count: int) -> list:
     return list(value) if isinstance(value, list | tuple) else [value] * count
 
 
+def _extend(picture: Picture, margins: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The picture on a larger canvas, and the mask that is white where the canvas is new."""
+    left, top, right, bottom = margins
+    if min(margins) < 0 or not any(margins):
+        raise ValueError(f"margins are pixels to add on some side, got {margins}")
+    pixels, around = _pixels(picture, "RGB"), ((top, bottom), (left, right))
+    mask = np.pad(np.zeros(pixels.shape[:2], np.uint8), around, constant_values=255)
+    return np.pad(pixels, (*around, (0, 0)), mode="edge"), mask
+
+
 def _stack(passes: Sequence[tuple]) -> tuple[Tensor, ...]:
     """(source latents, mask, (text, pooled)) of each pass -> all passes in one batch."""
     known, cells, texts = zip(*passes, strict=True)
@@ -352,13 +371,18 @@ def _times(steps: int, shift: float) -> list[float]:
     return (shift * t / (1 + (shift - 1) * t)).tolist()
 
 
+def _pixels(picture: Picture, mode: str) -> np.ndarray:
+    """The picture's pixels."""
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else load_image(picture)
+    return np.array(picture.convert(mode))
+
+
 def _fit(picture: Picture, size: tuple[int, int], *, is_mask: bool = False) -> Tensor:
     """The picture's central window of the aspect ratio of `size`, resized to it.
 
     Float [c h w] with the values of uint8 RGB; of a mask 1 where it is white, else 0.
     """
-    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else load_image(picture)
-    pixels = np.array(picture.convert("L" if is_mask else "RGB"), np.float32)
+    pixels = _pixels(picture, "L" if is_mask else "RGB").astype(np.float32)
     pixels = torch.from_numpy((pixels[..., None] > 127) * 1.0 if is_mask else pixels).float()
     (height, width), (h, w) = pixels.shape[:2], size
     if width * h >= height * w:
