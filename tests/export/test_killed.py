@@ -59,7 +59,7 @@ def of_group(name):
     return pytest.param(name, marks=pytest.mark.xdist_group(group))
 
 
-@pytest.mark.parametrize("name", map(of_group, FORMATS))
+@pytest.mark.parametrize("name", [of_group(name) for name in FORMATS])
 def test_whenever_it_is_killed_nothing_has_the_exports_name(name, checkpoint, tmp_path):
     def export(parent, n):
         flags = [f"--checkpoint={checkpoint}", f"--format={name}", f"--out={parent / 'out'}"]

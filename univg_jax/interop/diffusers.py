@@ -201,8 +201,8 @@ def save_transformer(
 def transformer_tensors(model: MMDiT, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a folder of `SD3Transformer2DModel`, `PATCHES` first, from the parameters.
 
-    The host holds one parameter at a time. Raises UserError if the parameters have other names or
-    shapes than the model.
+    The host holds one layer at a time. Raises UserError if the parameters have other names than the
+    model, or other shapes.
     """
     expected = {name: tuple(leaf.shape) for name, leaf in named_leaves(_abstract(model)).items()}
     found = {name: leaf.shape for name, leaf in leaves.items()}

@@ -12,6 +12,7 @@ are never read.
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -265,7 +266,7 @@ def write_params(
     """The inverse of `open_model` and `read`: writes a folder in float32, `config.json` last.
 
     Several files are written if one would exceed `max_file_bytes`. `unread` are tensors that they
-    have and we lack. The host holds one parameter at a time.
+    have and we lack. The host holds one layer at a time.
     """
     leaves = {name: Tensor.of(leaf) for name, leaf in named_leaves(params).items()}
     folder = local_path(folder)
@@ -285,29 +286,43 @@ def stored_tensors(
 ) -> dict[str, Tensor]:
     """Our parameters under their stored names and in their layout, to be written in this order.
 
-    The host holds one parameter at a time.
+    The host holds one layer at a time of those that are stacked.
     """
-    held: dict[str, np.ndarray] = {}  # the parameter that is being cut into layers
+    # Layers of the parameter that is being cut, from the one that is its key.
+    rest: dict[tuple[str, int], Iterator[np.ndarray]] = {}
 
-    def layer(path: str, index: int) -> Iterator[Block]:
-        if path not in held:
-            held.clear()
-            held[path] = leaves[path].read()
-        weight = weights[path]
-        yield (
-            everything(weight.shape),
-            weight.stored(held[path][index] if weight.stacked else held[path]),
-        )
+    def blocks(path: str, index: int) -> Iterator[Block]:
+        weight, layers = weights[path], rest.pop((path, index), None)
+        rest.clear()
+        if layers is None:
+            layers = itertools.islice(_layers(leaves[path], stacked=weight.stacked), index, None)
+        yield everything(weight.shape), weight.stored(next(layers))
+        rest[path, index + 1] = layers
 
     return {
         name: Tensor(
             shape=weight.shape,
             dtype=leaves[path].dtype,
-            blocks=functools.partial(layer, path, index),
+            blocks=functools.partial(blocks, path, index),
         )
         for path, weight in weights.items()
         for index, name in enumerate(weight.names)
     }
+
+
+def _layers(tensor: Tensor, *, stacked: bool) -> Iterator[Shaped[np.ndarray, "..."]]:
+    """The layers of a stacked parameter in order, or the whole of another one."""
+    if not stacked:
+        yield tensor.read()
+        return
+    layer, filled = np.empty(tensor.shape[1:], tensor.dtype), 0
+    for (_, *inner), block in tensor.blocks():  # of several layers, or of a part of one
+        for part in block:
+            layer[tuple(inner)] = part
+            filled += part.size
+            if filled == layer.size:
+                yield layer
+                layer, filled = np.empty(layer.shape, layer.dtype), 0
 
 
 def check_params(params: Params, abstract: Params) -> None:
