@@ -7,6 +7,7 @@ import venv
 from collections.abc import Sequence
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 LOCK = pathlib.Path(__file__).parents[1] / "requirements.lock"
 
@@ -30,7 +31,7 @@ def make_python(folder: pathlib.Path, needs: Sequence[str], *, installed: bool =
 def _link(site: pathlib.Path, needs: Sequence[str]) -> None:
     wanted, done = list(needs), set()
     while wanted:
-        name = wanted.pop()
+        name = canonicalize_name(wanted.pop())
         if name in done:
             continue
         done.add(name)
