@@ -26,7 +26,7 @@ def saved_shapes(
     step_dir: epath.Path, prefix: str = "", *, item: str = STATE
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the saved leaves; with a prefix, of that part and under names within it."""
-    tree = ocp.PyTreeCheckpointHandler().metadata(step_dir / item).tree
+    tree = ocp.PyTreeCheckpointHandler().metadata(_absolute(step_dir) / item).tree
     if prefix:
         if not tree.get(prefix):
             raise UserError(f"{step_dir} has no {prefix!r}; it has {', '.join(sorted(tree))}")
@@ -79,13 +79,18 @@ def read_arrays(step_dir: epath.Path, nested: PyTree, *, item: str = STATE) -> P
         partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(step_dir / item, args=args)
+        return reader.restore(_absolute(step_dir) / item, args=args)
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """The path as orbax takes it."""
+    return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
 
 
 def stream(folder: epath.PathLike, name: str) -> Tensor:
     """One array of a folder that orbax wrote (`STEP/state`), read in blocks; no device is used."""
-    base = os.fspath(folder)
-    base = base if "://" in base else f"file://{os.path.abspath(base)}"
+    base = os.fspath(_absolute(folder))
+    base = base if "://" in base else f"file://{base}"
     kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name.replace('/', '.')}/"}
 
     def open_array() -> tensorstore.TensorStore:

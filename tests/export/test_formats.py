@@ -43,6 +43,12 @@ def test_an_export_is_the_checkpoint(exported, root, name):
 
 
 @pytest.mark.parametrize("name", STORES)
+def test_an_export_is_found_from_where_it_lies(exported, root, monkeypatch, name):
+    monkeypatch.chdir(exported)
+    assert Pipeline.load(name).digests["text"] == Pipeline.load(root / "stage3").digests["text"]
+
+
+@pytest.mark.parametrize("name", STORES)
 def test_every_file_has_a_checksum_and_the_origin_is_told(exported, root, name):
     folder = epath.Path(exported / name)
     assert checksums.find_problems(folder) == ()
