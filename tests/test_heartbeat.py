@@ -33,7 +33,7 @@ def run(args):
     from univg_jax.together import together
     from univg_jax.training.watchdog import Watchdog
 
-    heartbeat.PATIENCE = 12.0
+    heartbeat.PATIENCE = 20.0
     doing = "step"
     watchdog = Watchdog(epath.Path(args.workdir), args.watchdog, doing=lambda: doing)
     with watchdog:

@@ -20,7 +20,7 @@ from univg_jax.errors import UnreachableError, UserError
 
 ENVIRONMENT = "UNIVG_DISTRIBUTED"
 TIMEOUT = 300  # seconds for all processes to start: hosts of a pod start minutes apart
-HEARTBEAT = 100  # seconds of JAX's own service; ours is faster
+HEARTBEAT = 300  # seconds of JAX's own service; ours is faster
 
 
 def start(

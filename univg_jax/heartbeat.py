@@ -29,9 +29,11 @@ import jax
 from univg_jax.trees import Json
 
 BEAT = 1.0  # seconds
-PATIENCE = 30.0  # seconds without a beat: longer than any pause of a process that lives
+# Seconds without a beat. A process that lives may pause for long: its threads wait for each other
+# (Python's lock) while one of them is in C++, and for a processor where there are too few.
+PATIENCE = 100.0
 # The same after an error of communication, whose cause is nearly always that a process has ended.
-SUSPICIOUS = 8.0
+SUSPICIOUS = 15.0
 _FIRST, _OTHERS = "univg_jax/first/", "univg_jax/others/"
 _VERDICT = _FIRST + "verdict"
 
@@ -58,9 +60,9 @@ class Heartbeat:
         self.before_end: Callable[[], None] = lambda: None
         self._own: Json = {"host": socket.gethostname(), "pid": os.getpid(), "number": 0}
         self._stopped, self._ending = threading.Event(), threading.Lock()
-        self._round = self._begin = time.monotonic()
+        self._heard = self._begin = time.monotonic()
         self._seen: dict[int, _Seen] = {}
-        for run in (self._beat, self._watch):
+        for run in (self._beat, self._listen, self._watch):
             threading.Thread(target=run, daemon=True).start()
         atexit.register(self.stop)
 
@@ -109,9 +111,13 @@ class Heartbeat:
     def _beat(self) -> None:
         while not self._stopped.is_set():
             self._tell()
+            self._stopped.wait(BEAT)
+
+    def _listen(self) -> None:
+        while not self._stopped.is_set():
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 found = dict(self._client.key_value_dir_get(_FIRST))
-                self._round = time.monotonic()
+                self._heard = time.monotonic()
                 if _VERDICT in found:
                     self._end(**json.loads(found[_VERDICT]))
                 elif self._index == 0:
@@ -121,14 +127,14 @@ class Heartbeat:
             self._stopped.wait(BEAT)
 
     def _watch(self) -> None:
-        """Ends the process where no round comes to its end: process 0 does not answer."""
+        """Ends the process where the store, which is process 0's, does not answer."""
         before = time.monotonic()
         while not self._stopped.wait(BEAT):
             now = time.monotonic()
-            if now - before > PATIENCE / 2:  # it is this process that was stopped
-                self._round = now
+            if now - before > PATIENCE / 4:  # it is this process that was stopped
+                self._heard = now
             before = now
-            if now - self._round > self._patience:
+            if now - self._heard > self._patience:
                 self._end(_missing(self._name(0), self._patience), 1)
 
     def _look(self, beats: dict[str, str]) -> None:

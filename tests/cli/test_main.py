@@ -77,6 +77,20 @@ def test_a_signal_is_one_line_and_its_exit_code(monkeypatch, capsys, number, lin
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_a_signal_that_an_extension_turns_into_another_error(monkeypatch, capsys):
+    """As numpy does where it comes while it is imported."""
+
+    def verify(path):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("error while initializing the extension") from None
+
+    monkeypatch.setattr(checkpoint, "verify", verify)
+    assert main(COMMAND) == 143
+    assert capsys.readouterr().err == "univg checkpoint: ended by SIGTERM\n"
+
+
 # Is in one call of C for minutes, as a compilation is, and has started another process.
 BUSY = """
 import hashlib, multiprocessing, sys, time

@@ -30,13 +30,20 @@ def ended_by_signals(*, waits: Callable[[], bool]) -> Iterator[None]:
         yield
         return
 
+    heard = []
+
     def end(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
         raise Ended(number)
 
     handlers = {number: signal.signal(number, end) for number in ENDED_BY}
     with _ended_at_last(waits):
         try:
             yield
+        except Exception as error:
+            if heard:  # an extension, such as numpy while it is imported, made another error of it
+                raise Ended(heard[0]) from error
+            raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
