@@ -56,6 +56,7 @@ BUCKETS = "--config.data.buckets=((32, 32), (24, 40))"
 DEVICES = 2  # in all, so that the mesh is the same
 SAVE_SECONDS = 0.3  # about what a save takes
 TIMES = ("seconds/", "time", "goodput", "steps_per_second", "images_per_second")
+PROGRAM = ("-m", "tests.faults.cached")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 ENDS = {0, 143, -9, -15}  # done; preempted; killed, before there was a handler
 
@@ -109,7 +110,7 @@ class Runs:
         command = self._command(workdir, stage)
         begun = time.monotonic()
         devices = [DEVICES // self.processes] * self.processes
-        with processes.running(devices, *command) as running:
+        with processes.running(devices, *command, program=PROGRAM) as running:
             was_killed = kill is not None and strike(running, kill, workdir)
             codes = [process.wait() for process in running]
             logs = [process.log.read_text() for process in running]
