@@ -6,13 +6,17 @@ import functools
 import json
 from typing import Any
 
+from etils import epath
+
 from experiments import pods
+from univg_jax import fields
 from univg_jax.buckets import standard
 from univg_jax.cli import flags
 from univg_jax.cli.parser import Parser
-from univg_jax.errors import check_name
+from univg_jax.errors import NotFoundError, check_name
 from univg_jax.files import write_whole
 from univg_jax.progress import timed
+from univg_jax.settings import Config
 
 INCLUDE = ("encoders", "sampling", "evaluation")
 
@@ -78,12 +82,33 @@ def add_arguments(parser: Parser) -> None:
         help="a third of the compile time; memory and its traffic some percent off",
     )
     parser.add_argument(
+        "--goodput",
+        metavar="NAME=S,...",
+        help="instead: which share of its time the run trains, and the best train.save_every, if "
+        "these parts take so many seconds: step, other, blocked, save, restore, compile, restart; "
+        "measured=DIR/metrics.jsonl has those of a run but save and restart",
+    )
+    parser.add_argument(
+        "--mtbf",
+        action=flags.Number,
+        kind=float,
+        rule=fields.Rule(above=0),
+        default=50_000.0,
+        metavar="HOURS",
+        help="mean time between failures of one chip (default: 50000, as Llama 3 met on 16,384 "
+        "GPUs)",
+    )
+    parser.add_argument(
         "--json",
         action=flags.Output,
         metavar="FILE",
         help="everything, in bytes, FLOPs and seconds",
     )
     parser.add_example("--config=experiments/stage1_t2i.py:size=xl,res=512 --topology=v5e-256")
+    parser.add_example(
+        "--config=experiments/stage1_t2i.py:size=xl,res=512 --topology=v5e-256 "
+        "--goodput=step=0.3,blocked=2,save=60,restore=60,compile=180,restart=300"
+    )
     parser.set_defaults(run=run)
 
 
@@ -112,6 +137,15 @@ def run(args: argparse.Namespace) -> None:
     names = [topology_name(name) for name in args.topology]
     names = [name if args.slices == 1 else f"{name}*{args.slices}" for name in names]
     config = configs.load(args.config, args.overrides)
+    if args.goodput:
+        found = [
+            goodput(args.goodput, name, mtbf=3600 * args.mtbf, config=config) for name in names
+        ]
+        plan_tables.print_goodput(found)
+        if args.json:
+            report = {"config": config.to_dict(), "goodput": found}
+            write_whole(args.json, json.dumps(report, indent=1))
+        return
     if args.buckets and not config.data.buckets:
         data = dataclasses.replace(config.data, buckets=standard(config.data.resolution))
         config = dataclasses.replace(config, data=data)
@@ -150,6 +184,37 @@ def run(args: argparse.Namespace) -> None:
             print(f"{topology.name}: the largest batch that fits is {largest}")
     if args.json:
         write_whole(args.json, json.dumps(report, indent=1))
+
+
+def goodput(given: str, topology: str, *, mtbf: float, config: Config) -> dict[str, Any]:
+    """What `--goodput` says of a topology, as JSON. Raises UserError."""
+    from univg_jax.planning.goodput import Times, best_every, expected, measured
+    from univg_jax.planning.topology import num_chips
+    from univg_jax.writers import read_metrics
+
+    values: dict[str, Any] = dict(flags.pair(text, flag="--goodput") for text in given.split(","))
+    if file := values.pop("measured", None):
+        if not epath.Path(file).exists():
+            raise NotFoundError(f"--goodput: {file} does not exist")
+        values = measured(read_metrics(epath.Path(file))) | values
+    values = {name: fields.parse_literal(str(value)) for name, value in values.items()}
+    times = fields.make(Times, values, "--goodput")
+    chips = num_chips(topology)
+    pod = dict(chips=chips, mtbf=mtbf)
+    best = best_every(times, **pod)
+    return {
+        "topology": topology,
+        "chips": chips,
+        "seconds_between_failures": mtbf / chips,
+        "times": dataclasses.asdict(times),
+        "save_every": best,
+        "goodput": expected(times, **pod, every=best),
+        "of_config": [
+            {"save_every": every, "goodput": expected(times, **pod, every=every)}
+            for every in [config.train.save_every]
+            if every is not None
+        ],
+    }
 
 
 def topology_name(name: str) -> str:

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import os
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -80,6 +81,29 @@ def print_sweep(topology: str, plans: list[Plan]) -> None:
             mfu = f"{plan.mfu_bound(program):.1%}"
             values = [_seconds(program.roofline), program.bound, mfu, _of_ideal(program)]
         table.add_row(_mesh(plan), plan.model["remat"], _memory(plan, program), *values)
+    _print(table, width=120)
+
+
+def print_goodput(found: list[dict[str, Any]]) -> None:
+    """Prints a row for each topology of `plan.goodput`."""
+    table = _table("the share of its time in which a run trains")
+    names = ("", "chips", "a failure every", "best save_every", "goodput", "lost by a failure")
+    own = [f"goodput, every {one['save_every']:,} steps" for one in found[0]["of_config"]]
+    for name in (*names, *own):
+        table.add_column(name, justify="right" if name else "left")
+    for row in found:
+        times, every = row["times"], row["save_every"]
+        steps = every * (times["step"] + times["other"])
+        recovery = sum(times[name] for name in ("restart", "restore", "compile"))
+        table.add_row(
+            row["topology"],
+            f"{row['chips']:,}",
+            f"{row['seconds_between_failures'] / 3600:,.1f} h",
+            f"{every:,}",
+            f"{row['goodput']:.2%}",
+            f"{(steps / 2 + times['save'] + recovery) / 60:,.0f} min",
+            *(f"{one['goodput']:.2%}" for one in row["of_config"]),
+        )
     _print(table, width=120)
 
 
