@@ -21,13 +21,12 @@ takes L - blocked + w, each further one L. Another failure during R begins it an
 import dataclasses
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from univg_jax.errors import UserError
 from univg_jax.fields import setting
-from univg_jax.writers import Row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class Times:
         return max(every * (self.step + self.other) + self.blocked, self.save)
 
 
-def measured(rows: Sequence[Row]) -> dict[str, float]:
+def measured(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """What the rows of a run's metrics.jsonl tell of its `Times`.
 
     Of a save they have what it blocks alone. Raises UserError if there are no steps in them.
