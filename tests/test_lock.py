@@ -9,6 +9,8 @@ import threading
 
 import jax.numpy as jnp
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from univg_jax import checkpoint, lock
 from univg_jax.checkpoint import Checkpointer
@@ -165,6 +167,30 @@ def test_a_torn_lock_is_nobodys(tmp_path, content):
     pathlib.Path(tmp_path / "lock.json").write_text(content)
     with WorkdirLock(tmp_path):
         pass
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+KEYS = ("host", "pid", "start", "machine", "since", "token", "beats")
+
+
+@given(content=st.dictionaries(st.sampled_from(KEYS), VALUES))
+@settings(
+    max_examples=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_whatever_a_lock_says_it_is_somebodys_or_nobodys(tmp_path, content, monkeypatch):
+    """Nobody's is taken, and somebody's is named in one line."""
+    monkeypatch.setattr(lock, "BEAT", 0.001)
+    monkeypatch.setattr(lock, "PATIENCE", 0.002)
+    (tmp_path / "lock.json").write_text(json.dumps(content))
+    said = "is in use by process"
+    try:
+        with WorkdirLock(tmp_path):
+            pass
+    except UserError as error:
+        said = str(error)
+    assert "is in use by process" in said
 
 
 def test_the_same_process_may_take_it_again(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
+from tests import processes
 from univg_jax import workdir
 from univg_jax.checkpoint import Checkpointer
 from univg_jax.errors import UserError
@@ -28,6 +29,37 @@ def begin(folder, config, *, steps=()):
         for step in steps:
             checkpointer.save(step, {"params": {"a": jnp.ones(2)}}, {}, config.to_dict())
     return config
+
+
+def test_a_probe_leaves_nothing_and_names_what_cannot_be_written(tmp_path):
+    workdir.probe(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file/\.probe\.\d+\.0 cannot be written: "):
+        workdir.probe(tmp_path / "file")
+
+
+PROBE = """
+import sys
+from tests.processes import join
+join()
+import jax
+from univg_jax.errors import UserError
+from univg_jax.workdir import probe
+probe(sys.argv[1])
+try:
+    probe(f"{sys.argv[1]}/{jax.process_index()}", patience=1)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.xdist_group("multiprocess")
+def test_processes_that_do_not_share_a_workdir_are_told_so(tmp_path):
+    for index, lines in enumerate(processes.run([1, 1], str(tmp_path), program=("-c", PROBE))):
+        said = f"is not shared: process {index} does not see what process {1 - index} writes"
+        assert any(said in line for line in lines)
+    assert all(not list((tmp_path / str(index)).iterdir()) for index in range(2))
 
 
 def test_workdir_belongs_to_one_config(tmp_path):

@@ -35,7 +35,7 @@ from univg_jax.together import together
 from univg_jax.training import loop
 from univg_jax.training.initialize import begin_stream, find_parent
 from univg_jax.training.step import TrainState, TrainStep
-from univg_jax.workdir import barrier, is_claimed, newest_step, resume
+from univg_jax.workdir import is_claimed, newest_step, probe, resume
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,8 +165,8 @@ def make_run(
         logging.info("%s", "\n".join(["buckets of the stream:", *stream.describe_buckets()]))
     lock = WorkdirLock(workdir, active=jax.process_index() == 0, takeover=takeover)
     try:
+        probe(workdir)  # also a barrier: the first process has the workdir
         if fallback:
-            barrier("locked")  # the first process has the workdir
             checkpoint.fall_back(workdir)
         begin_stream(config, stream, workdir=workdir)  # refuses data that has changed
         found = prepare_encoders(config, workdir, mesh)

@@ -11,13 +11,15 @@ In a run of several processes every process calls every function here. Paths may
 """
 
 import asyncio
+import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +34,7 @@ from orbax.checkpoint.path import atomicity, atomicity_defaults
 
 from univg_jax import checksums
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError, shorten
-from univg_jax.files import write_whole
+from univg_jax.files import check_space, write_whole
 from univg_jax.lock import WorkdirLock
 from univg_jax.retention import Retention
 from univg_jax.settings import Train
@@ -47,6 +49,7 @@ from univg_jax.stored import (
     saved_shapes,
 )
 from univg_jax.streaming import BLOCK_BYTES
+from univg_jax.together import together
 from univg_jax.trees import Json, named_leaves, nest
 from univg_jax.workdir import (
     CHECKPOINTS,
@@ -165,7 +168,7 @@ class Checkpointer:
     """Writes and reads the checkpoints of one workdir; `retention.Retention` says which are kept.
 
     Saves are asynchronous: the error of one is raised by the next `save`, `check`, `wait` or
-    `close`.
+    `close`. It is a UserError with the path and the cause where the storage refused.
     """
 
     def __init__(self, workdir: epath.PathLike, settings: Train = EVERY_STEP) -> None:
@@ -193,7 +196,8 @@ class Checkpointer:
         """Starts to save `state`, which may be donated as soon as this returns.
 
         A step that is saved already is left as it is. Raises UserError with the leaves that are not
-        finite, and saves nothing then.
+        finite, or where the disk has no space for them or lost the step before, and saves nothing
+        then.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -202,18 +206,34 @@ class Checkpointer:
         flags = jax.device_get(_are_finite({k: x for k, x in leaves.items() if _is_float(x)}))
         if bad := [name for name, finite in flags.items() if not finite]:
             raise UserError(f"step {step} is not finite, nothing saved: {shorten(bad)}")
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(
-                    nest(leaves), nest({name: _pieces(x) for name, x in leaves.items()})
+        with together():
+            newest = self._manager.latest_step()
+            if newest is not None and not (self.directory / str(newest)).exists():
+                raise UserError(f"{self.directory / str(newest)} is gone: who moved or deleted it?")
+        self.check_space(state)
+        with _storage_named(self.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(
+                        nest(leaves), nest({name: _pieces(x) for name, x in leaves.items()})
+                    ),
+                    data=ocp.args.JsonSave(dict(data_state)),
+                    config=ocp.args.JsonSave(as_json(config)),
+                    history=ocp.args.JsonSave(dict(history or {})),
                 ),
-                data=ocp.args.JsonSave(dict(data_state)),
-                config=ocp.args.JsonSave(as_json(config)),
-                history=ocp.args.JsonSave(dict(history or {})),
-            ),
-            force=True,
-        )
+                force=True,
+            )
+
+    def check_space(self, state: PyTree) -> None:
+        """Raises UserError if the disk has no space for one more checkpoint of such a state.
+
+        A bucket has no end. All processes call it.
+        """
+        with together():
+            if jax.process_index() == 0 and "://" not in os.fspath(self.directory):
+                needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+                check_space(self.directory, needed)
 
     def latest_step(self) -> int | None:
         """The newest step written, sound or not; None in a new workdir."""
@@ -231,12 +251,14 @@ class Checkpointer:
 
     def check(self) -> None:
         """Raises the error of a failed asynchronous write, if any: cheap, call it each step."""
-        self._manager.check_for_errors()
+        with _storage_named(self.directory):
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Returns when all that was to be saved is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        with _storage_named(self.directory):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits for the last save and ends the threads."""
@@ -250,6 +272,36 @@ class Checkpointer:
         # Who interrupts does not want to wait: what is being written then is never committed.
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self.close()
+
+
+# What a system says of storage that does not do what it is asked. Orbax and tensorstore pass the
+# words on, in errors of other kinds and with a page of other text.
+_REFUSALS = {
+    os.strerror(number): number
+    for number in (
+        *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT),
+        *(errno.EDQUOT, errno.EFBIG, errno.ESTALE, errno.ENOTCONN),
+    )
+}
+
+
+@contextlib.contextmanager
+def _storage_named(folder: epath.Path) -> Iterator[None]:
+    """Raises UserError for what the storage refused inside the block."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        chain, link = [], error
+        while link is not None:
+            chain.append(f"{getattr(link, 'strerror', None) or link}")
+            link = link.__cause__ or link.__context__
+        cause = next((said for said in _REFUSALS if any(said in text for text in chain)), None)
+        if cause is None:
+            raise
+        lost = "" if folder.exists() else f", {folder} is no longer there"
+        raise UserError(f"a checkpoint in {folder} cannot be written: {cause}{lost}") from error
 
 
 def workdir_of(path: epath.PathLike) -> epath.Path:

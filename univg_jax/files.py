@@ -6,21 +6,46 @@
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+from absl import logging
 from etils import epath
 
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError, quote
 
+T = TypeVar("T")
 CHECKSUM = "checksum"  # the name in an object of ours of the sum of all its other names
 MAX_JSON_BYTES = 2**24  # an index of 100,000 tensors has half of this
+
+
+RETRIES = 5  # of what a bucket refuses, with a second, two, four, ... between them
+
+
+def retried(action: Callable[[], T], *, path: epath.PathLike) -> T:
+    """What `action()` gives; in a bucket, which fails now and then, it is tried again.
+
+    What is not there, or must not be, fails at once. Each failure is logged with its count.
+    """
+    for attempt in itertools.count(1):
+        try:
+            return action()
+        except (FileNotFoundError, FileExistsError, PermissionError):
+            raise
+        except OSError as error:
+            if "://" not in os.fspath(path) or attempt > RETRIES:
+                raise
+            logging.warning("%s: %s; attempt %d of %d failed", path, error, attempt, RETRIES + 1)
+            time.sleep(2.0 ** (attempt - 1))
+    raise AssertionError("an attempt ends or is the last")
 
 
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:
@@ -34,8 +59,9 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     partial = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
+        content = content.encode() if isinstance(content, str) else content
+        retried(lambda: partial.write_bytes(content), path=path)
+        retried(lambda: partial.replace(path), path=path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -196,8 +222,12 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
         kind = "is not a file" if path.exists() else "does not exist"
         raise NotFoundError(f"{path} {kind}")
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
+
+        def read() -> bytes:
+            with path.open("rb") as file:
+                return file.read(MAX_JSON_BYTES + 1)
+
+        content = retried(read, path=path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     return parse_json(content, where=os.fspath(path))

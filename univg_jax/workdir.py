@@ -4,12 +4,16 @@
 checkpoints, `evaluations/BENCHMARK.jsonl` has what was found of them. Paths may be `gs://`.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
+import secrets
+import time
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -20,6 +24,7 @@ from univg_jax.errors import NotFoundError, UserError, shorten, suggestion
 from univg_jax.files import read_json, write_whole
 from univg_jax.settings import Config
 from univg_jax.stored import read_item
+from univg_jax.together import of_first, together
 from univg_jax.trees import Json, flatten
 
 CHECKPOINTS, CONFIG, ENCODERS = "checkpoints", "config.json", "encoders"
@@ -275,6 +280,37 @@ def nearest_run(path: epath.PathLike) -> str:
     beside = [child for child in parent.iterdir() if child != path] if parent.is_dir() else []
     runs = [child for child in beside if is_run(child) or runs_below(child)]
     return suggestion(str(path), [str(run) for run in runs]) if runs else ""
+
+
+def probe(workdir: epath.PathLike, *, patience: float = 10.0) -> None:
+    """Tries whether a workdir can be written, and is the same for all processes.
+
+    Each writes a file, renames it and reads those of all others. Raises UserError if that fails,
+    such as where each host has a disk of its own. Leaves nothing but the folder behind.
+    """
+    index, count = jax.process_index(), jax.process_count()
+    token = int(of_first(np.array(secrets.randbits(31), np.int32)))
+    files = [epath.Path(workdir) / f".probe.{token}.{i}" for i in range(count)]
+    try:
+        with together():
+            write_whole(files[index], str(index))
+        with together():
+            # A network's disk may show what another host wrote a moment later.
+            deadline = time.monotonic() + patience
+            while lost := [i for i, file in enumerate(files) if not file.exists()]:
+                if time.monotonic() >= deadline:
+                    listed = ", ".join(map(str, lost))
+                    raise UserError(
+                        f"{workdir} is not shared: process {index} does not see what process "
+                        f"{listed} writes there; all processes need one disk or bucket"
+                    )
+                time.sleep(0.1)
+            for i, file in enumerate(files):
+                if file.read_text() != str(i):
+                    raise UserError(f"{file} is not what process {i} wrote")
+    finally:
+        with contextlib.suppress(OSError):
+            files[index].unlink(missing_ok=True)
 
 
 def as_json(config: Json) -> Json:

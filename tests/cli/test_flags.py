@@ -50,6 +50,11 @@ def refused(capsys, words, flag, text):
     return line
 
 
+def test_servers_listen_to_this_machine_alone_by_default():
+    hosts = {words[0]: action.default for words, action in FLAGS if action.dest == "host"}
+    assert hosts == dict.fromkeys(["serve", "demo"], "127.0.0.1")
+
+
 @pytest.mark.parametrize(("words", "action"), FLAGS, ids=named(FLAGS))
 def test_numbers_and_paths_are_of_their_kinds(words, action):
     assert action.type not in (int, float)

@@ -22,6 +22,7 @@ import dataclasses
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Times:
         return max(every * (self.step + self.other) + self.blocked, self.save)
 
 
-def measured(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What the rows of a run's metrics.jsonl tell of its `Times`.
 
     Of a save they have what it blocks alone. Raises UserError if there are no steps in them.

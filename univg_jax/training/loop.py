@@ -184,6 +184,7 @@ def _train(
         programs = Programs.compile(
             step_fns, frozen, stream.specs(), mesh=mesh, now=newest < c.steps
         )
+    checkpointer.check_space(programs.abstract)
     state = initial_state(
         step_fns,
         programs.init,
