@@ -398,7 +398,8 @@ def test_inpainting_and_editing_are_those_of_diffusers_pipeline(
     record_parity(
         record_property,
         network="StableDiffusion3InpaintPipeline of an export",
-        configuration=f"{task}; {sampling.steps} steps, guidance {scales.text}, {source} hole",
+        configuration=f"{task}; {sampling.steps} steps, guidance {scales.text}, "
+        + {"ours": "our source", "theirs": "diffusers' source"}[source],
         image=error,
     )
     assert theirs.std() > 0.05
