@@ -2,12 +2,13 @@
 
     python benchmarks/serving.py --checkpoint=runs/quickstart/stage3
 
-Starts two servers, one after the other: one that makes a picture at a time, and one with batches.
+Starts two servers, one that makes a picture at a time, and one with batches.
 Each client asks for a picture, waits for it, and asks for the next. Every answer is compared with
 that of `Pipeline` for its prompt and seed: a difference above 1 of 255 ends the benchmark. Then a
 server with a short queue is asked by more clients than it takes, who come again when it says so.
 Prints tables in Markdown. Other work on the machine slows all of it: the servers take turns,
-and what counts is their ratio.
+what counts is their ratio, and the processor time of a picture is told, too, which waiting is no
+part of.
 """
 
 import argparse
@@ -34,8 +35,8 @@ PROMPTS = tuple(f"{count} pigs on {ground}" for ground in ("grass", "sand") for 
 
 
 @contextlib.contextmanager
-def served(checkpoint: str, **flags: int) -> Iterator[str]:
-    """The address of a server, once it is ready."""
+def served(checkpoint: str, **flags: int) -> Iterator[tuple[str, int]]:
+    """The address of a server and the number of its process, once it is ready."""
     command = [sys.executable, "-m", "univg_jax", "serve", f"--checkpoint={checkpoint}", "--port=0"]
     command += [f"--{name}={value}" for name, value in flags.items()]
     process = subprocess.Popen(
@@ -48,11 +49,18 @@ def served(checkpoint: str, **flags: int) -> Iterator[str]:
         address = line.split()[2].rstrip(",")
         while httpx2.get(f"{address}/ready", timeout=60).status_code != 200:
             time.sleep(0.5)
-        yield address
+        yield address, process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         if process.wait():
             raise SystemExit(f"the server ended with {process.returncode}")
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process has used of all cores."""
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        fields = file.read().rpartition(") ")[2].split()  # after the name, from the third field on
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def expect(checkpoint: str) -> list[np.ndarray]:
@@ -105,11 +113,11 @@ async def load(
     return total, seconds, refused
 
 
-def row(total: float, seconds: list[float]) -> tuple[float, str]:
-    """Pictures a second, and a line of the table."""
+def row(rates: list[float], seconds: list[float], processor: float) -> str:
+    """A line of the table; pictures a second are those of the round in the middle."""
     cuts = statistics.quantiles(seconds, n=20, method="inclusive")
-    rate = len(seconds) / total
-    return rate, f"{rate:.1f} | {cuts[9]:.3f} | {cuts[18]:.3f}"
+    rate, each = statistics.median(rates), processor / len(seconds)
+    return f"{rate:.1f} | {cuts[9]:.3f} | {cuts[18]:.3f} | {each:.3f}"
 
 
 def main() -> None:
@@ -117,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--count", type=int, default=96, help="pictures of each round")
-    parser.add_argument("--rounds", type=int, default=4, help="of each server, in turns")
+    parser.add_argument("--rounds", type=int, default=3, help="of each server, in turns")
     parser.add_argument("--max_batch", type=int, default=8)
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -127,20 +135,24 @@ def main() -> None:
         served(args.checkpoint, max_batch=args.max_batch) as batched,
     ):
         print(
-            "| clients | one at a time: pictures/s | p50, s | p95, s "
-            f"| batches of up to {args.max_batch}: pictures/s | p50, s | p95, s | ratio |"
+            "| clients | one at a time: pictures/s | p50, s | p95, s | processor, s "
+            f"| batches of up to {args.max_batch}: pictures/s | p50, s | p95, s | processor, s "
+            "| ratio of pictures/s |"
         )
-        print("|---" * 8 + "|")
+        print("|---" * 10 + "|")
         for clients in CLIENTS:
-            totals, seconds = [0.0, 0.0], [[], []]
+            rates, seconds, processor = [[], []], [[], []], [0.0, 0.0]
             for _ in range(args.rounds):
-                for k, address in enumerate((single, batched)):
+                for k, (address, pid) in enumerate((single, batched)):
+                    before = processor_seconds(pid)
                     total, each, _ = asyncio.run(load(address, clients, args.count, expected))
-                    totals[k] += total
+                    rates[k].append(args.count / total)
                     seconds[k] += each
-            (slow, first), (fast, second) = map(row, totals, seconds)
-            print(f"| {clients} | {first} | {second} | {fast / slow:.2f} |", flush=True)
-    with served(args.checkpoint, max_batch=args.max_batch, max_queue=4) as busy:
+                    processor[k] += processor_seconds(pid) - before
+            first, second = map(row, rates, seconds, processor)
+            ratio = statistics.median(fast / slow for slow, fast in zip(*rates))
+            print(f"| {clients} | {first} | {second} | {ratio:.2f} |", flush=True)
+    with served(args.checkpoint, max_batch=args.max_batch, max_queue=4) as (busy, _):
         _, seconds, refused = asyncio.run(load(busy, 32, args.count, expected))
     print(
         f"\nOverload: 32 clients, a queue of 4: {len(seconds)} pictures were asked for, each came "
