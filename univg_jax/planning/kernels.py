@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from jax._src.lib import tpu as tpu_dialect  # no public module has it
-from jaxlib.mlir import ir
+from jax._src.lib.mlir import ir
 
 from univg_jax.planning.parse import Shape
 
