@@ -20,6 +20,15 @@ from univg_jax.trees import Json, named_leaves, nest
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct | jax.Array]  # of leaves, by name
 STATE = "state"  # the item of a step that has its arrays
+# One piece is read at a time, and none is kept: by default tensorstore would read 32 at once. All
+# arrays share it: where each opens one of its own, tensorstore 0.1 crashes now and then.
+_ONE_PIECE = tensorstore.Context(
+    {
+        "cache_pool": {"total_bytes_limit": 0},
+        "data_copy_concurrency": {"limit": 1},
+        "file_io_concurrency": {"limit": 1},
+    }
+)
 
 
 def saved_shapes(
@@ -94,11 +103,8 @@ def stream(folder: epath.PathLike, name: str) -> Tensor:
     kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name.replace('/', '.')}/"}
 
     def open_array() -> tensorstore.TensorStore:
-        # One piece at a time, and none is kept: by default it would read 32 at once.
-        limits = {key: {"limit": 1} for key in ("data_copy_concurrency", "file_io_concurrency")}
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}, **limits})
         spec = {"driver": "zarr", "kvstore": kvstore}
-        return tensorstore.open(spec, open=True, read=True, context=context).result()
+        return tensorstore.open(spec, open=True, read=True, context=_ONE_PIECE).result()
 
     array = open_array()
     shape, dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
