@@ -516,8 +516,8 @@ def test_a_torn_summary_is_made_again(root, tmp_path, caplog):
     summary = workdir / "summary.json"
     before = summary.read_text()
     summary.write_text(before[: len(before) // 2])
-    shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / "9")
-    (workdir / "checkpoints" / "9" / "checksums.json").unlink()  # never finished
+    unfinished = workdir / "checkpoints" / "9.orbax-checkpoint-tmp"  # as a killed save leaves it
+    shutil.copytree(workdir / "checkpoints" / "1", unfinished)
     assert train(1, root, workdir=workdir) == 0
     assert "summary.json is not JSON" in caplog.text
     assert json.loads(summary.read_text()) == json.loads(before)

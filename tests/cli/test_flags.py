@@ -60,7 +60,7 @@ def test_numbers_and_paths_are_of_their_kinds(words, action):
     assert action.type not in (int, float)
     # X is also a share of `data build`, which the dataset's own settings read.
     is_number, metavar = isinstance(action, flags.Number), str(action.metavar)
-    assert metavar in ("N", "I", "X") if is_number else metavar not in ("N", "I")
+    assert metavar in ("N", "I", "X", "HOURS") if is_number else metavar not in ("N", "I")
     if any(word in str(action.metavar) for word in ("DIR", "FILE")) and action.dest not in (
         "config",  # expanded where it is read
         *("stages", "evaluation"),  # lists of paths
@@ -76,7 +76,8 @@ def test_a_number_out_of_range_is_one_line_before_anything_else(capsys, words, a
         if action.kind is float and text == "1.5":
             continue
         number = "a whole" if action.kind is int else "a finite"
-        assert f"expected {number} number >= " in refused(capsys, words, flag, text)
+        bound = ">=" if action.rule.above is None else ">"
+        assert f"expected {number} number {bound} " in refused(capsys, words, flag, text)
     if action.rule.least == 1:
         assert "=0: expected" in refused(capsys, words, flag, "0")
 
