@@ -116,6 +116,18 @@ def shown_events(folder):
     return shown
 
 
+def test_what_is_flushed_is_on_the_disk(tmp_path):
+    """A kill loses none of it, of rows larger than any queue."""
+    writer = writers.create_writer(tmp_path, resume_step=0, rows=(), active=True)
+    for step in range(1, 4):
+        row = {f"share/{k}": step + k / 64 for k in range(64)}
+        writer.write_scalars(step, row)
+        writer.flush()
+        shown = {event[1]: event[2] for event in shown_events(tmp_path / "tensorboard")[-64:]}
+        assert shown == row
+    writer.close()
+
+
 def test_tensorboard_shows_every_number_and_picture_of_a_step_once(tmp_path):
     for start, stop in ((0, 3), (2, 4)):  # step 3 was lost
         writer = writers.create_writer(tmp_path, resume_step=start, rows=(), active=True)

@@ -9,14 +9,18 @@ import json
 import operator
 import os
 import sys
+import time
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from absl import logging
 from etils import epath
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import directory_check
 
 from univg_jax.errors import UserError
 from univg_jax.files import write_whole
@@ -56,13 +60,16 @@ class _ScalarsAndImages(metric_writers.MetricWriter):
 class TensorBoardWriter(_ScalarsAndImages):
     """TensorBoard events; `purge_step` hides what an interrupted run wrote after its last
     checkpoint.
+
+    Events are written by the thread that has them. `tensorboardX.SummaryWriter` leaves them to
+    another one, and its `flush` does not wait for that: a kill would lose some of a row.
     """
 
     def __init__(self, logdir: str, *, purge_step: int = 0) -> None:
+        directory_check(logdir)
         # A file is named by its second: an attempt within the same one must not overwrite it.
-        self._writer = tensorboardX.SummaryWriter(
-            logdir, purge_step=purge_step, filename_suffix=f".{purge_step:08d}"
-        )
+        self._events = EventsWriter(os.path.join(logdir, "events"), f".{purge_step:08d}")
+        self._write(purge_step, session_log=SessionLog(status=SessionLog.START))
         self._newest: tuple[int, set[str]] = (-1, set())  # a step, and what it has
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -70,22 +77,26 @@ class TensorBoardWriter(_ScalarsAndImages):
         if step != self._newest[0]:
             self._newest = (step, set())
         for name in scalars.keys() - self._newest[1]:
-            self._writer.add_scalar(name, float(scalars[name]), step)
+            self._write(step, summary=summary.scalar(name, float(scalars[name])))
         self._newest[1].update(scalars)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         for name, image in images.items():
-            self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+            image = np.asarray(image)
+            self._write(step, summary=summary.image(name, image, dataformats="HWC"))
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         for name, text in texts.items():
-            self._writer.add_text(name, text, step)
+            self._write(step, summary=summary.text(name, text))
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def flush(self) -> None:
-        self._writer.flush()
+        self._events.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._events.close()
 
 
 class JsonlWriter(_ScalarsAndImages):
