@@ -158,7 +158,8 @@ class Heartbeat:
 
     @property
     def _patience(self) -> float:
-        beats = (self._own, *(seen.beat for seen in self._seen.values()))
+        seen = list(self._seen.values())  # another thread may add to them
+        beats = (self._own, *(one.beat for one in seen))
         return SUSPICIOUS if any(beat.get("is_suspicious") for beat in beats) else PATIENCE
 
     def _is_alive(self, index: int, text: str | None) -> bool:

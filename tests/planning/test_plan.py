@@ -6,9 +6,7 @@ The recommended pods are nightly: half an hour of compiling.
 import math
 import pathlib
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import pods
 from univg_jax import configs
@@ -16,7 +14,10 @@ from univg_jax.planning import search
 from univg_jax.planning.plan import Plan, compile_plan
 from univg_jax.planning.topology import open_topology
 
-pytestmark = pytest.mark.xdist_group("libtpu")  # the compiler takes both cores: one after another
+pytestmark = [
+    pytest.mark.xdist_group("libtpu"),  # the compiler takes both cores: one after another
+    pytest.mark.usefixtures("no_cache"),
+]
 
 ROOT = pathlib.Path(__file__).parents[2]
 STAGE1 = str(ROOT / "experiments" / "stage1_t2i.py")
@@ -28,18 +29,8 @@ def compiled(spec: str, topology: str, *overrides: str) -> Plan:
     return compile_plan(config, open_topology(topology), quick=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_cache():
-    """What was compiled for a TPU cannot be read back without one."""
-    for enabled in (False, True):
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()  # or JAX would keep to what it found at its first program
-        if not enabled:
-            yield
-
-
 @pytest.fixture(scope="module")
-def small() -> Plan:
+def small(no_cache) -> Plan:
     return compiled("size=tiny,res=256", "v5e:2x2", *SMALL)
 
 

@@ -248,7 +248,7 @@ def test_a_part_is_known_by_its_name(name, part):
 
 
 @pytest.fixture(scope="module")
-def device():
+def device(no_cache):
     return open_topology("v6e:2x2").devices[0]
 
 
@@ -256,11 +256,7 @@ def compiled(function, device, *shapes):
     where = SingleDeviceSharding(device)
     arrays = [jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes]
     lowered = jax.jit(function).trace(*arrays).lower(lowering_platforms=("tpu",))
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        return parse(lowered.compile().as_text())
-    finally:
-        jax.config.update("jax_enable_compilation_cache", True)
+    return parse(lowered.compile().as_text())
 
 
 @pytest.mark.xdist_group("libtpu")

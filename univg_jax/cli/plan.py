@@ -13,7 +13,7 @@ from univg_jax import fields
 from univg_jax.buckets import standard
 from univg_jax.cli import flags
 from univg_jax.cli.parser import Parser
-from univg_jax.errors import NotFoundError, check_name
+from univg_jax.errors import NotFoundError, UserError, check_name
 from univg_jax.files import write_whole
 from univg_jax.progress import timed
 from univg_jax.settings import Config
@@ -138,6 +138,9 @@ def run(args: argparse.Namespace) -> None:
     names = [name if args.slices == 1 else f"{name}*{args.slices}" for name in names]
     config = configs.load(args.config, args.overrides)
     if args.goodput:
+        compiled = ("include", "cached", "buckets", "max_batch", "sweep", "traffic", "quick")
+        if given := [name.replace("_", "-") for name in compiled if getattr(args, name)]:
+            raise UserError(f"--goodput compiles nothing: leave out --{given[0]}")
         found = [
             goodput(args.goodput, name, mtbf=3600 * args.mtbf, config=config) for name in names
         ]

@@ -55,9 +55,11 @@ def print_traffic(plan: Plan) -> None:
         for name in ("GiB", "time", "share", *sorted(CAUSES, key=lambda c: -whole[c])):
             table.add_column(name, justify="right")
         for part, row in [*rows.items(), ("all", whole)]:
+            size = sum(row.values())
             if part == "all":
                 table.add_section()
-            size = sum(row.values())
+            elif size < 1e-5 * program.memory_bytes:  # scalars
+                continue
             table.add_row(
                 part,
                 f"{size / GIB:.3f}",
