@@ -61,3 +61,10 @@ def test_bad_input_is_one_line(given, message, capsys):
     assert main([*COMMAND, given]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
+
+
+def test_what_is_compiled_does_not_go_with_it(capsys):
+    given = "--goodput=step=1,save=1,restore=1,restart=1"
+    assert main([*COMMAND, given, "--max-batch"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "univg plan: error: --goodput compiles nothing: leave out --max-batch"
