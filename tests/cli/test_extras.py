@@ -14,7 +14,8 @@ from univg_jax.cli.main import main
 ROOT = pathlib.Path(__file__).parents[2]
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
-ARTWORK = "data_pipelines.datasets.emoji_scenes."
+# Modules that import an extra's packages, which another test may have imported before.
+IMPORTERS = ("data_pipelines.datasets.emoji_scenes.", "univg_jax.serving.")
 
 
 @pytest.fixture
@@ -24,9 +25,10 @@ def without(monkeypatch, tmp_path):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)  # JAX sets it where it found libtpu
 
     def remove(*names):
-        for name in names:
-            monkeypatch.setitem(sys.modules, name, None)
-        for loaded in [name for name in sys.modules if name.startswith(ARTWORK)]:
+        for name in names:  # a module that is loaded is found without its parents
+            for loaded in {name} | {m for m in sys.modules if m.startswith(f"{name}.")}:
+                monkeypatch.setitem(sys.modules, loaded, None)
+        for loaded in [name for name in sys.modules if name.startswith(IMPORTERS)]:
             monkeypatch.delitem(sys.modules, loaded)
             package, _, name = loaded.rpartition(".")
             monkeypatch.delattr(sys.modules[package], name)  # where `from package import` looks

@@ -479,6 +479,7 @@ def test_the_code_of_the_card_runs(exported, job):
 
 @pytest.mark.parity
 def test_our_pipeline_knows_the_tasks_of_univg_jax(exported, job):
+    pytest.importorskip("torch")
     case = find_case("seg")
     (theirs,) = answer_in_torch(job.config, exported, [case])
     assert theirs.shape == (SIDE, SIDE, 3)
