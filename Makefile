@@ -64,7 +64,7 @@ lint: install
 # Resolves the newest versions that setup.cfg allows; review the diff before committing it.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python tools/lock.py quickstart tpu data beam demo serve docs stablehlo dev > requirements.lock
+	.venv-lock/bin/python tools/lock.py quickstart tpu data beam demo gcs serve docs stablehlo dev > requirements.lock
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python tools/lock.py parity --over=requirements.lock > requirements-parity.lock
 	rm -rf .venv-lock

@@ -181,39 +181,6 @@ def test_what_the_system_refuses_is_one_line(places):
         files.write_whole(places / "file" / "a", "text")
 
 
-@pytest.mark.parametrize("failures", [0, 3, 6])
-def test_a_bucket_that_fails_now_and_then_is_asked_again(monkeypatch, caplog, failures):
-    slept, calls = [], []
-    monkeypatch.setattr(files.time, "sleep", slept.append)
-
-    def action():
-        calls.append(1)
-        if len(calls) <= failures:
-            raise OSError("503")
-        return "done"
-
-    if failures > files.RETRIES:
-        with pytest.raises(OSError, match="503"):
-            files.retried(action, path="gs://bucket/a")
-    else:
-        assert files.retried(action, path="gs://bucket/a") == "done"
-    assert slept == [1.0, 2.0, 4.0, 8.0, 16.0][:failures]
-    assert caplog.text.count("gs://bucket/a: 503; attempt") == min(failures, files.RETRIES)
-
-
-def test_a_disk_and_what_is_not_there_are_not_asked_again():
-    for path, kind in (("/disk/a", OSError), ("gs://bucket/a", FileNotFoundError)):
-        calls = []
-
-        def action(kind=kind, calls=calls):
-            calls.append(1)
-            raise kind("no")
-
-        with pytest.raises(kind):
-            files.retried(action, path=path)
-        assert len(calls) == 1
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_picture_that_is_not_finite_is_named(value):
     """It would be written as black, or as what the processor makes of it."""

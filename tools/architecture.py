@@ -91,6 +91,7 @@ SMALL = {
     "errors": "UserError and its kinds",
     "trees": "names of a tree's leaves",
     "files": "a file whole, or not at all",
+    "object_store": "gs://, tried again",
     "images": "pixels, PNG",
     "jpeg": "plain JPEG, faster",
     "pages": "HTML from templates",

@@ -13,13 +13,12 @@ In a run of several processes every process calls every function here. Paths may
 import asyncio
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,10 +42,12 @@ from univg_jax.stored import (
     STATE,
     Shapes,
     differences,
+    num_retries,
     read_arrays,
     read_item,
     read_state,
     saved_shapes,
+    storage_named,
 )
 from univg_jax.streaming import BLOCK_BYTES
 from univg_jax.together import together
@@ -55,7 +56,6 @@ from univg_jax.workdir import (
     CHECKPOINTS,
     ENCODERS,
     as_json,
-    barrier,
     claim_workdir,
     look_for_foreign_files,
     nearest_run,
@@ -174,12 +174,12 @@ class Checkpointer:
     def __init__(self, workdir: epath.PathLike, settings: Train = EVERY_STEP) -> None:
         self.workdir = _absolute(workdir)
         self.directory = self.workdir / CHECKPOINTS
-        usual = atomicity_defaults.get_default_temporary_path_class(self.directory)
-        is_bucket = issubclass(usual, atomicity.CommitFileTemporaryPath)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=Retention(self.workdir, settings),
             cleanup_tmp_directories=True,
-            temporary_path_class=_SummedThenNoted if is_bucket else _SummedThenRenamed,
+            temporary_path_class=(
+                _SummedThenNoted if _is_bucket(self.directory) else _SummedThenRenamed
+            ),
         )
         self.directory.mkdir(parents=True, exist_ok=True)
         look_for_foreign_files(self.directory)
@@ -188,6 +188,7 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, handler_registry=handlers
         )
+        self._retries = num_retries()
         self._manager._checkpoint_deleter = _Deleter(self._manager._checkpoint_deleter)
 
     def save(
@@ -211,7 +212,7 @@ class Checkpointer:
             if newest is not None and not (self.directory / str(newest)).exists():
                 raise UserError(f"{self.directory / str(newest)} is gone: who moved or deleted it?")
         self.check_space(state)
-        with _storage_named(self.directory):
+        with _writing(self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -231,7 +232,7 @@ class Checkpointer:
         A bucket has no end. All processes call it.
         """
         with together():
-            if jax.process_index() == 0 and "://" not in os.fspath(self.directory):
+            if jax.process_index() == 0 and not _is_bucket(self.directory):
                 needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
                 check_space(self.directory, needed)
 
@@ -251,14 +252,20 @@ class Checkpointer:
 
     def check(self) -> None:
         """Raises the error of a failed asynchronous write, if any: cheap, call it each step."""
-        with _storage_named(self.directory):
+        with _writing(self.directory):
             self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Returns when all that was to be saved is on disk."""
-        with _storage_named(self.directory):
+        with _writing(self.directory):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+        if (retries := num_retries()) > self._retries:
+            logging.warning(
+                "%s: %d requests failed and were sent again",
+                *(self.directory, retries - self._retries),
+            )
+            self._retries = retries
 
     def close(self) -> None:
         """Waits for the last save and ends the threads."""
@@ -274,34 +281,14 @@ class Checkpointer:
             self.close()
 
 
-# What a system says of storage that does not do what it is asked. Orbax and tensorstore pass the
-# words on, in errors of other kinds and with a page of other text.
-_REFUSALS = {
-    os.strerror(number): number
-    for number in (
-        *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT),
-        *(errno.EDQUOT, errno.EFBIG, errno.ESTALE, errno.ENOTCONN),
-    )
-}
+def _writing(folder: epath.Path) -> contextlib.AbstractContextManager[None]:
+    return storage_named(f"a checkpoint in {folder} cannot be written", folder)
 
 
-@contextlib.contextmanager
-def _storage_named(folder: epath.Path) -> Iterator[None]:
-    """Raises UserError for what the storage refused inside the block."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        chain, link = [], error
-        while link is not None:
-            chain.append(f"{getattr(link, 'strerror', None) or link}")
-            link = link.__cause__ or link.__context__
-        cause = next((said for said in _REFUSALS if any(said in text for text in chain)), None)
-        if cause is None:
-            raise
-        lost = "" if folder.exists() else f", {folder} is no longer there"
-        raise UserError(f"a checkpoint in {folder} cannot be written: {cause}{lost}") from error
+def _is_bucket(folder: epath.Path) -> bool:
+    """Whether orbax commits steps there by a note in them."""
+    usual = atomicity_defaults.get_default_temporary_path_class(folder)
+    return issubclass(usual, atomicity.CommitFileTemporaryPath)
 
 
 def workdir_of(path: epath.PathLike) -> epath.Path:
@@ -377,25 +364,30 @@ def copy(workdir: epath.PathLike, step: int | None, out: epath.PathLike) -> int:
     """
     root, step = _locate(workdir if step is None else epath.Path(workdir) / CHECKPOINTS / str(step))
     target = epath.Path(out) / CHECKPOINTS / str(step)
-    if target.exists():
+    if step in steps_in(target.parent):
         raise AlreadyExistsError(f"{target} exists, nothing copied")
     with WorkdirLock(out, active=jax.process_index() == 0):
         claim_workdir(out, read_item(root / str(step), "config"))
-        if jax.process_index() == 0:
-            unfinished = target.parent / f"{step}.orbax-checkpoint-tmp"
-            if unfinished.exists():
-                unfinished.rmtree()
-            _copy_encoders(root.parent / ENCODERS, epath.Path(out) / ENCODERS)
-            additional = checksums.find_additional(root / str(step))
-            for name in checksums.list_files(root / str(step)):
-                if name not in additional:
-                    (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-                    (root / str(step) / name).copy(unfinished / name)
-            unfinished.rename(target)
-        barrier("copied")
+        with together():
+            if jax.process_index() == 0:
+                _copy_encoders(root.parent / ENCODERS, epath.Path(out) / ENCODERS)
+                _copy_step(root / str(step), target)
     if problems := _find_problems(target):
         raise UserError(f"the copy {target} is damaged: {shorten(problems)}")
     return step
+
+
+def _copy_step(source: epath.Path, target: epath.Path) -> None:
+    is_bucket = _is_bucket(target)  # which cannot rename: a step without `COMMITTED` is none
+    unfinished = target if is_bucket else target.parent / f"{target.name}.orbax-checkpoint-tmp"
+    if unfinished.exists():
+        unfinished.rmtree()
+    names = set(checksums.list_files(source)).difference(checksums.find_additional(source))
+    for name in sorted(names, key=lambda name: name == COMMITTED):
+        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).copy(unfinished / name)
+    if not is_bucket:
+        unfinished.rename(target)
 
 
 def _copy_encoders(source: epath.Path, target: epath.Path) -> None:

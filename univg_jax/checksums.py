@@ -18,8 +18,9 @@ import xxhash
 from etils import epath
 from jax.experimental import multihost_utils
 
-from univg_jax.errors import UserError
+from univg_jax.errors import UnreachableError, UserError
 from univg_jax.files import CHECKSUM, read_json, read_sealed, write_sealed, write_whole
+from univg_jax.together import together
 
 FILE = "checksums.json"
 THREADS = 16
@@ -98,12 +99,26 @@ def find_problems(
 
     In a folder `closed` in it additional files are wrong, too. Processes share the reading and
     agree on whether there are problems. A file that the process of the same number wrote is its
-    share, because it is what that process reads next.
+    share, because it is what that process reads next. Raises UnreachableError where a bucket does
+    not answer: that is no damage.
     """
+    with together():
+        found = _own_problems(folder, under, closed)
+    if jax.process_count() > 1:
+        anywhere = multihost_utils.process_allgather(np.array(bool(found)))
+        if np.any(anywhere):
+            return found or ("another process found damage",)
+    return found
+
+
+def _own_problems(folder: epath.Path, under: str, closed: str | None) -> tuple[str, ...]:
+    """Those that this process finds in its share of the files."""
     sums, found = {}, ()
     try:
         sums = read(folder)
-    except UserError as error:  # perhaps on this process alone, so the others are told below
+    except UnreachableError:
+        raise
+    except UserError as error:
         found = (str(error),)
     if closed is not None and not found and (folder / closed).is_dir():
         there = list_files(folder / closed, f"{closed}/")
@@ -116,17 +131,14 @@ def find_problems(
             is_sound = checksum(folder / name, algorithm) == sums[name]
         except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
+        except UnreachableError:  # that is no damage
+            raise
         except OSError as error:
             return f"{name} cannot be read: {error.strerror or error}"
         return None if is_sound else f"{name} is not what was written"
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found += tuple(filter(None, pool.map(problem, _share(names))))
-    if jax.process_count() > 1:
-        anywhere = multihost_utils.process_allgather(np.array(bool(found)))
-        if np.any(anywhere):
-            return found or ("another process found damage",)
-    return found
+        return found + tuple(filter(None, pool.map(problem, _share(names))))
 
 
 def _share(names: Sequence[str]) -> list[str]:

@@ -6,46 +6,34 @@
 import collections
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
-from absl import logging
+import fsspec
 from etils import epath
 
-from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError, quote
+from univg_jax.errors import (
+    AlreadyExistsError,
+    NotFoundError,
+    UnreachableError,
+    UserError,
+    quote,
+)
 
-T = TypeVar("T")
 CHECKSUM = "checksum"  # the name in an object of ours of the sum of all its other names
 MAX_JSON_BYTES = 2**24  # an index of 100,000 tensors has half of this
 
 
-RETRIES = 5  # of what a bucket refuses, with a second, two, four, ... between them
-
-
-def retried(action: Callable[[], T], *, path: epath.PathLike) -> T:
-    """What `action()` gives; in a bucket, which fails now and then, it is tried again.
-
-    What is not there, or must not be, fails at once. Each failure is logged with its count.
-    """
-    for attempt in itertools.count(1):
-        try:
-            return action()
-        except (FileNotFoundError, FileExistsError, PermissionError):
-            raise
-        except OSError as error:
-            if "://" not in os.fspath(path) or attempt > RETRIES:
-                raise
-            logging.warning("%s: %s; attempt %d of %d failed", path, error, attempt, RETRIES + 1)
-            time.sleep(2.0 ** (attempt - 1))
-    raise AssertionError("an attempt ends or is the last")
+# Of a request to a bucket that fails, after a second, two, four, ... : two minutes in all.
+RETRIES, MAX_DELAY = 8, 32.0
+# So epath finds it when a path gs:// is first used.
+fsspec.register_implementation("gcs", "univg_jax.object_store.FileSystem", clobber=True)
 
 
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:
@@ -55,16 +43,21 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     Two processes that write the same path at once do not mix: the last one stays. Paths may be
     `gs://`. Raises UserError where the system refuses, such as on a full disk.
     """
-    path = epath.Path(path)
-    partial = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
+    path, content = epath.Path(path), content.encode() if isinstance(content, str) else content
+    # A bucket shows no file before it is whole.
+    is_bucket, partial = "://" in os.fspath(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = content.encode() if isinstance(content, str) else content
-        retried(lambda: partial.write_bytes(content), path=path)
-        retried(lambda: partial.replace(path), path=path)
+        if is_bucket:
+            path.write_bytes(content)
+            return
+        partial = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
+        partial.write_bytes(content)
+        partial.replace(path)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
         raise
@@ -222,12 +215,10 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
         kind = "is not a file" if path.exists() else "does not exist"
         raise NotFoundError(f"{path} {kind}")
     try:
-
-        def read() -> bytes:
-            with path.open("rb") as file:
-                return file.read(MAX_JSON_BYTES + 1)
-
-        content = retried(read, path=path)
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+    except UnreachableError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     return parse_json(content, where=os.fspath(path))

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from absl import logging
 from etils import epath
 
-from univg_jax.errors import NotFoundError, UserError
+from univg_jax.errors import NotFoundError, UnreachableError, UserError
 from univg_jax.files import read_json, write_whole
 from univg_jax.trees import Json
 
@@ -113,7 +113,8 @@ class WorkdirLock:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
-            with self._writing, contextlib.suppress(OSError):  # a full disk ends the run elsewhere
+            # What a full disk, or a bucket that does not answer, refuses ends the run elsewhere.
+            with self._writing, contextlib.suppress(OSError, UserError):
                 found = _read(self._file)
                 if self._released.is_set() or found is None:
                     return
@@ -152,6 +153,8 @@ def _read(file: epath.Path) -> Json | None:
         return read_json(file)
     except NotFoundError:
         return None
+    except UnreachableError:
+        raise
     except UserError as error:
         logging.warning("%s", error)
         return {}

@@ -3,7 +3,11 @@
 Trees are stored as nested dicts by path name, so that orbax never sees optax's structures.
 """
 
+import contextlib
+import errno
+import http
 import os
+import re
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -13,13 +17,26 @@ import tensorstore
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from univg_jax.errors import UserError, shorten
+from univg_jax import files
+from univg_jax.errors import UnreachableError, UserError, shorten
 from univg_jax.streaming import Block, Tensor, boxes
 from univg_jax.trees import Json, named_leaves, nest
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct | jax.Array]  # of leaves, by name
 STATE = "state"  # the item of a step that has its arrays
+# Tensorstore reaches buckets by itself, and would ask for a quarter of an hour. Orbax has no option
+# for that.
+_PATIENCE = {
+    "gcs_request_retries": {
+        "max_retries": files.RETRIES,
+        "initial_delay": "1s",
+        "max_delay": f"{files.MAX_DELAY:g}s",
+    }
+}
+tensorstore_utils._BASE_TS_CONTEXT.update(_PATIENCE)
+tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT.update(_PATIENCE)
 # One piece is read at a time, and none is kept: by default tensorstore would read 32 at once. All
 # arrays share it: where each opens one of its own, tensorstore 0.1 crashes now and then.
 _ONE_PIECE = tensorstore.Context(
@@ -27,15 +44,66 @@ _ONE_PIECE = tensorstore.Context(
         "cache_pool": {"total_bytes_limit": 0},
         "data_copy_concurrency": {"limit": 1},
         "file_io_concurrency": {"limit": 1},
+        **_PATIENCE,
     }
 )
+
+
+def num_retries() -> int:
+    """How often this process has sent a request for arrays in a bucket again."""
+    found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/gcs/retries")
+    return sum(value["value"] for metric in found for value in metric["values"])
+
+
+# What a system says of storage that does not do what it is asked. Orbax and tensorstore pass the
+# words on, in errors of other kinds and with a page of other text.
+_REFUSALS = {
+    os.strerror(number): number
+    for number in (
+        *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT),
+        *(errno.EDQUOT, errno.EFBIG, errno.ESTALE, errno.ENOTCONN),
+    )
+}
+_STATUS = re.compile(r"\[http_response_code='(\d+)'\]")  # of a bucket, as tensorstore tells it
+
+
+@contextlib.contextmanager
+def storage_named(said: str, folder: epath.Path) -> Iterator[None]:
+    """Raises UserError, which begins as `said`, for what the storage refused inside the block."""
+    try:
+        yield
+    except UserError as error:
+        if not isinstance(error, UnreachableError):
+            raise
+        raise UserError(f"{said}: {error}") from error
+    except Exception as error:
+        if (cause := _refusal(error)) is None:
+            raise
+        is_gone = "://" not in os.fspath(folder) and not folder.exists()
+        lost = f", {folder} is no longer there" if is_gone else ""
+        raise UserError(f"{said}: {cause}{lost}") from error
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """What the storage said, in an error or in what it comes from; None: it said nothing."""
+    while error is not None:
+        text = f"{getattr(error, 'strerror', None) or error}"
+        if isinstance(error, UnreachableError) or type(error).__module__.startswith("google."):
+            return text
+        if (status := _STATUS.search(text)) and int(status[1]) in http.HTTPStatus:
+            return f"{status[1]} {http.HTTPStatus(int(status[1])).phrase}"
+        if said := next((said for said in _REFUSALS if said in text), None):
+            return said
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def saved_shapes(
     step_dir: epath.Path, prefix: str = "", *, item: str = STATE
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the saved leaves; with a prefix, of that part and under names within it."""
-    tree = ocp.PyTreeCheckpointHandler().metadata(_absolute(step_dir) / item).tree
+    with _reading(step_dir):
+        tree = ocp.PyTreeCheckpointHandler().metadata(_absolute(step_dir) / item).tree
     if prefix:
         if not tree.get(prefix):
             raise UserError(f"{step_dir} has no {prefix!r}; it has {', '.join(sorted(tree))}")
@@ -87,7 +155,7 @@ def read_arrays(step_dir: epath.Path, nested: PyTree, *, item: str = STATE) -> P
         restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
         partial_restore=True,
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with _reading(step_dir), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(_absolute(step_dir) / item, args=args)
 
 
@@ -120,5 +188,9 @@ def stream(folder: epath.PathLike, name: str) -> Tensor:
 
 def read_item(step_dir: epath.Path, item: str) -> Json:
     """An object that was saved beside the state."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    with _reading(step_dir), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return reader.restore(step_dir / item)
+
+
+def _reading(step_dir: epath.Path) -> contextlib.AbstractContextManager[None]:
+    return storage_named(f"{step_dir} cannot be read", step_dir)

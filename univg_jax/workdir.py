@@ -20,10 +20,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from univg_jax import checksums
-from univg_jax.errors import NotFoundError, UserError, shorten, suggestion
+from univg_jax.errors import NotFoundError, UnreachableError, UserError, shorten, suggestion
 from univg_jax.files import read_json, write_whole
 from univg_jax.settings import Config
-from univg_jax.stored import read_item
+from univg_jax.stored import read_item, storage_named
 from univg_jax.together import of_first, together
 from univg_jax.trees import Json, flatten
 
@@ -126,6 +126,8 @@ def _recorded(workdir: epath.PathLike) -> tuple[Config | None, str]:
     file = epath.Path(workdir) / CONFIG
     try:
         stored, lost = read_json(file), ""
+    except UnreachableError:
+        raise
     except UserError as error:
         steps = steps_in(file.parent / CHECKPOINTS)
         if not steps and isinstance(error, NotFoundError):
@@ -220,7 +222,8 @@ def finished_steps(workdir: epath.PathLike) -> tuple[int, ...]:
 
 def steps_in(root: epath.Path) -> tuple[int, ...]:
     """The committed steps in a folder of checkpoints, ascending."""
-    steps = ocp.utils.checkpoint_steps(root) if root.exists() else ()
+    with storage_named(f"{root} cannot be read", root):
+        steps = ocp.utils.checkpoint_steps(root) if root.exists() else ()
     return tuple(sorted({step for step in steps if (root / str(step)).is_dir()}))
 
 

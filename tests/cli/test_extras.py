@@ -8,6 +8,8 @@ import re
 import sys
 
 import pytest
+from etils.epath import backend
+from fsspec.registry import _registry
 
 from univg_jax.cli.main import main
 
@@ -15,7 +17,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 # Modules that import an extra's packages, which another test may have imported before.
-IMPORTERS = ("data_pipelines.datasets.emoji_scenes.", "univg_jax.serving.")
+IMPORTERS = (
+    "data_pipelines.datasets.emoji_scenes.",
+    "univg_jax.serving.",
+    "univg_jax.object_store",
+)
 
 
 @pytest.fixture
@@ -28,6 +34,8 @@ def without(monkeypatch, tmp_path):
         for name in names:  # a module that is loaded is found without its parents
             for loaded in {name} | {m for m in sys.modules if m.startswith(f"{name}.")}:
                 monkeypatch.setitem(sys.modules, loaded, None)
+        monkeypatch.delitem(_registry, "gcs", raising=False)
+        backend.fsspec_backend._get_filesystem.cache_clear()
         for loaded in [name for name in sys.modules if name.startswith(IMPORTERS)]:
             monkeypatch.delitem(sys.modules, loaded)
             package, _, name = loaded.rpartition(".")
@@ -64,7 +72,11 @@ def without(monkeypatch, tmp_path):
             ["serve", "--checkpoint=stage3"],
             "the package batched: pip install 'univg_jax[serve]'",
         ),
-        (["gcsfs"], ["checkpoint", "list", "gs://b/x"], "pip install 'univg_jax[gcs]'"),
+        (
+            ["gcsfs"],
+            ["checkpoint", "list", "gs://b/x"],
+            "the package gcsfs: pip install 'univg_jax[gcs]'",
+        ),
     ],
     ids=["artwork", "faces", "weights", "compiler", "server", "buckets"],
 )
@@ -87,6 +99,7 @@ def test_what_is_imported_is_required():
     extras = SETUP["options.extras_require"]
     optional = distributions(extras["quickstart"])
     native = distributions(extras["data"]) | distributions(extras["beam"])
+    native |= distributions(extras["gcs"])
     native |= distributions(extras["demo"]) | distributions(extras["stablehlo"])
     native |= distributions(extras["parity"])
     served = distributions(extras["serve"])

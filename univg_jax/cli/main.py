@@ -75,12 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = error.exit_code
         if error.is_expected:  # all processes end alike, so JAX's ordinary shutdown works
             return code
-    except ImportError as error:
-        if "gcsfs" not in str(error):
-            raise
-        reason = "gs:// paths need gcsfs: pip install 'univg_jax[gcs]'"
-        print(f"univg {args.command}: error: {reason}", file=sys.stderr)
-        code = 1
     except Exception as error:  # a bug of ours, or another process is gone
         _suspect_others()
         traceback.print_exc()
