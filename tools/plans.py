@@ -142,10 +142,10 @@ def weak_scaling_table(plans: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def insert_tables(text: str, tables: dict[str, str]) -> str:
-    """`text` with each table between the two comments that carry its name."""
+def insert_tables(text: str, tables: dict[str, str], *, by: str) -> str:
+    """`text` with each table between the two comments that carry its name and its tool's."""
     for name, table in tables.items():
-        begin, end = f"<!-- {name}: made by tools/plans.py -->\n", f"<!-- end of {name} -->"
+        begin, end = f"<!-- {name}: made by tools/{by} -->\n", f"<!-- end of {name} -->"
         head, behind = text.split(begin)
         text = head + begin + table + end + behind.split(end, 1)[1]
     return text
@@ -163,7 +163,7 @@ def main() -> None:
     plans = compile_all(cases, cache=args.cache, workers=args.workers)
     tables = {"pods": pods_table(plans), "weak-scaling": weak_scaling_table(plans)}
     build = ROOT / "BUILD.md"
-    build.write_text(insert_tables(build.read_text(), tables))
+    build.write_text(insert_tables(build.read_text(), tables, by="plans.py"))
 
 
 if __name__ == "__main__":

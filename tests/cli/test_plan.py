@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import statistics
 
 import jax
 import pytest
@@ -13,6 +14,7 @@ from univg_jax.cli import plan_tables
 from univg_jax.cli.main import main
 from univg_jax.cli.plan import topology_name
 from univg_jax.planning import plan
+from univg_jax.planning.calibration import REACHED
 
 pytestmark = pytest.mark.xdist_group("libtpu")  # the compiler takes both cores: one after another
 
@@ -33,13 +35,26 @@ def test_it_prints_a_column_for_each_topology_and_writes_their_plans(tmp_path, c
     topologies = ["--topology=v6e:2x2", "--topology=v5e:2x2"]
     assert main([*COMMAND, *overrides, *topologies, f"--json={out}", "--quick", "--traffic"]) == 0
     printed = capsys.readouterr().out
-    for word in ("v6e:2x2", "v5e:2x2", "MFU at most", "train: HBM traffic", "attention", "pad"):
+    for word in (
+        "v6e:2x2",
+        "v5e:2x2",
+        "MFU at most",
+        "train: HBM traffic",
+        "attention",
+        "pad",
+        "expect",
+    ):
         assert word in printed
     plans = json.loads(out.read_text())["plans"]
     assert [plan["chip"]["kind"] for plan in plans] == ["TPU v6 lite", "TPU v5 lite"]
     assert all(plan["fits"] for plan in plans)
     (first,), (second,) = (plan["programs"] for plan in plans)
     assert first["model_flops"] == second["model_flops"] > 0
+    hopes = first["expected"]
+    assert 1 > first["roofline_seconds"] / hopes["seconds"] == statistics.median(REACHED)
+    assert first["roofline_seconds"] < hopes["least"] < hopes["seconds"] < hopes["most"]
+    assert hopes["source"] in printed
+    assert first["expected_mfu"] == pytest.approx(first["mfu_bound"] * statistics.median(REACHED))
     traffic = first["traffic"]
     assert traffic == sorted(traffic, key=lambda one: -one["bytes"])
     assert sum(one["bytes"] for one in traffic) == pytest.approx(first["memory_bytes"])

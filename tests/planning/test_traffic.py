@@ -160,6 +160,56 @@ def entry(*lines, before=""):
     return f"HloModule test\n\n{before}\n\nENTRY %main () -> f32[] {{\n{body}\n}}\n"
 
 
+# As a TPU's compiler writes it: contexts left out but for one.
+CHAIN = """HloModule test
+
+%start (p: f32[8,128]) -> (f32[8,128], f32[32,128], u32[]) {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %g = f32[32,128]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %s = (f32[8,128]{1,0:T(8,128)}, f32[32,128]{1,0:T(8,128)}, u32[]{:S(2)}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (q: f32[8,128], r: f32[32,128], c: u32[], x: f32[8,128]) -> (f32[8,128], f32[8,128], f32[32,128], f32[32,128], u32[]) {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(3)
+  %n = f32[8,128]{1,0:T(8,128)} negate(%x)
+  %q = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %r = f32[32,128]{1,0:T(8,128)} parameter(1)
+  %h = f32[32,128]{1,0:T(8,128)} all-gather(%q), replica_groups={{0,1,2,3}}, dimensions={0}
+  %c = u32[]{:S(2)} parameter(2)
+  ROOT %t = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}, f32[32,128]{1,0:T(8,128)}, f32[32,128]{1,0:T(8,128)}, u32[]{:S(2)}) tuple(%n, %q, %r, %h, %c)
+}
+
+%done (u: f32[8,128], v: f32[32,128], w: u32[]) -> f32[32,128] {
+  %u = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %v = f32[32,128]{1,0:T(8,128)} parameter(1)
+  %w = u32[]{:S(2)} parameter(2)
+  ROOT %d = f32[32,128]{1,0:T(8,128)} custom-call(%u, %v, %w), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: f32[8,128], b: f32[8,128]) -> f32[32,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %b = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %async-collective-start.1 = (f32[8,128]{1,0:T(8,128)}, f32[32,128]{1,0:T(8,128)}, u32[]{:S(2)}) fusion(%a), kind=kCustom, calls=%start
+  %e = f32[8,128]{1,0:T(8,128)} get-tuple-element(%async-collective-start.1), index=0
+  %f = f32[32,128]{1,0:T(8,128)} get-tuple-element(%async-collective-start.1), index=1
+  %k = u32[]{:S(2)} get-tuple-element(%async-collective-start.1), index=2
+  %step = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}, f32[32,128]{1,0:T(8,128)}, f32[32,128]{1,0:T(8,128)}, u32[]{:S(2)}) fusion(%e, %f, %k, %b), kind=kCustom, calls=%async_collective_fusion.1
+  %i = f32[8,128]{1,0:T(8,128)} get-tuple-element(%step), index=1
+  %j = f32[32,128]{1,0:T(8,128)} get-tuple-element(%step), index=3
+  %l = u32[]{:S(2)} get-tuple-element(%step), index=4
+  ROOT %async-collective-done.1 = f32[32,128]{1,0:T(8,128)} fusion(%i, %j, %l), kind=kCustom, calls=%done
+}
+"""  # noqa: E501
+
+
+def test_a_collective_beside_other_work_moves_its_arrays_once():
+    found = traffic.by_part(parse(CHAIN))
+    sizes = {(one.part == "collectives", one.cause): one.bytes / KIB for one in found}
+    # A device's part is read and the whole written; the step beside it reads and writes its own.
+    beside = {(False, "read"): 4, (False, "write"): 4}
+    assert sizes == {(True, "read"): 4, (True, "write"): 16} | beside
+
+
 F32 = "f32[8,128]{1,0:T(8,128)}"
 CHIP = "f32[8,128]{1,0:T(8,128)S(1)}"
 

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import os
+import statistics
 from typing import Any
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from univg_jax.files import format_bytes
-from univg_jax.planning import search
+from univg_jax.planning import calibration, search
 from univg_jax.planning.plan import Plan, Program
 from univg_jax.planning.traffic import CAUSES
 from univg_jax.tpu import GIB, SOURCE
@@ -38,6 +39,11 @@ def print_plans(plans: list[Plan]) -> None:
         if after.cached:
             print(_savings(before, after))
     print(f"Peaks: {SOURCE}.")
+    reached = calibration.REACHED
+    print(
+        f"Expect: the roofline over {statistics.median(reached):.0%}, the median of what "
+        f"{calibration.SOURCE} reach of theirs: {min(reached):.0%} to {max(reached):.0%}."
+    )
 
 
 def print_traffic(plan: Plan) -> None:
@@ -157,6 +163,8 @@ def _program_cells(plan: Plan, program: Program) -> dict[str, str]:
         "time: compute | HBM | ICI | DCN": " | ".join(map(_seconds, program.seconds.values())),
         "roofline": f"{_seconds(program.roofline)} ({program.bound})",
         "MFU at most": f"{plan.mfu_bound(program):.1%}",
+        "expect, from to": _expected(program),
+        "MFU to expect": f"{plan.expected_mfu(program):.1%}",
     }
     cells = {
         "HBM: arguments": format_bytes(program.arguments),
@@ -215,6 +223,11 @@ def _of_ideal(program: Program) -> str:
     if not program.ideal_wire_bytes:
         return "nothing to move"
     return f"{program.wire_bytes / program.ideal_wire_bytes:.3f} x"
+
+
+def _expected(program: Program) -> str:
+    time = program.expected
+    return f"{_seconds(time.seconds)}, {_seconds(time.least)} to {_seconds(time.most)}"
 
 
 def _seconds(seconds: float | int) -> str:

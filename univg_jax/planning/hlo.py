@@ -6,11 +6,13 @@ in
 `planning.traffic` and `planning.collectives`.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from univg_jax.planning.collectives import Collective, collectives
@@ -22,6 +24,16 @@ from univg_jax.planning.traffic import Traffic, by_part
 # scores are computed again (q k^T), then dp = do v^T and dv, dk and dq where one kernel has all
 # (dkv); dq has a kernel of its own otherwise.
 _SPLASH_PRODUCTS = {"fwd": (1, 1), "dkv": (2, 3), "dq": (2, 1)}
+_COMPUTED = re.compile(r"blocks_(\d+)_of_(\d+)")
+
+
+def computed_blocks(number: int, *, of: int) -> contextlib.AbstractContextManager[None]:
+    """A scope for attention kernels that skip blocks of their mask, as causal ones do.
+
+    Which blocks a kernel skips is in a constant that the text of a program leaves out, so the
+    scope's name says how many it computes. Its bytes are still those of all blocks.
+    """
+    return jax.named_scope(f"blocks_{number}_of_{of}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,10 +131,13 @@ def _kernel_products(instruction: Instruction, computation: Computation) -> Iter
     if kernel is None or len(arrays) < 2:
         return
     (*heads, queries, head), keys = arrays[0].dims, arrays[1].dims[-2]
+    count = math.prod(heads)
+    if computed := _COMPUTED.search(instruction.attributes):
+        count *= int(computed[1]) / int(computed[2])
     over_head, over_tokens = _SPLASH_PRODUCTS[kernel[1]]
-    yield Product(over_head * math.prod(heads), queries, head, keys)
+    yield Product(over_head * count, queries, head, keys)
     # Its depth is the queries in the gradients of keys and values; both are whole blocks.
-    yield Product(over_tokens * math.prod(heads), queries, keys, head)
+    yield Product(over_tokens * count, queries, keys, head)
 
 
 def _convolution(instruction: Instruction, left: Shape, right: Shape) -> Product:

@@ -10,7 +10,8 @@ a step's time from below and the model FLOPs utilization (MFU) from above:
 
 ICI joins the chips of a slice, and DCN, the data center network, joins slices. Model FLOPs are
 `MMDiT.matmul_flops`: without recomputation, padding or encoders. Unit FLOPs are those of the whole
-matrix units that the products keep busy (`hlo.Product`). All figures are of one device.
+matrix units that the products keep busy (`hlo.Product`). All figures are of one device. What to
+expect beside the bounds is taken from public runs (`planning.calibration`).
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ from univg_jax.batch import Batch, BatchShape, Conditions
 from univg_jax.errors import UserError, check_name
 from univg_jax.planning import hlo
 from univg_jax.planning.cached import with_cached
+from univg_jax.planning.calibration import SOURCE, Expected, expected
 from univg_jax.planning.collectives import Collective
 from univg_jax.planning.topology import Topology
 from univg_jax.planning.traffic import Traffic
@@ -87,6 +89,11 @@ class Program:
         return max(self.seconds.values(), default=0.0)
 
     @property
+    def expected(self) -> Expected:
+        """What a run is likely to take, by what public runs took beyond their own rooflines."""
+        return expected(self.roofline)
+
+    @property
     def bound(self) -> str:
         """What makes the roofline: compute, HBM, ICI or DCN."""
         return max(self.seconds, key=self.seconds.get) if self.seconds else ""
@@ -132,6 +139,10 @@ class Plan:
         possible = self.chip.flops * program.roofline
         return program.model_flops / possible if possible else 0.0
 
+    def expected_mfu(self, program: Program) -> float:
+        """The share to expect; 0 if it does not fit."""
+        return self.mfu_bound(program) * program.roofline / (program.expected.seconds or 1.0)
+
     def to_json(self) -> dict[str, Any]:
         """All fields, and what follows from them, as JSON takes them."""
         result = dataclasses.asdict(self) | {"fits": self.fits, "rows": self.rows}
@@ -141,9 +152,11 @@ class Plan:
                 "memory_bytes": program.memory_bytes,
                 "wire_bytes": program.wire_bytes,
                 "roofline_seconds": program.roofline,
+                "expected": dataclasses.asdict(program.expected) | {"source": SOURCE},
                 "bound": program.bound,
                 "intensity": program.intensity,
                 "mfu_bound": self.mfu_bound(program),
+                "expected_mfu": self.expected_mfu(program),
             }
             for shown, collective in zip(row["collectives"], program.collectives, strict=True):
                 shown["wire_bytes"] = collective.wire_bytes
@@ -370,12 +383,8 @@ class _Compiler:
 
     def _measured(self, compiled: jax.stages.Compiled) -> dict[str, Any]:
         """Memory, counts and lower bounds of the time of a program that fits."""
-        chip = self.topology.chip
-        counts = hlo.count(compiled.as_text(), unit=chip.unit)
+        counts = hlo.count(compiled.as_text(), unit=self.topology.chip.unit)
         memory = compiled.memory_analysis()
-        slice_size = self.mesh.size // self.topology.slices
-        between = sum(c.wire_bytes for c in counts.collectives if c.crosses(slice_size))
-        within = sum(c.wire_bytes for c in counts.collectives if not c.crosses(slice_size))
         return dict(
             arguments=memory.argument_size_in_bytes,
             # Not `temp_size_in_bytes`: it exceeds the HBM for programs that the compiler accepts.
@@ -385,13 +394,21 @@ class _Compiler:
             unit_flops=counts.unit_flops,
             traffic=counts.traffic,
             collectives=counts.collectives,
-            seconds={
-                "compute": counts.unit_flops / chip.flops,
-                "HBM": counts.memory_bytes / chip.hbm_bandwidth,
-                "ICI": within / chip.ici_bandwidth,
-                "DCN": between / chip.dcn_bandwidth,
-            },
+            seconds=lower_bounds(counts, self.topology, devices=self.mesh.size),
         )
+
+
+def lower_bounds(counts: hlo.Counts, topology: Topology, *, devices: int) -> dict[str, float]:
+    """Seconds that a program on so many devices takes at least, by what bounds it."""
+    chip, slice_size = topology.chip, devices // topology.slices
+    between = sum(c.wire_bytes for c in counts.collectives if c.crosses(slice_size))
+    within = sum(c.wire_bytes for c in counts.collectives if not c.crosses(slice_size))
+    return {
+        "compute": counts.unit_flops / chip.flops,
+        "HBM": counts.memory_bytes / chip.hbm_bandwidth,
+        "ICI": within / chip.ici_bandwidth,
+        "DCN": between / chip.dcn_bandwidth,
+    }
 
 
 def _temporaries_over_memory(message: str) -> int | None:

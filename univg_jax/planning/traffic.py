@@ -94,8 +94,7 @@ def _moved(
     if opcode in _NO_TRAFFIC or is_start or opcode.endswith("-done"):
         return 0.0, 0.0
     if opcode == "fusion":
-        inner = module.computations[instruction.called("calls")]
-        return _read_by_fusion(inner, module), _written(instruction.shapes, inner, module)
+        return _moved_by_fusion(instruction, module)
     if opcode == "custom-call":
         return _moved_by_kernel(instruction, operands)
     if opcode in _SLICES:
@@ -132,6 +131,32 @@ def _moved_by_kernel(instruction: Instruction, operands: list[Shape]) -> tuple[f
         for window, array in zip(kernel.windows, [*arrays, *instruction.shapes], strict=True)
     ]
     return _sizes(tables) + sum(moved[: len(arrays)], 0.0), sum(moved[len(arrays) :], 0.0)
+
+
+def _moved_by_fusion(instruction: Instruction, module: Module) -> tuple[float, float]:
+    """What a fusion reads and writes.
+
+    An asynchronous collective is a chain of fusions (`collectives`): its start is charged all of
+    it, and each step only the work that it does beside it. They hand its arrays on to each other.
+    """
+    inner = module.computations[instruction.called("calls")]
+    if instruction.name.startswith("async-collective-done"):
+        return 0.0, 0.0
+    if instruction.name.startswith("async-collective-start"):
+        inside = [one for one in inner.values() if one.opcode in COLLECTIVES]
+        read = sum((_sizes(inner.operand_shapes(one)) for one in inside), 0.0)
+        return read, sum((_sizes(one.shapes) for one in inside), 0.0)
+    results = list(zip(_results(inner), instruction.shapes, strict=True))
+    if instruction.called("calls").startswith("async_collective_fusion"):
+        handed_on = (*COLLECTIVES, "parameter")
+        results = [(result, s) for result, s in results if result.opcode not in handed_on]
+        inner = Computation(
+            (name, one)
+            for name, one in inner.items()
+            if one.opcode not in COLLECTIVES and not (one.is_root and one.opcode == "tuple")
+        )
+    written = sum((_written(result, shape, inner, module) for result, shape in results), 0.0)
+    return _read_by_fusion(inner, module), written
 
 
 def _read_by_fusion(inner: Computation, module: Module) -> float:
@@ -174,13 +199,10 @@ def _elements(instruction: Instruction) -> int:
     return max(sum(math.prod(shape.dims) for shape in instruction.shapes), 1)
 
 
-def _written(shapes: Iterable[Shape], inner: Computation, module: Module) -> float:
-    """What a fusion writes: its results, of which it may update slices in place."""
-    total = 0.0
-    for result, shape in zip(_results(inner), shapes, strict=True):
-        share = min(_updated(result, inner, module) / max(math.prod(shape.dims), 1), 1.0)
-        total += share * _size(shape)
-    return total
+def _written(result: Instruction, shape: Shape, inner: Computation, module: Module) -> float:
+    """What a fusion writes of one of its results, which it may update in place."""
+    share = min(_updated(result, inner, module) / max(math.prod(shape.dims), 1), 1.0)
+    return share * _size(shape)
 
 
 def _results(inner: Computation) -> list[Instruction]:
@@ -212,7 +234,8 @@ def _part(instruction: Instruction, computation: Computation) -> str:
 
     The compiler adds copies without a name.
     """
-    if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+    is_start = instruction.name.startswith("async-collective-start")
+    if is_start or instruction.opcode.removesuffix("-start") in COLLECTIVES:
         return "collectives"
     for one in _sources(instruction, computation):
         if name := re.search(r'op_name="([^"]*)"', one.attributes):
