@@ -99,8 +99,8 @@ def pods_table(plans: dict[str, Any]) -> str:
     """One row for each recommendation."""
     lines = [
         "| pod | size | px | rows | remat, accumulate | HBM of available | FLOPs of model's "
-        "| roofline | MFU at most |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| roofline | MFU at most | expect |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, pod, size, res in recommended():
         plan = plans[case.key]
@@ -108,11 +108,12 @@ def pods_table(plans: dict[str, Any]) -> str:
         remat = plan["model"]["remat"]
         accumulate = pods.ACCUMULATE[pod][size][pods.RESOLUTIONS.index(res)]
         memory = f"{program['peak'] / 2**30:.1f} of {plan['chip']['hbm'] / 2**30:.2f} GiB"
-        cells = [f"OVER: {memory}", "-", "-", "-"]
+        cells = [f"OVER: {memory}", "-", "-", "-", "-"]
         if program["fits"]:
             roofline = f"{program['roofline_seconds'] * 1e3:.0f} ms, {program['bound']}"
             flops = f"{program['flops'] / program['model_flops']:.3f}"
-            cells = [memory, flops, roofline, f"{program['mfu_bound']:.0%}"]
+            shares = (f"{program[name]:.0%}" for name in ("mfu_bound", "expected_mfu"))
+            cells = [memory, flops, roofline, *shares]
         head = [pod, size.upper(), f"{res}", f"{plan['rows']:g}", f"{remat}, {accumulate}"]
         lines.append(f"| {' | '.join(head + cells)} |")
     return "\n".join(lines) + "\n"

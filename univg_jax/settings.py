@@ -201,7 +201,11 @@ class Conditioning:
 class Model:
     """A named size, and any fields of `models.mmdit.MMDiT` that differ from it."""
 
-    size: str = setting("xl", "tiny, b, l, xl, sd3-medium, sd3.5-large")
+    size: str = setting(
+        "xl",
+        "tiny, b, l, xl, sd3-medium, sd3.5-large, or what b, l and xl were before: b-64, l-1472, "
+        "xl-1920",
+    )
     overrides: Options = setting(
         help="fields of the MM-DiT that differ from the size's, below", factory=dict
     )

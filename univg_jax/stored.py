@@ -21,6 +21,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from univg_jax import files
 from univg_jax.errors import UnreachableError, UserError, shorten
+from univg_jax.sizes import size_of
 from univg_jax.streaming import Block, Tensor, boxes
 from univg_jax.trees import Json, named_leaves, nest
 
@@ -112,12 +113,17 @@ def saved_shapes(
 
 
 def differences(wanted: Shapes, saved: Shapes, *, dtypes: bool = True) -> list[str]:
-    """In which names, shapes and, if they matter, `dtypes` leaves differ, a line each."""
+    """In which names, shapes and, if they matter, `dtypes` leaves differ, a line each.
+
+    If the model's size differs, that is said first.
+    """
 
     def show(x: jax.ShapeDtypeStruct | jax.Array) -> str:
         return f"{np.dtype(x.dtype).name if dtypes else ''}[{','.join(map(str, x.shape))}]"
 
+    sizes = [size_of(leaves) for leaves in (saved, wanted)]
     return [
+        *([] if sizes[0] in (None, sizes[1]) else [f"it is of model.size={sizes[0]}"]),
         *(f"{name} {show(x)} is missing" for name, x in wanted.items() if name not in saved),
         *(f"{name} {show(x)} is extra" for name, x in saved.items() if name not in wanted),
         *(

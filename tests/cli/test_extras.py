@@ -135,3 +135,14 @@ def test_every_extra_is_used():
         # Of which the Makefile speaks.
         *("parity", "docs", "dev"),
     }
+
+
+def test_what_parity_adds_is_not_pinned_already():
+    """pip refuses two versions of a package, and parity installs both locks."""
+    lock, parity = (
+        distributions((ROOT / name).read_text())
+        for name in ("requirements.lock", "requirements-parity.lock")
+    )
+    assert {"jax", "numpy"} <= lock
+    assert "torch" in parity
+    assert not lock & parity

@@ -205,6 +205,7 @@ def test_what_diffusers_lacks_is_not_written(tmp_path):
         dict(shared_adaln=True),
         dict(source="tokens"),
         dict(mlp_ratio=2),
+        dict(head_dim=16),
     ):
         model = dataclasses.replace(TINY, **option)
         with pytest.raises(UserError, match=f"diffusers has no .* with {next(iter(option))}"):

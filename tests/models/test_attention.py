@@ -14,7 +14,12 @@ from jax.sharding import AbstractMesh, AxisType
 
 from univg_jax import sharding
 from univg_jax.models import attention
-from univg_jax.models.attention import cpu_attention, splash, splash_block, xla_attention
+from univg_jax.models.attention import (
+    cpu_attention,
+    splash,
+    splash_block,
+    xla_attention,
+)
 
 interpreted = functools.partial(splash, interpret=True)
 

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from univg_jax import sharding
 from univg_jax.errors import UserError
 from univg_jax.models.layers import modulated_norm, rotate_2d, sincos_table
-from univg_jax.models.mmdit import SIZES, MMDiT, make_mmdit
+from univg_jax.models.mmdit import MMDiT, make_mmdit
 from univg_jax.planning import hlo
+from univg_jax.sizes import SIZES, size_of
+from univg_jax.stored import differences
+from univg_jax.trees import named_leaves
 
 TINY = MMDiT(
     hidden_dim=32, depth=3, num_heads=4, in_channels=5, out_channels=2, text_dim=12, pooled_dim=7
@@ -213,7 +216,47 @@ def test_published_sizes(size, published):
     model = make_mmdit(size)
     params = jax.eval_shape(model.init, jax.random.key(0), **inputs(model))["params"]
     count = sum(x.size for x in jax.tree.leaves(params))
-    assert abs(count / published - 1) < 0.015
+    assert abs(count / published - 1) < 0.02
+    assert model.hidden_dim % 256 == 0  # a side of the matrix unit of a v6e
+    assert model.heads_dim // model.num_heads == 128
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_is_known_by_its_parameters(size):
+    model = make_mmdit(size)
+    params = jax.eval_shape(model.init, jax.random.key(0), **inputs(model))["params"]
+    named = {f"backbone/{name}": x for name, x in named_leaves(params).items()}
+    assert size_of(named) == size
+    assert size_of({}) is None
+
+
+def test_a_wrong_size_is_said_before_the_leaves_that_differ():
+    shapes = [
+        named_leaves(jax.eval_shape(model.init, jax.random.key(0), **inputs(model))["params"])
+        for model in (make_mmdit("b"), make_mmdit("b-64"))
+    ]
+    first, *others = differences(*shapes)
+    assert first == "it is of model.size=b-64"
+    assert all("norm/scale" in line for line in others)
+
+
+def test_heads_may_be_wider_than_the_model():
+    """With the outputs of additional heads unused, they change nothing."""
+    wide = dataclasses.replace(TINY, num_heads=2 * TINY.num_heads, head_dim=8)
+    assert TINY.hidden_dim // TINY.num_heads == 8
+    params, more = random_params(TINY), random_params(wide)
+
+    def embed(path, small, large):
+        ends = [slice(0, n) for n in small.shape]
+        if "attn_out" in jax.tree_util.keystr(path):
+            large = jnp.zeros_like(large)
+        return large.at[tuple(ends)].set(small)
+
+    filled = jax.tree.map_with_path(embed, params, more)
+    expected, found = (
+        apply(model, p, **inputs(TINY)) for model, p in ((TINY, params), (wide, filled))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # float32 sums of more terms
 
 
 def test_sharing_the_modulation_saves_12_d2_a_block():
@@ -234,6 +277,7 @@ def test_sharing_the_modulation_saves_12_d2_a_block():
         (lambda: make_mmdit("tiny", hiden_dim=3), "did you mean 'hidden_dim'"),
         (lambda: make_mmdit("tiny", remat="ful"), "did you mean 'full'"),
         (lambda: make_mmdit("tiny", num_heads=3), "multiple of 4"),
+        (lambda: make_mmdit("tiny", head_dim=6), "head_dim 6 is not a multiple of 4"),
         (lambda: make_mmdit("tiny", qk_norm="layer"), "qk_norm"),
         (lambda: make_mmdit("tiny", source="token"), "did you mean 'tokens'"),
         (lambda: dataclasses.replace(TINY, source="tokens", in_channels=6), "in_channels 6"),

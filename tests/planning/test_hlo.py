@@ -129,6 +129,7 @@ def test_what_is_no_hlo_is_refused():
         dict(depth=1),
         dict(position="rope", mlp_ratio=3, scan=False),
         dict(source="tokens"),
+        dict(head_dim=24),
     ],
 )
 @pytest.mark.parametrize("train", [False, True])

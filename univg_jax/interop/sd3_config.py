@@ -115,6 +115,11 @@ def config_of(model: MMDiT) -> dict[str, Any]:
                 f"diffusers has no {CLASS_NAME} with {field}={getattr(model, field)!r}, "
                 f"only {value!r}"
             )
+    if model.heads_dim != model.hidden_dim:
+        raise UserError(
+            f"diffusers has no {CLASS_NAME} with head_dim={model.head_dim} where num_heads * "
+            f"head_dim is not hidden_dim, {model.hidden_dim}"
+        )
     return {
         "_class_name": CLASS_NAME,
         "_diffusers_version": UNMARKED,
@@ -123,7 +128,7 @@ def config_of(model: MMDiT) -> dict[str, Any]:
         "patch_size": model.patch_size,
         "in_channels": model.in_channels,
         "num_layers": model.depth,
-        "attention_head_dim": model.hidden_dim // model.num_heads,
+        "attention_head_dim": model.heads_dim // model.num_heads,
         "num_attention_heads": model.num_heads,
         "joint_attention_dim": model.text_dim,
         "caption_projection_dim": model.hidden_dim,

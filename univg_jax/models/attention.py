@@ -30,8 +30,10 @@ from univg_jax.batch import Array
 ATTENTION_OUT = "attention_out"
 LANES = 128  # splash blocks are multiples of a TPU's vector width
 # A block has 4 MiB of float32 scores, of the 16 MiB that a kernel may use. Blocks are long in keys
-# because the backward pass writes a gradient of all queries for each block of keys.
+# because the backward pass writes a gradient of all queries for each block of keys. Forwards up to
+# `MAX_KEYS` stay on the chip, so that they are read once for all blocks of queries.
 MAX_BLOCK = dict(queries=512, keys=2048)
+MAX_KEYS = 5120
 MAX_PADDING = 1.06  # a larger block may lengthen the padded sequence by this factor
 
 
@@ -200,12 +202,14 @@ def _splash_rows(
         q=(jnp.arange(q.shape[2]) < n).astype(jnp.int32),
         kv=_pad(mask.astype(jnp.int32), 1, blocks[1]),
     )
+    keys = k.shape[2]
     full = splash_attention.FullMask((q.shape[2], k.shape[2]))
     kernel = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([full] * heads),
         block_sizes=splash_attention.BlockSizes(
             block_q=blocks[0],
-            block_kv=blocks[1],
+            block_kv=keys if keys <= MAX_KEYS else blocks[1],
+            block_kv_compute=blocks[1],
             block_q_dkv=blocks[0],
             block_kv_dkv=blocks[1],
             use_fused_bwd_kernel=True,

@@ -178,14 +178,27 @@ def _rms_norm_backward(
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
+NORM_EPS = 1e-6
+
+
 class RMSNorm(nn.Module):
     """`rms_norm` with a learned scale."""
 
-    eps: float = 1e-6
+    eps: float = NORM_EPS
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
+
+
+class Scale(nn.Module):
+    """The learned scale of a norm that is computed elsewhere: the parameter of `RMSNorm`."""
+
+    dim: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, " {self.dim}"]:
+        return self.param("scale", nn.initializers.ones, (self.dim,))
 
 
 class LayerNorm(nn.Module):

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
 from univg_jax import fields, sharding
@@ -26,19 +27,24 @@ from univg_jax.batch import Array
 from univg_jax.errors import UserError, check_name
 from univg_jax.fields import setting
 from univg_jax.models.attention import ATTENTION, ATTENTION_OUT
+from univg_jax.models.flash import SUBLANES, Stream, fits, flash
 from univg_jax.models.layers import (
     MLP,
+    NORM_EPS,
     Linear,
     RMSNorm,
+    Scale,
     add_bias,
     add_gated,
     gelu_tanh,
     modulated_norm,
+    rms_norm,
     rotate_2d,
     sincos_table,
     time_features,
 )
 from univg_jax.settings import DTYPES
+from univg_jax.sizes import SIZES
 
 
 def _all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -46,11 +52,17 @@ def _all_but_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in ("all_gather", "convert_element_type")
 
 
+# The name of queries, keys and values for remat policies: with their biases, so that these are not
+# added again.
+PROJECTED = "projected"
 # What a block keeps for the backward pass beside its input.
 _policies = jax.checkpoint_policies
 REMAT = {
     "none": _all_but_gathers,  # everything but gathered weights, which would undo FSDP
-    "minimal": _policies.dots_with_no_batch_dims_saveable,  # the outputs of its linear maps
+    "minimal": _policies.save_from_both_policies(  # the outputs of its linear maps and of attention
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(ATTENTION_OUT, PROJECTED),
+    ),
     "full": _policies.save_only_these_names(ATTENTION_OUT),  # the output of attention
     "block": _policies.nothing_saveable,  # nothing
     # the outputs of its linear maps, in the host's memory
@@ -69,6 +81,7 @@ class StreamBlock(nn.Module):
     """
 
     hidden_dim: int
+    heads_dim: int
     num_heads: int
     mlp_ratio: int
     qk_norm: str | None
@@ -86,14 +99,14 @@ class StreamBlock(nn.Module):
             self.modulation = Linear(
                 (2 if self.final else 6) * d, kernel_init=nn.initializers.zeros, **dtypes
             )
-        self.k, self.v = Linear(d, **dtypes), Linear(d, **dtypes)
+        self.k, self.v = Linear(self.heads_dim, **dtypes), Linear(self.heads_dim, **dtypes)
         if self.qk_norm:
-            self.k_norm = RMSNorm()
+            self.k_norm = Scale(self.heads_dim // self.num_heads)
         if self.final:
             return
-        self.q = Linear(d, **dtypes)
+        self.q = Linear(self.heads_dim, **dtypes)
         if self.qk_norm:
-            self.q_norm = RMSNorm()
+            self.q_norm = Scale(self.heads_dim // self.num_heads)
         self.attn_out = Linear(d, **dtypes)
         self.mlp = MLP(self.mlp_ratio * d, d, gelu_tanh, **dtypes)
         if self.sandwich_norm:
@@ -106,25 +119,24 @@ class StreamBlock(nn.Module):
             return [chunks[1], chunks[0]] if self.final else chunks
         return jnp.split(self.modulation(cond), 2 if self.final else 6, axis=-1)
 
-    def project(self, x: Float[Array, "b n d"], mod: list) -> tuple[Array | None, Array, Array]:
-        """Queries (None if `final`), keys and values, each [b n k c]."""
+    def project(self, x: Float[Array, "b n d"], mod: list) -> Stream:
+        """Queries (None if `final`), keys and values, and the scales of their norms."""
         scale, shift = mod if self.final else (mod[1], mod[0])
         h = modulated_norm(x, scale, shift)
-
-        def heads(y: Array) -> Array:
-            return y.reshape(*y.shape[:-1], self.num_heads, -1)
-
-        q, k, v = None if self.final else heads(self.q(h)), heads(self.k(h)), heads(self.v(h))
+        scales = dict(q_scale=None, k_scale=self.k_norm() if self.qk_norm else None)
+        k, v = (checkpoint_name(linear(h), PROJECTED) for linear in (self.k, self.v))
+        if self.final:
+            return Stream(q=None, k=k, v=v, **scales)
         if self.qk_norm:
-            q, k = None if self.final else self.q_norm(q), self.k_norm(k)
-        return q, k, v
+            scales["q_scale"] = self.q_norm()
+        return Stream(q=checkpoint_name(self.q(h), PROJECTED), k=k, v=v, **scales)
 
     def update(
-        self, x: Float[Array, "b n d"], attended: Float[Array, "b n k c"], mod: list
+        self, x: Float[Array, "b n d"], attended: Float[Array, "b n a"], mod: list
     ) -> Float[Array, "b n d"]:
         """x after adding the output of attention, then that of the MLP."""
         _, _, gate_attn, shift, scale, gate_mlp = mod
-        y = self.attn_out(attended.reshape(x.shape))
+        y = self.attn_out(attended)
         x = add_gated(x, gate_attn, self.attn_norm(y) if self.sandwich_norm else y)
         y = self.mlp(modulated_norm(x, scale, shift))
         return add_gated(x, gate_mlp, self.mlp_norm(y) if self.sandwich_norm else y)
@@ -147,25 +159,59 @@ class JointBlock(nn.Module):
         ]
         conds = jnp.split(cond, 2, axis=-1) if self.stream["shared_adaln"] else [cond, cond]
         mods = [s.modulate(c) for s, c in zip(streams, conds, strict=True)]
-        (q_image, k_image, v_image), (q_text, k_text, v_text) = (
-            s.project(x, mod) for s, x, mod in zip(streams, carry, mods, strict=True)
+        projected = (s.project(x, mod) for s, x, mod in zip(streams, carry, mods, strict=True))
+        attended = joint_attention(
+            *projected,
+            text_mask,
+            num_heads=self.stream["num_heads"],
+            grid=self.grid,
+            attention=self.attention,
         )
-        if self.grid is not None:
-            h, w = self.grid
-            q_image = rotate_2d(q_image, height=h, width=w)
-            k_image = rotate_2d(k_image, height=h, width=w)
-        q = q_image if self.final else jnp.concatenate([q_image, q_text], axis=1)
-        k = jnp.concatenate([k_image, k_text], axis=1)
-        v = jnp.concatenate([v_image, v_text], axis=1)
-        mask = None
-        if text_mask is not None:
-            mask = jnp.concatenate([jnp.ones(image.shape[:2], bool), text_mask], axis=1)
-        attended = self.attention(q, k, v, mask)
-        n = image.shape[1]
-        image = streams[0].update(image, attended[:, :n], mods[0])
+        image = streams[0].update(image, attended[0], mods[0])
         if not self.final:
-            text = streams[1].update(text, attended[:, n:], mods[1])
+            text = streams[1].update(text, attended[1], mods[1])
         return (image, text), None
+
+
+def joint_attention(
+    image: Stream,
+    text: Stream,
+    mask: Bool[Array, "b m"] | None,
+    *,
+    num_heads: int,
+    grid: tuple[int, int] | None,
+    attention: Callable,
+) -> tuple[Float[Array, "b n a"], Float[Array, "b m a"] | None]:
+    """The outputs of both streams; None for a text without queries.
+
+    `attention.auto` is `flash` where that can be; any other function gets both streams as one.
+    """
+    b, n, width = image.k.shape
+    sizes = dict(num_heads=num_heads, head_dim=width // num_heads, itemsize=image.k.dtype.itemsize)
+    is_auto = attention is ATTENTION["auto"] and sharding.platform() == "tpu"
+    if is_auto and grid is None and fits(b, n, text.k.shape[1], **sizes):
+        return flash(image, text, mask, num_heads=num_heads)
+
+    def heads(stream: Stream) -> tuple[Array | None, Array, Array]:
+        def split(x: Array) -> Array:
+            return x.reshape(*x.shape[:-1], num_heads, -1)
+
+        def normed(x: Array, scale: Array | None) -> Array:
+            return split(x) if scale is None else rms_norm(split(x), scale, NORM_EPS)
+
+        q = None if stream.q is None else normed(stream.q, stream.q_scale)
+        return q, normed(stream.k, stream.k_scale), split(stream.v)
+
+    (q, k, v), (q_text, k_text, v_text) = heads(image), heads(text)
+    if grid is not None:
+        q, k = (rotate_2d(x, height=grid[0], width=grid[1]) for x in (q, k))
+    q = q if q_text is None else jnp.concatenate([q, q_text], axis=1)
+    k, v = jnp.concatenate([k, k_text], axis=1), jnp.concatenate([v, v_text], axis=1)
+    if mask is not None:
+        mask = jnp.concatenate([jnp.ones((len(mask), n), bool), mask], axis=1)
+    out = attention(q, k, v, mask)
+    out = out.reshape(*out.shape[:2], -1)
+    return out[:, :n], None if q_text is None else out[:, n:]
 
 
 class MMDiT(nn.Module):
@@ -179,9 +225,16 @@ class MMDiT(nn.Module):
     does not divide.
     """
 
-    hidden_dim: int = setting(help="width, a multiple of 4 num_heads", least=4, unit="channels")
+    hidden_dim: int = setting(help="width, a multiple of 4", least=4, unit="channels")
     depth: int = setting(help="blocks", least=1, unit="blocks")
     num_heads: int = setting(help="heads of attention", least=1, unit="heads")
+    head_dim: int | None = setting(
+        None,
+        "width of a head, a multiple of 4; a TPU stores it in whole 128s",
+        least=4,
+        unit="channels",
+        none="hidden_dim / num_heads",
+    )
     patch_size: int = setting(2, "latent cells a side of a token", least=1, unit="latent cells")
     in_channels: int = setting(33, "channels of noise, source and mask", least=1, unit="channels")
     source: str = setting(
@@ -220,35 +273,43 @@ class MMDiT(nn.Module):
     def __post_init__(self):
         super().__post_init__()
         fields.read_fields(MMDiT, self, "model.overrides")
-        if self.hidden_dim % (4 * self.num_heads):
+        if self.head_dim is None and self.hidden_dim % (4 * self.num_heads):
             raise UserError(
                 f"hidden_dim {self.hidden_dim} is not a multiple of 4 * num_heads {self.num_heads}"
             )
+        for name in ("hidden_dim", "head_dim"):
+            if (getattr(self, name) or 0) % 4:
+                raise UserError(f"{name} {getattr(self, name)} is not a multiple of 4")
         if self.source == "tokens" and self.in_channels != 2 * self.out_channels + 1:
             raise UserError(
                 f"source='tokens' with in_channels {self.in_channels}: expected noise and source "
                 f"of {self.out_channels} channels each, and the mask"
             )
 
+    @property
+    def heads_dim(self) -> int:
+        """The width of all heads together."""
+        return self.num_heads * (self.head_dim or self.hidden_dim // self.num_heads)
+
     def matmul_flops(self, *, height: int, width: int, num_tokens: int, train: bool) -> float:
         """FLOPs of all matrix products for one example with latents of height x width.
 
         A multiply-add counts as 2. With n image and m text tokens, a block multiplies each token by
-        (4 + 2 mlp_ratio) matrices of d x d and scores (n + m)^2 pairs; its modulations multiply one
-        vector per example. The last block's text has keys and values only. A source as tokens
-        doubles n. In training every product is computed three times (itself, and its gradient by
-        either factor), except that the model's inputs need no gradient. Recomputation is not
-        counted.
+        4 matrices of d x a, where a is the width of all heads, and 2 mlp_ratio of d x d, and scores
+        (n + m)^2 pairs; its modulations multiply one vector per example. The last block's text has
+        keys and values only. A source as tokens doubles n. In training every product is computed
+        three times (itself, and its gradient by either factor), except that the model's inputs need
+        no gradient. Recomputation is not counted.
         """
-        d, m = self.hidden_dim, num_tokens
+        d, a, m = self.hidden_dim, self.heads_dim, num_tokens
         patch = self.patch_size**2
         outputs = n = height * width // patch
         in_channels = self.in_channels
         if self.source == "tokens":
             n, in_channels = 2 * n, self.out_channels + 1
-        token, pairs = (4 + 2 * self.mlp_ratio) * d * d, 2 * d
+        token, pairs = (4 * a + 2 * self.mlp_ratio * d) * d, 2 * a
         block = (n + m) * token + pairs * (n + m) ** 2
-        last = n * token + 2 * m * d * d + pairs * n * (n + m)
+        last = n * token + 2 * m * d * a + pairs * n * (n + m)
         modulations = 12 * d * d if self.shared_adaln else (12 * (self.depth - 1) + 8) * d * d
         inputs = (n * patch * in_channels + m * self.text_dim + 256 + self.pooled_dim) * d
         # the second maps of the two embeddings, the output's modulation, the output
@@ -288,6 +349,8 @@ class MMDiT(nn.Module):
                 h, w, dim=d, max_size=self.pos_embed_max_size, base_size=self.pos_embed_base_size
             )
             image = image + table[None].astype(self.dtype)
+        if sharding.platform() == "tpu":  # once, not in every block: a kernel takes whole rows
+            text_emb, text_mask = _padded(text_emb, text_mask)
         text = Linear(d, **dtypes, name="text_embed")(text_emb)
 
         small, zeros = nn.initializers.normal(0.02), nn.initializers.zeros
@@ -349,26 +412,22 @@ class MMDiT(nn.Module):
         return image
 
 
+def _padded(
+    text: Float[Array, "b m e"], mask: Bool[Array, "b m"] | None
+) -> tuple[Float[Array, "b padded e"], Bool[Array, "b padded"] | None]:
+    """Tokens up to a multiple of `SUBLANES`; what is added is not attended to."""
+    missing = -text.shape[1] % SUBLANES
+    if not missing:
+        return text, mask
+    mask = jnp.ones(text.shape[:2], bool) if mask is None else mask
+    return jnp.pad(text, ((0, 0), (0, missing), (0, 0))), jnp.pad(mask, ((0, 0), (0, missing)))
+
+
 def _one_below_the_other(latents: Float[Array, "b h w _"]) -> Float[Array, "b 2*h w _"]:
     """[noise, source, mask] along the channels, as a picture [noise, mask] above [source, mask]."""
     c = latents.shape[-1] // 2
     noise, source, mask = jnp.split(latents, [c, 2 * c], axis=-1)
     return jnp.concatenate([jnp.concatenate([x, mask], axis=-1) for x in (noise, source)], axis=1)
-
-
-# With SD3's conditioning (text 4096, pooled 2048, 33 channels in, 16 out), b, l and xl have 416M,
-# 1.8B and 3.7B parameters, UniVG's published totals. Its depths and widths are not published.
-SIZES: dict[str, dict[str, int]] = {
-    "tiny": dict(
-        hidden_dim=256, depth=6, num_heads=4, pos_embed_max_size=32, pos_embed_base_size=32
-    ),
-    "b": dict(hidden_dim=1024, depth=11, num_heads=16),
-    "l": dict(hidden_dim=1472, depth=23, num_heads=23),
-    "xl": dict(hidden_dim=1920, depth=28, num_heads=30),
-    # The networks of public weights, which `init_from` can take.
-    "sd3-medium": dict(hidden_dim=1536, depth=24, num_heads=24, qk_norm=None),
-    "sd3.5-large": dict(hidden_dim=2432, depth=38, num_heads=38),
-}
 
 
 def make_mmdit(size: str, **overrides: Any) -> MMDiT:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -19,11 +19,14 @@ from univg_jax.planning.collectives import Collective, collectives
 from univg_jax.planning.parse import Computation, Instruction, Module, Shape, parse
 from univg_jax.planning.traffic import Traffic, by_part
 
-# Products of queries x keys x head in the kernels of splash attention: those that contract the
-# head, and those that contract queries or keys. Forwards there are q k^T and p v. Backwards the
-# scores are computed again (q k^T), then dp = do v^T and dv, dk and dq where one kernel has all
-# (dkv); dq has a kernel of its own otherwise.
-_SPLASH_PRODUCTS = {"fwd": (1, 1), "dkv": (2, 3), "dq": (2, 1)}
+# Products of queries x keys x head in the kernels of attention, splash's and ours: those that
+# contract the head, and those that contract queries or keys. Forwards there are q k^T and p v.
+# Backwards the scores are computed again (q k^T), then dp = do v^T and dv, dk and dq where one
+# kernel has all; splash's dq may have a kernel of its own.
+_KERNEL_PRODUCTS = {
+    "splash_mha_fwd": (1, 1), "splash_mha_dkv": (2, 3), "splash_mha_dq": (2, 1),
+    "flash_forward": (1, 1), "flash_backward": (2, 3),
+}  # fmt: skip
 _COMPUTED = re.compile(r"blocks_(\d+)_of_(\d+)")
 
 
@@ -123,21 +126,38 @@ def _dot(instruction: Instruction, left: Shape, right: Shape) -> Product:
 
 
 def _kernel_products(instruction: Instruction, computation: Computation) -> Iterator[Product]:
-    """Those of splash attention, the only Pallas kernel that programs have."""
-    kernel = re.match(r"splash_mha_(fwd|dkv|dq)", instruction.name)
-    # Before q and k there may be integers: which blocks of the mask are to be computed.
-    shapes = computation.operand_shapes(instruction)
-    arrays = [shape for shape in shapes if shape.dtype in ("bf16", "f32")]
-    if kernel is None or len(arrays) < 2:
+    """Those of kernels of attention, the only Pallas kernels with products that programs have."""
+    kernel = re.search("|".join(_KERNEL_PRODUCTS), instruction.name)
+    if kernel is None:
         return
-    (*heads, queries, head), keys = arrays[0].dims, arrays[1].dims[-2]
-    count = math.prod(heads)
-    if computed := _COMPUTED.search(instruction.attributes):
-        count *= int(computed[1]) / int(computed[2])
-    over_head, over_tokens = _SPLASH_PRODUCTS[kernel[1]]
-    yield Product(over_head * count, queries, head, keys)
-    # Its depth is the queries in the gradients of keys and values; both are whole blocks.
-    yield Product(over_tokens * count, queries, keys, head)
+    over_head, over_tokens = _KERNEL_PRODUCTS[kernel[0]]
+    shapes = computation.operand_shapes(instruction)
+    sizes = _splash_sizes if kernel[0].startswith("splash") else _flash_sizes
+    computed = _COMPUTED.search(instruction.attributes)
+    share = int(computed[1]) / int(computed[2]) if computed else 1
+    for count, queries, head, keys in sizes(shapes):
+        count *= share
+        yield Product(over_head * count, queries, head, keys)
+        # Its depth is the queries in the gradients of keys and values; both are whole blocks.
+        yield Product(over_tokens * count, queries, keys, head)
+
+
+def _splash_sizes(shapes: Sequence[Shape]) -> Iterator[tuple[int, int, int, int]]:
+    """(products, queries, head, keys) by the operands of a kernel."""
+    # Before q and k there may be integers: which blocks of the mask are to be computed.
+    arrays = [shape for shape in shapes if shape.dtype in ("bf16", "f32")]
+    if len(arrays) > 1:
+        (*heads, queries, head), keys = arrays[0].dims, arrays[1].dims[-2]
+        yield math.prod(heads), queries, head, keys
+
+
+def _flash_sizes(shapes: Sequence[Shape]) -> Iterator[tuple[int, int, int, int]]:
+    """The same, of each stream that has queries: see `models.flash`."""
+    (_, head), (rows, n, width) = shapes[0].dims, shapes[2].dims
+    m, operands = shapes[4].dims[1], shapes[6:]
+    queries = [n, m] if any(shape.dims == (rows, m, width) for shape in operands) else [n]
+    for size in queries:
+        yield rows * width // head, size, head, n + m
 
 
 def _convolution(instruction: Instruction, left: Shape, right: Shape) -> Product:

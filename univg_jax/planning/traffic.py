@@ -22,7 +22,7 @@ from univg_jax.planning.parse import Computation, Execution, Instruction, Module
 # Names are paths of JAX transformations, Flax modules and primitives.
 PARTS = {
     "collectives": r"all_gather|psum|reduce_scatter|all_to_all|ppermute",
-    "attention": r"splash|attention|attend|blocks?/transpose|blocks?/slice|blocks?/split"
+    "attention": r"splash|flash|attention|attend|blocks?/transpose|blocks?/slice|blocks?/split"
     r"|blocks?/shard_map/(jit\(_)?pad|blocks?/concatenate",
     "norms": r"norm",
     "modulations": r"modulat",

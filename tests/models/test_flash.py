@@ -1,0 +1,133 @@
+"""The kernel for TPUs, interpreted on a CPU, against attention as its formula says."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from univg_jax import sharding
+from univg_jax.models.attention import xla_attention
+from univg_jax.models.flash import Stream, block_of, fits, flash
+from univg_jax.models.mmdit import joint_attention
+
+HEADS, C = 2, 128
+
+
+def make(n, m, *, b=2, final=False, normed=True, dtype=jnp.float32, seed=0):
+    """(image, text, mask, what the outputs are multiplied by in a loss)."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, dtype=dtype):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    def stream(tokens, *, final):
+        q, k, v = (normal(b, tokens, HEADS * C) for _ in range(3))
+        q_scale, k_scale = (1 + 0.3 * normal(C, dtype=jnp.float32) for _ in range(2))
+        return Stream(
+            q=None if final else q,
+            k=k,
+            v=v,
+            q_scale=q_scale if normed and not final else None,
+            k_scale=k_scale if normed else None,
+        )
+
+    mask = jnp.asarray(rng.integers(0, 2, (b, m)), bool)
+    weights = normal(b, n, HEADS * C), None if final else normal(b, m, HEADS * C)
+    return stream(n, final=False), stream(m, final=final), mask, weights
+
+
+def outputs_and_gradients(attend, image, text, mask, weights):
+    def loss(image, text):
+        outputs = attend(image, text, mask)
+        pairs = zip(outputs, weights, strict=True)
+        total = sum(jnp.sum(x.astype(jnp.float32) * w) for x, w in pairs if w is not None)
+        return total, outputs
+
+    gradients, outputs = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(image, text)
+    return outputs, gradients
+
+
+formula = functools.partial(joint_attention, num_heads=HEADS, grid=None, attention=xla_attention)
+kernel = functools.partial(flash, num_heads=HEADS, interpret=True)
+
+
+def close(found, expected, tolerance):
+    """Within a part of the largest number of each array."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for x, y in pairs:
+        assert x.dtype == y.dtype
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        np.testing.assert_allclose(x, y, atol=tolerance * np.abs(y).max())
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "options"),
+    [
+        (256, 32, {}),
+        (1040, 16, {}),  # three blocks, which are no multiples of 128 tokens
+        (512, 48, dict(final=True)),
+        (256, 32, dict(normed=False)),
+        (256, 32, dict(normed=False, final=True)),
+    ],
+)
+def test_is_attention(n, m, options):
+    """Outputs and all gradients, also those of the norms' scales and of masked text (none)."""
+    image, text, mask, weights = make(n, m, **options)
+    expected = outputs_and_gradients(formula, image, text, mask, weights)
+    found = outputs_and_gradients(kernel, image, text, mask, weights)
+    close(found, expected, 1e-5)  # float32 sums of 1,000 terms in another order
+    hidden = found[1][1].k[~mask]
+    assert not hidden.size or not np.any(hidden)
+
+
+def test_in_bfloat16_is_as_near_to_float32_as_the_formula_is():
+    exact = make(256, 32)
+    rounded = make(256, 32, dtype=jnp.bfloat16)
+    want = outputs_and_gradients(formula, *exact)
+
+    def error(attend):
+        found = outputs_and_gradients(attend, *rounded)
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True)
+        return [np.linalg.norm(np.float32(x) - y) / np.linalg.norm(y) for x, y in pairs]
+
+    for ours, theirs in zip(error(kernel), error(formula), strict=True):
+        assert ours <= 1.2 * theirs + 1e-3  # both round to 8 bits a few times
+
+
+@pytest.mark.parametrize("axes", [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8)])
+def test_on_a_mesh_is_the_same(axes):
+    inputs = make(256, 32, b=8)
+    alone = outputs_and_gradients(kernel, *inputs)
+    with jax.set_mesh(sharding.make_mesh(**axes)):
+        found = outputs_and_gradients(kernel, *inputs)
+    close(found, alone, 1e-6)  # the sum over rows of the scales' gradients
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "head_dim", "expected"),
+    [
+        (4096, 48, 128, True),
+        (4032, 336, 128, True),
+        (16, 16, 256, True),
+        (4096, 40, 128, False),  # the text is no multiple of 16
+        (4096, 48, 64, False),  # half of the lanes
+        (16 * 257, 48, 128, False),  # a prime number of rows of 16
+        (65536, 48, 128, False),  # more than the chip holds
+    ],
+)
+def test_fits_whole_lanes_and_rows_on_the_chip(n, m, head_dim, expected):
+    assert fits(1, n, m, num_heads=2, head_dim=head_dim, itemsize=2) == expected
+
+
+def test_fits_what_a_mesh_can_split():
+    sizes = dict(num_heads=2, head_dim=128, itemsize=2)
+    with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+        assert fits(4, 256, 16, **sizes)
+        assert not fits(1, 256, 16, **sizes)
+        assert not fits(4, 256, 16, **sizes | dict(num_heads=3))
+
+
+def test_a_block_divides_the_tokens():
+    assert [block_of(n) for n in (16, 256, 1040, 4096, 4032, 24)] == [16, 256, 208, 512, 448, 0]
