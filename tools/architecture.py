@@ -85,6 +85,7 @@ DATA_LINES = (
 # Small rooms that many others import. They import only each other.
 SMALL = {
     "settings": "a config's sections and their defaults",
+    "sizes": "the named sizes of the model",
     "fields": "types, ranges, meanings",
     "buckets": "shapes of pictures",
     "batch": "Batch, the one schema",
