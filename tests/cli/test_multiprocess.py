@@ -141,6 +141,32 @@ def test_the_same_state(root, name, which):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("origin", "hops"),
+    [
+        # From two processes of four devices to one, and to four of two.
+        ("two", [([1], ()), ([2, 2, 2, 2], SPLIT)]),
+        # From eight devices to four in another mesh, and to one.
+        ("eight", [([4], ("--config.mesh.fsdp=2", "--config.mesh.data=2")), ([1], ())]),
+    ],
+    ids=["processes", "devices"],
+)
+def test_a_run_that_moves_twice(root, origin, hops):
+    """The third step is made elsewhere than the first two, and the fourth elsewhere again."""
+    workdir = root / f"{origin}_moved"
+    checkpoint.copy(root / origin, 2, workdir)
+    for step, (devices, mesh) in enumerate(hops, start=3):
+        run(devices, *train(workdir, *mesh, f"--config.train.steps={step}"))
+    assert set(measured(workdir)) == {3, 4}
+    test_the_same_samples(root, workdir.name)
+    for step, row in measured(workdir).items():
+        for key in (f"loss/{task}" for task in TASKS if f"count/{task}" in row):
+            np.testing.assert_allclose(row[key], measured(root / "eight")[step][key], rtol=5e-6)
+    for which in ("params", "ema", "opt_state"):
+        test_the_same_state(root, workdir.name, which)
+
+
 def test_the_runs_were_split(root):
     overview = (root / "two" / "parameters.txt").read_text()
     assert "fsdp" in overview
