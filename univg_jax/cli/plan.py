@@ -79,7 +79,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a third of the compile time; memory and its traffic some percent off",
+        help="a third of the compile time; memory and its traffic are some percent off, more "
+        "where an array nearly fits on the chip",
     )
     parser.add_argument(
         "--goodput",

@@ -32,11 +32,10 @@ from univg_jax.models.layers import NORM_EPS
 
 SUBLANES = 16  # a block of tokens is whole rows of 16-bit numbers
 MAX_BLOCK = 512  # queries and keys of a block of scores: 1 MiB in float32
-# What one head may keep on the chip; a v5e and a v6e have 128 MiB, which XLA uses, too.
-MAX_MEMORY = 40 * 2**20
-_NEVER = (
-    -1e30
-)  # added to the scores of keys that are not attended to; finite, so that no NaN arises
+# What one head may keep on the chip, and what the compiler may use for it, of 128 MiB of a v6e.
+MAX_MEMORY, MEMORY_LIMIT = 40 * 2**20, 56 * 2**20
+# Added to the scores of keys that are not attended to. Infinity would make NaN of an empty softmax.
+_NEVER = -1e30
 
 
 @jax.tree_util.register_dataclass
@@ -235,7 +234,7 @@ class _Grid:
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=56 * 2**20,
+                vmem_limit_bytes=MEMORY_LIMIT,
             ),
             name=name,
             interpret=interpret,
