@@ -133,8 +133,10 @@ def bit_flips(*, flips: int, seed: int, folder: pathlib.Path) -> tuple[dict[str,
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--flips", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--flips", type=int, default=500, help="and other faults; default: 500")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of which bit of which file; default: 0"
+    )
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         counts, found = bit_flips(flips=args.flips, seed=args.seed, folder=pathlib.Path(folder))

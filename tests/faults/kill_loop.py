@@ -248,9 +248,15 @@ def kill_loop(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--processes", type=int, default=1, choices=[1, 2])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--kills", type=int, default=50, help="in all, over the three stages; default: 50"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, choices=[1, 2], help="of each run; default: 1"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of what is done when, and to whom; default: 0"
+    )
     parser.add_argument("--folder", type=pathlib.Path, help="default: a temporary one")
     args = parser.parse_args(argv)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
