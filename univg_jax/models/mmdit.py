@@ -208,7 +208,7 @@ def joint_attention(
     q = q if q_text is None else jnp.concatenate([q, q_text], axis=1)
     k, v = jnp.concatenate([k, k_text], axis=1), jnp.concatenate([v, v_text], axis=1)
     if mask is not None:
-        mask = jnp.concatenate([jnp.ones((len(mask), n), bool), mask], axis=1)
+        mask = jnp.concatenate([jnp.ones(image.k.shape[:2], bool), mask], axis=1)
     out = attention(q, k, v, mask)
     out = out.reshape(*out.shape[:2], -1)
     return out[:, :n], None if q_text is None else out[:, n:]
