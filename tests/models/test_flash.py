@@ -9,10 +9,12 @@ import pytest
 
 from univg_jax import sharding
 from univg_jax.models.attention import xla_attention
-from univg_jax.models.flash import Stream, block_of, fits, flash
+from univg_jax.models.flash import Stream, block_of, chip_memory, fits, flash
 from univg_jax.models.mmdit import joint_attention
+from univg_jax.planning.topology import open_topology
 
 HEADS, C = 2, 128
+OTHERS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
 
 def make(n, m, *, b=2, final=False, normed=True, dtype=jnp.float32, seed=0):
@@ -105,28 +107,59 @@ def test_on_a_mesh_is_the_same(axes):
     close(found, alone, 1e-6)  # the sum over rows of the scales' gradients
 
 
+SIZES = dict(num_heads=2, head_dim=128, itemsize=2, memory=128 * 2**20)  # of a v6e
+
+
 @pytest.mark.parametrize(
-    ("n", "m", "head_dim", "expected"),
+    ("n", "m", "options", "expected"),
     [
-        (4096, 48, 128, True),
-        (4032, 336, 128, True),
-        (16, 16, 256, True),
-        (4096, 40, 128, False),  # the text is no multiple of 16
-        (4096, 48, 64, False),  # half of the lanes
-        (16 * 257, 48, 128, False),  # a prime number of rows of 16
-        (65536, 48, 128, False),  # more than the chip holds
+        (4096, 48, {}, True),
+        (4032, 336, {}, True),
+        (16, 16, dict(head_dim=256), True),
+        (4096, 40, {}, False),  # the text is no multiple of 16
+        (4096, 48, dict(head_dim=64), False),  # half of the lanes
+        (16 * 257, 48, {}, False),  # a prime number of rows of 16
+        (65536, 48, {}, False),  # more than a head may keep
+        (4096, 48, dict(memory=16 * 2**20), False),  # more than a v4 holds
+        (1024, 48, dict(memory=16 * 2**20), True),
     ],
 )
-def test_fits_whole_lanes_and_rows_on_the_chip(n, m, head_dim, expected):
-    assert fits(1, n, m, num_heads=2, head_dim=head_dim, itemsize=2) == expected
+def test_fits_whole_lanes_and_rows_on_the_chip(n, m, options, expected):
+    assert fits(1, n, m, **SIZES | options) == expected
 
 
 def test_fits_what_a_mesh_can_split():
-    sizes = dict(num_heads=2, head_dim=128, itemsize=2)
     with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
-        assert fits(4, 256, 16, **sizes)
-        assert not fits(1, 256, 16, **sizes)
-        assert not fits(4, 256, 16, **sizes | dict(num_heads=3))
+        assert fits(4, 256, 16, **SIZES)
+        assert not fits(1, 256, 16, **SIZES)
+        assert not fits(4, 256, 16, **SIZES | dict(num_heads=3))
+
+
+@pytest.mark.xdist_group("libtpu")
+@pytest.mark.parametrize(
+    "topology", ["v4:2x2x4", *(pytest.param(t, marks=pytest.mark.nightly) for t in OTHERS)]
+)
+def test_what_fits_compiles(topology):
+    """The most tokens of the image that fit, with long text: both kernels, on every chip."""
+    devices = open_topology(topology).devices[:1]
+    with jax.set_mesh(sharding.make_mesh(devices=devices)):
+        m = 512
+        memory = chip_memory()
+        sizes = [n for n in range(512, 16384, 512) if fits(1, n, m, **SIZES | dict(memory=memory))]
+        n = max(sizes)
+        shapes = jax.eval_shape(lambda: [jnp.zeros((1, t, 2 * 128), jnp.bfloat16) for t in (n, m)])
+
+        def loss(image, text):
+            ones = jnp.ones(128)
+            streams = [Stream(q=x, k=x, v=x, q_scale=ones, k_scale=ones) for x in (image, text)]
+            outputs = flash(*streams, None, num_heads=2)
+            return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in outputs)
+
+        shapes = sharding.with_shardings(shapes, sharding.replicated(jax.sharding.get_mesh()))
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes)
+        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+        assert "flash_forward" in text
+        assert "flash_backward" in text
 
 
 def test_a_block_divides_the_tokens():

@@ -12,6 +12,7 @@ from univg_jax.models.flash import Stream, flash
 from univg_jax.planning import hlo, kernels, traffic
 from univg_jax.planning.parse import Execution, Shape, parse
 from univg_jax.planning.topology import open_topology
+from univg_jax.sharding import make_mesh
 
 KIB = 1024
 
@@ -104,6 +105,28 @@ def test_what_else_reads_the_array_reads_all_of_it():
         "  ROOT %sum = f32[8,128]{1,0:T(8,128)} add(%layer, %all)",
     )
     assert moved(text)["read"] == 54 * 4 * KIB  # and nothing of y, which has no reader any more
+
+
+SEVERAL = """HloModule test
+
+%largest (p: f32[8,128], q: s32[8,128]) -> (f32[8], s32[8]) {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %q = s32[8,128]{1,0:T(8,128)} parameter(1)
+  %least = f32[] constant(0)
+  %first = s32[] constant(0)
+  ROOT %top = (f32[1024]{0:T(1024)}, s32[1024]{0:T(1024)}) reduce(%p, %q, %least, %first), to_apply=%max
+}
+
+ENTRY %main (a: f32[8,128], b: s32[8,128]) -> (f32[8], s32[8]) {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %b = s32[8,128]{1,0:T(8,128)} parameter(1)
+  ROOT %r = (f32[1024]{0:T(1024)}, s32[1024]{0:T(1024)}) fusion(%a, %b), kind=kLoop, calls=%largest
+}
+"""  # noqa: E501
+
+
+def test_a_fusion_may_end_in_one_instruction_with_several_results():
+    assert moved(SEVERAL) == {"read": 8 * KIB, "write": 8 * KIB}
 
 
 UPDATE = """HloModule test
@@ -347,7 +370,8 @@ def test_flash_moves_every_array_once(device, final):
         outputs = flash(image, text, None, num_heads=heads)
         return sum((x.astype(jnp.float32) ** 2).sum() for x in outputs if x is not None)
 
-    module = compiled(jax.grad(loss, argnums=range(6)), device, *arrays)
+    with jax.set_mesh(make_mesh(devices=[device])):
+        module = compiled(jax.grad(loss, argnums=range(6)), device, *arrays)
     image, text = (tokens * rows * heads * c * 2 for tokens in (n, m))
     queries = 0 if final else text
     for name, operands, results, products in (

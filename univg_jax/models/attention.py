@@ -7,6 +7,8 @@
     auto      chooses by the platform of the process that compiles it
     portable  chooses when a program is lowered for a platform, which may be another one
 
+In MM-DiT `auto` is a kernel of ours on TPUs, where that fits: `models.flash`.
+
 The two kernels compute scores in blocks, so that no [queries x keys] array is ever in memory. All
 have the same signature and give the same numbers up to the rounding of the dtype. Every query
 attends to every key whose mask is True.

@@ -32,8 +32,9 @@ from univg_jax.models.layers import NORM_EPS
 
 SUBLANES = 16  # a block of tokens is whole rows of 16-bit numbers
 MAX_BLOCK = 512  # queries and keys of a block of scores: 1 MiB in float32
-# What one head may keep on the chip, and what the compiler may use for it, of 128 MiB of a v6e.
-MAX_MEMORY, MEMORY_LIMIT = 40 * 2**20, 56 * 2**20
+MAX_MEMORY = 40 * 2**20  # that one head may keep on the chip
+# Of the memory on a chip, what a head may keep at most, and what the compiler may use.
+KEPT, USED = 0.75, 0.875
 # Added to the scores of keys that are not attended to. Infinity would make NaN of an empty softmax.
 _NEVER = -1e30
 
@@ -59,11 +60,18 @@ def block_of(tokens: int) -> int:
     return max((size for size in sizes if tokens % size == 0), default=0)
 
 
-def fits(b: int, n: int, m: int, *, num_heads: int, head_dim: int, itemsize: int) -> bool:
+def chip_memory() -> int:
+    """Inside jit: bytes on the chip (VMEM) of the TPU that this is compiled for: 16 to 128 MiB."""
+    return pltpu.get_tpu_info().vmem_capacity_bytes
+
+
+def fits(
+    b: int, n: int, m: int, *, num_heads: int, head_dim: int, itemsize: int, memory: int
+) -> bool:
     """Whether the kernel can have b rows of n and m tokens: whole lanes and rows, room on the chip.
 
-    Inside jit also whether the mesh, if any, can split them: not one row, which initializes
-    parameters.
+    `memory` is the chip's. Inside jit also whether the mesh, if any, can split them: not one row,
+    which initializes parameters.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and (not sharding.rows_divisible(b) or num_heads % mesh.shape["tensor"]):
@@ -71,9 +79,9 @@ def fits(b: int, n: int, m: int, *, num_heads: int, head_dim: int, itemsize: int
     block = block_of(n)
     # Backwards: keys, values and their gradients, each twice, so that the next head's arrive while
     # one is computed; two further copies of the keys, two float32 sums; eight blocks of scores.
-    memory = head_dim * (10 * itemsize + 8) * (n + m) + 8 * 4 * block * max(block, m)
+    needed = head_dim * (10 * itemsize + 8) * (n + m) + 8 * 4 * block * max(block, m)
     whole = head_dim % LANES == 0 and m % SUBLANES == 0 and block >= min(n, LANES)
-    return whole and memory <= MAX_MEMORY
+    return whole and needed <= min(MAX_MEMORY, KEPT * memory)
 
 
 def flash(
@@ -234,7 +242,7 @@ class _Grid:
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=MEMORY_LIMIT,
+                vmem_limit_bytes=None if interpret else int(USED * chip_memory()),
             ),
             name=name,
             interpret=interpret,

@@ -27,7 +27,7 @@ from univg_jax.batch import Array
 from univg_jax.errors import UserError, check_name
 from univg_jax.fields import setting
 from univg_jax.models.attention import ATTENTION, ATTENTION_OUT
-from univg_jax.models.flash import SUBLANES, Stream, fits, flash
+from univg_jax.models.flash import SUBLANES, Stream, chip_memory, fits, flash
 from univg_jax.models.layers import (
     MLP,
     NORM_EPS,
@@ -187,10 +187,11 @@ def joint_attention(
     `attention.auto` is `flash` where that can be; any other function gets both streams as one.
     """
     b, n, width = image.k.shape
-    sizes = dict(num_heads=num_heads, head_dim=width // num_heads, itemsize=image.k.dtype.itemsize)
-    is_auto = attention is ATTENTION["auto"] and sharding.platform() == "tpu"
-    if is_auto and grid is None and fits(b, n, text.k.shape[1], **sizes):
-        return flash(image, text, mask, num_heads=num_heads)
+    if attention is ATTENTION["auto"] and sharding.platform() == "tpu" and grid is None:
+        sizes = dict(head_dim=width // num_heads, itemsize=image.k.dtype.itemsize)
+        memory = chip_memory()
+        if fits(b, n, text.k.shape[1], num_heads=num_heads, memory=memory, **sizes):
+            return flash(image, text, mask, num_heads=num_heads)
 
     def heads(stream: Stream) -> tuple[Array | None, Array, Array]:
         def split(x: Array) -> Array:

@@ -206,8 +206,9 @@ def _written(result: Instruction, shape: Shape, inner: Computation, module: Modu
 
 
 def _results(inner: Computation) -> list[Instruction]:
+    """What gives each result. One instruction may give several: a maximum and its place."""
     root = inner.root
-    return inner.operands(root) if root.opcode == "tuple" else [root]
+    return inner.operands(root) if root.opcode == "tuple" else [root] * len(root.shapes)
 
 
 def _updated(result: Instruction, inner: Computation, module: Module) -> int:
