@@ -140,7 +140,8 @@ ABLATIONS = dict(
         ],
         note="Equal steps, after Stage II. As tokens, source and mask are a second picture below "
         "the first (`MMDiT.source`), also where a row has no source, since a step has one shape. "
-        "benchmarks/concat.py has the time at the sizes of the paper's pictures.",
+        "What else the machine does makes a step slower: benchmarks/concat.py compares the times "
+        "side by side, at the sizes of the paper's pictures.",
     ),
 )
 

@@ -9,6 +9,7 @@ processes write, too. `files` registers it.
 import asyncio
 import http
 import itertools
+import urllib.parse
 from typing import Any
 
 from absl import logging
@@ -39,8 +40,7 @@ class FileSystem(core.GCSFileSystem):
             except (FileNotFoundError, FileExistsError):
                 raise
             except _ERRORS as error:
-                name = f"gs://{'/'.join(args)}" if args else path
-                told = f"{_cause(error)}: {name}"
+                told = f"{_cause(error)}: {_file(path, args)}"
                 if not retry.is_retriable(error):
                     raise UnreachableError(told) from error
                 if attempt > files.RETRIES:
@@ -58,6 +58,15 @@ class FileSystem(core.GCSFileSystem):
             return super().listdir(path, *args, **options)
         except FileNotFoundError:
             return []
+
+
+def _file(path: str, parts: tuple[str, ...]) -> str:
+    """The file or folder that a request is for: its parts, or those in the address of an upload."""
+    url = urllib.parse.urlsplit(path)
+    if not parts and "/b/" in url.path:
+        bucket = url.path.partition("/b/")[2].split("/")[0]
+        parts = (bucket, *urllib.parse.parse_qs(url.query).get("name", []))
+    return f"gs://{'/'.join(parts)}" if parts else path
 
 
 def _cause(error: Exception) -> str:

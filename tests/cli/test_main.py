@@ -91,6 +91,22 @@ def test_a_signal_that_an_extension_turns_into_another_error(monkeypatch, capsys
     assert capsys.readouterr().err == "univg checkpoint: ended by SIGTERM\n"
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_signal_in_a_callback_which_drops_errors_is_not_lost(monkeypatch, capsys):
+    class Closing:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def verify(path):
+        closing = Closing()
+        del closing
+        time.sleep(60)
+
+    monkeypatch.setattr(checkpoint, "verify", verify)
+    assert main(COMMAND) == 143
+    assert capsys.readouterr().err == "univg checkpoint: ended by SIGTERM\n"
+
+
 # Is in one call of C for minutes, as a compilation is, and has started another process.
 BUSY = """
 import hashlib, multiprocessing, sys, time

@@ -2,7 +2,8 @@
 
 Python handles a signal between two of its own instructions, so while XLA compiles or a device
 computes, which can take minutes, nothing would happen. A thread waits beside it: what does not end
-within `GRACE` seconds is ended.
+within `GRACE` seconds is ended. Where those instructions are a callback or a `__del__`, Python drops
+what they raise, and the signal would be lost: it is sent again.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from types import FrameType
 from univg_jax.errors import ENDED_BY, Ended
 
 GRACE = 3.0  # seconds
+AGAIN = 0.05  # seconds until a signal that was lost is sent again
 
 
 @contextlib.contextmanager
@@ -37,7 +39,7 @@ def ended_by_signals(*, waits: Callable[[], bool]) -> Iterator[None]:
         raise Ended(number)
 
     handlers = {number: signal.signal(number, end) for number in ENDED_BY}
-    with _ended_at_last(waits):
+    with _ended_at_last(waits), _sent_again():
         try:
             yield
         except Exception as error:
@@ -47,6 +49,27 @@ def ended_by_signals(*, waits: Callable[[], bool]) -> Iterator[None]:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _sent_again() -> Iterator[None]:
+    """In the block an `Ended` that Python drops is raised again, outside of what dropped it."""
+    before = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if isinstance(dropped.exc_value, Ended):
+            to = [threading.main_thread().ident, dropped.exc_value.number]
+            again = threading.Timer(AGAIN, signal.pthread_kill, to)
+            again.daemon = True
+            again.start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager
