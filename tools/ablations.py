@@ -19,6 +19,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import sys
 import textwrap
 import time
@@ -228,12 +229,12 @@ def page(
             d = verdict.difference
             allowed = f", a loss of {claim.tolerance:.0%} allowed" if claim.tolerance else ""
             lines.append(
-                f"| [{one.title}](#{name}) | {_label(claim.metric)}{allowed} | "
+                f"| [{one.title}](#{_anchor(one.title)}) | {_label(claim.metric)}{allowed} | "
                 f"{one.points[claim.better]} - {one.points[claim.other]} | {_shown(d)} | "
                 f"{_interval(d)} | **{verdict.word}** |"
             )
     for name, one in ABLATIONS.items():
-        lines += ["", f'## <a id="{name}"></a>{one.title}', "", f"The paper: {one.paper}", ""]
+        lines += ["", f"## {one.title}", "", f"The paper: {one.paper}", ""]
         lines += [one.note, "", f"![{one.title}](ablations/{name}.svg)", ""]
         lines += table(one, values)
     return "\n".join(lines) + "\n"
@@ -276,11 +277,17 @@ def plot(one: Ablation, values: Values) -> str:
             axes.set_ylim(len(one.points) - 0.5, -0.5)
             label = f"{_label(metric)} ({metric_of(metric).better} is better)"
             axes.set_xlabel(textwrap.fill(label, 44))
+            axes.locator_params(axis="x", nbins=5)
             axes.grid(axis="x", lw=0.4)
             axes.spines[["top", "right"]].set_visible(False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _anchor(title: str) -> str:
+    """Of a heading, as GitHub and Sphinx name it."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def _label(metric: str) -> str:

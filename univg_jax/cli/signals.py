@@ -2,8 +2,8 @@
 
 Python handles a signal between two of its own instructions, so while XLA compiles or a device
 computes, which can take minutes, nothing would happen. A thread waits beside it: what does not end
-within `GRACE` seconds is ended. Where those instructions are a callback or a `__del__`, Python drops
-what they raise, and the signal would be lost: it is sent again.
+within `GRACE` seconds is ended. In a callback or a `__del__` Python drops what is raised, and the
+signal would be lost: it is sent again.
 """
 
 import contextlib
