@@ -1,13 +1,14 @@
 """One training step of our MM-DiT against diffusers' `SD3Transformer2DModel` on PyTorch.
 
 Eager and compiled: the same model, AdamW, float32, on this CPU. Steps alternate in one process and
-the fastest of each counts. Prints milliseconds, their ratio to PyTorch's, and the share of what a
-large matmul of the same library reaches.
+the fastest of each counts. Prints the share of what a large matmul of the same library reaches,
+milliseconds, and their ratio to PyTorch's. `our products` are all matrix products of the unrolled
+step, one by one and without all else.
 
     python benchmarks/train_step.py         # 384 wide, 256 image and 32 text tokens, batch 8
     python benchmarks/train_step.py --preset=quickstart --batch=16
 
-The shares are there because matmul libraries differ by machine: PyTorch's MKL takes a slow path on
+The shares come first because matmul libraries differ by machine: PyTorch's MKL takes a slow path on
 AMD's processors. To measure PyTorch with a fast one, tell MKL that the processor is Intel's:
 
     echo 'int mkl_serv_intel_cpu_true(void) { return 1; }' > intel.c
@@ -16,10 +17,12 @@ AMD's processors. To measure PyTorch with a fast one, tell MKL that the processo
 """
 
 import argparse
+import collections
+import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +32,7 @@ from timing import best_seconds, use_huge_pages
 
 from univg_jax.models.attention import cpu_attention
 from univg_jax.models.mmdit import MMDiT
+from univg_jax.planning import hlo, parse
 
 PRESETS = {
     "reference": dict(hidden_dim=384, depth=6, num_heads=6, side=32, tokens=32, batch=8),
@@ -37,8 +41,10 @@ PRESETS = {
 CHANNELS = dict(in_channels=33, out_channels=16, text_dim=384, pooled_dim=384)
 
 
-def ours(model: MMDiT, *, side: int, tokens: int, batch: int) -> Callable[[], None]:
-    """A function that runs one step and waits for it."""
+def ours(
+    model: MMDiT, *, side: int, tokens: int, batch: int
+) -> tuple[Callable[[], None], list[hlo.Product]]:
+    """A function that runs one step and waits for it, and the products of the step."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -61,11 +67,27 @@ def ours(model: MMDiT, *, side: int, tokens: int, batch: int) -> Callable[[], No
         updates, moments = optimizer.update(jax.grad(loss)(params), moments, params)
         return optax.apply_updates(params, updates), moments
 
-    compiled = jax.jit(step, donate_argnums=(0, 1))
     state = [params, optimizer.init(params)]
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state, inputs, target).compile()
 
     def run() -> None:
         state[:] = jax.block_until_ready(compiled(*state, inputs, target))
+
+    return run, list(hlo.products(parse.parse(compiled.as_text())))
+
+
+def products_alone(products: Iterable[hlo.Product]) -> Callable[[], None]:
+    """A function that computes products of these shapes, one after the other."""
+    alone = []
+    for shape, times in collections.Counter(products).items():
+        count, rows, depth, columns = map(int, dataclasses.astuple(shape))
+        x, y = jnp.ones((count, rows, depth)), jnp.ones((count, depth, columns))
+        alone.append((jax.jit(jnp.matmul), x, y, times))
+
+    def run() -> None:
+        for product, x, y, times in alone:
+            for _ in range(times):
+                product(x, y).block_until_ready()
 
     return run
 
@@ -152,8 +174,9 @@ def main() -> None:
         steps["torch compiled"] = theirs(model, **shape, compiled=True)
     else:
         print("torch compiled: not measured, inductor needs a C++ compiler (set CXX)")
-    steps["ours, scanned"] = ours(model, **shape)
-    steps["ours, unrolled"] = ours(model.clone(scan=False), **shape)
+    steps["ours, scanned"], _ = ours(model.clone(scan=True), **shape)
+    steps["ours, unrolled"], products = ours(model.clone(scan=False), **shape)
+    steps["our products"] = products_alone(products)
     matmuls = {"torch matmul": their_matmul(), "our matmul": our_matmul()}
     best = best_seconds({**steps, **matmuls}, rounds=args.rounds)
 
@@ -166,12 +189,12 @@ def main() -> None:
     fastest = min(best[name] for name in steps if name.startswith("torch"))
     print(f"GLIBC_TUNABLES={os.environ['GLIBC_TUNABLES']}, for both")
     print(f"matmul of {MATMUL}: torch {peak['torch']:.0f} GFLOP/s, ours {peak['our']:.0f}")
-    print(f"{'':15s} {'ms':>8s}  x eager  x fastest torch  GFLOP/s  of own matmul")
+    print(f"{'':15s} of own matmul  GFLOP/s        ms  x eager  x fastest torch")
     for name in steps:
         rate = flops / best[name]
         share = rate / peak["torch" if name.startswith("torch") else "our"]
         ratios = f"{best[name] / eager:7.2f}  {best[name] / fastest:15.2f}"
-        print(f"{name:15s} {1e3 * best[name]:8.1f}  {ratios}  {rate:7.0f}  {share:13.0%}")
+        print(f"{name:15s} {share:13.0%}  {rate:7.0f}  {1e3 * best[name]:8.1f}  {ratios}")
     figures = dict(gflop=round(flops, 1), peak_gflops=peak, seconds=best)
     print(json.dumps(dict(preset=args.preset, **shape, **figures)))
 

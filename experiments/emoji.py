@@ -23,13 +23,13 @@ PRESETS = dict(
     quickstart=dict(
         build=dict(resolution=32, num_scenes=4000, nouns=8),
         channels=8,
-        model=dict(hidden_dim=192, depth=4, num_heads=3, patch_size=1, scan=False),
+        model=dict(hidden_dim=192, depth=4, num_heads=3, patch_size=1),
         steps=(550, 1100, 300),
     ),
     long=dict(
         build=dict(resolution=48, num_scenes=16_000, nouns=12),
         channels=12,
-        model=dict(hidden_dim=192, depth=6, num_heads=3, patch_size=1, scan=False),
+        model=dict(hidden_dim=192, depth=6, num_heads=3, patch_size=1),
         steps=(6000, 4500, 1000),
     ),
 )

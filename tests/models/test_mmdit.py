@@ -108,7 +108,14 @@ def test_no_mask_attends_to_all():
 
 
 @pytest.mark.parametrize(
-    "options", [dict(scan=False, remat="minimal"), dict(remat="full")], ids=str
+    "options",
+    [
+        dict(scan=False, remat="minimal"),
+        dict(scan=True, remat="minimal"),
+        dict(scan=False, remat="full"),
+        dict(scan=True, remat="full"),
+    ],
+    ids=str,
 )
 def test_scan_and_remat_change_nothing(options):
     want, want_grads = reference()
@@ -311,6 +318,7 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass(remat, gathers):
         text_dim=64,
         pooled_dim=64,
         remat=remat,
+        scan=True,
         attention="xla",
     )
     inputs = [

@@ -100,7 +100,7 @@ def make_programs(
     `weights` are those of all roles. Parameters of another dtype than float32 are computed with as
     float32 ones of the same value.
     """
-    backbone = generator.model.backbone.clone(attention=portable, remat="none")
+    backbone = generator.model.backbone.clone(attention=portable, remat="none", scan=True)
     model = generator.model.clone(backbone=backbone)
     programs = _Programs(
         generator=dataclasses.replace(generator, model=model),

@@ -258,7 +258,11 @@ class MMDiT(nn.Module):
     sandwich_norm: bool = setting(False, "norms after attention and MLP too")
     shared_adaln: bool = setting(False, "one modulation for all blocks")
     remat: str = setting("none", "what a block keeps for the backward pass", names=tuple(REMAT))
-    scan: bool = setting(True, "False unrolls the depth: slower to compile, faster on CPU")
+    scan: bool | None = setting(
+        None,
+        "whether the blocks are a loop: faster to compile, slower on a CPU",
+        none="not on a CPU",
+    )
     attention: str | Callable = setting(
         "auto", "or a function of the same signature", names=tuple(ATTENTION)
     )
@@ -394,11 +398,12 @@ class MMDiT(nn.Module):
             attention=self.attention if callable(self.attention) else ATTENTION[self.attention],
             grid=grid if self.position == "rope" else None,
         )
+        scan = sharding.platform() != "cpu" if self.scan is None else self.scan
         block = JointBlock
         if self.remat != "none" or sharding.is_fsdp():
             # In a scan the loop already separates the recomputation from the forward pass;
             # unrolled, the compiler would merge the two without `prevent_cse`.
-            block = nn.remat(JointBlock, prevent_cse=not self.scan, policy=REMAT[self.remat])
+            block = nn.remat(JointBlock, prevent_cse=not scan, policy=REMAT[self.remat])
         if self.depth > 1:
             stack = nn.scan(
                 block,
@@ -406,7 +411,7 @@ class MMDiT(nn.Module):
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
                 length=self.depth - 1,
-                unroll=1 if self.scan else self.depth - 1,
+                unroll=1 if scan else self.depth - 1,
             )
             carry, _ = stack(**options, name="blocks")(carry, cond, text_mask)
         (image, _), _ = block(**options, final=True, name="last_block")(carry, cond, text_mask)
