@@ -500,6 +500,45 @@ def test_every_file_has_its_sum_and_a_missing_one_is_named(tmp_path):
     assert [problem.endswith("is missing") for problem in report.problems] == [True]
 
 
+@pytest.mark.parametrize("how", ["exchanged", "renamed", "linked"])
+def test_a_step_under_another_steps_name_is_damaged(tmp_path, how):
+    """Its files are whole, but a run would go on from the wrong place."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    root = tmp_path / CHECKPOINTS
+    if how == "exchanged":
+        (root / "1").rename(root / "x")
+        (root / "2").rename(root / "1")
+        (root / "x").rename(root / "2")
+    elif how == "renamed":
+        (root / "2").rename(root / "7")
+    else:
+        (root / "7").symlink_to("2")
+    wrong = {report.step: report.problems for report in checkpoint.verify(tmp_path)}
+    newest = max(wrong)
+    is_step = 1 if how == "exchanged" else 2
+    assert wrong[newest] == (f"it is step {is_step}, as checksums.json says",)
+    with pytest.raises(UserError, match=f"{newest} is damaged: it is step {is_step}, as"):
+        restore(tmp_path)
+
+
+def test_a_step_of_before_does_not_say_which_it_is(tmp_path):
+    save(tmp_path, 1)
+    step = epath.Path(tmp_path / CHECKPOINTS / "1")
+    checksums.write(step, checksums.read(step))
+    (report,) = checkpoint.verify(tmp_path)
+    assert report.problems == ()
+
+
+def test_a_file_that_has_become_a_pipe_is_not_read(tmp_path):
+    save(tmp_path, 1)
+    file = payload(tmp_path, 1)
+    file.unlink()
+    os.mkfifo(file)
+    (report,) = checkpoint.verify(tmp_path)
+    assert [problem.endswith("is no file") for problem in report.problems] == [True]
+
+
 def test_additional_files_are_reported_and_not_copied(tmp_path, caplog):
     """What a file manager leaves in a step is no damage: nothing reads it."""
     save(tmp_path / "a", 1)

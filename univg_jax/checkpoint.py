@@ -13,7 +13,6 @@ In a run of several processes every process calls every function here. Paths may
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import os
 import re
@@ -65,8 +64,6 @@ from univg_jax.workdir import (
 
 # Orbax's notes. In a bucket a step without the first one was never finished.
 COMMITTED, METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
-# In this folder orbax reads whatever there is.
-_find_problems = functools.partial(checksums.find_problems, closed=f"{STATE}/array_metadatas")
 
 EVERY_STEP = Train(save_every=1)  # all steps are planned, and the newest are kept
 
@@ -133,7 +130,9 @@ class _Summed:
         note = f"Checkpoint commit was successful to {final}".encode()
         late = {COMMITTED: checksums.checksum_of(note)}
         state = folder / STATE
-        checksums.combine(folder, of_processes=state, prefix=f"{STATE}/", late=late)
+        checksums.combine(
+            folder, step=int(final.name), of_processes=state, prefix=f"{STATE}/", late=late
+        )
         write_whole(folder / COMMITTED, note)
         if folder != final:
             folder.rename(final)
@@ -316,6 +315,12 @@ def digests(path: epath.PathLike) -> dict[int, str]:
         for s, file in files.items()
         if file.exists()
     }
+
+
+def _find_problems(folder: epath.Path, *, under: str = "") -> tuple[str, ...]:
+    """What is wrong with the files of a step whose names begin with `under`."""
+    closed = f"{STATE}/array_metadatas"  # here orbax reads whatever there is
+    return checksums.find_problems(folder, under=under, closed=closed, step=int(folder.name))
 
 
 def verify(path: epath.PathLike) -> tuple[StepReport, ...]:

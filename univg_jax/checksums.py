@@ -9,7 +9,9 @@ who wrote a file. Sums of before that are BLAKE2b-128, and still read.
 import concurrent.futures
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
@@ -25,6 +27,7 @@ from univg_jax.together import together
 FILE = "checksums.json"
 THREADS = 16
 _FILES = "files"  # in the JSON; one without it has the names and hex digits of BLAKE2b alone
+_STEP = "step"  # in the JSON of a checkpoint
 _CHUNK = 2**20
 _ALGORITHMS: Mapping[str, Callable] = {
     "xxh3_128": xxhash.xxh3_128,
@@ -70,9 +73,14 @@ def write_own(folder: epath.Path, is_own: Callable[[str], bool]) -> None:
 
 
 def combine(
-    folder: epath.Path, *, of_processes: epath.Path, prefix: str, late: Mapping[str, str]
+    folder: epath.Path,
+    *,
+    step: int,
+    of_processes: epath.Path,
+    prefix: str,
+    late: Mapping[str, str],
 ) -> None:
-    """Writes the sums of all files of `folder`; one process calls it when all others have written.
+    """Writes the sums of all files of a step; one process calls it when all others have written.
 
     `of_processes` is the folder, at `prefix` in `folder`, in which `write_own` left its files. What
     no process has summed, such as an index over all of them, is summed here. `late` has the sums of
@@ -85,7 +93,7 @@ def combine(
         file.unlink()
     sums |= late
     sums |= checksums(folder, (name for name in list_files(folder) if name not in sums))
-    write(folder, sums)
+    write(folder, sums, step=step)
 
 
 def _own_file(process: int) -> str:
@@ -93,17 +101,18 @@ def _own_file(process: int) -> str:
 
 
 def find_problems(
-    folder: epath.Path, *, under: str = "", closed: str | None = None
+    folder: epath.Path, *, under: str = "", closed: str | None = None, step: int | None = None
 ) -> tuple[str, ...]:
     """What is wrong with a folder's files whose names begin with `under`; empty if nothing is.
 
-    In a folder `closed` in it additional files are wrong, too. Processes share the reading and
+    In a folder `closed` in it additional files are wrong, too, and so are the files of another step
+    than `step`: somebody renamed or exchanged whole folders. Processes share the reading and
     agree on whether there are problems. A file that the process of the same number wrote is its
     share, because it is what that process reads next. Raises UnreachableError where a bucket does
     not answer: that is no damage.
     """
     with together():
-        found = _own_problems(folder, under, closed)
+        found = _own_problems(folder, under, closed, step)
     if jax.process_count() > 1:
         anywhere = multihost_utils.process_allgather(np.array(bool(found)))
         if np.any(anywhere):
@@ -111,22 +120,28 @@ def find_problems(
     return found
 
 
-def _own_problems(folder: epath.Path, under: str, closed: str | None) -> tuple[str, ...]:
+def _own_problems(
+    folder: epath.Path, under: str, closed: str | None, step: int | None
+) -> tuple[str, ...]:
     """Those that this process finds in its share of the files."""
     sums, found = {}, ()
     try:
-        sums = read(folder)
+        sums, written_as = _read(folder)
+        if step is not None and written_as not in (None, step):
+            found = (f"it is step {written_as}, as {FILE} says",)
     except UnreachableError:
         raise
     except UserError as error:
         found = (str(error),)
-    if closed is not None and not found and (folder / closed).is_dir():
+    if closed is not None and sums and (folder / closed).is_dir():
         there = list_files(folder / closed, f"{closed}/")
-        found = tuple(f"{name} is additional" for name in there if name not in sums)
+        found += tuple(f"{name} is additional" for name in there if name not in sums)
     names = sorted(name for name in sums if name.startswith(under))
 
     def problem(name: str) -> str | None:
         algorithm = sums[name].partition(":")[0]
+        if "://" not in os.fspath(folder) and stat.S_ISFIFO(_mode(folder / name)):
+            return f"{name} is no file"  # and who reads it waits
         try:
             is_sound = checksum(folder / name, algorithm) == sums[name]
         except (FileNotFoundError, NotADirectoryError):
@@ -158,20 +173,35 @@ def find_additional(folder: epath.Path) -> tuple[str, ...]:
     return tuple(n for n in list_files(folder) if n not in sums and n != FILE)
 
 
-def write(folder: epath.Path, sums: Mapping[str, str]) -> None:
-    """Writes the sums of a folder's files."""
-    write_sealed(folder / FILE, {_FILES: dict(sorted(sums.items()))})
+def write(folder: epath.Path, sums: Mapping[str, str], *, step: int | None = None) -> None:
+    """Writes the sums of a folder's files; those of a checkpoint say of which step."""
+    about = {} if step is None else {_STEP: step}
+    write_sealed(folder / FILE, {_FILES: dict(sorted(sums.items())), **about})
 
 
 def read(folder: epath.Path) -> dict[str, str]:
     """The sums of a folder's files. Raises UserError if its list is missing or damaged."""
-    value = read_json(folder / FILE)
+    return _read(folder)[0]
+
+
+def _read(folder: epath.Path) -> tuple[dict[str, str], int | None]:
+    """The sums, and the step that they are of; None: the list is no checkpoint's, or an old one."""
+    value, step = read_json(folder / FILE), None
     if _FILES in value:
         if CHECKSUM not in value:
             raise UserError(f"{folder / FILE} is damaged: it has no checksum of itself")
-        sums = read_sealed(folder / FILE)[_FILES]
+        value = read_sealed(folder / FILE)
+        sums, step = value[_FILES], value.get(_STEP)
     else:
         sums = {name: f"blake2b_128:{digits}" for name, digits in value.items()}
     if not isinstance(sums, dict) or not all(_SUM.fullmatch(str(sum_)) for sum_ in sums.values()):
         raise UserError(f"{folder / FILE} is damaged: it has what is no checksum")
-    return sums
+    return sums, step
+
+
+def _mode(file: epath.Path) -> int:
+    """What kind of file it is; 0 if there is none."""
+    try:
+        return os.stat(file).st_mode
+    except OSError:
+        return 0

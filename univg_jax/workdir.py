@@ -227,16 +227,20 @@ def steps_in(root: epath.Path) -> tuple[int, ...]:
     return tuple(sorted({step for step in steps if (root / str(step)).is_dir()}))
 
 
+def foreign_names(root: epath.Path) -> list[str]:
+    """What is no checkpoint of ours in a folder of checkpoints."""
+    return sorted(child.name for child in root.iterdir() if not _OWN.fullmatch(child.name))
+
+
 def look_for_foreign_files(root: epath.Path) -> None:
     """Names what is no checkpoint of ours in a folder of checkpoints, and leaves it alone.
 
     But a file that stands where a step's folder would go is set aside.
     """
     if jax.process_index() == 0:
-        children = sorted(root.iterdir())
-        if foreign := [child.name for child in children if not _OWN.fullmatch(child.name)]:
+        if foreign := foreign_names(root):
             logging.warning("%s has what is no checkpoint, ignored: %s", root, shorten(foreign))
-        for child in children:
+        for child in sorted(root.iterdir()):
             if child.name.isdigit() and not child.is_dir():
                 _rename(child)
 

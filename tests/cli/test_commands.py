@@ -401,14 +401,37 @@ def test_checkpoint_copy_and_verify(root, tmp_path, capsys):
     assert "damaged: state/" in capsys.readouterr().out
 
 
+def test_steps_that_are_no_longer_whole_are_listed(root, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    assert main(["checkpoint", "copy", str(root / "stage1"), f"--out={copy}"]) == 0
+    (copy / "checkpoints" / "3").mkdir()
+    file = copy / "checkpoints" / "2" / "config" / "metadata"
+    file.unlink()
+    file.symlink_to("nowhere")
+    capsys.readouterr()
+    assert main(["checkpoint", "list", str(copy)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "damaged: config/metadata is missing" in lines[1]
+    assert "damaged: " in lines[2]
+    assert "checksums.json" in lines[2]
+
+
 def test_a_copy_is_a_whole_run_and_damaged_encoders_are_named(root, tmp_path, capsys):
     copy, again = tmp_path / "copy", tmp_path / "again"
     assert main(["checkpoint", "copy", str(root / "stage3"), f"--out={copy}"]) == 0
-    (copy / "checkpoints" / "2" / "note.txt").write_text("x")
+    capsys.readouterr()
     assert main(["checkpoint", "verify", str(copy)]) == 0
-    printed = capsys.readouterr().out
-    assert "step 2: sound; additional files, which nothing reads: note.txt\n" in printed
-    assert "encoders: sound\n" in printed
+    assert capsys.readouterr().out == "step 2: sound\nencoders: sound\n"
+    for name in ("checkpoints/2/note.txt", "encoders/old", "checkpoints/notes"):
+        (copy / name).write_text("x")
+    assert main(["checkpoint", "verify", str(copy)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        "step 2: sound; additional files, which nothing reads: note.txt",
+        "encoders: sound; additional files, which nothing reads: old",
+        "checkpoints: also what is no checkpoint: notes",
+    ]
+    assert printed.err.endswith("is sound, but has files that no run wrote there\n")
     pipeline, original = Pipeline.load(copy), Pipeline.load(root / "stage3")
     jax.tree.map(np.testing.assert_array_equal, pipeline.frozen, original.frozen)
     # It can be a parent, too: its fitted encoders are taken, not fitted anew.
@@ -418,7 +441,7 @@ def test_a_copy_is_a_whole_run_and_damaged_encoders_are_named(root, tmp_path, ca
     assert main(["checkpoint", "verify", str(copy)]) == 1
     assert main(["checkpoint", "copy", str(copy), f"--out={again}"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert errors[-2].endswith("has damaged encoders")
+    assert errors[-2].endswith("is damaged: encoders")
     assert "nothing copied: " in errors[-1]
     assert "codec.safetensors: not the weights of the codec encoder" in errors[-1]
     assert not again.exists()

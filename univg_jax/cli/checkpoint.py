@@ -85,33 +85,46 @@ def _print_steps(run: "epath.Path", *, quick: bool) -> None:
     print(f"{'step':>9}  {'saved':19}  {'size':>11}  state")
     for step in steps:
         folder = root / str(step)
-        files = [(folder / name).stat() for name in checksums.list_files(folder)]
-        saved = datetime.datetime.fromtimestamp(max(stat.mtime for stat in files))
-        size = format_bytes(sum(stat.length for stat in files))
+        files = [folder / name for name in checksums.list_files(folder)]
+        stats = [file.stat() for file in files if file.exists()]  # a link may lead nowhere
+        saved = "-"
+        if stats:
+            newest = datetime.datetime.fromtimestamp(max(stat.mtime for stat in stats))
+            saved = f"{newest:%Y-%m-%d %H:%M:%S}"
+        size = format_bytes(sum(stat.length for stat in stats))
         state = states.get(step, "sound")
-        print(f"{step:9}  {saved:%Y-%m-%d %H:%M:%S}  {size:>11}  {state}")
+        print(f"{step:9}  {saved:19}  {size:>11}  {state}")
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Prints what is wrong with each step and the encoders; raises UserError if anything is."""
-    from univg_jax import checkpoint, encoders
+    """Prints what is wrong with each step and the encoders; raises UserError if anything is.
+
+    So are files that no run wrote, though nothing reads them.
+    """
+    from univg_jax import checkpoint, encoders, workdir
     from univg_jax.trained import ExportedModel, open_trained
 
     if isinstance(exported := open_trained(args.dir), ExportedModel):
         print(f"export of step {exported.step}: sound, digest {exported.digest}")
         return
-    reports = checkpoint.verify(args.dir)
-    for report in reports:
-        found = "; ".join(report.problems) if report.problems else "sound"
-        if report.additional:
-            found += f"; additional files, which nothing reads: {shorten(report.additional)}"
-        print(f"step {report.step}: {found}")
-    damaged = encoders.find_problems(checkpoint.workdir_of(args.dir))
-    print(f"encoders: {'; '.join(damaged) if damaged else 'sound'}")
-    if any(report.problems for report in reports):
-        raise UserError(f"{args.dir} has damaged checkpoints")
-    if damaged:
-        raise UserError(f"{args.dir} has damaged encoders")
+    run = checkpoint.workdir_of(args.dir)
+    found = {
+        f"step {report.step}": (report.problems, report.additional)
+        for report in checkpoint.verify(args.dir)
+    }
+    damaged = encoders.find_problems(run)
+    found["encoders"] = damaged, () if damaged else encoders.find_additional(run)
+    foreign = workdir.foreign_names(run / workdir.CHECKPOINTS)
+    for name, (problems, additional) in found.items():
+        also = f"; additional files, which nothing reads: {shorten(additional)}"
+        print(f"{name}: {'; '.join(problems) or 'sound'}{also if additional else ''}")
+    if foreign:
+        print(f"{workdir.CHECKPOINTS}: also what is no checkpoint: {shorten(foreign)}")
+    bad = [name for name, (problems, _) in found.items() if problems]
+    if bad:
+        raise UserError(f"{args.dir} is damaged: {shorten(bad)}")
+    if foreign or any(additional for _, additional in found.values()):
+        raise UserError(f"{args.dir} is sound, but has files that no run wrote there")
 
 
 def copy(args: argparse.Namespace) -> None:

@@ -1,6 +1,12 @@
 """The frozen encoders of a run: which kinds there are (`kinds`), and those of one run (`run`)."""
 
-from univg_jax.encoders.record import copy_records, describe, digests, find_problems
+from univg_jax.encoders.record import (
+    copy_records,
+    describe,
+    digests,
+    find_additional,
+    find_problems,
+)
 from univg_jax.encoders.run import (
     Encoders,
     abstract,
@@ -24,6 +30,7 @@ __all__ = [
     "copy_records",
     "describe",
     "digests",
+    "find_additional",
     "find_problems",
     "load",
     "load_text",

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from univg_jax import checksums
 from univg_jax.encoders.kinds import KINDS, Fitted, Pretrained, find_kind
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.files import read_sealed, write_sealed, write_whole
@@ -121,6 +122,19 @@ def find_problems(workdir: epath.PathLike) -> tuple[str, ...]:
         except UserError as error:
             found.append(str(error))
     return tuple(found)
+
+
+def find_additional(workdir: epath.PathLike) -> tuple[str, ...]:
+    """The files in a sound folder of `encoders` which no run wrote there, and nothing reads."""
+    encoders = epath.Path(workdir) / ENCODERS
+    records = read_records(encoders) or {}
+    fitted = [
+        role
+        for role, record in records.items()
+        if record is not None and isinstance(kind_of(role, record), Fitted)
+    ]
+    own = {RECORD, *map(file_of, fitted)}
+    return tuple(name for name in checksums.list_files(encoders) if name not in own)
 
 
 def digests(workdir: epath.PathLike) -> dict[str, str]:
