@@ -82,7 +82,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "conditioning": {"batch", "models", "sharding"},
     "encoders": {
-        *("conditioning", "interop", "models", "pretrained", "sharding", "streaming", "workdir"),
+        *("checksums", "conditioning", "interop", "models", "pretrained", "sharding", "streaming"),
+        "workdir",
     },
     "sampling": {"batch", "conditioning", "flow", "models", "sharding"},
     # Training never sees a dataset. Only training.initialize knows the weights of others.

@@ -173,8 +173,9 @@ class Checkpointer:
     def __init__(self, workdir: epath.PathLike, settings: Train = EVERY_STEP) -> None:
         self.workdir = _absolute(workdir)
         self.directory = self.workdir / CHECKPOINTS
+        self._retention = Retention(self.workdir, settings)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=Retention(self.workdir, settings),
+            preservation_policy=self._retention,
             cleanup_tmp_directories=True,
             temporary_path_class=(
                 _SummedThenNoted if _is_bucket(self.directory) else _SummedThenRenamed
@@ -234,6 +235,18 @@ class Checkpointer:
             if jax.process_index() == 0 and not _is_bucket(self.directory):
                 needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
                 check_space(self.directory, needed)
+
+    def prune(self) -> None:
+        """Removes the steps that are not to be kept: a save does that, if it is not killed then.
+
+        All processes call it.
+        """
+        self.wait()
+        with together():
+            if jax.process_index() == 0:
+                steps = self._manager.all_steps()
+                old = set(steps) - self._retention.kept(steps)
+                self._manager._checkpoint_deleter.delete_steps(sorted(old))
 
     def latest_step(self) -> int | None:
         """The newest step written, sound or not; None in a new workdir."""

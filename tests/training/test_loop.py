@@ -145,6 +145,14 @@ def test_rows_and_kept_steps_do_not_tell_where_a_run_was_interrupted(undisturbed
     assert list_steps(tmp_path) == list_steps(undisturbed) == (4, 6)
 
 
+def test_a_run_killed_before_it_removed_its_old_steps_removes_them(undisturbed, tmp_path):
+    """It had saved its last step, and has nothing else to do."""
+    run(tmp_path, config=_with(sparse(), keep=None))
+    assert list_steps(tmp_path) == (2, 4, 6)
+    run(tmp_path, config=sparse())
+    assert list_steps(tmp_path) == list_steps(undisturbed)
+
+
 @pytest.mark.parametrize("at", [2, 6])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_sampling(tmp_path, signum, at):

@@ -283,9 +283,11 @@ def _train(
             checkpointer.check()
             pending.put(step + 1, metrics)
             bar.update()
-        if step > start:
-            with clock("save"):
+        with clock("save"):
+            if step > start:
                 checkpointer.wait()
+            else:  # the last save was killed after its step was there
+                checkpointer.prune()
         if step > start and history.is_complete:
             writer.write_scalars(step, history.complete_row())
     if step < c.steps or is_left:
