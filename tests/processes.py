@@ -29,6 +29,13 @@ class Process:
         return self.popen.wait(timeout=TIMEOUT)
 
 
+def free_port() -> int:
+    """A port that nobody has, for now."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 @contextlib.contextmanager
 def running(
     devices: Sequence[int],
@@ -40,9 +47,7 @@ def running(
 
     Each runs `python *program *command`, the first one with the arguments `first` behind.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as logs, contextlib.ExitStack() as stack:
         processes = []
         for index, count in enumerate(devices):

@@ -71,7 +71,8 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"tpu"},
     "sharding": {"batch"},
     "heartbeat": set(),
-    "distributed": {"heartbeat", "sharding"},
+    "roll_call": set(),
+    "distributed": {"heartbeat", "roll_call", "sharding"},
     "checkpoint": {"checksums", "lock", "retention", "sharding", "stored", "streaming", "workdir"},
     # Networks: ours, weights of others, and what encodes a batch.
     "models": {"batch", "sharding"},

@@ -107,6 +107,7 @@ SMALL = {
     "checksums": "of a folder's files",
     "lock": "a workdir's one process",
     "heartbeat": "which process is missing",
+    "roll_call": "whether all have come",
     "together": "what fails on one host ends all",
 }
 COLUMNS, TOP, ROW_HEIGHT = 3, 745, 24  # of the box with the small rooms

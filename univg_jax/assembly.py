@@ -31,10 +31,11 @@ from univg_jax.models.mmdit import FROM_ENCODERS, make_mmdit
 from univg_jax.models.univg import UniVG
 from univg_jax.sampling import Generator
 from univg_jax.settings import Config
-from univg_jax.together import together
+from univg_jax.together import together, waiting
 from univg_jax.training import loop
 from univg_jax.training.initialize import begin_stream, find_parent
 from univg_jax.training.step import TrainState, TrainStep
+from univg_jax.training.watchdog import Watchdog
 from univg_jax.workdir import is_claimed, newest_step, probe, resume
 
 
@@ -72,28 +73,28 @@ class Run:
         """
         if not num:
             return {}
-        sources = open_sources(
-            _source_names(self.config), "validation", data_dir=self.config.data.dir
-        )
-        return {
-            name: HeldOutBatches(
-                HeldOut(
-                    self.config,
-                    name,
-                    split="validation",
-                    num=num,
+        c = self.config
+        with Watchdog(self.workdir, c.train, part="the validation data"):
+            sources = open_sources(_source_names(c), "validation", data_dir=c.data.dir)
+            return {
+                name: HeldOutBatches(
+                    HeldOut(
+                        c,
+                        name,
+                        split="validation",
+                        num=num,
+                        collator=self.collator,
+                        shapes=self.stream.shapes if in_buckets else (),
+                        hosts=hosts(),
+                        sources=sources,
+                    ),
+                    batch_size=batch_size,
                     collator=self.collator,
-                    shapes=self.stream.shapes if in_buckets else (),
-                    hosts=hosts(),
-                    sources=sources,
-                ),
-                batch_size=batch_size,
-                collator=self.collator,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-            for name in self.tasks
-        }
+                    process_index=jax.process_index(),
+                    process_count=jax.process_count(),
+                )
+                for name in self.tasks
+            }
 
     def train(
         self, *, preview: loop.Preview | None = None, profile: range | None = None
@@ -124,7 +125,9 @@ class Run:
 
 def most_of_all(own: np.ndarray) -> np.ndarray:
     """The elementwise maximum of all processes' arrays of one shape. All of them call it."""
-    return np.asarray(multihost_utils.process_allgather(own)).reshape(-1, *own.shape).max(axis=0)
+    with waiting():
+        gathered = np.asarray(multihost_utils.process_allgather(own))
+    return gathered.reshape(-1, *own.shape).max(axis=0)
 
 
 def make_run(
@@ -145,7 +148,50 @@ def make_run(
     """
     tpu.silence_if_absent()
     workdir = epath.Path(workdir).expanduser()
-    config = resume(workdir, config, allow=allow_config_change)
+    with Watchdog(workdir, config.train, part="the config") as watchdog:
+        config = resume(workdir, config, allow=allow_config_change)
+        mesh = _check(config, workdir)
+        watchdog.begin("the data", is_bounded=False)
+        prepare_data(config)
+        watchdog.begin("the data")
+        collator, stream = _open_stream(config, workdir)
+        if len(stream.shapes) > 1:
+            logging.info("%s", "\n".join(["buckets of the stream:", *stream.describe_buckets()]))
+        lock = WorkdirLock(workdir, active=jax.process_index() == 0, takeover=takeover)
+        try:
+            probe(workdir)  # also a barrier: the first process has the workdir
+            if fallback:
+                checkpoint.fall_back(workdir)
+            begin_stream(config, stream, workdir=workdir)  # refuses data that has changed
+            watchdog.begin("the encoders")
+            found = prepare_encoders(config, workdir, mesh)
+            with together():
+                if collator.latents is not None:
+                    codec = found.conditioner.codec
+                    collator.latents.check(encoders.codec_identity(workdir, codec))
+        except BaseException:
+            lock.release()
+            raise
+    return Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        collator=collator,
+        step_fns=TrainStep(
+            config=config,
+            model=make_model(config, found.conditioner),
+            conditioner=found.conditioner,
+            task_names=tuple(TASKS),
+        ),
+        frozen=found.frozen,
+        stream=stream,
+        lock=lock,
+        allow_config_change=tuple(allow_config_change),
+    )
+
+
+def _check(config: Config, workdir: epath.Path) -> jax.sharding.Mesh:
+    """Raises UserError for what can be wrong before any data is there; returns the mesh."""
     with together():
         check_config(config)
     mesh = make_mesh(config)
@@ -159,39 +205,7 @@ def make_run(
         parent.check()
         with together():
             encoders.check(config.conditioning, init_from=parent.encoders_from)
-    prepare_data(config)
-    collator, stream = _open_stream(config, workdir)
-    if len(stream.shapes) > 1:
-        logging.info("%s", "\n".join(["buckets of the stream:", *stream.describe_buckets()]))
-    lock = WorkdirLock(workdir, active=jax.process_index() == 0, takeover=takeover)
-    try:
-        probe(workdir)  # also a barrier: the first process has the workdir
-        if fallback:
-            checkpoint.fall_back(workdir)
-        begin_stream(config, stream, workdir=workdir)  # refuses data that has changed
-        found = prepare_encoders(config, workdir, mesh)
-        with together():
-            if collator.latents is not None:
-                collator.latents.check(encoders.codec_identity(workdir, found.conditioner.codec))
-        return Run(
-            config=config,
-            workdir=workdir,
-            mesh=mesh,
-            collator=collator,
-            step_fns=TrainStep(
-                config=config,
-                model=make_model(config, found.conditioner),
-                conditioner=found.conditioner,
-                task_names=tuple(TASKS),
-            ),
-            frozen=found.frozen,
-            stream=stream,
-            lock=lock,
-            allow_config_change=tuple(allow_config_change),
-        )
-    except BaseException:
-        lock.release()
-        raise
+    return mesh
 
 
 def hosts() -> Hosts:

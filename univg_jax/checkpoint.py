@@ -30,7 +30,7 @@ from orbax.checkpoint.future import ChainedFuture, Future
 from orbax.checkpoint.handlers import DefaultCheckpointHandlerRegistry
 from orbax.checkpoint.path import atomicity, atomicity_defaults
 
-from univg_jax import checksums
+from univg_jax import checksums, stored
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError, shorten
 from univg_jax.files import check_space, write_whole
 from univg_jax.lock import WorkdirLock
@@ -64,6 +64,8 @@ from univg_jax.workdir import (
 
 # Orbax's notes. In a bucket a step without the first one was never finished.
 COMMITTED, METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
+# The files of a step that say what arrays it has, which are little beside the arrays.
+_SHAPES = tuple(f"{STATE}/{name}" for name in ("_", "array_metadatas/", "d/", "manifest.ocdbt"))
 
 EVERY_STEP = Train(save_every=1)  # all steps are planned, and the newest are kept
 
@@ -330,8 +332,8 @@ def digests(path: epath.PathLike) -> dict[int, str]:
     }
 
 
-def _find_problems(folder: epath.Path, *, under: str = "") -> tuple[str, ...]:
-    """What is wrong with the files of a step whose names begin with `under`."""
+def _find_problems(folder: epath.Path, *, under: str | tuple[str, ...] = "") -> tuple[str, ...]:
+    """What is wrong with the files of a step whose names begin with (one of) `under`."""
     closed = f"{STATE}/array_metadatas"  # here orbax reads whatever there is
     return checksums.find_problems(folder, under=under, closed=closed, step=int(folder.name))
 
@@ -422,6 +424,15 @@ def restore(path: epath.PathLike, abstract_state: PyTree) -> Restored:
     return _restore(root / str(step), abstract_state)
 
 
+def check_fits(path: epath.PathLike, abstract_state: PyTree) -> None:
+    """Raises UserError if `restore` would not give such a state, as far as shapes tell.
+
+    No array is read.
+    """
+    root, step = _locate(path, under=_SHAPES)
+    stored.check_fits(root / str(step), abstract_state)
+
+
 def load_params(
     path: epath.PathLike,
     *,
@@ -477,11 +488,29 @@ def init_from(
         params,
         saved=saved_shapes(root / str(step), which),
         read=lambda wanted: read_arrays(root / str(step), {which: nest(wanted)})[which],
-        where=f"{path}, step {step}",
+        where=_where(path, step),
         new=new,
         dropped=dropped,
     )
     return Restored(state=filled, data_state=read_item(root / str(step), "data"))
+
+
+def check_init_from(
+    params: PyTree,
+    path: epath.PathLike,
+    *,
+    which: str = "ema",
+    new: Sequence[str] = (),
+    dropped: Sequence[str] = (),
+) -> None:
+    """Raises UserError if `init_from` would, as far as shapes tell. No array is read."""
+    root, step = _locate(path, under=_SHAPES)
+    saved = saved_shapes(root / str(step), which)
+    leaves_to_fill(params, saved=saved, where=_where(path, step), new=new, dropped=dropped)
+
+
+def _where(path: epath.PathLike, step: int) -> str:
+    return f"{path}, step {step}"
 
 
 def fill(
@@ -497,18 +526,30 @@ def fill(
 
     `read(leaves)` has the nested values of some leaves, which tell their shapes and shardings.
     """
-    saved = {name: x for name, x in saved.items() if not _matches(dropped, name)}
+    wanted = leaves_to_fill(params, saved=saved, where=where, new=new, dropped=dropped)
     values = named_leaves(params)
-    kept = sorted(name for name in values if name not in saved and _matches(new, name))
-    wanted = {name: x for name, x in values.items() if name not in kept}
+    kept = sorted(values.keys() - wanted.keys())
+    values |= named_leaves(read(wanted))
+    logging.info("parameters from %s: %d leaves read, new: %s", where, len(wanted), kept or "none")
+    return jax.tree.unflatten(jax.tree.structure(params), values.values())
+
+
+def leaves_to_fill(
+    params: PyTree, *, saved: Shapes, where: str, new: Sequence[str], dropped: Sequence[str]
+) -> Shapes:
+    """The leaves of `params`, or of its shapes, that `fill` reads. Raises UserError as it does."""
+    saved = {name: x for name, x in saved.items() if not _matches(dropped, name)}
+    wanted = {
+        name: x
+        for name, x in named_leaves(params).items()
+        if name in saved or not _matches(new, name)
+    }
     if problems := differences(wanted, saved):
         raise UserError(
             f"{where} does not fit the model (declare leaves as new or dropped): "
             f"{shorten(problems)}"
         )
-    values |= named_leaves(read(wanted))
-    logging.info("parameters from %s: %d leaves read, new: %s", where, len(wanted), kept or "none")
-    return jax.tree.unflatten(jax.tree.structure(params), values.values())
+    return wanted
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
@@ -534,7 +575,7 @@ def _parse(path: epath.PathLike) -> tuple[epath.Path, int | None]:
     return root, int(path.name) if is_step else None
 
 
-def _locate(path: epath.PathLike, *, under: str = "") -> tuple[epath.Path, int]:
+def _locate(path: epath.PathLike, *, under: str | tuple[str, ...] = "") -> tuple[epath.Path, int]:
     """The named step, or the newest. Raises UserError if its files under `under` are damaged."""
     root, step = _parse(path)
     is_named, step = step is not None, steps_in(root)[-1] if step is None else step

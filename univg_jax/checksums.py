@@ -101,15 +101,19 @@ def _own_file(process: int) -> str:
 
 
 def find_problems(
-    folder: epath.Path, *, under: str = "", closed: str | None = None, step: int | None = None
+    folder: epath.Path,
+    *,
+    under: str | tuple[str, ...] = "",
+    closed: str | None = None,
+    step: int | None = None,
 ) -> tuple[str, ...]:
-    """What is wrong with a folder's files whose names begin with `under`; empty if nothing is.
+    """What is wrong with a folder's files whose names begin with (one of) `under`.
 
-    In a folder `closed` in it additional files are wrong, too, and so are the files of another step
-    than `step`: somebody renamed or exchanged whole folders. Processes share the reading and
-    agree on whether there are problems. A file that the process of the same number wrote is its
-    share, because it is what that process reads next. Raises UnreachableError where a bucket does
-    not answer: that is no damage.
+    Empty if nothing is. In a folder `closed` in it additional files are wrong, too, and so are the
+    files of another step than `step`: somebody renamed or exchanged whole folders. Processes share
+    the reading and agree on whether there are problems. A file that the process of the same number
+    wrote is its share, because it is what that process reads next. Raises UnreachableError where a
+    bucket does not answer: that is no damage.
     """
     with together():
         found = _own_problems(folder, under, closed, step)
@@ -121,7 +125,7 @@ def find_problems(
 
 
 def _own_problems(
-    folder: epath.Path, under: str, closed: str | None, step: int | None
+    folder: epath.Path, under: str | tuple[str, ...], closed: str | None, step: int | None
 ) -> tuple[str, ...]:
     """Those that this process finds in its share of the files."""
     sums, found = {}, ()

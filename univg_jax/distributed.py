@@ -4,6 +4,7 @@ A process that fails must not wait for the others. It says why and exits, and th
 that names it; so do they when one is gone without a word, or stopped (`heartbeat`).
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from univg_jax import heartbeat, sharding
+from univg_jax import heartbeat, roll_call, sharding
 from univg_jax.errors import UnreachableError, UserError
 
 ENVIRONMENT = "UNIVG_DISTRIBUTED"
@@ -62,11 +63,13 @@ def start(
             f"--process_id={process_id}: expected 0 to {num_processes - 1}, "
             f"since --num_processes={num_processes}"
         )
-    # JAX itself aborts where no coordinator answers, and may crash where its port is taken.
+    # JAX itself does not say who is missing, aborts where no coordinator answers, and may crash
+    # where its port is taken.
     if process_id > 0:
+        roll_call.answer(host.strip("[]"), int(port), process_id, timeout=timeout)
         _wait_for(host.strip("[]"), int(port), timeout)
     else:
-        _check_free(int(port))
+        roll_call.call(int(port), num_processes, timeout=timeout)
     _initialize(
         timeout, coordinator_address=coordinator, num_processes=num_processes, process_id=process_id
     )
@@ -74,7 +77,7 @@ def start(
 
 def is_one_of_several() -> bool:
     """Whether this process works with others."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    return heartbeat.current() is not None
 
 
 def exit_now(code: int, reason: str) -> None:
@@ -106,21 +109,16 @@ def _wait_for(host: str, port: int, timeout: int) -> None:
         time.sleep(0.2)
 
 
-def _check_free(port: int) -> None:
-    try:
-        socket.create_server(("", port)).close()
-    except OSError as error:
-        raise UnreachableError(
-            f"--coordinator: port {port} of this host cannot be had: {error.strerror}"
-        ) from None
-
-
 def _initialize(timeout: int, **addresses: str | int) -> None:
     try:
         with heartbeat.at_coordinators_end():
             jax.distributed.initialize(
                 **addresses, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT
             )
+    except RuntimeError:  # of C++: the time is over
+        with contextlib.suppress(RuntimeError):
+            jax.distributed.shutdown()
+        raise UnreachableError(f"not all processes have come within {timeout} s") from None
     except (ValueError, OSError) as error:  # OSError: no answer from what looked like a cloud
         if addresses:
             raise

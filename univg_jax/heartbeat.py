@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 
+from univg_jax.together import is_waiting
 from univg_jax.trees import Json
 
 BEAT = 1.0  # seconds
@@ -55,10 +56,13 @@ class Heartbeat:
     """
 
     def __init__(self, client: Any, *, index: int, count: int) -> None:
-        self._client, self._index, self._count = client, index, count
+        self._client, self.index, self._count = client, index, count
         self.doing: Callable[[], str] = str
         self.before_end: Callable[[], None] = lambda: None
-        self._own: Json = {"host": socket.gethostname(), "pid": os.getpid(), "number": 0}
+        self._own: Json = {
+            **{"host": socket.gethostname(), "pid": os.getpid(), "number": 0},
+            **{"doing": "", "is_waiting": False},
+        }
         self._stopped, self._ending = threading.Event(), threading.Lock()
         self._heard = self._begin = time.monotonic()
         self._seen: dict[int, _Seen] = {}
@@ -79,7 +83,7 @@ class Heartbeat:
             return
         self._stopped.set()
         self._tell(reason=reason, code=code)
-        if self._index == 0:
+        if self.index == 0:
             self._judge(f"{self._name(0)} ended: {reason}", code)
             time.sleep(3 * BEAT)  # the store ends with this process: first all should read it
 
@@ -99,8 +103,9 @@ class Heartbeat:
             threading.Event().wait()
 
     def _tell(self, **more: str | int | bool) -> None:
-        self._own |= {"number": self._own["number"] + 1, "doing": self.doing(), **more}
-        key = f"{_FIRST}beat" if self._index == 0 else f"{_OTHERS}{self._index}"
+        at = {"doing": self.doing(), "is_waiting": is_waiting()}
+        self._own |= {"number": self._own["number"] + 1, **at, **more}
+        key = f"{_FIRST}beat" if self.index == 0 else f"{_OTHERS}{self.index}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store is gone: see `_watch`
             self._client.key_value_set(key, json.dumps(self._own), allow_overwrite=True)
 
@@ -120,7 +125,7 @@ class Heartbeat:
                 self._heard = time.monotonic()
                 if _VERDICT in found:
                     self._end(**json.loads(found[_VERDICT]))
-                elif self._index == 0:
+                elif self.index == 0:
                     self._look(dict(self._client.key_value_dir_get(_OTHERS)))
                 elif not self._is_alive(0, found.get(f"{_FIRST}beat")):
                     self._end(_missing(self._name(0), self._patience), 1)
@@ -150,7 +155,9 @@ class Heartbeat:
             more = f", as {len(missing) - 1} more" if missing[1:] else ""
             self._judge(f"{_missing(self._name(missing[0]), self._patience)}{more}", 1)
         elif stalled := [beat["stalled"] for beat in every.values() if "stalled" in beat]:
-            doing = {i: str(beat["doing"]) for i, beat in every.items()}
+            # Who waits for others is not the cause; else it is what the fewest do.
+            busy = {i: beat for i, beat in every.items() if not beat["is_waiting"]} or every
+            doing = {i: str(beat["doing"]) for i, beat in busy.items()}
             rarest, number = Counter(doing.values()).most_common()[-1]
             who = next(self._name(i) for i in doing if doing[i] == rarest)
             at = f"{'all are' if number == self._count else f'{who} is'} at: {rarest}"
@@ -172,7 +179,7 @@ class Heartbeat:
 
     def _name(self, index: int) -> str:
         seen = self._seen.get(index)
-        beat = self._own if index == self._index else seen.beat if seen else {}
+        beat = self._own if index == self.index else seen.beat if seen else {}
         where = f" (host {beat['host']}, pid {beat['pid']})" if beat else ""
         return f"process {index} of {self._count}{where}"
 
@@ -182,7 +189,7 @@ class Heartbeat:
         self.before_end()
         # First all should read it: the store ends with process 0, and who loses another process
         # has an error of its own.
-        time.sleep((3 if self._index == 0 else 2) * BEAT)
+        time.sleep((3 if self.index == 0 else 2) * BEAT)
         end_process(line, code)
 
 

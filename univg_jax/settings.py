@@ -376,6 +376,14 @@ class Train:
         none="never",
         unit="seconds",
     )
+    watchdog_start: float | None = setting(
+        3600.0,
+        "the same for each part of the start: data, encoders, compilation, checkpoint; while a "
+        "dataset is built there is no such limit",
+        above=0,
+        none="never",
+        unit="seconds",
+    )
     eval_examples: int = setting(
         64,
         "validation examples of a task, at 8 fixed times each; 0: no validation",

@@ -134,12 +134,17 @@ def differences(wanted: Shapes, saved: Shapes, *, dtypes: bool = True) -> list[s
     ]
 
 
-def read_state(step_dir: epath.Path, abstract: PyTree, *, prefix: str = "") -> PyTree:
-    """The tree of `abstract`, whose leaves must be all that is saved (under `prefix`)."""
-    wanted = named_leaves(abstract)
+def check_fits(step_dir: epath.Path, abstract: PyTree, *, prefix: str = "") -> None:
+    """Raises UserError if the leaves of `abstract` are not all that is saved (under `prefix`)."""
     saved = {f"{prefix}/{k}" if prefix else k: v for k, v in saved_shapes(step_dir, prefix).items()}
-    if problems := differences(wanted, saved):
+    if problems := differences(named_leaves(abstract), saved):
         raise UserError(f"{step_dir} does not fit the model: {shorten(problems)}")
+
+
+def read_state(step_dir: epath.Path, abstract: PyTree, *, prefix: str = "") -> PyTree:
+    """The tree of `abstract`, which fits (`check_fits`)."""
+    check_fits(step_dir, abstract, prefix=prefix)
+    wanted = named_leaves(abstract)
     values = named_leaves(read_arrays(step_dir, nest(wanted)))
     return jax.tree.unflatten(jax.tree.structure(abstract), [values[name] for name in wanted])
 

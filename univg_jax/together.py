@@ -13,6 +13,23 @@ from univg_jax.errors import UserError
 _MOST = 2000  # bytes of a reason that the other processes tell
 _END = object()
 T = TypeVar("T")
+_waiting = 0  # blocks of `waiting`, one in another
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """A block in which this process waits for others: where all hang, it is not the cause."""
+    global _waiting
+    _waiting += 1
+    try:
+        yield
+    finally:
+        _waiting -= 1
+
+
+def is_waiting() -> bool:
+    """Whether this process waits for others."""
+    return _waiting > 0
 
 
 @contextlib.contextmanager
@@ -46,7 +63,8 @@ def of_first(value: np.ndarray) -> np.ndarray:
     """The value that process 0 gives; all processes give one of its shape and type."""
     if jax.process_count() == 1:
         return value
-    return np.asarray(multihost_utils.broadcast_one_to_all(value))
+    with waiting():
+        return np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
 def raise_together(failure: Exception | None) -> None:
@@ -55,7 +73,8 @@ def raise_together(failure: Exception | None) -> None:
         told = _reason(failure).encode()[:_MOST]
         own = np.zeros(_MOST, np.uint8)
         own[: len(told)] = np.frombuffer(told, np.uint8)
-        reasons = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, _MOST)
+        with waiting():
+            reasons = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, _MOST)
         failed = np.flatnonzero(reasons[:, 0])
         if failure is None and len(failed):
             reason = reasons[failed[0]].tobytes().rstrip(b"\0").decode(errors="replace")

@@ -92,6 +92,12 @@ class Trained(abc.ABC):
         """Fresh `params` of a next stage, with the values of this model: `checkpoint.init_from`."""
 
     @abc.abstractmethod
+    def check_init(
+        self, params: PyTree, *, which: str, new: Sequence[str], dropped: Sequence[str]
+    ) -> None:
+        """Raises UserError if `init_params` would, as far as the shapes of `params` tell."""
+
+    @abc.abstractmethod
     def tensors(self, which: str) -> dict[str, Tensor]:
         """The parameters as they are stored, to be read one after the other."""
 
@@ -151,6 +157,11 @@ class RunStep(Trained):
         self, params: PyTree, *, which: str, new: Sequence[str], dropped: Sequence[str]
     ) -> PyTree:
         return checkpoint.init_from(params, self.path, which=which, new=new, dropped=dropped).state
+
+    def check_init(
+        self, params: PyTree, *, which: str, new: Sequence[str], dropped: Sequence[str]
+    ) -> None:
+        checkpoint.check_init_from(params, self.path, which=which, new=new, dropped=dropped)
 
     def tensors(self, which: str) -> dict[str, Tensor]:
         step = self.folder / CHECKPOINTS / str(self.step)
@@ -232,6 +243,14 @@ class ExportedModel(Trained):
             where=str(self.path),
             new=new,
             dropped=dropped,
+        )
+
+    def check_init(
+        self, params: PyTree, *, which: str, new: Sequence[str], dropped: Sequence[str]
+    ) -> None:
+        saved = self._shapes(named_leaves(params))
+        checkpoint.leaves_to_fill(
+            params, saved=saved, where=str(self.path), new=new, dropped=dropped
         )
 
     def tensors(self, which: str) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from univg_jax.errors import NotFoundError, UnreachableError, UserError, shorten
 from univg_jax.files import read_json, write_whole
 from univg_jax.settings import Config
 from univg_jax.stored import read_item, storage_named
-from univg_jax.together import of_first, together
+from univg_jax.together import of_first, together, waiting
 from univg_jax.trees import Json, flatten
 
 CHECKPOINTS, CONFIG, ENCODERS = "checkpoints", "config.json", "encoders"
@@ -328,4 +328,5 @@ def as_json(config: Json) -> Json:
 def barrier(name: str) -> None:
     """Waits for all other processes, if there are any."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        with waiting():
+            multihost_utils.sync_global_devices(name)

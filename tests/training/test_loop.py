@@ -1,6 +1,7 @@
 """The trainer: exact resume, independence of devices, hand-off, and a clear end for a NaN."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 from jax import monitoring
 
 from tests import helpers
-from univg_jax import checkpoint, sharding, writers
+from univg_jax import checkpoint, files, sharding, writers
 from univg_jax.errors import NonFiniteLossError, Preempted, UserError
 from univg_jax.training import loop
 from univg_jax.workdir import is_claimed, list_steps
@@ -348,6 +349,38 @@ def test_every_shape_is_compiled_before_the_first_batch_and_never_again(tmp_path
         assert stream.before.count(name) == compiled.count(name) == times, name
     said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("compiling")]
     assert [re.search(r"\.\.\.$|took [\d.]+ s$", line) is not None for line in said] == [True, True]
+
+
+def test_what_does_not_fit_is_said_before_the_compilation(finished, tmp_path, monkeypatch):
+    """Whether the run goes on, or begins from another one, or there is no space for its saves."""
+    steps = finished[0] / "checkpoints" / "6"
+    shutil.copytree(steps, tmp_path / "own" / "checkpoints" / "6")
+    shutil.copytree(steps, tmp_path / "damaged" / "checkpoints" / "6")
+    (tmp_path / "damaged" / "checkpoints" / "6" / "state" / "_METADATA").write_text("{")
+    longer, handed = _with(helpers.tiny_config(), steps=8), helpers.tiny_config()
+    handed.init_from.path = str(finished[0])
+    whole = copy.deepcopy(handed)
+    whole.init_from.which = "state"
+    monkeypatch.setattr(loop.Programs, "compile", None)
+    for workdir, config, model, message in [
+        ("own", longer, dict(depth=3), "checkpoints/6 does not fit the model: "),
+        (
+            "own",
+            longer,
+            dict(hidden_dim=64),
+            r"bias is float32\[1,32\], the model.s float32\[1,64\]",
+        ),
+        ("damaged", longer, {}, "state/_METADATA"),
+        ("new", handed, dict(depth=3), "step 6 does not fit the model .declare leaves as new"),
+        ("new", whole, dict(depth=3), "checkpoints/6 does not fit the model: "),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / workdir, config=config, model=model)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
+    for workdir in ("own", "new"):
+        with pytest.raises(UserError, match=r"needs .* has 0\.00 MiB left"):
+            run(tmp_path / workdir, config=longer)
 
 
 def test_a_trace_is_written_and_changes_nothing(finished, tmp_path):

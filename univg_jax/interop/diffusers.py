@@ -140,18 +140,8 @@ def init_transformer(
     Raises what `open_transformer` raises, and UserError listing parameters of other names or
     shapes, or if the model reads its source as tokens.
     """
-    if model.source != "channels":
-        raise UserError(
-            f"init_from {folder}: SD3's weights take model.overrides.source='channels', "
-            f"not {model.source!r}"
-        )
-    stored = open_transformer(folder)
-    theirs, p = stored.module, model.patch_size
-    kernel = "patch_embed/kernel"
-    expected = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
-    expected[kernel] = (p * p * min(theirs.in_channels, model.in_channels), model.hidden_dim)
-    found = {name: leaf.shape for name, leaf in named_leaves(stored.abstract).items()}
-    check_shapes(expected, found, where=f"init_from {folder}")
+    stored = check_transformer(params, model, folder)
+    theirs, p, kernel = stored.module, model.patch_size, "patch_embed/kernel"
     values = named_leaves(stored.read(mesh=mesh))
     added = model.in_channels - theirs.in_channels
     patches = values[kernel].reshape(p, p, theirs.in_channels, -1)
@@ -162,6 +152,25 @@ def init_transformer(
         folder, len(values), added, _compare_tables(model, theirs),
     )  # fmt: skip
     return map_named(lambda name, x: jax.device_put(values[name], x.sharding), params)
+
+
+def check_transformer(params: Params, model: MMDiT, folder: PathLike) -> StoredModel:
+    """The weights that `init_transformer` reads in place of `params`, or of their shapes.
+
+    Raises UserError as it does; reads no weights.
+    """
+    if model.source != "channels":
+        raise UserError(
+            f"init_from {folder}: SD3's weights take model.overrides.source='channels', "
+            f"not {model.source!r}"
+        )
+    stored = open_transformer(folder)
+    channels = min(stored.module.in_channels, model.in_channels)
+    expected = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
+    expected["patch_embed/kernel"] = (model.patch_size**2 * channels, model.hidden_dim)
+    found = {name: leaf.shape for name, leaf in named_leaves(stored.abstract).items()}
+    check_shapes(expected, found, where=f"init_from {folder}")
+    return stored
 
 
 def _compare_tables(model: MMDiT, theirs: MMDiT) -> str:

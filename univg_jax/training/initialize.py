@@ -18,7 +18,7 @@ from univg_jax.batch import Batch
 from univg_jax.checkpoint import Checkpointer, Restored
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.interop import diffusers
-from univg_jax.interop.folder import check_params
+from univg_jax.interop.folder import StoredModel, check_params
 from univg_jax.settings import Config, InitFrom
 from univg_jax.together import together
 from univg_jax.trained import ExportedModel, Trained, open_trained
@@ -84,6 +84,11 @@ class ParentRun:
             )
         self.trained.which(ema=self.settings.which != "params")
 
+    def check_fits(self, params: PyTree, step: TrainStep) -> None:
+        """Raises UserError if `load` would, as far as the shapes of `params` tell."""
+        s = self.settings
+        self.trained.check_init(params, which=s.which, new=s.new, dropped=s.dropped)
+
     def load(self, params: PyTree, step: TrainStep, mesh: Mesh) -> Restored:
         """The parent's parameters in place of `params`, but for the leaves declared new."""
         s, trained = self.settings, self.trained
@@ -103,24 +108,36 @@ class PublicWeights:
         """Raises UserError if the folder has no transformer that the library knows."""
         diffusers.open_transformer(self.folder)
 
+    def check_fits(self, params: PyTree, step: TrainStep) -> None:
+        """Raises UserError if `load` would, as far as the shapes of `params` tell."""
+        diffusers.check_transformer(params["backbone"], step.model.backbone, self.folder)
+        if projector := self._projector(params):
+            check_params(params[diffusers.PROJECTOR], projector.abstract)
+
     def load(self, params: PyTree, step: TrainStep, mesh: Mesh) -> Restored:
         """The public weights as the backbone; what they lack (image and mask channels) is zero.
 
         A pipeline that we exported may have an identity projector, too.
         """
+        self.check_fits(params, step)
         backbone = diffusers.init_transformer(
             params["backbone"], step.model.backbone, self.folder, mesh=mesh
         )
         state = {**params, "backbone": backbone}
-        projector = epath.Path(self.folder).parent / diffusers.PROJECTOR
-        if diffusers.PROJECTOR in params and projector.exists():
-            fresh = params[diffusers.PROJECTOR]
-            stored = diffusers.open_projector(projector)
-            check_params(fresh, stored.abstract)
+        if projector := self._projector(params):
             state[diffusers.PROJECTOR] = jax.tree.map(
-                lambda new, x: jax.device_put(x, new.sharding), fresh, stored.read(mesh=mesh)
+                lambda new, x: jax.device_put(x, new.sharding),
+                params[diffusers.PROJECTOR],
+                projector.read(mesh=mesh),
             )
         return Restored(state=state, data_state=None)
+
+    def _projector(self, params: PyTree) -> StoredModel | None:
+        """Theirs, where the model has one and they do."""
+        folder = epath.Path(self.folder).parent / diffusers.PROJECTOR
+        if diffusers.PROJECTOR not in params or not folder.exists():
+            return None
+        return diffusers.open_projector(folder)
 
 
 def find_parent(settings: InitFrom) -> ParentRun | PublicWeights | None:
@@ -165,6 +182,20 @@ def _go_on_changed(stream: DataStream, state: Json) -> None:
         logging.warning("%s: each task goes on in its sources where it was there", reason)
     else:
         logging.warning("the data go on at sample %d, in the same order", state.get("next", 0))
+
+
+def check_fits(step: TrainStep, *, abstract: TrainState, checkpointer: Checkpointer) -> None:
+    """Raises UserError if `initial_state` would, as far as the shapes of `abstract` tell.
+
+    It reads no array, so it is cheap beside the compilation.
+    """
+    settings = step.config.init_from
+    if checkpointer.latest_step():
+        checkpoint.check_fits(checkpointer.directory, abstract)
+    elif settings.path and settings.which == "state":
+        checkpoint.check_fits(settings.path, abstract)
+    elif parent := find_parent(settings):
+        parent.check_fits(abstract.params, step)
 
 
 def initial_state(

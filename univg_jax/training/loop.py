@@ -29,7 +29,7 @@ from univg_jax.progress import Bar, timed
 from univg_jax.together import each_together, raise_together
 from univg_jax.training import optim
 from univg_jax.training.history import History, write_summary
-from univg_jax.training.initialize import DataStream, initial_state
+from univg_jax.training.initialize import DataStream, check_fits, initial_state
 from univg_jax.training.preemption import PreemptionNotice, Stopping
 from univg_jax.training.profiling import Trace
 from univg_jax.training.step import TrainState, TrainStep, num_parameters
@@ -80,15 +80,14 @@ class Programs:
     update: Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Array]]]
     validate: Callable[[PyTree, PyTree, Batch], dict[str, Array]]
     abstract: TrainState
+    frozen: PyTree
+    specs: Sequence[Batch]  # the shapes of batches
 
     @classmethod
-    def compile(
-        cls, step_fns: TrainStep, frozen: PyTree, specs: Sequence[Batch], *, mesh: Mesh, now: bool
+    def trace(
+        cls, step_fns: TrainStep, frozen: PyTree, specs: Sequence[Batch], *, mesh: Mesh
     ) -> "Programs":
-        """The programs for batches of these shapes; compiled `now`, or when they are first called.
-
-        A jitted function that is called later finds what was compiled for its shapes here.
-        """
+        """The programs for batches of these shapes, which compile when they are first called."""
 
         # Steps use the keys 0..2^31-1 of the seed, so this one is unused.
         key = jax.random.fold_in(jax.random.key(step_fns.config.seed), 2**31)
@@ -103,12 +102,21 @@ class Programs:
         init = jax.jit(init, out_shardings=shardings)
         update = step_fns.compiled_update(shardings)
         validate = jax.jit(step_fns.validate, out_shardings=sharding.replicated(mesh))
-        if now:
-            with timed("compiling the training step (minutes for large models)"):
-                for spec in specs:
-                    update.lower(abstract, frozen, spec).compile()
-                    validate.lower(abstract.ema, frozen, spec).compile()
-        return cls(init=lambda: init(key), update=update, validate=validate, abstract=abstract)
+        return cls(
+            init=lambda: init(key),
+            update=update,
+            validate=validate,
+            abstract=abstract,
+            frozen=frozen,
+            specs=specs,
+        )
+
+    def compile(self) -> None:
+        """Compiles `update` and `validate` for all shapes: a later call finds its program."""
+        with timed("compiling the training step (minutes for large models)"):
+            for spec in self.specs:
+                self.update.lower(self.abstract, self.frozen, spec).compile()
+                self.validate.lower(self.abstract.ema, self.frozen, spec).compile()
 
 
 def train(
@@ -141,6 +149,7 @@ def train(
     check_not_past(workdir, step_fns.config.train.steps)
     c = step_fns.config.train
     with (
+        Watchdog(workdir, c) as watchdog,
         PreemptionNotice() as notice,
         Checkpointer(workdir, c) as checkpointer,
     ):
@@ -154,6 +163,7 @@ def train(
             check=check,
             allow_config_change=allow_config_change,
             notice=notice,
+            watchdog=watchdog,
             checkpointer=checkpointer,
         )
 
@@ -169,6 +179,7 @@ def _train(
     check: Callable[[], None],
     allow_config_change: Sequence[str],
     notice: PreemptionNotice,
+    watchdog: Watchdog,
     checkpointer: Checkpointer,
 ) -> TrainState:
     workdir, c = checkpointer.workdir, step_fns.config.train
@@ -177,14 +188,18 @@ def _train(
     newest = newest_step(workdir)
 
     # The mesh, the programs, all compiled before the first batch is taken, and the first state.
+    # What may be wrong with it is found before the compilation, as far as that is cheap.
     if (mesh := jax.sharding.get_mesh()).empty:
         raise ValueError("no mesh: call train() inside `with jax.set_mesh(mesh)`")
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
-    with history.clock("compile"):
-        programs = Programs.compile(
-            step_fns, frozen, stream.specs(), mesh=mesh, now=newest < c.steps
-        )
-    checkpointer.check_space(programs.abstract)
+    programs = Programs.trace(step_fns, frozen, stream.specs(), mesh=mesh)
+    check_fits(step_fns, abstract=programs.abstract, checkpointer=checkpointer)
+    if newest < c.steps:
+        checkpointer.check_space(programs.abstract)
+        watchdog.begin("the compilation")
+        with history.clock("compile"):
+            programs.compile()
+    watchdog.begin("the first state")
     state = initial_state(
         step_fns,
         programs.init,
@@ -208,7 +223,6 @@ def _train(
         write_whole(workdir / "parameters.txt", overview)
 
     config, clock = step_fns.config, history.clock
-    watchdog = Watchdog(workdir, c.watchdog, doing=lambda: clock.activity)
     pending = PendingMetrics(history, stream, batch_size=config.data.batch_size)
     schedule = optim.make_schedule(config.optim, total_steps=c.steps)
     writer = writers.create_writer(workdir, resume_step=start - redo, rows=rows, active=is_main)
@@ -227,8 +241,9 @@ def _train(
     # a checkpoint of step n has the state after n updates and the position after n batches, and a
     # resumed run, which starts at the top, sees exactly what the uninterrupted one saw.
     # Whatever happens, the contexts (and `checkpointer`'s) finish what was begun.
-    with contextlib.closing(writer), bar, trace, watchdog:
+    with contextlib.closing(writer), bar, trace:
         clock.switch("step")
+        watchdog.doing = lambda: clock.activity
         notice.begin()
         for step in range(start, c.steps + 1):
             check()

@@ -1,47 +1,73 @@
 """A run that does not get on ends, with the stacks of all its processes, instead of waiting on."""
 
+import dataclasses
 import faulthandler
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 
-import jax
 from absl import logging
 from etils import epath
 
 from univg_jax import heartbeat
 from univg_jax.errors import UserError
 from univg_jax.files import write_whole
+from univg_jax.settings import Train
 
 STACKS = "stacks"
 WRITING = 10.0  # seconds that a file system, which may be what hangs, has for the stacks
 
 
-class Watchdog:
-    """In its `with` block, ends the run when `beat` was not called for `seconds`; None: never.
+@dataclasses.dataclass(frozen=True)
+class _Limit:
+    """Seconds from now, None: any number; and what is said if nothing else begins within them."""
 
-    Each process then writes `workdir/stacks/process_N.txt`. So it does when another process is
-    missing. `doing()` says what this process is at, for the line.
+    seconds: float | None
+    reason: str
+    since: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def is_over(self) -> bool:
+        return self.seconds is not None and time.monotonic() - self.since >= self.seconds
+
+
+class Watchdog:
+    """In its `with` block, ends the run when it does not get on.
+
+    At the start each part (`begin`) has `settings.watchdog_start` seconds, and after a `beat` the
+    next one must come within `settings.watchdog`; None: no limit. At the end each process writes
+    `workdir/stacks/process_N.txt`. So it does when another process is missing. `doing()` says what
+    this process is at, for the line: by default the part of the start.
     """
 
-    def __init__(
-        self, workdir: epath.Path, seconds: float | None, *, doing: Callable[[], str]
-    ) -> None:
-        self._folder, self._seconds, self._doing = workdir / STACKS, seconds, doing
+    def __init__(self, workdir: epath.PathLike, settings: Train, *, part: str = "the start"):
+        self._folder, self._settings = epath.Path(workdir) / STACKS, settings
         self._over = threading.Event()
         self._heartbeat = heartbeat.current()
-        self.beat("the start")
+        self.doing: Callable[[], str] = lambda: self._part
+        self.begin(part)
+
+    def begin(self, part: str, *, is_bounded: bool = True) -> None:
+        """A part of the start begins, which may take any time if it is not bounded."""
+        seconds = self._settings.watchdog_start if is_bounded else None
+        self._part = part
+        self._limit = _Limit(
+            seconds,
+            f"a part of the start takes more than {seconds or 0:g} s (train.watchdog_start)",
+        )
 
     def beat(self, after: str) -> None:
         """The run gets on: it is now after a step, or what else takes time."""
-        self._newest = after, time.monotonic()
+        seconds = self._settings.watchdog
+        self._limit = _Limit(
+            seconds, f"no step for {seconds or 0:g} s after {after} (train.watchdog)"
+        )
 
     def __enter__(self) -> "Watchdog":
         if self._heartbeat is not None:
-            self._heartbeat.doing, self._heartbeat.before_end = self._doing, self._write_stacks
-        if self._seconds is not None:
-            threading.Thread(target=self._watch, daemon=True).start()
+            self._heartbeat.doing, self._heartbeat.before_end = self._say, self._write_stacks
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,30 +75,30 @@ class Watchdog:
         if self._heartbeat is not None:
             self._heartbeat.doing, self._heartbeat.before_end = str, lambda: None
 
+    def _say(self) -> str:
+        return self.doing()
+
     def _watch(self) -> None:
-        while not self._over.wait(min(self._seconds / 10, 1.0)):
-            after, since = self._newest
-            if time.monotonic() - since < self._seconds:
+        while not self._over.wait(0.5):
+            if not (limit := self._limit).is_over:
                 continue
-            reason = (
-                f"no step for {self._seconds:g} s after {after} (train.watchdog); the stacks of "
-                f"all processes are in {self._folder}"
-            )
+            reason = f"{limit.reason}; the stacks of all processes are in {self._folder}"
             if self._heartbeat is not None:
                 self._heartbeat.stalled(reason)
             self._write_stacks()
-            heartbeat.end_process(f"{reason}; it is at: {self._doing()}", 1)
+            heartbeat.end_process(f"{reason}; it is at: {self.doing()}", 1)
 
     def _write_stacks(self) -> None:
         with tempfile.TemporaryFile() as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             stacks = file.read()
+        index = 0 if self._heartbeat is None else self._heartbeat.index
         written = threading.Event()
 
         def write() -> None:
             try:
-                write_whole(self._folder / f"process_{jax.process_index()}.txt", stacks)
+                write_whole(self._folder / f"process_{index}.txt", stacks)
                 written.set()
             except UserError as error:
                 logging.error("%s", error)
