@@ -168,9 +168,8 @@ def configure(args: argparse.Namespace) -> None:
 
     runtime.configure_jax()
     if hasattr(args, "coordinator"):
-        # The preemption service takes SIGTERM for `training.preemption`. Without it, SIGTERM ends
-        # a process as usual.
-        jax.config.update("jax_enable_preemption_service", args.command == "train")
+        # It would take SIGTERM at once; `training.preemption` starts it.
+        jax.config.update("jax_enable_preemption_service", False)
         distributed.start(
             distributed=args.distributed,
             coordinator=args.coordinator,

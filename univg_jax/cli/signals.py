@@ -2,8 +2,9 @@
 
 Python handles a signal between two of its own instructions, so while XLA compiles or a device
 computes, which can take minutes, nothing would happen. A thread waits beside it: what does not end
-within `GRACE` seconds is ended. In a callback or a `__del__` Python drops what is raised, and the
-signal would be lost: it is sent again.
+within `GRACE` seconds is ended. Process 0 of several tells the others then, which takes it as long
+again. In a callback or a `__del__` Python drops what is raised, and the signal would be lost: it is
+sent again.
 """
 
 import contextlib
@@ -84,12 +85,13 @@ def _ended_at_last(waits: Callable[[], bool]) -> Iterator[None]:
         while number := os.read(heard, 1)[0]:
             if number not in ENDED_BY:
                 continue
-            must_end, is_first = not (is_first and waits()), False
-            if must_end and not over.wait(GRACE):
+            may_wait, is_first = is_first, False
+            # The work may begin within these seconds: it has heard of the signal, too.
+            if not ((may_wait and waits()) or over.wait(GRACE) or (may_wait and waits())):
                 print(f"univg: {ENDED_BY[signal.Signals(number)]}", file=sys.stderr, flush=True)
                 for child in multiprocessing.active_children():  # they would stay
                     child.terminate()
-                os._exit(128 + number)
+                end_now(128 + number, ENDED_BY[signal.Signals(number)])
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
@@ -102,3 +104,12 @@ def _ended_at_last(waits: Callable[[], bool]) -> Iterator[None]:
         thread.join()
         os.close(heard)
         os.close(written)
+
+
+def end_now(code: int, reason: str) -> None:
+    """Ends the process, and the others that it works with if it is one of several."""
+    if (distributed := sys.modules.get("univg_jax.distributed")) is not None:
+        telling = threading.Thread(target=distributed.exit_now, args=(code, reason), daemon=True)
+        telling.start()
+        telling.join(2 * GRACE)  # or nobody answers
+    os._exit(code)

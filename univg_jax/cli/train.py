@@ -1,11 +1,10 @@
 """`univg train`: runs a config in a workdir, or continues it."""
 
 import argparse
-import os
 import signal
 import sys
 
-from univg_jax.cli import flags
+from univg_jax.cli import flags, signals
 from univg_jax.cli.main import configure
 from univg_jax.cli.parser import Parser
 from univg_jax.errors import UserError, check_name
@@ -92,6 +91,6 @@ def run(args: argparse.Namespace) -> None:
         except KeyboardInterrupt as end:  # the second Ctrl-C
             print(f"univg train: {str(end) or 'interrupted'}", file=sys.stderr, flush=True)
             # An ordinary exit would wait for a checkpoint that is being written.
-            os._exit(getattr(end, "exit_code", 128 + signal.SIGINT))
+            signals.end_now(getattr(end, "exit_code", 128 + signal.SIGINT), str(end))
     if jax.process_index() == 0:
         print(f"{config.name}: all {config.train.steps} steps are done in {args.workdir}")
