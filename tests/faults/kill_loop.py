@@ -107,7 +107,7 @@ class Runs:
 
         Raises AssertionError for an end that the kill does not explain.
         """
-        command = self._command(workdir, stage)
+        command = self.command(workdir, stage)
         begun = time.monotonic()
         devices = [DEVICES // self.processes] * self.processes
         with processes.running(devices, *command, program=PROGRAM) as running:
@@ -122,7 +122,8 @@ class Runs:
             self.seconds = time.monotonic() - begun
         return was_killed
 
-    def _command(self, workdir: pathlib.Path, stage: int) -> tuple[str, ...]:
+    def command(self, workdir: pathlib.Path, stage: int) -> tuple[str, ...]:
+        """What starts a run of a stage, or continues it."""
         parent = f",init_from={self.undisturbed(stage - 1)}" if stage > 1 else ""
         unused = set(emoji.get_config(stage=stage).tasks) - TASKS[stage - 1]
         return (
