@@ -110,6 +110,7 @@ def test_one_line_says_why_another_process_has_ended(tmp_path, what, reason):
         line = last_words(first)
         assert line.startswith("univg: error: process 1 of 2 (host ")
         assert line.endswith(f", pid {second.popen.pid}) ended: {reason}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("count", [1, 2])

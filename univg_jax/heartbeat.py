@@ -51,8 +51,8 @@ class _Seen:
 class Heartbeat:
     """Beats from construction to `stop`, and ends the process when another one is missing.
 
-    `doing()` says what this process is at. `before_end()` is called before the process ends: it
-    may save what helps to find the cause.
+    `doing()` says what this process is at. `before_end()` is called before the process ends, unless
+    another one has said why: it may save what helps to find the cause.
     """
 
     def __init__(self, client: Any, *, index: int, count: int) -> None:
@@ -84,7 +84,7 @@ class Heartbeat:
         self._stopped.set()
         self._tell(reason=reason, code=code)
         if self.index == 0:
-            self._judge(f"{self._name(0)} ended: {reason}", code)
+            self._judge(f"{self._name(0)} ended: {reason}", code, is_known=True)
             time.sleep(3 * BEAT)  # the store ends with this process: first all should read it
 
     def suspect(self) -> None:
@@ -109,9 +109,10 @@ class Heartbeat:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store is gone: see `_watch`
             self._client.key_value_set(key, json.dumps(self._own), allow_overwrite=True)
 
-    def _judge(self, line: str, code: int) -> None:
+    def _judge(self, line: str, code: int, *, is_known: bool = False) -> None:
+        verdict = {"line": line, "code": code, "is_known": is_known}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is a verdict already
-            self._client.key_value_set(_VERDICT, json.dumps({"line": line, "code": code}))
+            self._client.key_value_set(_VERDICT, json.dumps(verdict))
 
     def _beat(self) -> None:
         while not self._stopped.is_set():
@@ -150,7 +151,8 @@ class Heartbeat:
         every = {0: self._own} | {i: seen.beat for i, seen in self._seen.items()}
         if ended := [i for i, beat in every.items() if "reason" in beat]:
             beat = every[ended[0]]
-            self._judge(f"{self._name(ended[0])} ended: {beat['reason']}", beat["code"])
+            line = f"{self._name(ended[0])} ended: {beat['reason']}"
+            self._judge(line, beat["code"], is_known=True)
         elif missing:
             more = f", as {len(missing) - 1} more" if missing[1:] else ""
             self._judge(f"{_missing(self._name(missing[0]), self._patience)}{more}", 1)
@@ -183,10 +185,11 @@ class Heartbeat:
         where = f" (host {beat['host']}, pid {beat['pid']})" if beat else ""
         return f"process {index} of {self._count}{where}"
 
-    def _end(self, line: str, code: int) -> None:
+    def _end(self, line: str, code: int, is_known: bool = False) -> None:
         if self._stopped.is_set() or not self._ending.acquire(blocking=False):
             return
-        self.before_end()
+        if not is_known:
+            self.before_end()
         # First all should read it: the store ends with process 0, and who loses another process
         # has an error of its own.
         time.sleep((3 if self.index == 0 else 2) * BEAT)
