@@ -83,3 +83,24 @@ def test_a_command_one_of_whose_processes_never_comes(tmp_path):
         line = "univg train: error: process 1 of 2 has not come within 3 s\n"
         assert process.log.read_text() == line
     assert not list(tmp_path.iterdir())
+
+
+# As with `--distributed`, where JAX finds the addresses in the environment.
+FOUND = """
+import sys
+from univg_jax import distributed
+from univg_jax.cli.main import main
+addresses = dict(coordinator_address=sys.argv.pop(1), num_processes=2, process_id=0)
+distributed.start = lambda **_: distributed._initialize(3, **addresses)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.nightly  # JAX takes its time to give up
+def test_one_line_also_where_the_environment_has_the_addresses(tmp_path):
+    command = ["train", "--config=experiments/emoji.py:preset=smoke", f"--workdir={tmp_path / 'w'}"]
+    program = ("-c", FOUND, f"localhost:{free_port()}")
+    with running([1], *command, program=program) as (process,):
+        assert process.wait() == 1
+        said = [line for line in process.log.read_text().splitlines() if line.startswith("univg")]
+    assert said == ["univg train: error: not all processes have come within 3 s"]

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from tests.processes import running, wait_for
 from univg_jax.training.preemption import PreemptionNotice, is_saving
 
 
@@ -40,3 +41,44 @@ def test_a_signal_waits_only_where_there_are_steps_to_save():
         notice.begin()
         assert is_saving()
     assert not is_saving()
+
+
+# Processes with a step that takes for ever.
+STEP = """
+import argparse, sys, time
+from univg_jax.cli import flags, main, train
+from univg_jax.training.preemption import PreemptionNotice
+
+parser = argparse.ArgumentParser()
+flags.add_processes(parser)
+
+def run(args):
+    main.configure(args)
+    with PreemptionNotice() as notice:
+        notice.begin()
+        print("a step", flush=True)
+        while True:
+            time.sleep(0.1)
+
+args = parser.parse_args()
+main.parse = lambda argv: argparse.Namespace(
+    command="train", verbose=False, run=run, waits=train._is_saving, **vars(args)
+)
+sys.exit(main.main([]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("multiprocess")
+def test_the_second_signal_ends_several_processes_too():
+    def say(processes, text):
+        wait_for(processes, lambda: all(text in p.log.read_text() for p in processes))
+
+    with running([1, 1], program=("-c", STEP)) as processes:
+        say(processes, "a step")
+        for process in processes:
+            process.popen.send_signal(signal.SIGINT)
+        say(processes, "once more ends it at once")
+        for process in processes:
+            process.popen.send_signal(signal.SIGTERM)
+        assert [process.wait() for process in processes] == [128 + signal.SIGTERM] * 2
