@@ -200,8 +200,26 @@ def stream(folder: epath.PathLike, name: str) -> Tensor:
 def read_item(step_dir: epath.Path, item: str) -> Json:
     """An object that was saved beside the state."""
     with _reading(step_dir), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(step_dir / item)
+        value = reader.restore(step_dir / item)
+        if not isinstance(value, dict):
+            raise ValueError(f"{item} is no JSON object")
+    return value
 
 
-def _reading(step_dir: epath.Path) -> contextlib.AbstractContextManager[None]:
-    return storage_named(f"{step_dir} cannot be read", step_dir)
+@contextlib.contextmanager
+def _reading(step_dir: epath.Path) -> Iterator[None]:
+    """Raises UserError for what cannot be read, and for what orbax finds to be no checkpoint.
+
+    Only another writer, or an older version, leaves such a step with sound checksums.
+    """
+    said = f"{step_dir} cannot be read"
+    with storage_named(said, step_dir):
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # orbax has no kind of its own
+            if _refusal(error) is not None:
+                raise
+            (first, *_) = str(error).splitlines() or [""]
+            raise UserError(f"{said}: {type(error).__name__}: {first:.200}") from error
