@@ -165,6 +165,20 @@ class _Deleter:
                 logging.warning("checkpoint %d cannot be deleted, it stays: %s", step, error)
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which asks JAX for preemptions at each save; we ask ourselves.
+
+    JAX's service takes each number that it is asked with for the place where the process is, and
+    after a signal all processes agree on the next one. Orbax asks with steps, and
+    `training.preemption` with its calls. Where the signal came in a save, all would wait for a
+    place that they had passed, and none would end.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Nobody is asked."""
+        return False
+
+
 class Checkpointer:
     """Writes and reads the checkpoints of one workdir; `retention.Retention` says which are kept.
 
@@ -187,9 +201,7 @@ class Checkpointer:
         look_for_foreign_files(self.directory)
         handlers = DefaultCheckpointHandlerRegistry()
         handlers.add("state", ocp.args.PyTreeSave, _StateHandler())
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, handler_registry=handlers
-        )
+        self._manager = _Manager(self.directory, options=options, handler_registry=handlers)
         self._retries = num_retries()
         self._manager._checkpoint_deleter = _Deleter(self._manager._checkpoint_deleter)
 

@@ -88,7 +88,8 @@ def test_a_process_that_is_lost_at_the_start_is_named(tmp_path, moment, signum):
         line = next(x for x in first.log.read_text().splitlines() if x.startswith("univg: error"))
     assert line.startswith("univg: error: process 1 of 2 (host ")
     assert f", pid {second.popen.pid}) does not answer for " in line
-    assert (workdir / "stacks" / "process_0.txt").exists()
+    if signum == signal.SIGSTOP:  # else a collective fails, and nobody waits
+        assert (workdir / "stacks" / "process_0.txt").exists()
 
 
 def evaluation(root: pathlib.Path, folder: pathlib.Path, *, prompts: int) -> tuple[str, ...]:
