@@ -60,6 +60,12 @@ def test_of_several_pictures_in_a_file_the_first_counts():
     for kind in ("TIFF", "PNG"):
         data = file(first, kind, save_all=True, append_images=[second])
         np.testing.assert_array_equal(rgb(data), PIXELS)
+    animated = dict(save_all=True, append_images=[second], duration=50)
+    moving = rgb(file(first, "WEBP", lossless=True, **animated))
+    np.testing.assert_array_equal(moving, PIXELS)
+    # 256 colors at most
+    still = rgb(file(first, "GIF"))
+    np.testing.assert_array_equal(rgb(file(first, "GIF", **animated)), still)
     many = rgb(file(first, "MPO", save_all=True, append_images=[second], quality=95))
     np.testing.assert_array_equal(many, rgb(file(first, "JPEG", quality=95)))
 

@@ -85,6 +85,20 @@ def test_a_command_one_of_whose_processes_never_comes(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_processes_with_other_numbers_of_devices_are_refused(tmp_path):
+    command = ["train", "--config=experiments/emoji.py:preset=smoke", f"--workdir={tmp_path / 'w'}"]
+    with running([2, 1], *command) as both:
+        for process in both:
+            assert process.wait() == 1
+            (line,) = process.log.read_text().strip().splitlines()
+            assert line == (
+                "univg train: error: every process needs as many devices as the others: "
+                "process 0 has 2, process 1 has 1"
+            )
+    assert not list(tmp_path.iterdir())
+
+
 # As with `--distributed`, where JAX finds the addresses in the environment.
 FOUND = """
 import sys

@@ -4,6 +4,7 @@ A process that fails must not wait for the others. It says why and exits, and th
 that names it; so do they when one is gone without a word, or stopped (`heartbeat`).
 """
 
+import collections
 import contextlib
 import os
 import socket
@@ -39,7 +40,8 @@ def start(
     listens, how many processes there are, and which one this is.
 
     Raises UserError for arguments that do not fit together, UnreachableError if the coordinator's
-    port is taken or it does not answer within `timeout` seconds. If other processes never come, JAX
+    port is taken or it does not answer within `timeout` seconds. UserError, too, if processes have
+    other numbers of devices. If other processes never come, JAX
     ends this one.
     """
     names = ("--coordinator", "--num_processes", "--process_id")
@@ -109,6 +111,17 @@ def _wait_for(host: str, port: int, timeout: int) -> None:
         time.sleep(0.2)
 
 
+def _check_devices() -> None:
+    """Raises UserError, on all processes, if one has more devices than another.
+
+    A batch, and JAX's own collectives of hosts, take as many rows from each.
+    """
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"process {index} has {counts[index]}" for index in sorted(counts))
+        raise UserError(f"every process needs as many devices as the others: {each}")
+
+
 def _initialize(timeout: int, **addresses: str | int) -> None:
     try:
         with heartbeat.at_coordinators_end():
@@ -125,6 +138,7 @@ def _initialize(timeout: int, **addresses: str | int) -> None:
         raise UserError(
             f"--distributed: the environment does not say who the other processes are ({error})"
         ) from None
+    _check_devices()
     heartbeat.start()
     if jax.default_backend() == "cpu" and jax.process_count() > 1:
         # Only process 0 would find its programs in the cache, and be ahead of the others by more

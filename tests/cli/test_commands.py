@@ -298,7 +298,7 @@ def test_a_checkpoint_that_is_not_there(tmp_path, capsys):
         (["--config.tasks.t2i.sources=('scene',)"], "did you mean 'scenes'?"),
         (["--profile=2:1"], "--profile=2:1: expected START:STOP with 0 <= START < STOP <= 2"),
         (["--config.init_from.path=/nowhere"], "no checkpoint in /nowhere: it does not exist"),
-        (["--config.data.dataset=emoji"], "data.dir"),
+        (["--config.data.dataset=emoji"], "data.dir='/nowhere' does not exist, and data.dataset="),
         (["--config.data.resolution=30"], "data.resolution=30: expected a multiple of 4"),
         (["--config.data.batch_size=12"], "data.batch_size=12: expected a multiple of the 8"),
     ],
@@ -309,6 +309,21 @@ def test_bad_input_of_train_leaves_no_workdir(root, tmp_path, capsys, overrides,
     assert train(1, root, *overrides, workdir=tmp_path / "w") == 1
     assert message in error_line(capsys)
     assert not (tmp_path / "w").exists()
+
+
+def test_a_run_goes_on_with_another_config_if_that_is_declared(root, tmp_path, capsys, caplog):
+    workdir = tmp_path / "w"
+    shutil.copytree(root / "stage1", workdir)
+    changed = ["--config.optim.lr=0.5", "--config.train.steps=3"]
+    assert train(1, root, *changed, workdir=workdir) == 1
+    line = error_line(capsys)
+    assert "belongs to another config: optim.lr is 0.5, there " in line
+    assert line.endswith("to go on all the same: --allow_config_change=optim.lr")
+    assert list_steps(workdir) == list_steps(root / "stage1")
+    assert train(1, root, *changed, "--allow_config_change=optim.lr", workdir=workdir) == 0
+    said = f"{workdir} goes on with another config: optim.lr is 0.5, there "
+    assert any(said in record.message for record in caplog.records)
+    assert list_steps(workdir)[-1] == 3
 
 
 def test_a_start_that_failed_leaves_the_workdir_to_another_config(root, tmp_path, capsys):
