@@ -15,6 +15,7 @@ from PIL import Image
 
 from univg_jax import files, images
 from univg_jax.errors import AlreadyExistsError, NotFoundError, UserError
+from univg_jax.trained import open_trained
 
 
 def test_the_folder_is_made_and_nothing_else_is_left(tmp_path):
@@ -174,6 +175,31 @@ def test_an_output_that_can_be_is_not_made_yet(places, path, folder):
     files.check_output(f"{places}/{path}", flag="--out", folder=folder, suffixes=suffixes)
     assert sorted(p.name for p in places.iterdir()) == ["file", "folder"]
     files.check_output("gs://bucket/a.png", flag="--out", suffixes=suffixes)
+
+
+@pytest.mark.parametrize("address", ["s3://b/x", "http://x/y", "az://b/x"])
+def test_what_is_no_bucket_of_ours_is_refused_before_its_library_is_looked_for(address):
+    scheme = address.partition(":")[0]
+    with pytest.raises(UserError, match=rf"--out={address}: expected a local path or gs://, not "):
+        files.check_output(address, flag="--out", folder=True)
+    with pytest.raises(UserError, match=rf"^{address}: expected .* not {scheme}://"):
+        open_trained(address)
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/99", "checkpoints/new/x"])
+def test_nothing_is_written_between_the_checkpoints_of_a_run(tmp_path, name, folder, is_linked):
+    """`checkpoints/99` would be the newest step for every reader."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("run")
+    path = tmp_path / ("link" if is_linked else "run") / f"{name}{'' if folder else '.png'}"
+    files.check_output(path, flag="--out", folder=folder)  # no run yet
+    (tmp_path / "run" / "config.json").write_text("{}")
+    if folder or "/" in name:
+        with pytest.raises(UserError, match=r"is in the checkpoints of the run .*/run, where"):
+            files.check_output(path, flag="--out", folder=folder)
+    files.check_output(tmp_path / "run" / "evaluation", flag="--out", folder=folder)
 
 
 def test_what_the_system_refuses_is_one_line(places):

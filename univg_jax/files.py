@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 import uuid
@@ -26,6 +27,7 @@ from univg_jax.errors import (
     quote,
 )
 
+CHECKPOINTS, CONFIG = "checkpoints", "config.json"  # of a workdir
 CHECKSUM = "checksum"  # the name in an object of ours of the sum of all its other names
 MAX_JSON_BYTES = 2**24  # an index of 100,000 tensors has half of this
 
@@ -174,7 +176,8 @@ def check_output(
     """Raises UserError if no file (or `folder`) can be written at `path`; leaves nothing behind.
 
     `flag` says in the message where the path was given, `suffixes` are what a file's name may end
-    in. Of a bucket only the name is checked.
+    in. The checkpoints of a run are no place for anything else. Of a bucket nothing else is looked
+    at but the name.
     """
     text = os.fspath(path)
     where = f"{flag}={quote(text, most=200)[1:-1]}"
@@ -182,6 +185,12 @@ def check_output(
         raise UserError(f"{flag} is empty: expected a {'folder' if folder else 'file'}")
     if suffixes and not text.lower().endswith(tuple(suffixes)):
         raise UserError(f"{where} should end in {' or '.join(suffixes)}")
+    check_address(text, where=where)
+    if (workdir := _workdir_around(text)) is not None:
+        raise UserError(
+            f"{where} is in the checkpoints of the run {workdir}, where it would be taken for one: "
+            "choose another place"
+        )
     if "://" in text:
         return
     if not folder and (os.path.isdir(text) or text.endswith(os.sep)):
@@ -200,6 +209,25 @@ def check_output(
         raise UserError(f"{where}: {there} is not a folder") from None
     except OSError as error:
         raise UserError(f"{where} cannot be written: {error.strerror or error}") from None
+
+
+def check_address(path: epath.PathLike, *, where: str) -> None:
+    """Raises UserError, which begins with `where`, for an address of anything but a bucket gs://.
+
+    What lies behind others, such as s3:// or http://, is neither read nor written.
+    """
+    found = re.match(r"([A-Za-z][\w+.-]*)://", os.fspath(path))
+    if found and found[1] != "gs":
+        raise UserError(f"{where}: expected a local path or gs://, not {found[1]}://")
+
+
+def _workdir_around(path: str) -> epath.Path | None:
+    """The run in whose folder of checkpoints `path` is; None if it is in none."""
+    whole = epath.Path(path if "://" in path else os.path.realpath(path))
+    for folder in (whole, *whole.parents):
+        if folder.name == CHECKPOINTS and (folder.parent / CONFIG).exists():
+            return folder.parent
+    return None
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:

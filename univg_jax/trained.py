@@ -11,6 +11,9 @@ formats that can be read back it also has
     config.json                                                the network's sizes
     encoders/                                                  the encoders' record, as in a workdir
     pretrained/                                                copies of pretrained encoders, if any
+
+README.md, the card, has no checksum: its reader completes it. safetensors and pretrained encoders
+are mapped into memory, which a bucket cannot do: of those there is a copy below `COPIES`.
 """
 
 import abc
@@ -18,6 +21,8 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,9 +33,10 @@ from jaxtyping import PyTree
 
 from univg_jax import checkpoint, checksums
 from univg_jax.errors import NotFoundError, UserError, shorten
-from univg_jax.files import read_json
+from univg_jax.files import check_address, check_space, read_json, write_streamed
 from univg_jax.interop.folder import Weight, read_leaf
 from univg_jax.interop.tensors import DTYPES, TensorFolder
+from univg_jax.progress import timed
 from univg_jax.quantization import SCALE, dequantize_array, restore
 from univg_jax.sharding import replicated, with_shardings
 from univg_jax.stored import Shapes, differences, read_arrays, saved_shapes, stream
@@ -41,6 +47,7 @@ from univg_jax.workdir import CHECKPOINTS
 PROVENANCE, WEIGHTS, PARAMS = "provenance.json", "model.safetensors", "params"
 PRETRAINED = "pretrained"
 VERSION = 1  # of what an exported folder has
+COPIES = "~/.cache/univg_jax/exports"  # of exports in buckets, each by its digest
 WHICH = ("ema", "params")  # the average of the parameters, or the parameters themselves
 
 
@@ -108,6 +115,7 @@ def open_trained(path: epath.PathLike, *, step: int | None = None) -> "RunStep |
     `step` is one of a workdir. Raises UserError for an export that is not whole, or that cannot be
     read back; of a workdir little is read.
     """
+    check_address(path, where=os.fspath(path))
     path = epath.Path(path).expanduser()
     if (path / PROVENANCE).exists():
         exported = ExportedModel.open(path)
@@ -193,9 +201,15 @@ class ExportedModel(Trained):
             )
         return cls(path=path, provenance=provenance)
 
-    @property
+    @functools.cached_property
     def folder(self) -> epath.Path:
-        return self.path
+        """Where all is read from: the path, or the copy of what cannot be read in a bucket."""
+        is_local = "://" not in os.fspath(self.path)
+        if is_local or (self._store is OrbaxStore and not (self.path / PRETRAINED).is_dir()):
+            return self.path
+        copy = epath.Path(COPIES).expanduser() / _digest(self.path)
+        _copy(self.path, copy)
+        return copy
 
     @property
     def step(self) -> int:
@@ -203,14 +217,15 @@ class ExportedModel(Trained):
 
     @functools.cached_property
     def digest(self) -> str:
-        if problems := checksums.find_problems(self.path):
+        # What was copied has been verified.
+        if self.folder == self.path and (problems := checksums.find_problems(self.path)):
             raise UserError(f"{self.path} is damaged: {shorten(problems)}")
-        return hashlib.sha256((self.path / checksums.FILE).read_bytes()).hexdigest()[:16]
+        return _digest(self.path)
 
     def config(self) -> Json:
         config = copy.deepcopy(self.provenance["config"])
-        if (copies := self.path / PRETRAINED).is_dir():
-            config["conditioning"]["folder"] = str(copies)
+        if (self.path / PRETRAINED).is_dir():
+            config["conditioning"]["folder"] = str(self.folder / PRETRAINED)
         return config
 
     def data_state(self) -> Json | None:
@@ -254,7 +269,7 @@ class ExportedModel(Trained):
         )
 
     def tensors(self, which: str) -> dict[str, Tensor]:
-        return self._store.tensors(self.path)
+        return self._store.tensors(self.folder)
 
     @property
     def _store(self) -> "type[SafetensorsStore] | type[OrbaxStore]":
@@ -270,7 +285,37 @@ class ExportedModel(Trained):
     def _read(self, leaves: Shapes) -> PyTree:
         """The stored values of these leaves, nested, with their dtypes and shardings."""
         self.digest  # noqa: B018 (raises if a file is not what was written)
-        return self._store.read(self.path, leaves)
+        return self._store.read(self.folder, leaves)
+
+
+def _digest(export: epath.Path) -> str:
+    return hashlib.sha256((export / checksums.FILE).read_bytes()).hexdigest()[:16]
+
+
+def _copy(export: epath.Path, folder: epath.Path) -> None:
+    """Copies what is not in `folder` yet, or is damaged there. Raises UserError for other bytes."""
+
+    def is_there(name: str) -> bool:
+        return (folder / name).exists() and _sum(folder / name, sums[name]) == sums[name]
+
+    sums = checksums.read(export)
+    if not (missing := [name for name in sums if not is_there(name)]):
+        return
+    try:
+        check_space(folder, sum((export / name).stat().length for name in missing))
+        with timed(f"copying {export} to {folder}"):
+            for name in missing:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                with (export / name).open("rb") as stored:
+                    write_streamed(folder / name, functools.partial(shutil.copyfileobj, stored))
+    except FileNotFoundError as error:
+        raise UserError(f"{export} is damaged: {error.filename or error} is missing") from None
+    if damaged := [f"{name} is not what was written" for name in missing if not is_there(name)]:
+        raise UserError(f"{export} is damaged: {shorten(damaged)}")
+
+
+def _sum(file: epath.Path, like: str) -> str:
+    return checksums.checksum(file, like.partition(":")[0])
 
 
 class SafetensorsStore:

@@ -21,13 +21,13 @@ from jax.experimental import multihost_utils
 
 from univg_jax import checksums
 from univg_jax.errors import NotFoundError, UnreachableError, UserError, shorten, suggestion
-from univg_jax.files import read_json, write_whole
+from univg_jax.files import CHECKPOINTS, CONFIG, read_json, write_whole
 from univg_jax.settings import Config
 from univg_jax.stored import read_item, storage_named
 from univg_jax.together import of_first, together, waiting
 from univg_jax.trees import Json, flatten
 
-CHECKPOINTS, CONFIG, ENCODERS = "checkpoints", "config.json", "encoders"
+ENCODERS = "encoders"
 EVALUATIONS = "evaluations"
 
 # Regexes of the dotted config keys that a resumed run may change: how long, how often, where; never

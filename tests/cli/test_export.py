@@ -56,8 +56,11 @@ def test_an_export_serves_the_other_commands(root, tmp_path, capsys):
     sample = ["sample", f"--checkpoint={out}", "--task=t2i", "--prompt=a pig"]
     assert main([*sample, f"--out={tmp_path / 'pig.png'}"]) == 0
     assert (tmp_path / "pig.png").exists()
+    with (out / "README.md").open("a") as card:  # its reader adds the license
+        card.write("License: CC BY 4.0\n")
     assert main(["checkpoint", "verify", str(out)]) == 0
     assert "sound" in capsys.readouterr().out
+    assert Pipeline.load(out).step == 1
     (out / "config.json").write_text("{}")
     assert main(["checkpoint", "verify", str(out)]) == 1
     assert "config.json is not what was written" in capsys.readouterr().err
@@ -84,6 +87,18 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["checkpoints/99", "checkpoints/export"])
+def test_no_export_is_taken_for_a_checkpoint(root, monkeypatch, capsys, place):
+    """As `99` it would be the newest one, which no command could load."""
+    monkeypatch.setattr(Pipeline, "load", None)
+    assert export(root, root / "stage1" / place, "--format=orbax") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{place} is in the checkpoints of the run {root / 'stage1'}" in line
+    assert export(root, "s3://bucket/x", "--format=orbax") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--out=s3://bucket/x: expected a local path or gs://" in line
 
 
 def test_numbers_of_another_model_are_refused(root, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.memory_bucket import bucket  # noqa: F401 (a fixture)
 from univg_jax.export.job import Job
 from univg_jax.export.run import export_model
 from univg_jax.trained import STORES, open_trained

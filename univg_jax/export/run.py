@@ -13,7 +13,7 @@ from etils import epath
 from univg_jax import checksums, encoders, files, version
 from univg_jax.errors import check_name
 from univg_jax.export import compare
-from univg_jax.export.card import CARD, Measured, write_card
+from univg_jax.export.card import Measured, write_card
 from univg_jax.export.compare import Difference
 from univg_jax.export.format import Format, open_format
 from univg_jax.export.job import Job
@@ -68,14 +68,15 @@ def export_model(
         }
         write_provenance(folder, facts)
         write_card(folder, job, form, facts, evaluation)
-        late = [PROVENANCE, CARD]
-        checksums.write(root, sums | checksums.checksums(root, late))
+        # Without the card's: what only the user knows, such as the license, is added to it.
+        checksums.write(root, sums | checksums.checksums(root, [PROVENANCE]))
     return Exported(compared=compared, rounding=rounding)
 
 
 def check(job: Job, name: str, out: epath.PathLike) -> Format:
     """The format; raises UserError for all that can be wrong and needs no model."""
     form = open_format(name)
+    files.check_output(out, flag="out", folder=True)
     files.check_absent(out)
     check_name(job.dtype, form.dtypes, what=f"dtype of format {name}:")
     # Both raise UserError: of other parameters than the checkpoint has, of a missing folder.
