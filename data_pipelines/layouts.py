@@ -30,6 +30,9 @@ def draw(
     Raises UserError for a box that is none, for a name that the prompt does not have, and for more
     boxes than colors.
     """
+    if not isinstance(boxes, Sequence):
+        expected = "a list of (name, (left, top, right, bottom))"
+        raise UserError(f"boxes={quote(boxes)}: expected {expected}")
     corners = np.array([_corners(k, box) for k, box in enumerate(boxes)], np.float32)
     if not len(corners):
         raise UserError("boxes: expected one at least")

@@ -378,5 +378,5 @@ def find_task(name: str) -> Task:
     raise UserError(f"unknown task {quote(name)}{meant} ({listed})")
 
 
-def _spelling(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def _spelling(name: object) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")

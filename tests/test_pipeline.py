@@ -1,20 +1,29 @@
 """A trained model as one object: every task, any size, lists, options, and what it refuses."""
 
 import dataclasses
+import decimal
 import doctest
+import fractions
+import inspect
+import io
 import json
+import math
+import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jax import monitoring
 from PIL import Image
 
 from data_pipelines.tasks import TASKS
 from tests.evaluation.tiny_pipeline import answering, make_pipeline
-from univg_jax import Pipeline, Result
+from univg_jax import Pipeline, Result, images
 from univg_jax.errors import NonFiniteError, NotFoundError, UnsupportedError, UserError
 from univg_jax.settings import Config
 
@@ -332,3 +341,93 @@ def test_a_picture_that_is_not_finite_is_named_by_its_seed(pipeline):
         NonFiniteError, match=r"^t2i: the picture of seed 5, sample 0 is not finite"
     ):
         broken("a pig on grass", seed=5)
+
+
+def closed():
+    """A picture whose file can be read no more."""
+    image = Image.open(io.BytesIO(images.png_bytes(np.zeros((4, 4, 3), np.uint8))))
+    image.close()
+    return image
+
+
+# What nobody should give, and somebody does; some of it is right for some arguments.
+STRANGE = {
+    **{repr(x): x for x in (None, True, -1, 0, 5, 10**400, 1.5, math.nan, math.inf, b"x", 1j)},
+    **{repr(x): x for x in ("", " ", "a pig", "\ud800", "a\0b", "nowhere.png", "~nobody/x")},
+    **{repr(x): x for x in ("http://x/y.png", "s3://b/x.png", "://", "gs:/x", "." * 300)},
+    **{repr(x): x for x in ([], [[]], (), ("a", "b"), [None], [b"x"], ["\udc00"], [5, "a"])},
+    **{repr(x): x for x in ({}, {"a": 1}, set(), pathlib.Path("nowhere"), object, object(), len)},
+    **{repr(x): x for x in ((1, 2), (0, 0), (1, 2, 3, 4), [("a", (0, 0, 1, 1))], [("a", ())])},
+    **{repr(x): x for x in (decimal.Decimal(1), fractions.Fraction(1, 3))},
+    **{
+        f"array {dtype} {shape}": np.zeros(shape, dtype)
+        for dtype in ("uint8", "float32", "bool", "object", "datetime64[s]", "U1")
+        for shape in ((), (0,), (3,), (0, 0), (0, 4, 3), (4, 0), (4, 4), (4, 4, 3), (4, 4, 5))
+    },
+    **{
+        f"{mode} {size}": Image.new(mode, size)
+        for mode in (*Image.MODES, "La", "RGBa", "I;16", "I;16B", "PA", "LAB")
+        for size in ((0, 4), (4, 0), (4, 5))
+    },
+    "closed": closed(),
+}
+PICTURE = np.full((8, 8, 3), 7, np.uint8)
+RIGHT = {
+    "t2i": dict(prompt="a pig"),
+    "ie": dict(image=PICTURE, prompt="a pig"),
+    "ip": dict(image=PICTURE, mask=np.eye(8, dtype=np.uint8) * 255, prompt="a pig"),
+    "outpaint": dict(task="ip", image=PICTURE, margins=2),
+    "lg": dict(prompt="a pig", boxes=[("a pig", (0, 0, 1, 1))]),
+    "depth": dict(image=PICTURE),
+    "seg": dict(image=PICTURE, prompt="the pig"),
+}
+ARGUMENTS = [name for name in inspect.signature(Pipeline.run).parameters if name != "self"]
+
+
+@pytest.fixture
+def unsampled(tiny):
+    """The tiny model, but for its sampling; no annotation is checked, as with a user."""
+    blank = lambda self, batch, *_, **__: np.zeros(np.shape(batch.target), np.uint8)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Pipeline, "generate_batch", blank)
+        jaxtyping.config.update("jaxtyping_disable", True)
+        yield tiny
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def tell(call):
+    """Whether a call works; what it raises must be one line for the user."""
+    try:
+        assert all(image.size > (0, 0) for image in call().images)
+    except UserError as error:
+        message = str(error)
+        assert message
+        assert message.isprintable() or "\ud800" in message or "\udc00" in message
+        return False
+    return True
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_whatever_is_given_is_made_or_refused_in_one_line(unsampled, argument):
+    """Each argument of each task, by itself."""
+    for task, right in RIGHT.items():
+        assert tell(lambda: unsampled.run(**{"task": task} | right))  # noqa: B023
+        for value in STRANGE.values():
+            tell(lambda: unsampled.run(**{"task": task} | right | {argument: value}))  # noqa: B023
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    right=st.sampled_from(sorted(RIGHT)),
+    names=st.dictionaries(st.sampled_from(ARGUMENTS), st.sampled_from(sorted(STRANGE))),
+)
+def test_so_are_several_at_once(unsampled, right, names):
+    strange = {argument: STRANGE[name] for argument, name in names.items()}
+    tell(lambda: unsampled.run(**{"task": right} | RIGHT[right] | strange))
+
+
+@pytest.mark.parametrize("path", STRANGE.values(), ids=STRANGE)
+def test_what_is_no_run_is_one_line(unsampled, path):
+    with pytest.raises(UserError) as error:
+        Pipeline.load(path)
+    assert str(error.value)

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
 import tempfile
 import uuid
@@ -212,13 +211,15 @@ def check_output(
 
 
 def check_address(path: epath.PathLike, *, where: str) -> None:
-    """Raises UserError, which begins with `where`, for an address of anything but a bucket gs://.
+    """Raises UserError, which begins with `where`, for what is neither a path nor of a bucket gs://.
 
-    What lies behind others, such as s3:// or http://, is neither read nor written.
+    What lies behind other addresses, such as s3:// or http://, is neither read nor written.
     """
-    found = re.match(r"([A-Za-z][\w+.-]*)://", os.fspath(path))
-    if found and found[1] != "gs":
-        raise UserError(f"{where}: expected a local path or gs://, not {found[1]}://")
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{where}: expected a path, not {quote(path)}")
+    scheme, is_address, _ = os.fspath(path).partition("://")
+    if is_address and scheme != "gs":
+        raise UserError(f"{where}: expected a local path or gs://, not {quote(scheme)[1:-1]}://")
 
 
 def _workdir_around(path: str) -> epath.Path | None:

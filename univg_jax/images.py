@@ -29,7 +29,7 @@ from PIL import Image
 
 from univg_jax import jpeg
 from univg_jax.errors import NonFiniteError, NotFoundError, UserError
-from univg_jax.files import write_whole
+from univg_jax.files import check_address, write_whole
 
 Picture = Image.Image | np.ndarray | str | os.PathLike  # what a user may give
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
@@ -49,6 +49,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Modes that Pillow converts to no other but one.
+_WITH = {"La": "LA", "LAB": "RGB"}
 _TURNS_OF_ARRAYS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda pixels: pixels,
     2: lambda pixels: pixels[:, ::-1],
@@ -176,13 +178,22 @@ def open_any(picture: Picture) -> Image.Image:
     Raises UserError, whose message begins with a verb. NotFoundError if no file is there.
     """
     if isinstance(picture, Image.Image):
-        return upright(picture)
+        _check_not_empty(*picture.size)
+        with _refusing(b""):  # a file that was opened and not read yet
+            picture.load()
+            other = _WITH.get(picture.mode)
+            return upright(picture if other is None else picture.convert(other))
     if isinstance(picture, np.ndarray):
         is_gray = picture.ndim == 2 and picture.dtype in (np.uint8, bool)
         is_color = picture.ndim == 3 and picture.shape[-1] in (3, 4) and picture.dtype == np.uint8
         if not (is_gray or is_color):
             raise UserError(f"is {picture.dtype} {list(picture.shape)}, expected uint8 [h, w, 3]")
+        _check_not_empty(picture.shape[1], picture.shape[0])
         return Image.fromarray(picture)
+    if not isinstance(picture, str | os.PathLike):
+        kind = type(picture).__name__
+        raise UserError(f"is of the type {kind}: expected a path, a PIL image or an array")
+    check_address(picture, where="is an address")
     path = epath.Path(picture).expanduser()
     if path.is_dir():
         raise UserError("is a folder; expected a picture")
@@ -192,6 +203,11 @@ def open_any(picture: Picture) -> Image.Image:
         return open_picture(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from None
+
+
+def _check_not_empty(width: int, height: int) -> None:
+    if not (width and height):
+        raise UserError(f"has {width} x {height} pixels: expected at least 1 x 1")
 
 
 def upright(picture: Image.Image) -> Image.Image:

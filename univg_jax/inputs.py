@@ -117,7 +117,7 @@ def make_request(
     Raises UnsupportedError for an input that the task does not take, NotFoundError for a file that
     does not exist, and UserError for what is missing, cannot be read, or does not fit.
     """
-    prompt = fields.read(str, prompt, "prompt")
+    prompt = check_text("prompt", prompt)
     rgb, face_rgb = read_input("image", image), read_input("face", face)
     plane = read_input("mask", mask)
     square = BatchShape.of(data)
@@ -206,9 +206,11 @@ def read_input(
 def each_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The arguments of each picture, where those of a call are lists, or stand for every picture.
 
-    Raises UserError for lists of different lengths.
+    Raises UserError for lists of different lengths, and for empty ones.
     """
     lists = {name: values for name, values in given.items() if _is_list(name, values)}
+    if empty := [name for name, values in lists.items() if not values]:
+        raise UserError(f"{empty[0]} is an empty list: nothing to make")
     count = len(next(iter(lists.values()))) if lists else 1
     if any(len(values) != count for values in lists.values()):
         lengths = ", ".join(f"{name} {len(values)}" for name, values in lists.items())
@@ -224,6 +226,17 @@ def _is_list(name: str, values: object) -> bool:
     # The boxes of one picture are a list of pairs, too, and begin with a name.
     is_pairs = [isinstance(v, list | tuple) and len(v) and isinstance(v[0], str) for v in values]
     return bool(is_pairs) and not any(is_pairs)
+
+
+def check_text(name: str, text: object) -> str:
+    """The text. Raises UserError for what is none, and for half a character of UTF-16."""
+    found = fields.read(str, text, name)
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        wrong = quote(found[error.start])
+        raise UserError(f"{name}={quote(found)}: {wrong} is no character") from None
+    return found
 
 
 def check_size(name: str, size: object) -> Size:

@@ -22,9 +22,9 @@ from jaxtyping import Float, PyTree, UInt8
 from data_pipelines.collate import Collator
 from data_pipelines.tasks import TASKS, find_task
 from data_pipelines.tokenizer import TokenizedText, Tokenizer, load_tokenizer
-from univg_jax import assembly, encoders, fields, sharding, tpu
+from univg_jax import assembly, encoders, sharding, tpu
 from univg_jax.batch import Batch, BatchShape, Text
-from univg_jax.errors import NotFoundError, UnsupportedError, UserError
+from univg_jax.errors import NotFoundError, UnsupportedError, UserError, quote
 from univg_jax.images import Picture, check_finite, to_uint8
 from univg_jax.inputs import (
     Boxes,
@@ -35,6 +35,7 @@ from univg_jax.inputs import (
     Size,
     SizedOptions,
     check_seeds,
+    check_text,
     each_of,
     make_request,
     sampling_options,
@@ -356,14 +357,8 @@ class Pipeline:
             ('ie', [3], 2)
         """
         task = self.check_task(task)
-        pipeline = self.with_options(
-            task,
-            guidance=guidance,
-            image_guidance=image_guidance,
-            steps=steps,
-            solver=solver,
-            negative_prompt=negative_prompt,
-        )
+        if not (callback is None or callable(callback)):
+            raise UserError(f"callback={quote(callback)}: expected a function of (step, total)")
         given = dict(
             prompt=prompt,
             image=image,
@@ -377,9 +372,15 @@ class Pipeline:
         seeds = check_seeds([row.pop("seed") for row in rows])
         if not isinstance(seed, list | tuple):
             seeds = check_seeds([seed + i for i, seed in enumerate(seeds)])
-        negatives = [
-            fields.read(str, row.pop("negative_prompt"), "negative_prompt") for row in rows
-        ]
+        negatives = [check_text("negative_prompt", row.pop("negative_prompt")) for row in rows]
+        pipeline = self.with_options(
+            task,
+            guidance=guidance,
+            image_guidance=image_guidance,
+            steps=steps,
+            solver=solver,
+            negative_prompt=negative_prompt,
+        )
         requests = [
             make_request(
                 task, **row, margins=margins, aspect=aspect, size=size, data=self.config.data

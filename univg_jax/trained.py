@@ -115,7 +115,7 @@ def open_trained(path: epath.PathLike, *, step: int | None = None) -> "RunStep |
     `step` is one of a workdir. Raises UserError for an export that is not whole, or that cannot be
     read back; of a workdir little is read.
     """
-    check_address(path, where=os.fspath(path))
+    check_address(path, where=str(path))
     path = epath.Path(path).expanduser()
     if (path / PROVENANCE).exists():
         exported = ExportedModel.open(path)

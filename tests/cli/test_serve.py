@@ -12,6 +12,8 @@ import pytest
 
 from tests import processes
 from univg_jax.cli.main import main
+from univg_jax.errors import UserError
+from univg_jax.serving.address import open_socket
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 
@@ -36,6 +38,7 @@ def line_of(capsys, *arguments, root):
         ("--port=65536", "--port=65536: expected"),
         ("--api_keys=nowhere", "--api_keys=nowhere: No such file"),
         ("--host=300.1.1.1", "--host=300.1.1.1 --port=8000: "),
+        ("--host=", "--host is empty: expected an address"),
         ("--checkpoint=nowhere", "nowhere"),
     ],
 )
@@ -51,6 +54,40 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(capsys, root, m
         port = taken.getsockname()[1]
         line = line_of(capsys, f"--port={port}", root=root)
     assert f"--port={port}: Address already in use" in line
+
+
+def test_of_two_that_start_together_one_has_the_port():
+    """A socket that is bound, but does not listen yet, would share it."""
+    with open_socket("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port={port}: Address already in use"):
+            open_socket("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("value", ["", " ", ","])
+def test_a_secret_that_is_empty_is_not_taken_for_none(capsys, root, monkeypatch, value):
+    monkeypatch.setenv("UNIVG_API_KEYS", value)
+    assert "UNIVG_API_KEYS has no key" in line_of(capsys, root=root)
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "is_told"),
+    [
+        ("0.0.0.0", "", True),
+        ("0.0.0.0", "a-key-of-19-letters", False),
+        ("localhost", "", False),
+    ],
+)
+def test_who_may_ask_from_elsewhere_is_told(root, monkeypatch, caplog, host, keys, is_told):
+    def load(*_, **__):
+        raise UserError("the warning comes before the model")
+
+    monkeypatch.setattr("univg_jax.pipeline.Pipeline.load", load)
+    monkeypatch.delenv("UNIVG_API_KEYS", raising=False)
+    if keys:
+        monkeypatch.setenv("UNIVG_API_KEYS", keys)
+    assert main(["serve", f"--checkpoint={root / 'stage3'}", f"--host={host}", "--port=0"]) == 1
+    assert any("no --api_keys" in line for line in caplog.messages) == is_told
 
 
 @pytest.mark.parametrize(
@@ -87,7 +124,7 @@ def test_it_serves_until_sigterm_and_finishes_what_it_began(root):
         def get(path):
             try:
                 return httpx2.get(f"{address}{path}", timeout=60)
-            except httpx2.ConnectError:  # it listens only once the model is loaded
+            except httpx2.ConnectError:  # it has ended
                 return None
 
         wait_for(lambda: (found := get("/ready")) and found.status_code == 200, process)

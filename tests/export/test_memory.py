@@ -50,6 +50,28 @@ print(memory("VmHWM") - before)
 """
 
 
+# Exports a small model first, then a large one, by all that the command does.
+EXPORT = """
+import pathlib, sys
+from univg_jax.export.job import Job
+from univg_jax.export.run import export_model
+from univg_jax.streaming import return_freed_blocks
+from univg_jax.trained import open_trained
+
+def memory(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+dtype, out, *runs = sys.argv[1:]
+for i, run in enumerate(runs):
+    return_freed_blocks()
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    export_model(Job(trained=open_trained(run), dtype=dtype), "safetensors", f"{out}/{i}")
+print(memory("VmHWM") - before)
+"""
+
+
 @pytest.fixture(scope="module")
 def large(root, tmp_path_factory):
     """A workdir of a model of 700 MB, and the bytes of its largest parameter."""
@@ -71,7 +93,7 @@ def large(root, tmp_path_factory):
         checkpointer.save(1, state, {"next": 0}, config.to_dict())
     sizes = [x.nbytes for x in named_leaves(params).values()]
     assert sum(sizes) > 5 * max(sizes)
-    return workdir, max(sizes)
+    return workdir, max(sizes), sum(sizes)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +120,7 @@ needs_proc = pytest.mark.skipif(not PEAK.exists(), reason="reads Linux's /proc")
     [*((name, "f32") for name in (*STORES, "stablehlo")), ("safetensors", "int8")],
 )
 def test_an_export_needs_little_memory(large, root, tmp_path, name, dtype):
-    workdir, largest = large
+    workdir, largest, _ = large
     check_memory(name, dtype, tmp_path, root / "stage1", workdir, largest=largest)
 
 
@@ -107,6 +129,18 @@ def test_an_export_needs_little_memory(large, root, tmp_path, name, dtype):
 def test_a_pipeline_for_diffusers_needs_little_memory(large_sd3, tmp_path, dtype):
     small, large, largest = large_sd3
     check_memory("diffusers", dtype, tmp_path, small, large, largest=largest)
+
+
+@needs_proc
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+def test_the_command_never_holds_two_models(large, root, tmp_path, dtype):
+    """Beside one model there are a parameter in its two dtypes, and what makes pictures."""
+    workdir, _, whole = large
+    command = [sys.executable, "-c", EXPORT, dtype, tmp_path, root / "stage1", workdir]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    used = int(done.stdout.split()[-1])
+    print(f"{dtype}: {used / whole:.2f} times the model")
+    assert used < 1.6 * whole, f"{used / whole:.2f} times the model"
 
 
 def check_memory(name, dtype, out, *runs, largest):

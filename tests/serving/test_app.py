@@ -1,9 +1,11 @@
 """What a client sees of a server: every task, both kinds of bodies, OpenAI's client, refusals."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
+import socket
 import threading
 import time
 import urllib.request
@@ -17,6 +19,7 @@ from PIL import Image
 
 from tests.serving.conftest import running
 from univg_jax import images
+from univg_jax.errors import NonFiniteError
 from univg_jax.serving.schema import ROUTES
 
 pytestmark = pytest.mark.xdist_group("pipeline")
@@ -174,6 +177,52 @@ def test_an_answer_can_be_the_file_itself(client, kind):
     assert (made.format.lower(), made.size) == (kind, (32, 32))
 
 
+@pytest.mark.parametrize(
+    ("accept", "output_format", "kind"),
+    [
+        (None, None, "application/json"),
+        ("*/*", None, "application/json"),
+        ("text/html,image/avif,*/*", None, "application/json"),  # a browser's
+        ("application/json, image/png", None, "application/json"),
+        ("application/json;q=0.5, image/png", None, "image/png"),
+        ("image/png;q=0.5, application/json", None, "application/json"),
+        ("image/png", None, "image/png"),
+        ("image/*", None, "image/png"),
+        ("image/jpeg", None, "image/jpeg"),
+        ("image/jpeg;q=0.9, image/webp", None, "image/webp"),
+        ("image/jpeg, */*;q=0.1", "webp", "application/json"),
+        ("image/webp", "webp", "image/webp"),
+        ("image/jpeg", "png", None),
+        ("text/html", None, None),
+        ("image/", None, None),
+    ],
+)
+def test_the_kind_of_the_answer_is_what_the_client_likes_best(client, accept, output_format, kind):
+    given = dict(prompt="a pig on grass", seed=1)
+    given |= {} if output_format is None else {"output_format": output_format}
+    request = client.build_request("POST", "/v1/generate", json=given)
+    del request.headers["accept"]
+    if accept is not None:
+        request.headers["accept"] = accept
+    response = client.send(request)
+    if kind is None:
+        assert response.status_code == 406
+        assert "there is application/json, image/png" in line_of(response)
+        return
+    assert response.status_code == 200
+    assert response.headers["content-type"] == kind
+    if kind != "application/json":
+        assert f"image/{Image.open(io.BytesIO(response.content)).format.lower()}" == kind
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models"])
+def test_head_answers_as_get_without_a_body(client, path):
+    head, get = client.head(path), client.get(path)
+    assert head.status_code == get.status_code == 200
+    assert head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
 # OpenAI's own client.
 
 
@@ -194,7 +243,11 @@ def test_openai_generates(official, client):
     assert made.created > 0
     ours = client.post("/v1/generate", json=dict(prompt="a pig on grass", n=2, seed=3)).json()
     assert [image.b64_json for image in made.data] == [image["b64_json"] for image in ours["data"]]
-    assert [model.id for model in official.models.list()] == ["univg"]
+    (model,) = official.models.list()
+    assert model.id == "univg"
+    assert official.models.retrieve("univg") == model
+    with pytest.raises(openai.NotFoundError, match="unknown model 'gpt-image-1'"):
+        official.models.retrieve("gpt-image-1")
 
 
 def test_openai_edits_and_inpaints(official, client):
@@ -240,6 +293,8 @@ def test_openai_gets_its_own_errors(official):
 
 
 # What is refused, and how.
+
+FORM = b'--x\r\ncontent-disposition: form-data; name="prompt"\r\n\r\na pig\r\n--x--\r\n'
 
 
 def bomb(side):
@@ -315,6 +370,9 @@ def test_what_cannot_be_made_is_one_line(client, name, fields, says):
         (b"a", "", 415, "content-type ''"),
         (b"a", "multipart/form-data", 400, "oundary"),
         (b"a", "multipart/form-data; boundary=x", 400, ""),
+        (FORM, "multipart/form-data; boundary=x; charset=undefined", 415, "charset 'undefined'"),
+        (FORM, "multipart/form-data; boundary=x; charset=idna", 415, "expected utf-8"),
+        (b"{}", "application/json; charset=utf-16", 415, "expected utf-8"),
     ],
 )
 def test_broken_bodies_are_one_line(client, content, kind, status, says):
@@ -399,6 +457,52 @@ def test_a_bug_is_a_500_with_its_traceback_in_the_log_only(served, monkeypatch, 
     (record,) = [r for r in caplog.records if getattr(r, "request_id", "") == name]
     assert "secret" in str(record.exc_info[1])
     assert client.post("/v1/generate", json=dict(prompt="a pig")).status_code == 200
+
+
+def test_a_model_that_makes_no_numbers_is_a_500_that_says_so(served, monkeypatch, caplog):
+    """Not the client's fault, whatever it asked for."""
+    server, client = served
+
+    def broken(*_, **__):
+        raise NonFiniteError("t2i: the picture of seed 3 is not finite: weights are damaged")
+
+    caplog.set_level("ERROR", logger="univg_jax.serving")
+    with monkeypatch.context() as patched:
+        patched.setattr(type(server.batching.pipeline), "answer", broken)
+        response = client.post("/v1/generate", json=dict(prompt="a pig"))
+    assert response.status_code == 500
+    assert "is not finite" in line_of(response)
+    assert any("weights are damaged" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
+def test_a_client_that_leaves_while_it_sends_is_no_error(client, caplog, kind):
+    def left():
+        lines = client.get("/metrics").text.splitlines()
+        name = 'univg_requests_total{route="/v1/generate",status="499"}'
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+    before = left()
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as sending:
+        head = f"POST /v1/generate HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\n"
+        sending.sendall(f"{head}content-length: 1000\r\n\r\n--x\r\n".encode())
+        time.sleep(0.2)  # so that it is read
+    wait_for(lambda: left() > before)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_an_edit_by_a_model_that_only_inpaints_hides_where_it_lies(pipeline):
+    tasks = {name: task for name, task in pipeline.config.tasks.items() if name != "ie"}
+    config = dataclasses.replace(pipeline.config, tasks=tasks)
+    only = dataclasses.replace(pipeline, config=config)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("univg_jax.serving.batching.Batching._compile", lambda _: None)
+        with running(only) as (_, client):
+            files = {"image": ("a.png", png(), "image/png"), "prompt": (None, "a pig")}
+            response = client.post("/v1/images/edits", files=files)
+    assert response.status_code == 400
+    assert line_of(response).startswith("the model has no task 'ie' (it has t2i, ip, ")
+    assert pipeline.path not in response.text
 
 
 def page_with_scripts(client):

@@ -16,12 +16,19 @@ from univg_jax.serving.server import read_keys
 pytestmark = pytest.mark.xdist_group("pipeline")
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 CURL = [
     line for language, code in BLOCKS if language == "bash" for line in code.splitlines()
     if line.startswith("curl")
 ]  # fmt: skip
 PYTHON = [code for language, code in BLOCKS if language == "python"]
+
+
+def test_every_other_command_says_what_it_needs():
+    commands = [code for language, code in BLOCKS if not language]
+    assert any("benchmarks/serving.py" in code for code in commands)
+    for code in commands:
+        assert re.match(r"# (needs: .+|run by tests/\S+)\n", code), code
 
 
 def address(client):

@@ -41,7 +41,6 @@ def run(args: argparse.Namespace) -> None:
         )
         store = Store()
         examples = load_examples(pipeline, store, num=NUM_EXAMPLES, data_dir=args.data or "")
-        listening.listen()
         print(f"the page: {address.url_of(listening)} (Ctrl-C ends it)", flush=True)
         page.serve(
             Maker(pipeline, store),

@@ -3,6 +3,8 @@
 import argparse
 import signal
 
+from absl import logging
+
 from univg_jax import fields
 from univg_jax.cli import flags, signals
 from univg_jax.cli.main import configure
@@ -105,6 +107,8 @@ def run(args: argparse.Namespace) -> None:
     options = dict(sampling=sampling, pretrained=args.pretrained)
     load_config(args.checkpoint, **options)
     with address.open_socket(args.host, args.port) as listening:
+        if not (keys or address.is_loopback(listening)):
+            logging.warning("--host=%s: everybody who reaches it may ask: no --api_keys", args.host)
         pipeline = Pipeline.load(args.checkpoint, ema=not args.raw_params, **options)
         names = ("max_batch", "max_wait_ms", "max_queue", "max_mib", "max_pixels", "timeout_s")
         settings = server.Settings(
@@ -113,7 +117,6 @@ def run(args: argparse.Namespace) -> None:
             solvers=solvers,
             api_keys=keys,
         )
-        listening.listen()  # who connects from now on waits until it serves, for a moment
         url = address.url_of(listening)
         print(f"serving at {url}, compiling: see /ready and /docs", flush=True)
         server.log_as_json()

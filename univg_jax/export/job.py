@@ -76,11 +76,16 @@ class Job:
         )
 
     def rounded(self, params: PyTree) -> PyTree:
-        """Float32 parameters with the values that the export has."""
+        """Float32 parameters with the values that the export has, in place of those of `params`.
+
+        Each array is given up for its successor, so that there is never a second model.
+        """
 
         def rounded(name: str, x: jax.Array) -> jax.Array:
             stored = self._as_exported(name, Tensor.of(np.asarray(x)))
             values = quantization.restore(name, stored).astype(np.dtype(x.dtype)).read()
-            return jax.device_put(values, x.sharding)
+            where = x.sharding
+            x.delete()
+            return jax.device_put(values, where)
 
         return params if self.dtype == "f32" else map_named(rounded, params)

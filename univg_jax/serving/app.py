@@ -17,9 +17,11 @@ from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from werkzeug.datastructures import MIMEAccept
+from werkzeug.http import parse_accept_header
 
 from univg_jax import version
-from univg_jax.errors import UserError, check_name
+from univg_jax.errors import UnsupportedError, UserError, check_name, quote
 from univg_jax.inputs import make_request
 from univg_jax.result import Result
 from univg_jax.serving import schema
@@ -37,6 +39,7 @@ from univg_jax.serving.gate import (
 from univg_jax.serving.metrics import Metrics
 from univg_jax.settings import MAX_SEED
 
+JSON = "application/json"
 MODEL = "univg"  # the name that OpenAI's clients give
 Value = TypeVar("Value")
 
@@ -107,7 +110,8 @@ def create_app(
         static_url=f"{DOCS}/static",
         swagger_ui_oauth2_redirect_url=f"{DOCS}/redirect",
     )
-    started = int(time.time())
+    tasks = list(batching.pipeline.tasks)
+    described = schema.Model(id=MODEL, created=int(time.time()), tasks=tasks)
     pictures = Pictures(batching, limits)
 
     @app.get("/health", response_model=schema.State, tags=["server"])
@@ -146,8 +150,19 @@ def create_app(
     )
     async def models() -> schema.Models:
         """The model, as OpenAI's API lists models."""
-        model = schema.Model(id=MODEL, created=started, tasks=list(batching.pipeline.tasks))
-        return schema.Models(data=[model])
+        return schema.Models(data=[described])
+
+    @app.get(
+        "/v1/models/{name}",
+        response_model=schema.Model,
+        responses=_refusals(api_keys, takes_name=True),
+        tags=["OpenAI"],
+    )
+    async def model(name: str) -> schema.Model:
+        """One model, as OpenAI's API describes it."""
+        if name != MODEL:
+            raise HTTPException(404, f"unknown model {quote(name)} (known: {MODEL})")
+        return described
 
     routes = _routes(batching.pipeline.tasks)
     for route in routes:
@@ -200,7 +215,7 @@ class Pictures:
         except TimeoutError:
             raise HTTPException(408, f"the body took over {self.limits.seconds:g} s") from None
         seconds = self.limits.seconds - (time.monotonic() - begin)
-        file_only = "image/" in request.headers.get("accept", "")
+        body, file_only = _negotiate(request, body)
         if file_only and body.n > 1:
             raise FieldError("n: an answer that is a file has one picture", field="n")
         with self.batching.places(body.n):
@@ -234,7 +249,8 @@ class Pictures:
             if name in inputs:
                 inputs[name] = open_picture(name, inputs[name], max_pixels=self.limits.pixels)
         task, inputs = route.ask(body, inputs)
-        self.batching.pipeline.check_task(task)
+        if task not in (tasks := self.batching.pipeline.tasks):
+            raise UnsupportedError(f"the model has no task {task!r} (it has {', '.join(tasks)})")
         made = make_request(task, data=self.batching.pipeline.config.data, **inputs)
         height, width = made.letterbox.picture
         if height * width > self.limits.pixels:
@@ -255,6 +271,24 @@ class Pictures:
         """Decodes and encodes pictures: a few at a time, so that memory is bounded."""
         self._decoders = self._decoders or anyio.CapacityLimiter(4)
         return await anyio.to_thread.run_sync(function, *arguments, limiter=self._decoders)
+
+
+def _negotiate(request: Request, body: schema.Body) -> tuple[schema.Body, bool]:
+    """What the client accepts: the body with the format of its files, and whether one is all.
+
+    A format that the body names is the only one. Of equals JSON comes first, then PNG. Raises
+    HTTPException if the client accepts none of them.
+    """
+    accept = parse_accept_header(",".join(request.headers.getlist("accept")) or "*/*", MIMEAccept)
+    named = "output_format" in body.model_fields_set
+    formats = [body.output_format] if named else list(schema.FORMATS)
+    qualities = {kind: accept.quality(kind) for kind in (JSON, *(f"image/{f}" for f in formats))}
+    best = max(qualities, key=qualities.__getitem__)
+    if not qualities[best]:
+        raise HTTPException(406, f"nothing that is accepted: there is {', '.join(qualities)}")
+    if best == JSON:
+        return body, False
+    return body.model_copy(update={"output_format": best.removeprefix("image/")}), True
 
 
 async def _settle(work: Awaitable[Result]) -> Result | Exception:
@@ -316,7 +350,7 @@ def _respond(made: Sequence[Encoded], body: schema.Body, file_only: bool) -> Res
         task=first.task,
         settings=settings,
     )
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return Response(answer.model_dump_json(), media_type=JSON)
 
 
 def _encode(result: Result, output_format: str) -> bytes:
@@ -328,23 +362,29 @@ def _encode(result: Result, output_format: str) -> bytes:
 
 
 _PICTURE = {
-    "description": "The pictures; with `Accept: image/*`, the file of the only one",
+    "description": "The pictures; if `Accept` prefers an image, the file of the only one",
     "content": {f"image/{name}": {} for name in schema.FORMATS},
 }
 
 
-def _refusals(api_keys: Sequence[str], *, takes_body: bool = False) -> dict[int | str, Any]:
+def _refusals(
+    api_keys: Sequence[str], *, takes_body: bool = False, takes_name: bool = False
+) -> dict[int | str, Any]:
     """What a route may answer instead."""
     found = {}
     if api_keys:
         found[401] = "No known key"
+    if takes_name:
+        found[404] = "No such model"
     if takes_body:
         found |= {
             400: "What cannot be made, in one line",
+            406: "None of the media types that are accepted",
             408: "The body came too slowly",
             413: "The body is too large",
             415: "Neither JSON nor a form",
             429: "Too many wait; Retry-After says when to try again",
+            500: "The model's picture is not finite, or an error of the server",
             503: "Still compiling",
             504: "It took too long",
         }

@@ -7,6 +7,7 @@ import pydantic
 from fastapi import HTTPException, Request
 from jaxtyping import UInt8
 from PIL import Image
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 
 from univg_jax import images
@@ -27,7 +28,11 @@ class FieldError(UserError):
 
 async def read_body(request: Request, model: type[Known]) -> Known:
     """The body as `model`. Raises FieldError, and HTTPException for another media type."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    header = request.headers.get("content-type", "")
+    kind = header.partition(";")[0].strip().lower()
+    charset = parse_options_header(header)[1].get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise HTTPException(415, f"content-type: charset {quote(charset)}: expected utf-8")
     if kind not in KINDS:
         raise HTTPException(415, f"content-type {quote(kind)}: expected {' or '.join(KINDS)}")
     try:

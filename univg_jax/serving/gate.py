@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from univg_jax.errors import UserError
+from univg_jax.errors import NonFiniteError, UserError
 from univg_jax.serving import schema
 from univg_jax.serving.batching import Batching, Busy
 from univg_jax.serving.metrics import Metrics
@@ -59,9 +60,12 @@ def _refusal(
 
 
 def refuse_user_error(request: Request, error: UserError) -> JSONResponse:
-    """The answer to what the client can mend."""
+    """The answer to what the client can mend, and to a model that cannot answer anybody."""
     if isinstance(error, Busy):
         return _refusal(429, str(error), headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, NonFiniteError):  # whatever was asked for
+        logger.error("%s", error)
+        return _refusal(500, str(error))
     return _refusal(400, str(error), param=getattr(error, "field", None))
 
 
@@ -95,6 +99,9 @@ class Gate:
             await self.app(scope, receive, send)
             return
         begin, status, received = time.monotonic(), 0, 0
+        method = scope["method"]
+        if method == "HEAD":  # the server, which has its own scope, sends no body
+            scope = {**scope, "method": "GET"}
         headers = {name.lower(): value for name, value in scope["headers"]}
         name = _request_id(headers.get(b"x-request-id", b""))
         state = scope.setdefault("state", {})
@@ -120,7 +127,7 @@ class Gate:
         try:
             self._check(scope, headers)
             await self.app(scope, receive_counting, send_noting)
-        except ClientLeft:
+        except (ClientLeft, ClientDisconnect):  # while it waits, or while it sends
             status = LEFT
         except StarletteHTTPException as refused:
             await refuse_http(Request(scope), refused)(scope, receive, send_noting)
@@ -141,13 +148,13 @@ class Gate:
             log = logger.error if error else logger.info
             log(
                 "%s %s %d",
-                scope["method"],
+                method,
                 path,
                 status,
                 exc_info=error,
                 extra={
                     "request_id": name,
-                    "method": scope["method"],
+                    "method": method,
                     "path": path,
                     "status": status,
                     "seconds": round(seconds, 4),

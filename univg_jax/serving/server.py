@@ -43,7 +43,8 @@ class Settings:
 def read_keys(path: str | None) -> list[str]:
     """The API keys of a file, one a line, or else of the environment's UNIVG_API_KEYS.
 
-    Raises UserError for a file that cannot be read, holds none, or holds what is no key.
+    Raises UserError for a file that cannot be read, for what has no key, such as a variable that is
+    set and empty, and for what is no key.
     """
     if path is None:
         where, lines = KEYS, os.environ.get(KEYS, "").split(",")
@@ -56,7 +57,7 @@ def read_keys(path: str | None) -> list[str]:
             reason = getattr(error, "strerror", None) or "is not text in UTF-8"
             raise UserError(f"{where}: {reason}") from None
     keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if path is not None and not keys:
+    if not keys and (path is not None or KEYS in os.environ):
         raise UserError(f"{where} has no key")
     for number, key in enumerate(keys, 1):
         if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
