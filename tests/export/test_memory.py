@@ -132,15 +132,16 @@ def test_a_pipeline_for_diffusers_needs_little_memory(large_sd3, tmp_path, dtype
 
 
 @needs_proc
-@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
-def test_the_command_never_holds_two_models(large, root, tmp_path, dtype):
-    """Beside one model there are a parameter in its two dtypes, and what makes pictures."""
+def test_the_command_never_holds_two_models(large, root, tmp_path):
+    """Rounding needs none beside the one that makes the pictures, without which f32 does."""
     workdir, _, whole = large
-    command = [sys.executable, "-c", EXPORT, dtype, tmp_path, root / "stage1", workdir]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-    used = int(done.stdout.split()[-1])
-    print(f"{dtype}: {used / whole:.2f} times the model")
-    assert used < 1.6 * whole, f"{used / whole:.2f} times the model"
+    used = {}
+    for dtype in ("f32", "bf16", "int8"):
+        command = [sys.executable, "-c", EXPORT, dtype, tmp_path / dtype, root / "stage1", workdir]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+        used[dtype] = int(done.stdout.split()[-1]) / whole
+    print({dtype: f"{times:.2f} times the model" for dtype, times in used.items()})
+    assert max(used.values()) < used["f32"] + 0.5, used
 
 
 def check_memory(name, dtype, out, *runs, largest):

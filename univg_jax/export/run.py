@@ -38,7 +38,8 @@ def export_model(
 
     Whatever is wrong with the arguments is found before the model is loaded. What is written is
     read back, and makes a picture of each task, before it gets its name; nothing is at `out` if
-    this raises, or the process is killed. At no time are two models in memory. Raises UserError.
+    this raises, or the process is killed. Beside what sampling needs, at no time are two models in
+    memory. Raises UserError.
     """
     form = check(job, name, out)
     cases = compare.make_cases(trained_tasks(job.config), resolution=job.config.data.resolution)
