@@ -107,11 +107,11 @@ def verify(args: argparse.Namespace) -> None:
     if isinstance(exported := open_trained(args.dir), ExportedModel):
         print(f"export of step {exported.step}: sound, digest {exported.digest}")
         return
-    run = checkpoint.workdir_of(args.dir)
     found = {
         f"step {report.step}": (report.problems, report.additional)
         for report in checkpoint.verify(args.dir)
     }
+    run = checkpoint.workdir_of(args.dir)
     damaged = encoders.find_problems(run)
     found["encoders"] = damaged, () if damaged else encoders.find_additional(run)
     foreign = workdir.foreign_names(run / workdir.CHECKPOINTS)
