@@ -39,10 +39,9 @@ def start(
     (Cloud TPU, GKE, SLURM, Open MPI). Otherwise the three others name them: where process 0
     listens, how many processes there are, and which one this is.
 
-    Raises UserError for arguments that do not fit together, UnreachableError if the coordinator's
-    port is taken or it does not answer within `timeout` seconds. UserError, too, if processes have
-    other numbers of devices. If other processes never come, JAX
-    ends this one.
+    Raises UserError for arguments that do not fit together, or processes with other numbers of
+    devices; UnreachableError if the coordinator's port is taken, or it or one of the processes does
+    not come within `timeout` seconds.
     """
     names = ("--coordinator", "--num_processes", "--process_id")
     given = dict(zip(names, (coordinator, num_processes, process_id), strict=True))
