@@ -156,6 +156,89 @@ def test_a_living_owner_is_replaced_when_asked_for(tmp_path, monkeypatch, caplog
         assert (tmp_path / "lock.json").exists()
 
 
+def test_the_owner_sees_a_new_one_before_it_writes(tmp_path):
+    """Also between two beats, or when it was stopped for longer than any."""
+    with WorkdirLock(tmp_path) as held:
+        held.confirm()
+        other_machine(tmp_path)
+        held.check()  # not known yet
+        with pytest.raises(UserError, match=r"was taken over by process 7 on b \(since then\)"):
+            held.confirm()
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == 7
+
+
+def test_a_block_that_fails_says_who_has_the_workdir_now(tmp_path):
+    def fail(folder, *, is_lost):
+        with WorkdirLock(folder):
+            if is_lost:
+                other_machine(folder)
+            raise UserError("a checkpoint cannot be written")
+
+    with pytest.raises(UserError, match=r"was taken over by process 7 on b"):
+        fail(tmp_path, is_lost=True)
+    (tmp_path / "lock.json").unlink()
+    with pytest.raises(UserError, match="a checkpoint cannot be written"):
+        fail(tmp_path, is_lost=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "", "[]"], ids=["deleted", "empty", "damaged"])
+@pytest.mark.parametrize("by", ["beat", "write"])
+def test_a_lock_that_is_lost_under_its_owner_is_written_again(tmp_path, quick, caplog, content, by):
+    file = tmp_path / "lock.json"
+    with WorkdirLock(tmp_path) as held:
+        before = json.loads(file.read_text())
+        for _ in range(2):
+            file.unlink() if content is None else file.write_text(content)
+            if by == "write":
+                held.confirm()
+            wait_for(lambda: file.exists() and file.read_text() not in ("", "[]"))
+            assert json.loads(file.read_text())["token"] == before["token"]
+        held.check()
+        assert "is gone, it is written again" in caplog.text
+        process = subprocess.run(
+            [sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True, check=False
+        )
+        assert f"is in use by process {os.getpid()}" in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_that_is_gone_is_not_made_again(tmp_path, quick):
+    folder = tmp_path / "run"
+    with WorkdirLock(folder) as held:
+        folder.rename(tmp_path / "elsewhere")
+        threading.Event().wait(3 * lock.BEAT)
+        with pytest.raises(UserError, match=r"run is gone: who moved or deleted it\?"):
+            held.confirm()
+    assert not folder.exists()
+
+
+def test_who_was_taken_over_knows_it_when_the_new_owner_has_ended_too(tmp_path, quick, caplog):
+    """One that was stopped all the time, or whose machine was."""
+    with holder(tmp_path) as process:
+        stopped = WorkdirLock.__new__(WorkdirLock)  # with what the other process knows
+        stopped.__dict__ = {
+            "_file": lock.epath.Path(tmp_path / "lock.json"),
+            "_owner": json.loads((tmp_path / "lock.json").read_text()),
+            "_released": threading.Event(),
+            "_writing": threading.Lock(),
+            "_lost_to": "",
+        }
+        with WorkdirLock(tmp_path, takeover=True):
+            pass
+        with WorkdirLock(tmp_path):  # whoever has it next ends, too
+            pass
+        assert caplog.text.count("taken over from") == 1
+        with holder(tmp_path) as killed:
+            killed.kill()
+        with WorkdirLock(tmp_path):
+            pass
+        process.communicate()
+    assert json.loads((tmp_path / "lock.json").read_text())["ended"]
+    with pytest.raises(UserError, match=rf"was taken over by process {os.getpid()} on"):
+        stopped.confirm()
+
+
 def wait_for(condition):
     """Until it holds, at most ten seconds."""
     pause = threading.Event()

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.test_checkpoint import make_state
 from univg_jax import checkpoint
@@ -77,6 +79,41 @@ def test_failures_and_what_is_no_number_are_neither_best_nor_waited_for(tmp_path
     with evaluations(tmp_path, "geneval").open("a") as file:
         file.write('{"step": 1, "numb')
     assert kept(tmp_path) == [6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"step": 1, "numbers": None}, "its numbers are None"),
+        ({"step": 1, "numbers": [0.5]}, "its numbers are [0.5]"),
+        ({"step": 1, "numbers": {"overall": "0.5"}}, "its 'overall' is '0.5'"),
+        ({"step": 1, "numbers": {}, "settings": None}, "its settings are None"),
+        ({"step": 1, "error": None}, "it has neither numbers nor an error"),
+    ],
+)
+def test_a_row_that_cannot_be_is_named_and_its_step_waits(tmp_path, caplog, row, reason):
+    write(tmp_path, {2: 0.3, 3: 0.2, 4: 0.1, 5: 0.2, 6: 0.1})
+    file = evaluations(tmp_path, "geneval")
+    file.write_text(json.dumps(row) + "\n" + file.read_text())
+    assert kept(tmp_path) == [1, 2, 7, 8]
+    assert f"{file}: line 1 is left out: {reason} (" in caplog.text
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+VALUES = st.recursive(SCALARS, lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text(), x))
+NUMBERS = st.dictionaries(st.sampled_from(["overall", "counting"]), VALUES)
+ROWS = st.fixed_dictionaries(
+    {}, optional={"step": st.integers(1, 8) | VALUES, "numbers": NUMBERS | VALUES, "error": VALUES}
+)
+
+
+@given(rows=st.lists(ROWS | VALUES, max_size=6))
+def test_whatever_the_rows_are_the_newest_stay_and_nothing_fails(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("rows")
+    file = evaluations(folder, "geneval")
+    file.parent.mkdir()
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    assert {7, 8} <= set(kept(folder)) <= set(STEPS)
 
 
 def test_a_number_that_no_row_has_is_named_once(tmp_path, caplog):

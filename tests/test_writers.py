@@ -1,6 +1,7 @@
 """Metrics survive what happens to their file: kills, full disks, resumed runs."""
 
 import collections
+import gc
 import json
 import resource
 import struct
@@ -126,6 +127,66 @@ def test_what_is_flushed_is_on_the_disk(tmp_path):
         shown = {event[1]: event[2] for event in shown_events(tmp_path / "tensorboard")[-64:]}
         assert shown == row
     writer.close()
+
+
+@pytest.mark.parametrize("room", [0, 10, 100])
+def test_a_full_disk_is_named_by_every_writer_and_loses_nothing_that_comes_later(tmp_path, room):
+    writer = writers.create_writer(tmp_path, resume_step=0, rows=(), active=True)
+    writer.write_scalars(1, {"loss": 1.0})
+    writer.flush()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (events.stat().st_size + room, limits[1]))
+    try:
+        writer.write_scalars(2, {f"loss/{k}": 0.5 for k in range(8)})
+        for write in (writer.flush, writer.flush, writer.close):
+            with pytest.raises(UserError, match=f"{events} cannot be written: File too large"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.close()  # there is room again
+    expected = [(1, "loss"), *((2, f"loss/{k}") for k in range(8))]
+    assert sorted(event[:2] for event in shown_events(events.parent)) == expected
+    assert [row["step"] for row in writers.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_where_one_file_cannot_be_written_the_others_are(tmp_path):
+    (tmp_path / "tensorboard").write_text("in its place")
+    writer = writers.create_writer(tmp_path, resume_step=0, rows=(), active=True)
+    writer.write_scalars(1, {"loss": 1.0})
+    with pytest.raises(UserError, match=r"tensorboard/events\S+ cannot be written: (Not|File)"):
+        writer.flush()
+    assert [row["step"] for row in writers.read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_who_may_not_write_any_more_writes_nothing(tmp_path):
+    lost = []
+
+    def before_write():
+        if lost:
+            raise UserError("was taken over")
+
+    def content():
+        files = [file for file in tmp_path.rglob("*") if file.is_file()]
+        return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+    options = dict(resume_step=0, rows=(), active=True, before_write=before_write)
+    early = writers.create_writer(tmp_path, **options)
+    writer = writers.create_writer(tmp_path, **options)
+    assert content() == {}
+    writer.write_scalars(1, {"loss": 1.0})
+    writer.flush()
+    before = content()
+    lost.append(True)
+    writer.write_scalars(1, {"time": 1.0})
+    writer.write_images(2, {"sample": np.zeros((64, 64, 3), np.uint8)})
+    writer.write_scalars(2, {"loss": 1.0})
+    for write in (writer.flush, writer.close, early.flush, early.close):
+        with pytest.raises(UserError, match="was taken over"):
+            write()
+    del early, writer
+    gc.collect()
+    assert content() == before
 
 
 def test_tensorboard_shows_every_number_and_picture_of_a_step_once(tmp_path):

@@ -117,6 +117,7 @@ class Run:
                 preview=preview,
                 profile=profile,
                 check=self.lock.check,
+                confirm=self.lock.confirm,
                 allow_config_change=self.allow_config_change,
             )
         self.stream.close()

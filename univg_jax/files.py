@@ -37,6 +37,17 @@ RETRIES, MAX_DELAY = 8, 32.0
 fsspec.register_implementation("gcs", "univg_jax.object_store.FileSystem", clobber=True)
 
 
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[None]:
+    """A block that writes `path`: what the system refuses in it is a UserError with the cause."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     """Writes a file so that a reader, or a killed run, never sees half of it; makes its folder.
 
@@ -84,13 +95,10 @@ def write_streamed(path: epath.PathLike, write: Callable[[BinaryIO], None]) -> N
     folder, name = os.path.split(path)
     partial = os.path.join(folder, f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     try:
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    except OSError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        with writing(path):
+            with open(partial, "wb") as file:
+                write(file)
+            os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)
@@ -108,7 +116,7 @@ def write_folder(path: epath.PathLike, *, seal: str) -> Iterator[pathlib.Path]:
     check_absent(path)
     target = epath.Path(path)
     is_bucket = "://" in os.fspath(path)
-    try:
+    with writing(path):
         parent = None if is_bucket else os.path.dirname(os.path.abspath(path))
         if parent is not None:
             os.makedirs(parent, exist_ok=True)
@@ -125,10 +133,6 @@ def write_folder(path: epath.PathLike, *, seal: str) -> Iterator[pathlib.Path]:
             for name in sorted(names, key=lambda name: str(name) == seal):
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 epath.Path(folder / name).copy(target / name)
-    except OSError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def check_absent(path: epath.PathLike) -> None:
@@ -156,7 +160,7 @@ def append_lines(path: epath.PathLike, lines: Sequence[str]) -> None:
     refuses.
     """
     path, text = epath.Path(path), "".join(f"{line}\n" for line in lines)
-    try:
+    with writing(path):
         if "://" in os.fspath(path):
             write_whole(path, (path.read_text() if path.exists() else "") + text)
             return
@@ -165,8 +169,6 @@ def append_lines(path: epath.PathLike, lines: Sequence[str]) -> None:
             file.seek(max(0, file.tell() - 1))
             is_torn = file.read(1) not in (b"", b"\n")  # half a line, of a full disk
             file.write((b"\n" if is_torn else b"") + text.encode())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def check_output(

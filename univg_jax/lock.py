@@ -9,7 +9,10 @@ network file systems. In a bucket (`gs://`) they might, within the moment betwee
 writing; the one whose file was overwritten ends at its next beat.
 
 `takeover` takes a workdir from an owner that lives: it writes its name over the owner's, and waits
-for two beats, within which the owner sees it and ends at its next step (`check`).
+for two beats, within which the owner sees it and ends at its next step (`check`). One that was
+stopped, or hangs, sees it whenever it goes on, because it looks right before it writes anything
+(`confirm`). For that the new owner leaves its lock behind, marked as ended, where the one before
+may still live. A lock that somebody deleted is written again by the owner.
 """
 
 import atexit
@@ -41,7 +44,8 @@ class WorkdirLock:
 
     Another lock of the same process replaces it. Raises UserError if another process that lives has
     the workdir, and writes nothing then. With `active=False` (all processes of a run but the first)
-    it does nothing. `takeover`: see above.
+    it does nothing. `takeover`: see above. A block that fails once another process has the workdir
+    raises the error that says so.
     """
 
     def __init__(
@@ -56,11 +60,14 @@ class WorkdirLock:
             "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             "token": uuid.uuid4().hex,
             "beats": 0,
+            "stays": False,  # the file at the end, because an owner before may still live
         }
         self._released = threading.Event()
         self._writing = threading.Lock()
         self._lost_to = ""
-        if active:
+        if not active:
+            self._released.set()
+        else:
             self._take(takeover)
             threading.Thread(target=self._beat, daemon=True).start()
             atexit.register(self.release)
@@ -68,8 +75,14 @@ class WorkdirLock:
     def __enter__(self) -> "WorkdirLock":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        is_failure = kind is not None and issubclass(kind, Exception)
+        if is_failure:
+            with contextlib.suppress(OSError, UserError):
+                self._look()
         self.release()
+        if is_failure:
+            self.check()
 
     def release(self) -> None:
         """Gives the workdir back; does nothing the second time."""
@@ -77,22 +90,36 @@ class WorkdirLock:
         with self._writing:
             found = None if self._released.is_set() else _read(self._file)
             if found is not None and found.get("token") == self._owner["token"]:
-                self._file.unlink(missing_ok=True)
+                if self._owner["stays"]:
+                    write_whole(self._file, json.dumps(self._owner | {"ended": True}))
+                else:
+                    self._file.unlink(missing_ok=True)
             self._released.set()
 
     def check(self) -> None:
-        """Raises UserError if another process has taken the workdir over."""
+        """Raises UserError if another process has the workdir, by the newest beat: cheap."""
         if self._lost_to:
             raise UserError(f"{self._file.parent} was taken over by {self._lost_to}")
 
+    def confirm(self) -> None:
+        """`check` of this moment: call it right before anything is written into the workdir.
+
+        Raises UserError also where the workdir is gone.
+        """
+        self._look()
+        self.check()
+
     def _take(self, takeover: bool) -> None:
         watched, deadline = None, 0.0
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         while True:
             with _exclusive(self._file.parent):
                 found = _read(self._file)
                 is_dead = found == watched and time.monotonic() >= deadline
                 is_free = found is None or self._is_ours(found) or is_dead or _is_gone(found)
                 if is_free or takeover:
+                    is_over = not found or self._is_ours(found) or _is_gone(found)
+                    self._owner["stays"] = not is_over or bool(found and found.get("stays"))
                     write_whole(self._file, json.dumps(self._owner))
                     break
             if found.get("machine") == _machine() or watched not in (None, found):
@@ -104,7 +131,7 @@ class WorkdirLock:
                 watched, deadline = found, time.monotonic() + PATIENCE
                 logging.warning("%s: seeing if %s lives", self._file, _name(found))
             time.sleep(BEAT / 10)
-        if found is None or self._is_ours(found):
+        if found is None or self._is_ours(found) or found.get("ended"):
             return
         state = "which is gone" if is_free else "which ends now"
         logging.warning("%s: taken over from %s, %s", self._file, _name(found), state)
@@ -114,16 +141,32 @@ class WorkdirLock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
             # What a full disk, or a bucket that does not answer, refuses ends the run elsewhere.
-            with self._writing, contextlib.suppress(OSError, UserError):
-                found = _read(self._file)
-                if self._released.is_set() or found is None:
-                    return
-                if found.get("token") != self._owner["token"]:
-                    if not self._is_ours(found):
-                        logging.error("%s: %s HAS TAKEN OVER THIS RUN", self._file, _name(found))
-                        self._lost_to = _name(found)
-                    return
-                self._owner["beats"] += 1
+            with contextlib.suppress(OSError, UserError):
+                self._look(beats=1)
+
+    def _look(self, *, beats: int = 0) -> None:
+        """Sees whose the workdir is, and writes the lock again where it is gone, or for a beat."""
+        folder = self._file.parent
+        gone = UserError(f"{folder} is gone: who moved or deleted it?")
+        with self._writing, contextlib.ExitStack() as stack:
+            if self._released.is_set():
+                return
+            try:
+                stack.enter_context(_exclusive(folder))
+            except FileNotFoundError:
+                raise gone from None
+            found = _read(self._file)
+            if not found and not folder.exists():  # a bucket
+                raise gone
+            if found and found.get("token") != self._owner["token"]:
+                if not self._is_ours(found):
+                    logging.error("%s: %s HAS TAKEN OVER THIS RUN", self._file, _name(found))
+                    self._lost_to = _name(found)
+                self._released.set()
+            elif beats or not found:
+                if not found:
+                    logging.warning("%s is gone, it is written again", self._file)
+                self._owner["beats"] += beats
                 write_whole(self._file, json.dumps(self._owner))
 
     def _is_ours(self, found: Json) -> bool:
@@ -133,15 +176,23 @@ class WorkdirLock:
 
 @contextlib.contextmanager
 def _exclusive(folder: epath.Path) -> Iterator[None]:
-    """A block in which no other process is for the same folder; it makes the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A block in which no other process is for the same folder, which must be there.
+
+    One that was stopped in its block is not waited for.
+    """
     if "://" in os.fspath(folder):
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for _ in range(100):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:  # a file system without locks
+                break
         yield
     finally:
         os.close(descriptor)
@@ -161,8 +212,8 @@ def _read(file: epath.Path) -> Json | None:
 
 
 def _is_gone(owner: Json) -> bool:
-    """Whether the owner is known to have ended: this machine's, and no such process now."""
-    if not owner:
+    """Whether the owner is known to have ended: it said so, or was a process of this machine."""
+    if not owner or owner.get("ended"):
         return True
     return owner.get("machine") == _machine() and _start_of(owner.get("pid")) != owner.get("start")
 

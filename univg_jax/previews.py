@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from univg_jax.assembly import Run
 from univg_jax.images import write_png
 from univg_jax.pipeline import Pipeline
-from univg_jax.together import each_together
+from univg_jax.together import each_together, together
 from univg_jax.training.loop import Preview
 
 
@@ -47,8 +47,10 @@ def make_preview(run: Run) -> Preview:
             # Processes give their rows in any order.
             order = [i for i in np.argsort(whole["sample_id"]) if whole["valid"][i]]
             grid = np.concatenate([np.concatenate(whole[kind][order], axis=1) for kind in kinds])
-            if jax.process_index() == 0:
-                write_png(folder / f"{task}.png", grid)
+            with together():
+                if jax.process_index() == 0:
+                    run.lock.confirm()
+                    write_png(folder / f"{task}.png", grid)
             yield f"samples/{task}", grid
 
     return preview

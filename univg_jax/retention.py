@@ -10,7 +10,6 @@ A step that is saved because the run was told to end stays until the next one is
 none out: an interrupted run keeps the steps that an undisturbed one keeps.
 """
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -18,12 +17,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from univg_jax.errors import suggestion
+from univg_jax.errors import quote, suggestion
 from univg_jax.settings import Train
 from univg_jax.together import of_first
 from univg_jax.trees import Json
 from univg_jax.workdir import EVALUATIONS
-from univg_jax.writers import read_metrics
+from univg_jax.writers import is_number, read_rows
 
 
 class Retention:
@@ -58,7 +57,7 @@ class Retention:
         newest |= {step for step in planned if every is not None and step % every == 0}
         if self._best is None:
             return newest
-        rows = {row["step"]: row for row in read_metrics(self._file)}
+        rows = {row["step"]: row for row in read_evaluations(self._file)}
         waiting = [step for step in planned if step not in rows and step not in newest]
         return {*newest, *self._best_of(planned, rows), *waiting[:keep]}
 
@@ -82,6 +81,23 @@ def evaluations(workdir: epath.PathLike, benchmark: str) -> epath.Path:
     return epath.Path(workdir) / EVALUATIONS / f"{benchmark}.jsonl"
 
 
-def is_number(value: object) -> bool:
-    """Whether a row's value counts: null and what is not finite do not."""
-    return isinstance(value, int | float) and math.isfinite(value)
+def read_evaluations(file: epath.PathLike) -> list[Json]:
+    """The rows of a file of evaluations, in order of steps; none where there is no file.
+
+    A row has `numbers`, each a number or null, or an `error`. A line that is no such row is left
+    out with a warning: its step counts as not evaluated.
+    """
+    return read_rows(file, _check_evaluation)
+
+
+def _check_evaluation(row: Json) -> None:
+    numbers = row.get("numbers")
+    if "numbers" not in row:
+        if not isinstance(row.get("error"), str):
+            raise ValueError("it has neither numbers nor an error")
+    elif not isinstance(numbers, dict):
+        raise ValueError(f"its numbers are {quote(numbers)}")
+    elif bad := [k for k, x in numbers.items() if not isinstance(x, int | float | None)]:
+        raise ValueError(f"its {quote(bad[0])} is {quote(numbers[bad[0]])}")
+    if not isinstance(row.get("settings", {}), dict):
+        raise ValueError(f"its settings are {quote(row['settings'])}")

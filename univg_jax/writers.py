@@ -5,14 +5,14 @@ clu imports TensorFlow for its TensorBoard writer alone. Importing this module f
 tensorboardX one in its place; nothing else in the project imports `clu.metric_writers`.
 """
 
+import contextlib
 import io
 import json
-import operator
 import os
 import sys
 import time
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ from etils import epath
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import directory_check, register_writer_factory
+from tensorboardX.record_writer import register_writer_factory
 
-from univg_jax.errors import UserError
-from univg_jax.files import write_whole
+from univg_jax.errors import quote
+from univg_jax.files import write_whole, writing
 
+Json = dict[str, Any]
 Row = dict[str, float | int]  # of one step, which its key "step" names
 
 _stand_in = types.ModuleType("clu.metric_writers.summary_writer")
@@ -62,14 +63,15 @@ class TensorBoardWriter(_ScalarsAndImages):
     """TensorBoard events; `purge_step` hides what an interrupted run wrote after its last
     checkpoint.
 
-    Events are written by the thread that has them. `tensorboardX.SummaryWriter` leaves them to
-    another one, and its `flush` does not wait for that: a kill would lose some of a row.
+    What is written is in memory until `flush`, which leaves it on the disk. Of
+    `tensorboardX.SummaryWriter` another thread has the events, for which its `flush` does not wait:
+    a kill would lose some of a row.
     """
 
     def __init__(self, logdir: str, *, purge_step: int = 0) -> None:
-        directory_check(logdir)
         # A file is named by its second: an attempt within the same one must not overwrite it.
-        self._events = EventsWriter(os.path.join(logdir, "events"), f".{purge_step:08d}")
+        prefix = f"{_SCHEME}:{os.path.join(logdir, 'events')}"
+        self._events = EventsWriter(prefix, f".{purge_step:08d}")
         self._write(purge_step, session_log=SessionLog(status=SessionLog.START))
         self._newest: tuple[int, set[str]] = (-1, set())  # a step, and what it has
 
@@ -96,35 +98,48 @@ class TensorBoardWriter(_ScalarsAndImages):
     def flush(self) -> None:
         self._events.flush()
 
-    def close(self) -> None:
-        self._events.close()
+
+class _EventsFile:
+    """A file of events, as tensorboardX writes one; nothing of it is there before `flush`.
+
+    In a bucket all of it is one upload. What a full disk took of a flush is cut off by the next.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path, self._new, self._size = path, io.BytesIO(), 0
+        self.write = self._new.write
+
+    def flush(self) -> None:
+        content = self._new.getvalue()
+        if "://" in self._path:
+            write_whole(self._path, content)
+            return
+        with writing(self._path):
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            with open(self._path, "ab") as file:
+                file.truncate(self._size)
+                file.write(content)
+        self._size += len(content)
+        self._new.seek(0)
+        self._new.truncate()
+
+    close = flush
 
 
-class _EventsInBucket:
-    """Makes the files of events in a bucket, as `register_writer_factory` asks; all is one upload.
-
-    What tensorboardX has for that fails in other ways than all else here.
+class _EventsFiles:
+    """Opens files of events, as `register_writer_factory` asks. Those of tensorboardX fail in other
+    ways than all else here.
     """
 
     def directory_check(self, path: str) -> None:
         pass
 
-    def open(self, path: str) -> "_EventsFile":
-        return _EventsFile(path)
+    def open(self, path: str) -> _EventsFile:
+        return _EventsFile(path.removeprefix(f"{_SCHEME}:"))
 
 
-class _EventsFile:
-    def __init__(self, path: str) -> None:
-        self._path, self._content = path, io.BytesIO()
-        self.write = self._content.write
-
-    def flush(self) -> None:
-        write_whole(self._path, self._content.getvalue())
-
-    close = flush
-
-
-register_writer_factory("gs", _EventsInBucket())
+_SCHEME = "univg"
+register_writer_factory(_SCHEME, _EventsFiles())
 
 
 class JsonlWriter(_ScalarsAndImages):
@@ -155,11 +170,8 @@ class JsonlWriter(_ScalarsAndImages):
         rows = [self._rows[step] for step in (sorted(self._new) if can_append else self._rows)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if can_append:
-            try:
-                with self._path.open("a") as file:
-                    file.write(text)
-            except OSError as error:  # such as a full disk
-                raise UserError(f"{self._path} cannot be written: {error.strerror}") from error
+            with writing(self._path), self._path.open("a") as file:
+                file.write(text)
         else:
             write_whole(self._path, text)
         self._new.clear()
@@ -169,7 +181,17 @@ class JsonlWriter(_ScalarsAndImages):
 def read_metrics(path: epath.PathLike) -> list[Row]:
     """The rows of a `metrics.jsonl`, in order of steps; none where there is no file.
 
-    A line that cannot be read, as a killed or older run may leave it, is left out with a warning.
+    Every value is a finite number. A line that is no such row, as a killed or older run may leave
+    it, is left out with a warning.
+    """
+    return read_rows(path, _check_numbers)
+
+
+def read_rows(path: epath.PathLike, check: Callable[[Json], None]) -> list[Json]:
+    """The JSON objects in the lines of a file, one a step, in order of steps.
+
+    `check(row)` raises ValueError with the reason for a row that cannot be. Such a line, or one
+    that is torn, is left out with a warning that names file and line.
     """
     path, rows = epath.Path(path), {}
     lines = path.read_bytes().splitlines() if path.exists() else []
@@ -178,32 +200,90 @@ def read_metrics(path: epath.PathLike) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-            rows[operator.index(row["step"])] = row
-        except (ValueError, TypeError, KeyError, RecursionError):
-            where = "the last line" if number == len(lines) else f"line {number}"
-            logging.warning(
-                "%s: %s is torn and left out (%d bytes, after step %d)",
-                *(path, where, len(line), max(rows, default=0)),
-            )
+        except (ValueError, RecursionError):
+            reason = "is torn and left out"
+        else:
+            try:
+                step = _step_of(row)
+                check(row)
+            except ValueError as error:
+                reason = f"is left out: {error}"
+            else:
+                rows[step] = row
+                continue
+        where = "the last line" if number == len(lines) else f"line {number}"
+        logging.warning(
+            "%s: %s %s (%d bytes, after step %d)",
+            *(path, where, reason, len(line), max(rows, default=0)),
+        )
     return [rows[step] for step in sorted(rows)]
+
+
+def is_number(value: object) -> bool:
+    """Whether a row's value counts: null and what is not finite, as a float, do not."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max
+
+
+def _step_of(row: object) -> int:
+    if not isinstance(row, dict):
+        raise ValueError("it is no object")
+    step = row.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**31:
+        raise ValueError(f"its step is {quote(step)}")
+    return step
+
+
+def _check_numbers(row: Json) -> None:
+    if bad := [name for name, value in row.items() if not is_number(value)]:
+        raise ValueError(f"its {quote(bad[0])} is {quote(row[bad[0]])}")
 
 
 _stand_in.SummaryWriter = TensorBoardWriter
 
 
+class _Writers(metric_writers.MultiWriter):
+    """Writers whose files change in `flush` and `close` alone, each right after `before_write()`.
+
+    Where one fails the others write all the same.
+    """
+
+    def __init__(
+        self, writers: Sequence[metric_writers.MetricWriter], before_write: Callable[[], None]
+    ) -> None:
+        super().__init__(writers)
+        self._flushed, self._before_write = writers, before_write
+
+    def flush(self) -> None:
+        self._before_write()
+        with contextlib.ExitStack() as stack:
+            for writer in self._flushed:
+                stack.callback(writer.flush)
+
+    close = flush
+
+
 def create_writer(
-    workdir: epath.PathLike, *, resume_step: int, rows: Iterable[Row], active: bool
+    workdir: epath.PathLike,
+    *,
+    resume_step: int,
+    rows: Iterable[Row],
+    active: bool,
+    before_write: Callable[[], None] = lambda: None,
 ) -> metric_writers.MetricWriter:
     """Writes `workdir/tensorboard` and `workdir/metrics.jsonl`; nothing where not `active` (other
     processes). `rows` are those up to `resume_step`, which the run keeps.
+
+    All is in memory until `flush` or `close`. `before_write()` is called then, and nothing is
+    written if it raises. Both raise UserError with the path and the cause where the system refuses.
     """
     if not active:
         return metric_writers.MultiWriter([])
     workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    return metric_writers.MultiWriter(
+    return _Writers(
         [
             TensorBoardWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1),
             JsonlWriter(workdir / "metrics.jsonl", rows),
-        ]
+        ],
+        before_write,
     )

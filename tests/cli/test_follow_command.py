@@ -12,9 +12,8 @@ from tests.processes import running, wait_for
 from tests.test_writers import shown_events
 from univg_jax.cli.main import main
 from univg_jax.evaluation import follow
-from univg_jax.retention import evaluations
+from univg_jax.retention import evaluations, read_evaluations
 from univg_jax.workdir import finished_steps
-from univg_jax.writers import read_metrics
 
 STEPS, KEEP = 6, 2
 TRAIN = (
@@ -48,10 +47,10 @@ def test_a_follower_beside_a_training_is_killed_and_goes_on(tmp_path):
             wait_for([first, training], lambda: 2 in finished_steps(workdir))
             training.popen.send_signal(signal.SIGSTOP)
             assert max(finished_steps(workdir)) <= 2 * KEEP
-            wait_for([first, training], lambda: read_metrics(log))
+            wait_for([first, training], lambda: read_evaluations(log))
             first.popen.kill()
             with running([1], *follower) as (second,):
-                wait_for([second, training], lambda: len(read_metrics(log)) > 1)
+                wait_for([second, training], lambda: len(read_evaluations(log)) > 1)
                 training.popen.send_signal(signal.SIGCONT)
                 assert training.wait() == 0, training.log.read_text()
                 assert second.wait() == 0, second.log.read_text()

@@ -14,8 +14,7 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation import follow as module
 from univg_jax.evaluation.results import Done
 from univg_jax.lock import WorkdirLock
-from univg_jax.retention import evaluations
-from univg_jax.writers import read_metrics
+from univg_jax.retention import evaluations, read_evaluations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Follower:
 
 
 def rows(workdir):
-    return read_metrics(evaluations(workdir, "geneval"))
+    return read_evaluations(evaluations(workdir, "geneval"))
 
 
 @pytest.fixture(autouse=True)

@@ -560,6 +560,33 @@ def test_a_run_whose_workdir_was_taken_over_ends_at_its_next_step(tmp_path):
     assert list_steps(tmp_path) == (2,)
 
 
+@pytest.mark.parametrize("may_write", [0, 1, 3, 6])
+def test_a_run_that_lost_its_workdir_writes_nothing_any_more(tmp_path, may_write):
+    """Neither rows nor checkpoints, nor what it would add at its end."""
+    confirmed, left = [], {}
+
+    def files():
+        found = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+        kept = [path for path in found if "checkpoints" not in path.parts]
+        return {path: path.read_bytes() for path in kept}
+
+    def confirm():
+        confirmed.append(0)
+        if len(confirmed) == may_write + 1:
+            left.update(files())
+        if len(confirmed) > may_write:
+            raise UserError("was taken over")
+
+    stream = helpers.CountingStream()
+    with pytest.raises(UserError, match="was taken over"):
+        run(tmp_path, stream=stream, confirm=confirm, profile=range(1, 5))
+    assert files() == left
+    # At the start, before the config is written, then a row at each step and a save at each second.
+    rows = [row["step"] for row in writers.read_metrics(tmp_path / "metrics.jsonl")]
+    expected = {0: ([], ()), 1: ([], ()), 3: ([1], ()), 6: ([1, 2, 3], (2,))}
+    assert (rows, list_steps(tmp_path)) == expected[may_write]
+
+
 def test_a_run_that_is_past_its_last_step_is_refused(finished):
     """It must not restart, and must not end as if it had been made."""
     with pytest.raises(UserError, match=r"is at step 6, past train\.steps=4"):
@@ -570,7 +597,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
     run(tmp_path, config=_with(helpers.tiny_config(), steps=2))
 
     # From here on the loss is NaN, from step 3 on.
-    message = r"loss is nan at step 3 \(tasks t2i, ie; samples 16, 17, .*\)"
+    message = r"loss is nan at step 3 \(tasks t2i, ie; samples 16 to 23\)"
     with pytest.raises(NonFiniteLossError, match=message):
         run(tmp_path, change_frozen=broken)
     assert list_steps(tmp_path) == (2,)
@@ -601,6 +628,15 @@ def test_so_many_steps_in_a_row_are_skipped_and_no_more(tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"at step 3 .*, as were the 2 steps before it"):
         run(tmp_path, config=_with(helpers.tiny_config(), **options), change_frozen=broken)
     assert list_steps(tmp_path) == (2,)
+
+
+def test_a_run_that_is_ended_again_and_again_skips_no_more_steps_in_a_row(tmp_path):
+    options = dict(non_finite="skip", max_skipped=3, eval_every=None, save_every=1)
+    config = _with(helpers.tiny_config(), **options)
+    with pytest.raises(Killed):
+        run(tmp_path, config=config, change_frozen=broken, stream=KilledStream(2))
+    with pytest.raises(NonFiniteLossError, match=r"at step 4 .*, as were the 3 steps before it"):
+        run(tmp_path, config=config, change_frozen=broken)
 
 
 def test_an_update_that_is_not_finite_is_found_before_it_is_validated_or_saved(tmp_path):

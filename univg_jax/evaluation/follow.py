@@ -29,11 +29,11 @@ from univg_jax.evaluation.results import Done, Json
 from univg_jax.files import append_lines, read_json
 from univg_jax.lock import WorkdirLock
 from univg_jax.pipeline import Pipeline
-from univg_jax.retention import evaluations, is_number
+from univg_jax.retention import evaluations, read_evaluations
 from univg_jax.settings import Config
 from univg_jax.together import of_first, together
 from univg_jax.workdir import CHECKPOINTS, CONFIG, finished_steps
-from univg_jax.writers import TensorBoardWriter, read_metrics
+from univg_jax.writers import TensorBoardWriter, is_number
 
 POLL = 2.0  # seconds between two looks at the workdir
 _NONE, _OVER = -1, -2  # in place of a step: there is none now, and there will be none
@@ -68,7 +68,7 @@ def follow(
     workdir = epath.Path(workdir)
     is_main = jax.process_index() == 0
     scalars = workdir / "tensorboard" / benchmark
-    with WorkdirLock(scalars, active=is_main), contextlib.ExitStack() as stack:
+    with WorkdirLock(scalars, active=is_main) as lock, contextlib.ExitStack() as stack:
         log = None
         if is_main:
             log = stack.enter_context(contextlib.closing(_Log(workdir, benchmark, settings)))
@@ -97,9 +97,11 @@ def follow(
                 failed.append(step)
                 say(f"step {step} could not be evaluated: {failure}")
                 if log:
+                    lock.confirm()
                     log.add(step, error=str(failure))
                 continue
             if log:
+                lock.confirm()
                 log.add(step, **_found(done))
             show(step, done)
     if failed:
@@ -170,7 +172,7 @@ class _Log:
     def __init__(self, workdir: epath.Path, benchmark: str, settings: Json) -> None:
         self._file, self._benchmark = evaluations(workdir, benchmark), benchmark
         self._settings = json.loads(json.dumps(settings))  # as a row gives them back
-        rows = [row for row in read_metrics(self._file) if isinstance(row.get("numbers"), dict)]
+        rows = [row for row in read_evaluations(self._file) if "numbers" in row]
         for row in rows:
             self._check(row.get("settings", {}), row["step"])
         self.steps = tuple(row["step"] for row in rows)

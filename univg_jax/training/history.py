@@ -108,12 +108,14 @@ class History:
     def get_state(self, *, records: Mapping[str, int], is_left: bool) -> Json:
         """The steps that have no row yet, and what else their row will have; see `take_row`.
 
+        Also how many of the newest steps were skipped, which `max_skipped` bounds.
         `is_left`: what was due at this step is left to the next attempt.
         """
+        skipped = {"skipped": self._skipped}
         if self.is_complete:
-            return {}
+            return skipped
         self.clock.switch(self.clock.activity)
-        return {
+        return skipped | {
             "steps": [{name: x.tolist() for name, x in step.items()} for step in self._steps],
             "seconds": dict(self.clock.seconds),
             "records": self._total(records),
@@ -123,7 +125,8 @@ class History:
 
     def set_state(self, state: Json) -> None:
         """Goes on from what `get_state` gave, in the attempt before."""
-        if not state:
+        self._skipped = state.get("skipped", 0)  # older checkpoints have none
+        if "steps" not in state:
             return
         self._records_before, self.is_left = dict(state["records"]), state["is_left"]
         self._steps = [{k: np.asarray(x) for k, x in step.items()} for step in state["steps"]]
@@ -162,13 +165,13 @@ class History:
         if not bad:
             self._steps.append(values)
             return count
-        losses = zip(self._task_names, values["loss_sum"], strict=True)
-        where = {
-            "tasks": [task for task, loss in losses if not np.isfinite(loss)],
-            "samples": [str(i) for i in sample_id[~is_finite]],
-        }
-        of = "; ".join(f"{kind} {_listed(names)}" for kind, names in where.items() if names)
-        message = f"{bad[0]} is {values[bad[0]]} at step {step}{f' ({of})' if of else ''}"
+        # A gradient or an update that is not finite may come of any row.
+        losses, whole = values["loss_sum"], bool(np.all(is_finite))
+        is_bad = values["count"] > 0 if whole else ~np.isfinite(losses)
+        tasks = [task for task, bad in zip(self._task_names, is_bad, strict=True) if bad]
+        of = f"tasks {_listed(tasks)}; samples {_listed(_ranges(sample_id[whole | ~is_finite]))}"
+        of = f"all losses are finite; {of}" if whole else of
+        message = f"{bad[0]} is {values[bad[0]]} at step {step} ({of})"
         if self._settings.non_finite == "stop":
             raise NonFiniteLossError(f"{message}; that state was not saved")
         if self._skipped > self._settings.max_skipped:
@@ -244,6 +247,13 @@ class History:
 def _listed(names: Sequence[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _ranges(ids: np.ndarray) -> list[str]:
+    """Whole numbers, ascending, those that follow each other as one: 3, 16 to 23."""
+    ids = np.unique(ids.astype(np.int64))
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
+    return [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs if len(run)]
 
 
 def write_summary(

@@ -26,7 +26,7 @@ from univg_jax.checkpoint import Checkpointer
 from univg_jax.errors import NonFiniteLossError, Preempted
 from univg_jax.files import write_whole
 from univg_jax.progress import Bar, timed
-from univg_jax.together import each_together, raise_together
+from univg_jax.together import each_together, raise_together, together
 from univg_jax.training import optim
 from univg_jax.training.history import History, write_summary
 from univg_jax.training.initialize import DataStream, check_fits, initial_state
@@ -129,6 +129,7 @@ def train(
     preview: Preview | None = None,
     profile: range | None = None,
     check: Callable[[], None] = lambda: None,
+    confirm: Callable[[], None] = lambda: None,
     allow_config_change: Sequence[str] = (),
 ) -> TrainState:
     """Trains in `workdir` until `config.train.steps`; returns the final state.
@@ -136,9 +137,10 @@ def train(
     Call it inside `jax.set_mesh(mesh)`: it trains on that mesh. `frozen` are the encoders'
     parameters. `validation` has this host's batches of each task, read anew each time.
     `preview(params, folder)` samples every task, writes its pictures and gives them by name.
-    `profile` are the updates to trace into `workdir/profile`. `check()` is called at each step and
-    may end the run. `allow_config_change` are the keys of the config that may differ from those
-    that the run began with (`workdir.resume`).
+    `profile` are the updates to trace into `workdir/profile`. `check()` is called at each step, and
+    `confirm()` right before something is written into the workdir: both may end the run.
+    `allow_config_change` are the keys of the config that may differ from those that the run began
+    with (`workdir.resume`).
 
     A signal ends the run within the time of one step, of a batch of validation or of a task's
     samples, and of a save. What was due at that step is done when the run goes on.
@@ -148,6 +150,8 @@ def train(
     """
     check_not_past(workdir, step_fns.config.train.steps)
     c = step_fns.config.train
+    with together():
+        confirm()  # the checkpointer removes what was never finished
     with (
         Watchdog(workdir, c) as watchdog,
         PreemptionNotice() as notice,
@@ -161,6 +165,7 @@ def train(
             preview=preview,
             profile=profile,
             check=check,
+            confirm=confirm,
             allow_config_change=allow_config_change,
             notice=notice,
             watchdog=watchdog,
@@ -177,6 +182,7 @@ def _train(
     preview: Preview | None,
     profile: range | None,
     check: Callable[[], None],
+    confirm: Callable[[], None],
     allow_config_change: Sequence[str],
     notice: PreemptionNotice,
     watchdog: Watchdog,
@@ -212,6 +218,8 @@ def _train(
     # Everything that could be wrong has been tried; from here on the workdir is this config's.
     if changed := changes(workdir, step_fns.config):
         logging.warning("%s goes on with another config: %s", workdir, "; ".join(changed.values()))
+    with together():
+        confirm()
     claim_workdir(workdir, step_fns.config, allow=allow_config_change)
     start = int(state.step)
     redo = history.is_left  # what was due at `start` is still to be done
@@ -225,8 +233,10 @@ def _train(
     config, clock = step_fns.config, history.clock
     pending = PendingMetrics(history, stream, batch_size=config.data.batch_size)
     schedule = optim.make_schedule(config.optim, total_steps=c.steps)
-    writer = writers.create_writer(workdir, resume_step=start - redo, rows=rows, active=is_main)
-    trace = Trace(workdir / "profile", steps=profile, start=start)
+    writer = writers.create_writer(
+        workdir, resume_step=start - redo, rows=rows, active=is_main, before_write=confirm
+    )
+    trace = Trace(workdir / "profile", steps=profile, start=start, before_write=confirm)
     bar = Bar(total=c.steps, initial=start, desc=config.name, unit="step", disable=not is_main)
 
     def part_is_done() -> None:
@@ -278,13 +288,16 @@ def _train(
                     row = history.take_row(step, records=on_all_hosts(stream.counters()))
                     row["lr"] = float(schedule(step - 1))
                     writer.write_scalars(step, row)
-                    writer.flush()
+                    with together():
+                        writer.flush()
                     bar.set_postfix(loss=f"{row.get('loss', math.nan):.4f}", refresh=False)
             if is_planned or (stopping and step > start):
                 pending.fetch()
                 records = on_all_hosts(stream.counters())
                 left = history.get_state(records=records, is_left=is_left)
                 with clock("save"):
+                    with together():
+                        confirm()
                     checkpointer.save(step, state, stream.get_state(), config.to_dict(), left)
             if stopping or step == c.steps:
                 break
@@ -312,6 +325,7 @@ def _train(
             f"{cause}: {done}; the same command goes on from there", signum=notice.signum
         )
     if is_main:
+        confirm()
         count = num_parameters(programs.abstract.params)
         write_summary(workdir, config, step_fns.task_names, num_parameters=count)
     return state

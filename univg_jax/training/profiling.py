@@ -1,12 +1,14 @@
 """A trace of chosen steps, for xprof and TensorBoard's profile page."""
 
 import tempfile
+from collections.abc import Callable
 
 import jax
 from absl import logging
 from etils import epath
 
 from univg_jax.errors import UserError
+from univg_jax.files import writing
 
 
 def parse_steps(text: str, *, total: int) -> range:
@@ -32,8 +34,19 @@ class Trace:
     it does nothing.
     """
 
-    def __init__(self, folder: epath.PathLike, *, steps: range | None, start: int = 0) -> None:
-        """`start` is the step that the run goes on from: a trace before it cannot be made."""
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        steps: range | None,
+        start: int = 0,
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`start` is the step that the run goes on from: a trace before it cannot be made.
+
+        If `before_write()` raises nothing is written.
+        """
+        self._before_write = before_write
         self._folder, self._steps = epath.Path(folder), steps or range(0)
         if steps and start >= steps.stop:
             logging.info("no trace: step %d is past %d:%d", start, steps.start, steps.stop)
@@ -51,12 +64,13 @@ class Trace:
             jax.profiler.start_trace(self._local.name)
             return
         jax.profiler.stop_trace()
-        with self._local as local:
+        with self._local as local, writing(self._folder):
+            self._local = None
+            self._before_write()
             for path in epath.Path(local).glob("plugins/profile/*/*"):
                 target = self._folder / path.relative_to(local)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.copy(target, overwrite=True)
-        self._local = None
         logging.info(
             "trace of steps %d:%d in %s", self._steps.start, self._steps.stop, self._folder
         )

@@ -1,15 +1,14 @@
 """How a number depends on a setting of a sweep, or on the step of a run that was followed."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 from univg_jax.evaluation.report.cards import Card
 from univg_jax.evaluation.report.differences import axes, setting_text
 from univg_jax.evaluation.report.find import Log
 from univg_jax.evaluation.report.plot import line_plot
-from univg_jax.evaluation.results import Json
 from univg_jax.evaluation.scorecard import format_number
+from univg_jax.writers import is_number
 
 Line = Mapping[int | float, int | float]  # y by x
 
@@ -73,15 +72,12 @@ def of_logs(logs: Mapping[str, Log], primaries: Sequence[str]) -> list[Curves]:
     for name in primaries or first:
         lines = {
             run if len(logs) > 1 else "": {
-                row["step"]: row["numbers"][name] for row in log if _is_number(row, name)
+                row["step"]: row["numbers"][name]
+                for row in log
+                if is_number(row["numbers"].get(name))
             }
             for run, log in logs.items()
         }
         if any(lines.values()):
             found.append(Curves("step", name, lines))
     return found
-
-
-def _is_number(row: Json, name: str) -> bool:
-    value = row["numbers"].get(name)
-    return isinstance(value, int | float) and math.isfinite(value)

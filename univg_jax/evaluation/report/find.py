@@ -10,8 +10,8 @@ from univg_jax.errors import NotFoundError, UserError, shorten
 from univg_jax.evaluation.report.cards import Card
 from univg_jax.evaluation.report.differences import in_order
 from univg_jax.evaluation.results import FILE, Json
+from univg_jax.retention import read_evaluations
 from univg_jax.workdir import EVALUATIONS
-from univg_jax.writers import read_metrics
 
 MOST = 12  # evaluations of a benchmark that are shown of a folder
 
@@ -70,10 +70,8 @@ def find_of(weights: str, path: epath.PathLike) -> list[Card]:
 
 def _logs(folder: epath.Path) -> dict[str, Log]:
     """The rows of each benchmark that have numbers."""
-    rows = {file.stem: read_metrics(file) for file in sorted(folder.glob("*.jsonl"))}
-    kept = {
-        name: [r for r in log if isinstance(r.get("numbers"), dict)] for name, log in rows.items()
-    }
+    rows = {file.stem: read_evaluations(file) for file in sorted(folder.glob("*.jsonl"))}
+    kept = {name: [row for row in log if "numbers" in row] for name, log in rows.items()}
     return {name: log for name, log in kept.items() if log}
 
 
