@@ -138,14 +138,29 @@ def quarantine_file(
 
 
 def read_quarantine(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The quarantined records of a run, of all its processes; a line that is torn is left out."""
+    """The quarantined records of a run, of all its processes.
+
+    A line that is torn, or does not name a record, is left out with a warning.
+    """
     workdir, rows = epath.Path(workdir), []
     for path in sorted(workdir.glob("quarantine*.jsonl")) if workdir.exists() else ():
-        for line in path.read_bytes().splitlines():
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            row = None
             with contextlib.suppress(ValueError, RecursionError):
-                if isinstance(row := json.loads(line), dict):
-                    rows.append(row)
+                row = json.loads(line)
+            if _names_record(row):
+                rows.append(row)
+            else:
+                _logger.warning("%s: line %d names no record, it is left out", path, number)
     return rows
+
+
+def _names_record(row: object) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("dataset"), str)
+        and isinstance(row.get("index"), int)
+    )
 
 
 def usable_records(reader: Reader, indices: Iterable[int]) -> Iterator[Record]:

@@ -1,9 +1,12 @@
 """A few damaged records are named and counted; a share that is surely too large ends the run."""
 
+import json
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipelines.quarantine import (
     ALPHA,
@@ -152,6 +155,27 @@ def test_the_file_names_each_record_once_over_processes_and_attempts(tmp_path):
         **dict(dataset="faces/train", index=103, shard="faces-00001", key=3, task="id"),
         reason="is not a readable image",
     )
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+VALUES = st.recursive(SCALARS, lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text(), x))
+ROWS = st.fixed_dictionaries({}, optional={"dataset": VALUES, "index": VALUES})
+
+
+@given(damaged=st.lists(VALUES | ROWS, max_size=4))
+def test_whatever_is_there_a_record_is_added(tmp_path_factory, damaged):
+    file = tmp_path_factory.mktemp("rows") / "quarantine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in damaged))
+    quarantine = Quarantine(file=file)
+    quarantine.skip(placed(101), is_new=False)
+    quarantine.flush()
+    assert read_quarantine(file.parent)[-1]["index"] == 101
+
+
+def test_a_line_that_names_no_record_is_named(tmp_path, caplog):
+    (tmp_path / "quarantine.jsonl").write_text('{"dataset": "faces/train", "index": [1]}\n')
+    assert read_quarantine(tmp_path) == []
+    assert f"{tmp_path}/quarantine.jsonl: line 1 names no record" in caplog.text
 
 
 def test_half_a_line_of_a_killed_run_is_left_out_and_does_not_spoil_the_next(tmp_path):

@@ -21,6 +21,11 @@ def test_a_run_ends_with_the_path_and_the_cause(tmp_path, fault):
     assert run(fault, tmp_path / "disk") == []
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(folder=tmp_path_factory.mktemp("storage"), processes=1)
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("kill_loop")
 @pytest.mark.parametrize(
@@ -31,7 +36,7 @@ def test_a_run_ends_with_the_path_and_the_cause(tmp_path, fault):
         ("tensorboard", make_read_only, errno.EROFS),
     ],
 )
-def test_a_training_whose_metrics_or_samples_cannot_be_written(tmp_path, folder, strike, number):
+def test_a_training_whose_folder_cannot_be_written(runs, tmp_path, folder, strike, number):
     """The folder is a disk of its own, which is struck after the first checkpoint."""
     if not may_mount():
         pytest.skip("no tmpfs can be mounted here")
@@ -40,7 +45,7 @@ def test_a_training_whose_metrics_or_samples_cannot_be_written(tmp_path, folder,
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
     with contextlib.ExitStack() as stack:
         stack.callback(subprocess.run, ["umount", "-l", disk], check=True)
-        command = Runs(folder=tmp_path, processes=1).command(workdir, 1)
+        command = runs.command(workdir, 1)
         with processes.running([DEVICES], *command, program=PROGRAM) as (training,):
             processes.wait_for([training], (workdir / "checkpoints" / "3").exists)
             training.popen.send_signal(signal.SIGSTOP)

@@ -21,13 +21,17 @@ def files(workdir: pathlib.Path) -> dict[pathlib.Path, bytes]:
     return {path: path.read_bytes() for path in sorted(workdir.rglob("*")) if path.is_file()}
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(folder=tmp_path_factory.mktemp("takeover"), processes=1)
+
+
 @pytest.mark.parametrize(
     "moment",
     ["checkpoints/3", "checkpoints/6.orbax-checkpoint-tmp*", "samples/0000006/*"],
     ids=["after a save", "in a save", "while it samples"],
 )
-def test_who_was_stopped_and_taken_over_ends_with_one_line(tmp_path, moment):
-    runs = Runs(folder=tmp_path, processes=1)
+def test_who_was_stopped_and_taken_over_ends_with_one_line(runs, tmp_path, moment):
     expected, workdir = runs.undisturbed(1), tmp_path / "run"
     command = runs.command(workdir, 1)
     with processes.running([DEVICES], *command, program=FIRST) as (first,):

@@ -16,6 +16,7 @@ from univg_jax.files import write_whole
 from univg_jax.settings import Train
 
 STACKS = "stacks"
+STOPPED = 3.0  # seconds: a thread that slept for so long was stopped, with all of its process
 WRITING = 10.0  # seconds that a file system, which may be what hangs, has for the stacks
 
 
@@ -79,7 +80,11 @@ class Watchdog:
         return self.doing()
 
     def _watch(self) -> None:
+        before = time.monotonic()
         while not self._over.wait(0.5):
+            pause, before = time.monotonic() - before, time.monotonic()
+            if pause > STOPPED:
+                self._limit = dataclasses.replace(self._limit, since=self._limit.since + pause)
             if not (limit := self._limit).is_over:
                 continue
             reason = f"{limit.reason}; the stacks of all processes are in {self._folder}"
