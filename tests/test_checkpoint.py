@@ -632,3 +632,22 @@ def test_additional_files_are_reported_and_not_copied(tmp_path, caplog):
     checkpoint.copy(tmp_path / "a", 1, tmp_path / "b")
     (report,) = checkpoint.verify(tmp_path / "b")
     assert (report.problems, report.additional) == ((), ())
+
+
+def test_a_save_whose_run_lost_the_workdir_meanwhile_is_no_step(tmp_path):
+    lost = []
+
+    def before_commit():
+        if lost:
+            raise UserError("was taken over")
+
+    def save():
+        with checkpoint.Checkpointer(tmp_path, before_commit=before_commit) as checkpointer:
+            checkpointer.save(1 + len(lost), make_state(), {}, {})
+
+    save()
+    lost.append(True)
+    with pytest.raises(UserError, match="was taken over"):
+        save()
+    assert list_steps(tmp_path) == (1,)
+    assert [report.problems for report in checkpoint.verify(tmp_path)] == [()]

@@ -108,8 +108,10 @@ class _StateHandler(ocp.PyTreeCheckpointHandler):
 class _Summed:
     """How orbax commits a step, with the checksums of all its files made just before.
 
-    A mixin of orbax's temporary paths.
+    A mixin of orbax's temporary paths. A step is not committed if `before_commit()` raises.
     """
+
+    before_commit: Callable[[], None] = staticmethod(lambda: None)
 
     @classmethod
     def from_final(cls, *args: Any, **options: Any) -> "_Summed":
@@ -126,6 +128,7 @@ class _Summed:
 
     def _finalize(self) -> None:
         folder, final = self.get(), self.get_final()
+        self.before_commit()
         self.metadata.wait_until_finished()
         self.metadata.update(file_path=folder / METADATA, commit_timestamp_nsecs=time.time_ns())
         self.metadata.wait_until_finished()
@@ -135,6 +138,7 @@ class _Summed:
         checksums.combine(
             folder, step=int(final.name), of_processes=state, prefix=f"{STATE}/", late=late
         )
+        self.before_commit()
         write_whole(folder / COMMITTED, note)
         if folder != final:
             folder.rename(final)
@@ -186,16 +190,23 @@ class Checkpointer:
     `close`. It is a UserError with the path and the cause where the storage refused.
     """
 
-    def __init__(self, workdir: epath.PathLike, settings: Train = EVERY_STEP) -> None:
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        settings: Train = EVERY_STEP,
+        *,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        """If `before_commit()` raises, what is being saved then does not become a step."""
         self.workdir = _absolute(workdir)
         self.directory = self.workdir / CHECKPOINTS
+        path = _SummedThenNoted if _is_bucket(self.directory) else _SummedThenRenamed
+        path = type(path.__name__, (path,), {"before_commit": staticmethod(before_commit)})
         self._retention = Retention(self.workdir, settings)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._retention,
             cleanup_tmp_directories=True,
-            temporary_path_class=(
-                _SummedThenNoted if _is_bucket(self.directory) else _SummedThenRenamed
-            ),
+            temporary_path_class=path,
         )
         self.directory.mkdir(parents=True, exist_ok=True)
         look_for_foreign_files(self.directory)

@@ -155,7 +155,7 @@ def train(
     with (
         Watchdog(workdir, c) as watchdog,
         PreemptionNotice() as notice,
-        Checkpointer(workdir, c) as checkpointer,
+        Checkpointer(workdir, c, before_commit=confirm) as checkpointer,
     ):
         return _train(
             step_fns,
