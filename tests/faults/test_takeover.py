@@ -18,7 +18,9 @@ FIRST, SECOND = (("-c", BEATING.format(seconds)) for seconds in (10_000, 0.5))
 
 
 def files(workdir: pathlib.Path) -> dict[pathlib.Path, bytes]:
-    return {path: path.read_bytes() for path in sorted(workdir.rglob("*")) if path.is_file()}
+    """What a workdir has, but for a step that was being written: whoever comes next removes it."""
+    found = [path for path in sorted(workdir.rglob("*")) if path.is_file()]
+    return {path: path.read_bytes() for path in found if ".orbax-checkpoint-tmp" not in str(path)}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,9 @@ def test_who_was_stopped_and_taken_over_ends_with_one_line(runs, tmp_path, momen
         first.popen.send_signal(signal.SIGCONT)
         code, log = first.wait(), first.log.read_text()
     errors = [line for line in log.splitlines() if "error: " in line]
-    assert (code, len(errors), "Traceback" in log) == (1, 1, False), log
+    assert (code, len(errors)) == (1, 1), log
+    # Orbax logs a save that fails, with a traceback.
+    assert "Traceback" not in log or "Save Finalize thread (save_finalize) failed" in log, log
     assert f"univg train: error: {workdir} was taken over by process {pid} on " in errors[0]
     assert files(workdir) == before
     assert list(differences(expected, workdir)) == []
