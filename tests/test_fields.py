@@ -185,6 +185,8 @@ def test_paths_in_the_home_are_expanded(monkeypatch):
     weighed = Config.of(dict(tasks=dict(t2i=dict(weight=1, sources={"~/pairs": 2}))))
     assert weighed.tasks["t2i"].sources == {"/home/me/pairs": 2.0}
     assert Config.of(dict(data=dict(dir="gs://b/~/data"))).data.dir == "gs://b/~/data"
+    with pytest.raises(UserError, match=r"data.dir=s3://b: expected a local path or gs://, not s3"):
+        Config.of(dict(data=dict(dir="s3://b")))
 
 
 def test_paths_are_the_settings_that_name_files():

@@ -152,6 +152,14 @@ def test_cmyk_and_gray_jpegs():
         assert np.abs(found - expected).max() <= 3  # JPEG's rounding
 
 
+def test_a_mask_in_a_mode_that_pillow_converts_to_color_only():
+    """LAB, where a picture of the brightest and the darkest is no other than in gray."""
+    levels = np.repeat(np.where(SHAPE, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
+    levels[..., 1:] = 0
+    data = file(Image.fromarray(levels, "LAB"), "TIFF")
+    np.testing.assert_array_equal(images.to_mask(images.open_picture(data)), SHAPE)
+
+
 @pytest.mark.parametrize(
     ("data", "why"),
     [

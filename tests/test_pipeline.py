@@ -311,6 +311,12 @@ def test_an_untrained_model_is_the_same_but_for_its_parameters(pipeline):
         (lambda p, i: p.edit(i, "a", size=(8, 8)), "takes no size: its answer has that of the im"),
         (lambda p, i: p.outpaint(i), "needs a mask, or margins, aspect or size"),
         (lambda p, i: p.layout(i, "a", boxes=[("a", (0, 0, 1, 1))]), "boxes and a canvas"),
+        (lambda p, _: p("a pig \ud800"), "prompt='a pig \\ud800': '\\ud800' is no character"),
+        (lambda p, _: p("a", guidance=2, negative_prompt="\udc00"), "negative_prompt='\\udc00': "),
+        (lambda p, _: p([]), "prompt is an empty list: nothing to make"),
+        (lambda p, _: p.depth("http://x/y.png"), "is an address: expected a local path or gs://"),
+        (lambda p, _: p.depth(np.zeros((0, 4, 3), np.uint8)), "image has 4 x 0 pixels: expected"),
+        (lambda p, i: p.inpaint(i, Image.new("L", (0, 9))), "mask has 0 x 9 pixels: expected"),
     ],
 )
 def test_what_cannot_be_is_one_line(pipeline, picture, call, message):

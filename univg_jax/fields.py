@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from univg_jax.errors import UserError, check_name, quote
+from univg_jax.files import check_address
 
 _RULE = "rule"
 
@@ -152,6 +153,8 @@ def read(kind: Any, value: Any, where: str, rule: Rule = Rule()) -> Any:
         if arm is str and isinstance(value, str) and len(value) >= (rule.least or 0):
             if rule.names:
                 check_name(value, rule.names, what=where)
+            if rule.is_path:
+                check_address(value, where=f"{where}={quote(value)[1:-1]}")
             return os.path.expanduser(value) if rule.is_path else value
     raise UserError(f"{where}={quote(value)}: expected {describe(kind, rule)}")
 

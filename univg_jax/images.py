@@ -49,8 +49,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Modes that Pillow converts to no other but one.
-_WITH = {"La": "LA", "LAB": "RGB"}
 _TURNS_OF_ARRAYS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda pixels: pixels,
     2: lambda pixels: pixels[:, ::-1],
@@ -77,7 +75,7 @@ def open_picture(data: bytes) -> Image.Image:
         fraction = _fraction(width, height)
         picture.draft(None, (width // fraction, height // fraction))  # of JPEG only
         picture.load()
-        return upright(picture)
+        return _usual(upright(picture))
 
 
 def decode_rgb(data: bytes, *, least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
@@ -181,8 +179,7 @@ def open_any(picture: Picture) -> Image.Image:
         _check_not_empty(*picture.size)
         with _refusing(b""):  # a file that was opened and not read yet
             picture.load()
-            other = _WITH.get(picture.mode)
-            return upright(picture if other is None else picture.convert(other))
+            return _usual(upright(picture))
     if isinstance(picture, np.ndarray):
         is_gray = picture.ndim == 2 and picture.dtype in (np.uint8, bool)
         is_color = picture.ndim == 3 and picture.shape[-1] in (3, 4) and picture.dtype == np.uint8
@@ -203,6 +200,12 @@ def open_any(picture: Picture) -> Image.Image:
         return open_picture(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from None
+
+
+def _usual(picture: Image.Image) -> Image.Image:
+    """The picture in a mode that Pillow converts to any other."""
+    other = {"La": "LA", "LAB": "RGB"}.get(picture.mode)
+    return picture if other is None else picture.convert(other)
 
 
 def _check_not_empty(width: int, height: int) -> None:
