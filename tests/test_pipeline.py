@@ -313,7 +313,8 @@ def test_an_untrained_model_is_the_same_but_for_its_parameters(pipeline):
         (lambda p, i: p.layout(i, "a", boxes=[("a", (0, 0, 1, 1))]), "boxes and a canvas"),
         (lambda p, _: p("a pig \ud800"), "prompt='a pig \\ud800': '\\ud800' is no character"),
         (lambda p, _: p("a", guidance=2, negative_prompt="\udc00"), "negative_prompt='\\udc00': "),
-        (lambda p, _: p([]), "prompt is an empty list: nothing to make"),
+        (lambda p, _: p([]).image, "nothing was made: a list that was given is empty"),
+        (lambda p, _: p.depth([]).answer, "nothing was made: a list that was given is empty"),
         (lambda p, _: p.depth("http://x/y.png"), "is an address: expected a local path or gs://"),
         (lambda p, _: p.depth(np.zeros((0, 4, 3), np.uint8)), "image has 4 x 0 pixels: expected"),
         (lambda p, i: p.inpaint(i, Image.new("L", (0, 9))), "mask has 0 x 9 pixels: expected"),
@@ -404,7 +405,8 @@ def unsampled(tiny):
 def tell(call):
     """Whether a call works; what it raises must be one line for the user."""
     try:
-        assert all(image.size > (0, 0) for image in call().images)
+        made = call()
+        assert all(min(image.size) > 0 for image in [*made.images, made.image])
     except UserError as error:
         message = str(error)
         assert message

@@ -206,11 +206,9 @@ def read_input(
 def each_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The arguments of each picture, where those of a call are lists, or stand for every picture.
 
-    Raises UserError for lists of different lengths, and for empty ones.
+    Raises UserError for lists of different lengths.
     """
     lists = {name: values for name, values in given.items() if _is_list(name, values)}
-    if empty := [name for name, values in lists.items() if not values]:
-        raise UserError(f"{empty[0]} is an empty list: nothing to make")
     count = len(next(iter(lists.values()))) if lists else 1
     if any(len(values) != count for values in lists.values()):
         lengths = ", ".join(f"{name} {len(values)}" for name, values in lists.items())

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from univg_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
@@ -44,10 +46,16 @@ class Result:
 
     @property
     def image(self) -> Image.Image:
-        """The only picture, or the first one."""
+        """The only picture, or the first one. Raises UserError if an empty list made none."""
+        self._check_not_empty()
         return self.images[0]
 
     @property
     def answer(self) -> np.ndarray | None:
-        """The only picture's answer, or the first one's."""
+        """The only picture's answer, or the first one's. Raises UserError as `image` does."""
+        self._check_not_empty()
         return self.answers[0]
+
+    def _check_not_empty(self) -> None:
+        if not self.images:
+            raise UserError("nothing was made: a list that was given is empty")

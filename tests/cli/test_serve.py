@@ -124,8 +124,8 @@ def test_it_serves_until_sigterm_and_finishes_what_it_began(root):
         def get(path):
             try:
                 return httpx2.get(f"{address}{path}", timeout=60)
-            except httpx2.ConnectError:  # it has ended
-                return None
+            except (httpx2.ConnectError, httpx2.ReadError, httpx2.RemoteProtocolError):
+                return None  # it has ended, or is about to
 
         wait_for(lambda: (found := get("/ready")) and found.status_code == 200, process)
         statuses, ends = [], []
