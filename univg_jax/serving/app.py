@@ -8,7 +8,7 @@ import io
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import anyio
 import fastapi
@@ -41,6 +41,7 @@ from univg_jax.settings import MAX_SEED
 
 JSON = "application/json"
 MODEL = "univg"  # the name that OpenAI's clients give
+NAME = Annotated[str, fastapi.Path(json_schema_extra={"enum": [MODEL]})]
 Value = TypeVar("Value")
 
 Asked = tuple[str, dict[str, Any]]  # a task and the inputs of `make_request`
@@ -158,7 +159,7 @@ def create_app(
         responses=_refusals(api_keys, takes_name=True),
         tags=["OpenAI"],
     )
-    async def model(name: str) -> schema.Model:
+    async def model(name: NAME) -> schema.Model:
         """One model, as OpenAI's API describes it."""
         if name != MODEL:
             raise HTTPException(404, f"unknown model {quote(name)} (known: {MODEL})")
