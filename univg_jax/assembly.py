@@ -1,7 +1,7 @@
 """From a config to the parts of a run: `make_run` composes what the other functions make."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -165,7 +165,7 @@ def make_run(
                 checkpoint.fall_back(workdir)
             begin_stream(config, stream, workdir=workdir)  # refuses data that has changed
             watchdog.begin("the encoders")
-            found = prepare_encoders(config, workdir, mesh)
+            found = prepare_encoders(config, workdir, mesh, before_write=lock.confirm)
             with together():
                 if collator.latents is not None:
                     codec = found.conditioner.codec
@@ -350,7 +350,13 @@ def draws_sources(config: Config) -> bool:
     return any(task.weight and TASKS[name].draws_source for name, task in config.tasks.items())
 
 
-def prepare_encoders(config: Config, workdir: epath.PathLike, mesh: jax.sharding.Mesh) -> Encoders:
+def prepare_encoders(
+    config: Config,
+    workdir: epath.PathLike,
+    mesh: jax.sharding.Mesh,
+    *,
+    before_write: Callable[[], None] = lambda: None,
+) -> Encoders:
     """The frozen encoders of a run: its own, its parent's, or fitted on its training data.
 
     A run that has checkpoints has its encoders, and neither opens its parent nor fits others.
@@ -373,6 +379,7 @@ def prepare_encoders(config: Config, workdir: epath.PathLike, mesh: jax.sharding
         mesh=mesh,
         skip=skip,
         anew=not is_claimed(workdir),
+        before_write=before_write,
     )
 
 

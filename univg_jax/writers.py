@@ -114,6 +114,8 @@ class _EventsFile:
         if "://" in self._path:
             write_whole(self._path, content)
             return
+        if not content:
+            return
         with writing(self._path):
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
             with open(self._path, "ab") as file:

@@ -65,6 +65,15 @@ def test_those_of_a_start_that_failed_do_not_count(tmp_path):
     assert encoders.load(tmp_path).conditioner.latent_channels == 6
 
 
+def test_a_run_that_lost_its_workdir_while_it_fitted_writes_no_encoders(tmp_path):
+    def before_write():
+        raise UserError("was taken over")
+
+    with pytest.raises(UserError, match="was taken over"):
+        prepare_encoders(ENCODERS, tmp_path, before_write=before_write)
+    assert list(tmp_path.rglob("*")) == []
+
+
 def test_parameters_that_are_skipped_are_not_read(run):
     workdir, first = run
     loaded = encoders.load(workdir, skip=("text",))

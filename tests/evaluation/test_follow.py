@@ -227,6 +227,21 @@ def test_one_follower_at_a_time(tmp_path, monkeypatch):
             Follower(tmp_path).run()
 
 
+def test_a_follower_that_was_replaced_writes_no_row(tmp_path):
+    save(tmp_path, 2, 4, finished=True)
+    lock = tmp_path / "tensorboard" / "geneval" / "lock.json"
+    other = dict(machine="another", pid=7, host="b", start="1", since="then", token="t")
+
+    def job(step):
+        if step == 4:
+            lock.write_text(json.dumps(other))
+
+    with pytest.raises(UserError, match=r"geneval was taken over by process 7 on b"):
+        Follower(tmp_path, job=job).run()
+    assert [row["step"] for row in rows(tmp_path)] == [2]
+    assert json.loads(lock.read_text()) == other
+
+
 SEVERAL = """
 import sys
 from tests import processes

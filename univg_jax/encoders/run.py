@@ -111,6 +111,7 @@ def prepare(
     mesh: Mesh | None = None,
     skip: Sequence[str] = (),
     anew: bool = False,
+    before_write: Callable[[], None] = lambda: None,
 ) -> Encoders:
     """The encoders that a config asks for, from now on those of the run in `workdir`.
 
@@ -119,7 +120,8 @@ def prepare(
     `portraits()` and saved. A pretrained one must be the workdir's own,
     else that run's, if they have one. `init_from` is not opened where the workdir has all. With
     `anew` the workdir's own do not count: they are of a start that failed. On several processes the
-    first one does this, the others wait and read. `mesh` and `skip` are those of `load`.
+    first one does this, the others wait and read. `mesh` and `skip` are those of `load`. Nothing is
+    written if `before_write()` raises.
 
     Raises UserError for an unknown kind or option, if a folder is missing or what is on disk was
     made otherwise, and if `init_from` has no encoders.
@@ -134,6 +136,7 @@ def prepare(
                 init_from=init_from,
                 data=FitData(images=images, portraits=portraits),
                 anew=anew,
+                before_write=before_write,
             )
     return load(workdir, folder=conditioning.folder, mesh=mesh, skip=skip)
 
@@ -315,6 +318,7 @@ def _obtain_missing(
     init_from: epath.PathLike | None,
     data: FitData,
     anew: bool,
+    before_write: Callable[[], None] = lambda: None,
 ) -> None:
     """Brings the folder `encoders` to what a config chose."""
     records = {} if anew else read_records(encoders) or {}
@@ -333,11 +337,13 @@ def _obtain_missing(
                 digest = _fingerprint(networks)
             else:
                 content = _inherit_or_fit(role, wanted, parent=parent, data=data)
+                before_write()
                 write_whole(encoders / file_of(role), content)
                 digest = hashlib.sha256(content).hexdigest()
             record = wanted | {"sha256": digest}
         # Only now, so that a run that was killed while it fitted does so again.
         records[role] = record
+        before_write()
         write_sealed(encoders / RECORD, records)
 
 
