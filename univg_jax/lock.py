@@ -85,16 +85,24 @@ class WorkdirLock:
             self.check()
 
     def release(self) -> None:
-        """Gives the workdir back; does nothing the second time."""
+        """Gives the workdir back; does nothing the second time.
+
+        A lock that the storage does not let go is left: it is a dead process's then.
+        """
         atexit.unregister(self.release)
         with self._writing:
-            found = None if self._released.is_set() else _read(self._file)
-            if found is not None and found.get("token") == self._owner["token"]:
+            if self._released.is_set():
+                return
+            self._released.set()
+            try:
+                if (_read(self._file) or {}).get("token") != self._owner["token"]:
+                    return
                 if self._owner["stays"]:
                     write_whole(self._file, json.dumps(self._owner | {"ended": True}))
                 else:
                     self._file.unlink(missing_ok=True)
-            self._released.set()
+            except (OSError, UserError) as error:
+                logging.warning("%s stays: %s", self._file, error)
 
     def check(self) -> None:
         """Raises UserError if another process has the workdir, by the newest beat: cheap."""

@@ -34,15 +34,16 @@ def runs(tmp_path_factory):
         ("samples", fill, errno.ENOSPC),
         ("tensorboard", fill, errno.ENOSPC),
         ("tensorboard", make_read_only, errno.EROFS),
+        (".", make_read_only, errno.EROFS),
     ],
 )
 def test_a_training_whose_folder_cannot_be_written(runs, tmp_path, folder, strike, number):
-    """The folder is a disk of its own, which is struck after the first checkpoint."""
+    """The folder (or all) is a disk of its own, which is struck after the first checkpoint."""
     if not may_mount():
         pytest.skip("no tmpfs can be mounted here")
     workdir = tmp_path / "run"
     (disk := workdir / folder).mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], check=True)
     with contextlib.ExitStack() as stack:
         stack.callback(subprocess.run, ["umount", "-l", disk], check=True)
         command = runs.command(workdir, 1)
@@ -52,10 +53,10 @@ def test_a_training_whose_folder_cannot_be_written(runs, tmp_path, folder, strik
             strike(disk)
             training.popen.send_signal(signal.SIGCONT)
             code, log = training.wait(), training.log.read_text()
+        reports = checkpoint.verify(workdir)
     errors = [line for line in log.splitlines() if "error: " in line]
     assert (code, len(errors), "Traceback" in log) == (1, 1, False), log
     assert f"univg train: error: {disk}/" in errors[0]
     assert errors[0].endswith(f"cannot be written: {os.strerror(number)}")
-    reports = checkpoint.verify(workdir)
     assert 3 in [report.step for report in reports]
     assert not any(report.problems for report in reports)
