@@ -95,6 +95,16 @@ def test_an_output_that_cannot_be_is_one_line_before_anything_else(tmp_path, cap
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
+def test_another_address_than_a_buckets_is_one_line(capsys):
+    for command in (["checkpoint", "list"], ["sample", "--task=t2i", "--prompt=x", "--checkpoint"]):
+        with pytest.raises(SystemExit) as end:
+            main([*command, "s3://b/x"])
+        assert end.value.code == 2
+        line = capsys.readouterr().err
+        assert "s3://b/x: expected a local path or gs://, not s3://" in line
+        assert line.count("\n") == 1
+
+
 def test_every_command_that_writes_says_where():
     assert {" ".join(words) for words, _ in OUTPUTS} == {
         *("train", "evaluate", "report", "plan", "export"),

@@ -45,7 +45,16 @@ class Output(argparse.Action):
         setattr(args, self.dest, path)
 
 
-path = os.path.expanduser  # `type=path`: the shell leaves ~ alone after an equals sign
+def path(text: str) -> str:
+    """The `type` of a path: the shell leaves ~ alone after an equals sign.
+
+    Raises ArgumentTypeError for the address of what is neither a disk nor a bucket gs://.
+    """
+    try:
+        files.check_address(text, where=text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return os.path.expanduser(text)
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
