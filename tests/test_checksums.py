@@ -63,6 +63,15 @@ def test_whatever_a_list_of_checksums_says_it_is_read_or_named(folder, value, se
         assert checksums.FILE in problem or "is missing" in problem or "cannot be read" in problem
 
 
+@pytest.mark.parametrize(
+    "name", ["../a", "b/../../a", "/etc/passwd", "gs://b/a", "b//c", "./a", ""]
+)
+def test_a_name_of_a_file_elsewhere_is_damage(folder, name):
+    checksums.write(folder, {name: checksums.checksum_of(b"abc")})
+    with pytest.raises(UserError, match="is no file in its folder"):
+        checksums.read(folder)
+
+
 @given(content=st.binary(max_size=200))
 @fuzz
 def test_whatever_bytes_a_list_has_it_is_read_or_named(folder, content):

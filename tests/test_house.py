@@ -227,6 +227,19 @@ def test_other_packages_stay_in_their_rooms(package, rooms):
             assert room(module_name(path)) in rooms, f"{path} imports {package}"
 
 
+def test_processes_wait_for_each_other_in_one_place():
+    """`together` knows that it waits, so that a run that hangs names who does not."""
+    collectives = {"process_allgather", "broadcast_one_to_all", "sync_global_devices"}
+    for path in files(*OURS):
+        used = {
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute)
+        }
+        # The first of all opens the channels.
+        assert not used & collectives or path.name in ("together.py", "distributed.py"), path
+
+
 def test_files_are_written_whole():
     """By `files.write_whole`. Only metrics are appended to."""
     for path in files(*OURS):

@@ -4,10 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from data_pipelines import build, fit_data
@@ -31,7 +29,7 @@ from univg_jax.models.mmdit import FROM_ENCODERS, make_mmdit
 from univg_jax.models.univg import UniVG
 from univg_jax.sampling import Generator
 from univg_jax.settings import Config
-from univg_jax.together import together, waiting
+from univg_jax.together import most_of_all, together
 from univg_jax.training import loop
 from univg_jax.training.initialize import begin_stream, find_parent
 from univg_jax.training.step import TrainState, TrainStep
@@ -122,13 +120,6 @@ class Run:
             )
         self.stream.close()
         return state
-
-
-def most_of_all(own: np.ndarray) -> np.ndarray:
-    """The elementwise maximum of all processes' arrays of one shape. All of them call it."""
-    with waiting():
-        gathered = np.asarray(multihost_utils.process_allgather(own))
-    return gathered.reshape(-1, *own.shape).max(axis=0)
 
 
 def make_run(

@@ -409,24 +409,28 @@ def copy(workdir: epath.PathLike, step: int | None, out: epath.PathLike) -> int:
     target = epath.Path(out) / CHECKPOINTS / str(step)
     if step in steps_in(target.parent):
         raise AlreadyExistsError(f"{target} exists, nothing copied")
-    with WorkdirLock(out, active=jax.process_index() == 0):
+    with WorkdirLock(out, active=jax.process_index() == 0) as lock:
         claim_workdir(out, read_item(root / str(step), "config"))
         with together():
             if jax.process_index() == 0:
                 _copy_encoders(root.parent / ENCODERS, epath.Path(out) / ENCODERS)
-                _copy_step(root / str(step), target)
+                _copy_step(root / str(step), target, before_commit=lock.confirm)
     if problems := _find_problems(target):
         raise UserError(f"the copy {target} is damaged: {shorten(problems)}")
     return step
 
 
-def _copy_step(source: epath.Path, target: epath.Path) -> None:
+def _copy_step(
+    source: epath.Path, target: epath.Path, *, before_commit: Callable[[], None]
+) -> None:
     is_bucket = _is_bucket(target)  # which cannot rename: a step without `COMMITTED` is none
     unfinished = target if is_bucket else target.parent / f"{target.name}.orbax-checkpoint-tmp"
     if unfinished.exists():
         unfinished.rmtree()
     names = set(checksums.list_files(source)).difference(checksums.find_additional(source))
     for name in sorted(names, key=lambda name: name == COMMITTED):
+        if name == COMMITTED:
+            before_commit()
         (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).copy(unfinished / name)
     if not is_bucket:

@@ -18,11 +18,10 @@ import jax
 import numpy as np
 import xxhash
 from etils import epath
-from jax.experimental import multihost_utils
 
-from univg_jax.errors import UnreachableError, UserError
+from univg_jax.errors import UnreachableError, UserError, quote
 from univg_jax.files import CHECKSUM, read_json, read_sealed, write_sealed, write_whole
-from univg_jax.together import together
+from univg_jax.together import of_all, together
 
 FILE = "checksums.json"
 THREADS = 16
@@ -118,7 +117,7 @@ def find_problems(
     with together():
         found = _own_problems(folder, under, closed, step)
     if jax.process_count() > 1:
-        anywhere = multihost_utils.process_allgather(np.array(bool(found)))
+        anywhere = of_all(np.array(bool(found)))
         if np.any(anywhere):
             return found or ("another process found damage",)
     return found
@@ -200,7 +199,14 @@ def _read(folder: epath.Path) -> tuple[dict[str, str], int | None]:
         sums = {name: f"blake2b_128:{digits}" for name, digits in value.items()}
     if not isinstance(sums, dict) or not all(_SUM.fullmatch(str(sum_)) for sum_ in sums.values()):
         raise UserError(f"{folder / FILE} is damaged: it has what is no checksum")
+    if outside := [name for name in sums if not _is_below(name)]:
+        raise UserError(f"{folder / FILE} is damaged: {quote(outside[0])} is no file in its folder")
     return sums, step
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name, which may be anybody's, is one of a file below the folder of the list."""
+    return not {"", ".", ".."} & {*name.split("/")} and "\0" not in name
 
 
 def _mode(file: epath.Path) -> int:

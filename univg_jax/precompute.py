@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from data_pipelines import cache, fit_data, tasks
@@ -27,7 +26,7 @@ from univg_jax.conditioning import encode_images
 from univg_jax.errors import check_name
 from univg_jax.progress import Bar
 from univg_jax.settings import Config
-from univg_jax.together import each_together, together
+from univg_jax.together import barrier, each_together, of_all, together
 from univg_jax.training.initialize import begin_stream, find_parent
 
 WHAT = ("text", "latents")
@@ -57,7 +56,7 @@ def cache_run(
     builder = _Builder(config=config, out=epath.Path(out), collator=collator)
     makers = {"text": builder.text_writer, "latents": builder.latents_writer}
     writers = {name: makers[name]() for name in what}
-    multihost_utils.sync_global_devices("univg_jax.precompute.begin")  # before anybody writes
+    barrier("univg_jax.precompute.begin")  # before anybody writes
     ledgers = {name: _Ledger(writer, width=builder.width(name)) for name, writer in writers.items()}
     if "text" in what:
         ledgers["text"].add(builder.tags())
@@ -215,7 +214,7 @@ class _Ledger:
         keys = np.zeros((self._width, KEY_BYTES), np.uint8)
         for row, key in enumerate(mine):
             keys[row] = np.frombuffer(key, np.uint8)
-        found, counts = multihost_utils.process_allgather((keys, np.int32(len(mine))))
+        found, counts = of_all((keys, np.int32(len(mine))))
         return [[bytes(key) for key in k[:count]] for k, count in zip(found, counts, strict=True)]
 
 

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from univg_jax.assembly import Run
 from univg_jax.images import write_png
 from univg_jax.pipeline import Pipeline
-from univg_jax.together import each_together, together
+from univg_jax.together import each_together, of_all, together
 from univg_jax.training.loop import Preview
 
 
@@ -42,7 +41,7 @@ def make_preview(run: Run) -> Preview:
             names = ("source", "target", "has_source", "valid", "sample_id")
             whole = {"output": output} | {name: getattr(batch, name) for name in names}
             if jax.process_count() > 1:
-                whole = multihost_utils.process_allgather(whole, tiled=True)
+                whole = of_all(whole, tiled=True)
             kinds = [*(["source"] if whole["has_source"].any() else []), "target", "output"]
             # Processes give their rows in any order.
             order = [i for i in np.argsort(whole["sample_id"]) if whole["valid"][i]]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -23,6 +23,7 @@ from jaxtyping import Float, PyTree, Shaped
 
 from univg_jax.batch import Array
 from univg_jax.errors import UserError
+from univg_jax.together import of_all
 from univg_jax.trees import map_named, named_leaves
 
 AXES = ("data", "fsdp", "tensor")
@@ -141,7 +142,7 @@ def all_gather_to_host(array: jax.Array) -> Shaped[np.ndarray, "..."]:
     """The whole array in the memory of every process; all processes must call it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
+    return of_all(array, tiled=True)
 
 
 def _input_sharding(mesh: Mesh) -> NamedSharding:

@@ -17,14 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
 from univg_jax import checksums
 from univg_jax.errors import NotFoundError, UnreachableError, UserError, shorten, suggestion
 from univg_jax.files import CHECKPOINTS, CONFIG, read_json, write_whole
 from univg_jax.settings import Config
 from univg_jax.stored import read_item, storage_named
-from univg_jax.together import of_first, together, waiting
+from univg_jax.together import barrier, of_first, together
 from univg_jax.trees import Json, flatten
 
 ENCODERS = "encoders"
@@ -323,10 +322,3 @@ def probe(workdir: epath.PathLike, *, patience: float = 10.0) -> None:
 def as_json(config: Json) -> Json:
     """A config as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(config))
-
-
-def barrier(name: str) -> None:
-    """Waits for all other processes, if there are any."""
-    if jax.process_count() > 1:
-        with waiting():
-            multihost_utils.sync_global_devices(name)

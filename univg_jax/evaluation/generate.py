@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Bool, UInt8
 
 from data_pipelines.collate import Collator
@@ -20,7 +19,7 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmark import Case, Cases
 from univg_jax.evaluation.metrics import Image
 from univg_jax.images import open_picture, to_rgb, write_png
-from univg_jax.together import together
+from univg_jax.together import most_of_all, together
 
 # Makes an image of each row of this process.
 System = Callable[[Batch], UInt8[np.ndarray, "b h w 3"]]
@@ -88,8 +87,7 @@ def exist(names: Sequence[str], folder: epath.PathLike) -> Bool[np.ndarray, " n"
         paths = (epath.Path(folder) / name for name in names)
         there = np.array(list(pool.map(lambda path: path.exists(), paths)), np.uint8)
     if jax.process_count() > 1:  # one that began earlier may have written some
-        there = np.asarray(multihost_utils.process_allgather(there))
-        there = there.reshape(-1, len(names)).max(axis=0)
+        there = most_of_all(there)
     return there > 0
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from univg_jax.evaluation.benchmark import BenchmarkTask
 from univg_jax.evaluation.metrics import Ratio, merge
+from univg_jax.together import of_all
 
 Scores = Mapping[str, Ratio]  # of one image, by metric
 Entry = dict[str, float | str | None]  # value, stderr, count; the name of a trivial answer
@@ -36,7 +36,7 @@ def gather(rows: Mapping[int, Scores], *, count: int, template: Scores) -> dict[
     if jax.process_count() > 1:
         # As 32-bit words: on its way through a device JAX would round float64 to float32.
         words = {name: values.view(np.uint32) for name, values in table.items()}
-        gathered = multihost_utils.process_allgather(words)
+        gathered = of_all(words)
         # Of each case one process has the row and the others have zeros, so this sum is exact.
         table = {
             name: np.ascontiguousarray(values).view(np.float64).sum(axis=0)

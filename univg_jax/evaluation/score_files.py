@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from univg_jax.errors import UserError, check_name
 from univg_jax.evaluation import score
@@ -23,7 +22,7 @@ from univg_jax.evaluation.scorers import PROTOCOLS, Scorers, local_mesh
 from univg_jax.evaluation.summaries import Features, Scores, Summary
 from univg_jax.images import open_picture, to_rgb
 from univg_jax.progress import Bar
-from univg_jax.together import each_together
+from univg_jax.together import each_together, of_all
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -209,7 +208,7 @@ class _Sums:
         gathered = {}
         for name, convention in self._conventions.items():
             own = self._sums.get(name)
-            widths = multihost_utils.process_allgather(np.int32(own.sums.shape[-1] if own else 0))
+            widths = of_all(np.int32(own.sums.shape[-1] if own else 0))
             if width := int(widths.max()):
                 empty = FeatureSums.of(np.zeros((0, width)), convention=convention)
                 gathered[name] = merge(_of_all_processes(own or empty))
@@ -219,7 +218,7 @@ class _Sums:
 def _of_all_processes(own: FeatureSums) -> list[FeatureSums]:
     # As 32-bit words: on its way through a device JAX would round float64 to float32.
     parts = (np.array([own.count], float), own.sums, own.products)
-    words = multihost_utils.process_allgather(tuple(part.view(np.uint32) for part in parts))
+    words = of_all(tuple(part.view(np.uint32) for part in parts))
     counts, sums, products = (np.ascontiguousarray(x).view(np.float64) for x in words)
     return [
         FeatureSums(own.convention, int(count), *arrays)

@@ -16,7 +16,6 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
@@ -26,7 +25,7 @@ from univg_jax.checkpoint import Checkpointer
 from univg_jax.errors import NonFiniteLossError, Preempted
 from univg_jax.files import write_whole
 from univg_jax.progress import Bar, timed
-from univg_jax.together import each_together, raise_together, together
+from univg_jax.together import each_together, of_all, raise_together, together
 from univg_jax.training import optim
 from univg_jax.training.history import History, write_summary
 from univg_jax.training.initialize import DataStream, check_fits, initial_state
@@ -315,6 +314,8 @@ def _train(
             if step > start:
                 checkpointer.wait()
             else:  # the last save was killed after its step was there
+                with together():
+                    confirm()
                 checkpointer.prune()
         if step > start and history.is_complete:
             writer.write_scalars(step, history.complete_row())
@@ -333,7 +334,7 @@ def _train(
 
 def on_all_hosts(counters: Mapping[str, int]) -> dict[str, int]:
     """The sums of all hosts' counters. All of them call it."""
-    numbers = multihost_utils.process_allgather(np.array(list(counters.values()), np.int32))
+    numbers = of_all(np.array(list(counters.values()), np.int32))
     sums = numbers.reshape(-1, len(counters)).sum(axis=0)
     return dict(zip(counters, sums.tolist(), strict=True))
 
