@@ -2,8 +2,9 @@
 
     python -m tests.faults.kill_loop --kills=50 --processes=2 --seed=0
 
-The runs are the three stages of `experiments/emoji.py`, each with a parent that nothing disturbed;
-the second one in two buckets. They validate, sample and save every few steps. Each kill strikes all
+The runs are the three stages of `experiments/emoji.py`, each with a parent that nothing disturbed:
+the second one in two buckets, with accumulated gradients and every sixth step kept, the third on
+cached prompts and pictures. They validate, sample and save every few steps. Each kill strikes all
 processes or one, by SIGKILL, SIGTERM or SIGSTOP (a host that hangs; a second later the scheduler
 takes all), at a random time after the start or while a checkpoint is being written. A run that has
 ended is compared with one that nothing disturbed, and the next one begins, until there were so many
@@ -52,7 +53,11 @@ CONFIG = (
     "--config.train.sample_examples=2",
 )
 TASKS = ({"t2i"}, {"t2i", "ie", "seg"}, {"t2i", "id"})  # of each stage; fewer compile sooner
-BUCKETS = "--config.data.buckets=((32, 32), (24, 40))"
+OF_STAGE_2 = (
+    "--config.data.buckets=((32, 32), (24, 40))",
+    "--config.optim.accumulate=2",
+    "--config.train.keep_every=6",
+)
 DEVICES = 2  # in all, so that the mesh is the same
 SAVE_SECONDS = 0.3  # about what a save takes
 TIMES = ("seconds/", "time", "goodput", "steps_per_second", "images_per_second")
@@ -124,17 +129,26 @@ class Runs:
 
     def command(self, workdir: pathlib.Path, stage: int) -> tuple[str, ...]:
         """What starts a run of a stage, or continues it."""
+        more = OF_STAGE_2 if stage == 2 else self._caches() if stage == 3 else ()
+        return ("train", *self._config(stage), *more, f"--workdir={workdir}")
+
+    def _config(self, stage: int) -> list[str]:
         parent = f",init_from={self.undisturbed(stage - 1)}" if stage > 1 else ""
         unused = set(emoji.get_config(stage=stage).tasks) - TASKS[stage - 1]
-        return (
-            "train",
+        return [
             f"--config=experiments/emoji.py:stage={stage},preset=smoke{parent}",
             *CONFIG,
             *(f"--config.tasks.{name}.weight=0" for name in sorted(unused)),
-            *([BUCKETS] if stage == 2 else []),
             f"--config.data.dir={self.folder / 'data'}",
-            f"--workdir={workdir}",
-        )
+        ]
+
+    def _caches(self) -> list[str]:
+        """What makes the third stage use its caches, made when they are first asked for."""
+        folder = self.folder / "cache"
+        if not folder.exists():
+            command = ("data", "cache", *self._config(3), "--what=text,latents", f"--out={folder}")
+            processes.run([DEVICES], *command, program=PROGRAM)
+        return [f"--config.data.{name}_cache={folder}" for name in ("text", "latent")]
 
 
 def strike(running: Sequence[Process], kill: Kill, workdir: pathlib.Path) -> bool:
