@@ -297,6 +297,11 @@ def test_groups_reach_the_scheduler(request):
     assert request.node.nodeid.endswith("@house")
 
 
+def test_no_test_is_named_by_an_address(request):
+    """Its name would differ between workers, which then refuse to share the tests."""
+    assert [item.nodeid for item in request.session.items if " at 0x" in item.nodeid] == []
+
+
 def loads(package: str, code: str) -> bool:
     """Whether `code`, in a new process, loads a package."""
     code += f"\nimport sys; print({package!r} in sys.modules)"

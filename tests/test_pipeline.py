@@ -363,7 +363,8 @@ STRANGE = {
     **{repr(x): x for x in ("", " ", "a pig", "\ud800", "a\0b", "nowhere.png", "~nobody/x")},
     **{repr(x): x for x in ("http://x/y.png", "s3://b/x.png", "://", "gs:/x", "." * 300)},
     **{repr(x): x for x in ([], [[]], (), ("a", "b"), [None], [b"x"], ["\udc00"], [5, "a"])},
-    **{repr(x): x for x in ({}, {"a": 1}, set(), pathlib.Path("nowhere"), object, object(), len)},
+    **{repr(x): x for x in ({}, {"a": 1}, set(), pathlib.Path("nowhere"), object, len)},
+    "an object": object(),
     **{repr(x): x for x in ((1, 2), (0, 0), (1, 2, 3, 4), [("a", (0, 0, 1, 1))], [("a", ())])},
     **{repr(x): x for x in (decimal.Decimal(1), fractions.Fraction(1, 3))},
     **{
