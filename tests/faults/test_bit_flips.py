@@ -5,9 +5,12 @@ import pytest
 from tests.faults.bit_flips import bit_flips
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("flips", [40, pytest.param(500, marks=pytest.mark.nightly)])
-def test_every_damage_is_found_and_named(tmp_path, flips):
-    counts, missed = bit_flips(flips=flips, seed=flips, folder=tmp_path)
+def test_every_damage_is_found_and_named(tmp_path, flips, processes):
+    counts, missed = bit_flips(
+        flips=flips, seed=flips, folder=tmp_path / "run", processes=processes
+    )
     assert missed == []
     assert sum(counts.values()) == flips
     assert set(counts) == {"flip", "cut", "swap", "missing", "additional"}
