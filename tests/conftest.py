@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -36,6 +37,17 @@ hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 NO_MESH = jax.sharding.get_mesh()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs_outlive_a_module():
+    """Every compiled program holds memory that is mapped, and Linux gives a process 65,530 maps:
+    beyond them the compiler ends the worker. What is asked for again comes from the cache on disk.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")  # of Linux
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -331,13 +331,13 @@ def sampling_options(
             found[name] = fields.read(field.type, value, name, fields.rule_of(field))
     scales = {SCALES[name]: found.pop(name) for name in SCALES if name in found}
     stored = config.to_dict()["sampling"]["guidance"]
+    made = fields.make(Guidance, {**stored.get(task, {}), **scales}, f"task {task!r}")
     if scales:
-        made = fields.make(Guidance, {**stored.get(task, {}), **scales}, f"task {task!r}")
         found["guidance"] = {**stored, task: dataclasses.asdict(made)}
-    elif negative_prompt and stored.get(task, {}).get("text") is None:
+    if negative_prompt and made.text in (None, 1) and made.image in (None, 1):
         raise UserError(
-            f"task {task!r} is sampled without guidance, so a negative prompt changes nothing: "
-            "give guidance, too"
+            f"task {task!r} is sampled with guidance={made.text}, so a negative prompt changes "
+            "nothing: give guidance above 1, too"
         )
     return found
 
