@@ -394,7 +394,7 @@ def test_options_replace_the_runs_settings_of_one_task():
             "t2i",
             dict(negative_prompt="x", guidance=1),
             UserError,
-            "a negative prompt changes nothing",
+            "prompt changes nothing",
         ),
         ("t2i", dict(guidance=-1), UserError, "guidance=-1: expected a finite number >= 0"),
         ("t2i", dict(guidance=float("nan")), UserError, "guidance=nan: expected a finite number"),
