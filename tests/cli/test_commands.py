@@ -472,27 +472,6 @@ def test_data_inspect_writes_a_page(root, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_process_resumes_bitwise(root, tmp_path):
-    """SIGKILL in the middle of a real run, then the same command again."""
-
-    def command(name):
-        more = ["--config.train.steps=8", "--config.train.eval_every=8"]
-        return train_command(1, root, *more, workdir=tmp_path / name)
-
-    processes.run([8], *command("whole"))
-    with processes.running([8], *command("killed")) as started:
-        processes.wait_for(started, (tmp_path / "killed" / "checkpoints" / "2").exists)
-        started[0].popen.kill()
-    assert max(list_steps(tmp_path / "killed")) < 8
-    processes.run([8], *command("killed"))
-    for which in ("params", "ema", "opt_state"):
-        whole, resumed = (
-            checkpoint.load_params(tmp_path / name, which=which) for name in ("whole", "killed")
-        )
-        jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), jax.device_get(resumed))
-
-
-@pytest.mark.slow
 def test_one_run_a_workdir_and_ctrl_c_saves_its_step(root, tmp_path, capsys, caplog):
     workdir = tmp_path / "run"
 

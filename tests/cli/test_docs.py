@@ -29,6 +29,12 @@ def page_id(page):
     return page.name if isinstance(page, pathlib.Path) else None
 
 
+def in_its_run(page):
+    """The page as a parameter of the suite, or of the nightly run where it takes minutes."""
+    is_long = page.name in ("README.md", "export.md", "resume.md")
+    return pytest.param(page, marks=[pytest.mark.nightly] if is_long else [])
+
+
 def commands(page):
     """The arguments of every `univg` command of a page, in blocks, in quotes and in the text."""
     text = page.read_text()
@@ -118,7 +124,7 @@ def workplace(root, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=page_id)
+@pytest.mark.parametrize("page", map(in_its_run, filter(blocks, PAGES)), ids=page_id)
 def test_a_page_runs_from_top_to_bottom(page, workplace):
     """What is not marked with what it needs does."""
     names = {}

@@ -65,6 +65,7 @@ def test_safetensors_are_copied_once_and_verified(exported, bucket, home):
         Pipeline.load("gs://bucket/export")
 
 
+@pytest.mark.nightly
 def test_copied_encoders_are_found(tmp_path, bucket):
     folder = write_sd3(tmp_path / "pretrained")
     write_image_encoder(folder / "image_encoder")

@@ -119,7 +119,7 @@ def test_an_export_of_an_export_is_the_same(exported, root, tmp_path):
     assert_equal(params_of(root), named_leaves(Pipeline.load(tmp_path / "out").params))
 
 
-@pytest.mark.parametrize("name", STORES)
+@pytest.mark.parametrize("name", ["safetensors", pytest.param("orbax", marks=pytest.mark.nightly)])
 def test_training_goes_on_from_an_export(exported, root, tmp_path, name):
     """A stage begins from the export as it does from the run: parameters, encoders, data."""
 

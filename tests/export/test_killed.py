@@ -55,9 +55,10 @@ def checkpoint(request):
 
 
 def of_group(name):
-    """The worker that has the run already."""
-    group = "sd3" if name == "diffusers" else "pipeline"
-    return pytest.param(name, marks=pytest.mark.xdist_group(group))
+    """The worker that has the run already; one format in CI, since all go through one function."""
+    marks = [pytest.mark.xdist_group("sd3" if name == "diffusers" else "pipeline")]
+    marks += [] if name == "safetensors" else [pytest.mark.nightly]
+    return pytest.param(name, marks=marks)
 
 
 @pytest.mark.parametrize("name", [of_group(name) for name in FORMATS])

@@ -16,7 +16,7 @@ from univg_jax import assembly, encoders
 from univg_jax.batch import BatchShape
 from univg_jax.checkpoint import Checkpointer
 from univg_jax.settings import Config
-from univg_jax.trained import STORES, open_trained
+from univg_jax.trained import open_trained
 from univg_jax.trees import named_leaves
 
 PEAK = pathlib.Path("/proc/self/clear_refs")  # of Linux
@@ -117,7 +117,13 @@ needs_proc = pytest.mark.skipif(not PEAK.exists(), reason="reads Linux's /proc")
 @needs_proc
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, "f32") for name in (*STORES, "stablehlo")), ("safetensors", "int8")],
+    [
+        ("safetensors", "f32"),
+        *(
+            pytest.param(*form, marks=pytest.mark.nightly)
+            for form in (("orbax", "f32"), ("stablehlo", "f32"), ("safetensors", "int8"))
+        ),
+    ],
 )
 def test_an_export_needs_little_memory(large, root, tmp_path, name, dtype):
     workdir, largest, _ = large
@@ -125,6 +131,7 @@ def test_an_export_needs_little_memory(large, root, tmp_path, name, dtype):
 
 
 @needs_proc
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_a_pipeline_for_diffusers_needs_little_memory(large_sd3, tmp_path, dtype):
     small, large, largest = large_sd3
@@ -132,6 +139,7 @@ def test_a_pipeline_for_diffusers_needs_little_memory(large_sd3, tmp_path, dtype
 
 
 @needs_proc
+@pytest.mark.nightly
 def test_the_command_never_holds_two_models(large, root, tmp_path):
     """Rounding needs none beside the one that makes the pictures, without which f32 does."""
     workdir, _, whole = large

@@ -32,9 +32,14 @@ def runs(tmp_path_factory):
     ("folder", "strike", "number"),
     [
         ("samples", fill, errno.ENOSPC),
-        ("tensorboard", fill, errno.ENOSPC),
-        ("tensorboard", make_read_only, errno.EROFS),
-        (".", make_read_only, errno.EROFS),
+        *(
+            pytest.param(*struck, marks=pytest.mark.nightly)
+            for struck in (
+                ("tensorboard", fill, errno.ENOSPC),
+                ("tensorboard", make_read_only, errno.EROFS),
+                (".", make_read_only, errno.EROFS),
+            )
+        ),
     ],
 )
 def test_a_training_whose_folder_cannot_be_written(runs, tmp_path, folder, strike, number):
