@@ -7,6 +7,7 @@ step, one by one and without all else.
 
     python benchmarks/train_step.py         # 384 wide, 256 image and 32 text tokens, batch 8
     python benchmarks/train_step.py --preset=quickstart --batch=16
+    python benchmarks/train_step.py --parts # where the time of our unrolled step goes, by a trace
 
 The shares come first because matmul libraries differ by machine: PyTorch's MKL takes a slow path on
 AMD's processors. To measure PyTorch with a fast one, tell MKL that the processor is Intel's:
@@ -21,7 +22,10 @@ import collections
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterable
 
 import jax
@@ -32,7 +36,7 @@ from timing import best_seconds, use_huge_pages
 
 from univg_jax.models.attention import cpu_attention
 from univg_jax.models.mmdit import MMDiT
-from univg_jax.planning import hlo, parse
+from univg_jax.planning import hlo, parse, traffic
 
 PRESETS = {
     "reference": dict(hidden_dim=384, depth=6, num_heads=6, side=32, tokens=32, batch=8),
@@ -43,8 +47,8 @@ CHANNELS = dict(in_channels=33, out_channels=16, text_dim=384, pooled_dim=384)
 
 def ours(
     model: MMDiT, *, side: int, tokens: int, batch: int
-) -> tuple[Callable[[], None], list[hlo.Product]]:
-    """A function that runs one step and waits for it, and the products of the step."""
+) -> tuple[Callable[[], None], parse.Module]:
+    """A function that runs one step and waits for it, and the compiled step."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -73,7 +77,49 @@ def ours(
     def run() -> None:
         state[:] = jax.block_until_ready(compiled(*state, inputs, target))
 
-    return run, list(hlo.products(parse.parse(compiled.as_text())))
+    return run, parse.parse(compiled.as_text())
+
+
+def time_by_part(run: Callable[[], None], module: parse.Module, *, steps: int) -> dict:
+    """Milliseconds that the threads spend in a step: (part of the model, is it a product) -> ms.
+
+    "waiting" is what is left of the time of as many threads as there are cores.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            start = time.perf_counter()
+            for _ in range(steps):
+                run()
+            seconds = time.perf_counter() - start
+        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
+    keys = {}
+    for one in module.executions:
+        if not one.fused:
+            name = one.instruction.name
+            inside = [one.instruction]
+            if called := one.instruction.called("calls"):
+                inside += module.computations[called].values()
+            is_product = any(instruction.opcode == "dot" for instruction in inside)
+            keys[name] = traffic.part_of(one.instruction, one.computation), is_product
+    found = collections.Counter()
+    for event in (e for plane in planes for line in plane.lines for e in line.events):
+        if event.name in keys and "hlo_op" in dict(event.stats):
+            found[keys[event.name]] += event.duration_ns / steps / 1e6
+    threads = len(os.sched_getaffinity(0))
+    found["waiting", False] = 1e3 * threads * seconds / steps - sum(found.values())
+    return found
+
+
+def print_parts(found: dict) -> None:
+    """A row for each part of the model, the longest first."""
+    total = sum(found.values())
+    print(f"{'thread time of a step, ms':25s}  products  all else  share")
+    rows = {part: [found[part, True], found[part, False]] for part, _ in found}
+    for part, row in sorted(rows.items(), key=lambda item: -sum(item[1])):
+        print(f"{part:25s}  {row[0]:8.1f}  {row[1]:8.1f}  {sum(row) / total:5.0%}")
+    products = sum(row[0] for row in rows.values())
+    print(f"{'all':25s}  {products:8.1f}  {total - products:8.1f}")
 
 
 def products_alone(products: Iterable[hlo.Product]) -> Callable[[], None]:
@@ -163,20 +209,26 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="reference")
     parser.add_argument("--batch", type=int, help="overrides the preset's")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--parts", action="store_true", help="our unrolled step alone, by a trace")
     args = parser.parse_args()
     use_huge_pages()
     preset = {**PRESETS[args.preset], **({"batch": args.batch} if args.batch else {})}
     shape = {name: preset.pop(name) for name in ("side", "tokens", "batch")}
 
     model = MMDiT(**preset, **CHANNELS, attention=cpu_attention)
+    unrolled, compiled = ours(model.clone(scan=False), **shape)
+    if args.parts:
+        unrolled()
+        print_parts(time_by_part(unrolled, compiled, steps=args.rounds))
+        return
     steps = {"torch eager": theirs(model, **shape, compiled=False)}
     if shutil.which(os.environ.get("CXX", "g++")):
         steps["torch compiled"] = theirs(model, **shape, compiled=True)
     else:
         print("torch compiled: not measured, inductor needs a C++ compiler (set CXX)")
     steps["ours, scanned"], _ = ours(model.clone(scan=True), **shape)
-    steps["ours, unrolled"], products = ours(model.clone(scan=False), **shape)
-    steps["our products"] = products_alone(products)
+    steps["ours, unrolled"] = unrolled
+    steps["our products"] = products_alone(hlo.products(compiled))
     matmuls = {"torch matmul": their_matmul(), "our matmul": our_matmul()}
     best = best_seconds({**steps, **matmuls}, rounds=args.rounds)
 

@@ -68,7 +68,7 @@ def by_part(module: Module, executions: Iterable[Execution] | None = None) -> tu
         if not run.fused:
             read, written = _moved(run.instruction, run.computation, module)
             if read or written:
-                part = _part(run.instruction, run.computation)
+                part = part_of(run.instruction, run.computation)
                 cause = _cause(run.instruction, run.computation, module)
                 totals[part, cause or "read"] += run.times * read
                 totals[part, cause or "write"] += run.times * written
@@ -230,7 +230,7 @@ def _is_parameter(value: Instruction, inner: Computation) -> bool:
     return value.opcode == "parameter"
 
 
-def _part(instruction: Instruction, computation: Computation) -> str:
+def part_of(instruction: Instruction, computation: Computation) -> str:
     """The part of the step that an instruction belongs to: by its name, or that of its operands.
 
     The compiler adds copies without a name.
