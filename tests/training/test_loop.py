@@ -389,11 +389,11 @@ def test_a_trace_is_written_and_changes_nothing(finished, tmp_path):
     assert_equal_bits(state, finished[2])
     (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
-    events = [
-        e for plane in planes for line in plane.lines for e in line.events if e.name == "train"
-    ]
+    events = [e for plane in planes for line in plane.lines for e in line.events]
     # the updates from step 2 to step 4
-    assert [dict(e.stats)["step_num"] for e in events] == [3, 4]
+    assert [dict(e.stats)["step_num"] for e in events if e.name == "train"] == [3, 4]
+    # Calls of Python, whose names begin so, are not traced: that is not safe with threads.
+    assert not [e.name for e in events if e.name.startswith("$")]
     steps = [
         row["step"]
         for row in writers.read_metrics(tmp_path / "metrics.jsonl")

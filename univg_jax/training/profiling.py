@@ -61,7 +61,11 @@ class Trace:
         """Begins the trace, or ends it and writes it. The step before must be waited for first."""
         if self._local is None:
             self._local = tempfile.TemporaryDirectory(prefix="univg_trace_")
-            jax.profiler.start_trace(self._local.name)
+            options = jax.profiler.ProfileOptions()
+            # Tracing Python's calls hooks into every thread of the process. With threads that come
+            # and go it has ended the process by a segmentation fault (Python 3.11, JAX 0.10.2).
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(self._local.name, profiler_options=options)
             return
         jax.profiler.stop_trace()
         with self._local as local, writing(self._folder):
