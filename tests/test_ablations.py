@@ -205,7 +205,7 @@ def refused(*_, **__):
     pytest.fail("it was done again")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_run_goes_on_and_a_finished_one_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     workdir = epath.Path("runs/ablations")

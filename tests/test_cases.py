@@ -1,6 +1,7 @@
 """Inputs and situations that failed once, as scripts in the folder that UNIVG_CASES names.
 
-The law behind each has its own test beside what it is about; this one keeps the inputs themselves.
+The law behind each has its own test beside what it is about; this one keeps the inputs themselves,
+and is nightly.
 """
 
 import os
@@ -32,6 +33,7 @@ CASES = [
 ]
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not FOLDER, reason="UNIVG_CASES names no folder: the scripts lie elsewhere")
 @pytest.mark.parametrize("case", CASES)
 def test_what_failed_once_does_not_fail_again(case):

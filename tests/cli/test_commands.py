@@ -47,6 +47,7 @@ def test_the_stages_hand_on_their_weights_and_encoders(root):
     assert set(checkpoint.load_params(root / "stage2")) == {"backbone"}
 
 
+@pytest.mark.nightly
 def test_a_run_on_cached_prompts_and_pictures_is_the_same(root, tmp_path, capsys):
     config = [f"--config={CONFIG}1", f"--config.data.dir={root / 'data'}", *FAST]
     command = ["data", "cache", *config, f"--out={tmp_path / 'cache'}"]
@@ -326,6 +327,7 @@ def test_a_run_goes_on_with_another_config_if_that_is_declared(root, tmp_path, c
     assert list_steps(workdir)[-1] == 3
 
 
+@pytest.mark.nightly
 def test_a_start_that_failed_leaves_the_workdir_to_another_config(root, tmp_path, capsys):
     workdir, parent = tmp_path / "w", f"--config.init_from.path={root / 'stage2'}"
     # That the parent lacks parameters is found as late as can be, once the model is compiled.

@@ -124,7 +124,7 @@ def workplace(root, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", map(in_its_run, filter(blocks, PAGES)), ids=page_id)
+@pytest.mark.parametrize("page", [in_its_run(page) for page in PAGES if blocks(page)], ids=page_id)
 def test_a_page_runs_from_top_to_bottom(page, workplace):
     """What is not marked with what it needs does."""
     names = {}

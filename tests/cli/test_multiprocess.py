@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_pipelines.collate import Collator
 from data_pipelines.mixture import Stream
+from tests.marks import nightly
 from tests.processes import run, running, wait_for
 from univg_jax import Pipeline, assembly, checkpoint, configs
 from univg_jax.batch import BatchShape
@@ -92,10 +93,7 @@ def moved(root):
     return root
 
 
-MOVED = [pytest.param(name, marks=pytest.mark.nightly) for name in ("one_two", "two_one")]
-
-
-@pytest.fixture(params=["one", "two", *MOVED])
+@pytest.fixture(params=["one", "two", *nightly("one_two", "two_one")])
 def workdir(request, root):
     """One of the runs that are to be as `eight`."""
     if "_" in request.param:

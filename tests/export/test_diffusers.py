@@ -108,6 +108,7 @@ def find_case(task):
     return case
 
 
+@pytest.mark.nightly
 def test_the_folder_is_whole_and_makes_the_checkpoints_pictures(job, tmp_path):
     done = export_model(job, "diffusers", tmp_path / "out")
     assert set(done.compared) == set(TASKS)

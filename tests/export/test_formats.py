@@ -11,6 +11,7 @@ import safetensors.numpy
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
+from tests.marks import nightly
 from tests.smoke_run import CONFIG, FAST
 from univg_jax import Pipeline, assembly, checkpoint, checksums, configs, sharding
 from univg_jax.errors import NotFoundError, UserError
@@ -119,7 +120,7 @@ def test_an_export_of_an_export_is_the_same(exported, root, tmp_path):
     assert_equal(params_of(root), named_leaves(Pipeline.load(tmp_path / "out").params))
 
 
-@pytest.mark.parametrize("name", ["safetensors", pytest.param("orbax", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("name", ["safetensors", *nightly("orbax")])
 def test_training_goes_on_from_an_export(exported, root, tmp_path, name):
     """A stage begins from the export as it does from the run: parameters, encoders, data."""
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.marks import nightly
 from tests.sd3_folder import write_image_encoder, write_sd3
 from tests.sd3_run import write_run
 from univg_jax import assembly, encoders
@@ -119,10 +120,7 @@ needs_proc = pytest.mark.skipif(not PEAK.exists(), reason="reads Linux's /proc")
     ("name", "dtype"),
     [
         ("safetensors", "f32"),
-        *(
-            pytest.param(*form, marks=pytest.mark.nightly)
-            for form in (("orbax", "f32"), ("stablehlo", "f32"), ("safetensors", "int8"))
-        ),
+        *nightly(("orbax", "f32"), ("stablehlo", "f32"), ("safetensors", "int8")),
     ],
 )
 def test_an_export_needs_little_memory(large, root, tmp_path, name, dtype):

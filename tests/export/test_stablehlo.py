@@ -23,7 +23,8 @@ from univg_jax.inputs import make_request
 from univg_jax.interop.tensors import TensorFolder
 from univg_jax.trained import WEIGHTS, open_trained
 
-pytestmark = pytest.mark.xdist_group("pipeline")
+# Minutes of tracing and compiling; test_programs.py has each program.
+pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("pipeline")]
 
 ROOT = pathlib.Path(__file__).parents[2]
 NEEDS = ("jax", "flatbuffers", "numpy", "safetensors")  # of the loader
@@ -65,9 +66,7 @@ def pictures():
     }
 
 
-@pytest.fixture(
-    scope="module", params=["linked", pytest.param("pip", marks=pytest.mark.nightly)], ids=str
-)
+@pytest.fixture(scope="module", params=["linked", "pip"], ids=str)
 def clean_python(request, tmp_path_factory):
     """The Python of an environment with NEEDS alone: links to our files of them, or installed."""
     folder = tmp_path_factory.mktemp("venv")

@@ -3,10 +3,11 @@
 import pytest
 
 from tests.faults.bit_flips import bit_flips
+from tests.marks import nightly
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("flips", [40, pytest.param(500, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("flips", [40, *nightly(500)])
 def test_every_damage_is_found_and_named(tmp_path, flips, processes):
     counts, missed = bit_flips(
         flips=flips, seed=flips, folder=tmp_path / "run", processes=processes

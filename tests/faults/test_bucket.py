@@ -13,6 +13,7 @@ from etils import epath
 
 from tests import object_store
 from tests.faults import kill_loop
+from tests.marks import nightly
 from univg_jax.stored import read_item, saved_shapes
 from univg_jax.workdir import CHECKPOINTS, list_steps
 
@@ -129,7 +130,7 @@ def test_a_bucket_that_fails_now_and_then_costs_nothing_but_time(store, tmp_path
     ("status", "says"),
     [
         (503, "503 Service Unavailable"),
-        pytest.param(403, "Forbidden", marks=pytest.mark.nightly),
+        *nightly((403, "Forbidden")),
     ],
 )
 def test_a_bucket_that_fails_for_good_ends_the_run_with_path_and_cause(

@@ -11,6 +11,7 @@ import pytest
 from tests import processes
 from tests.faults.kill_loop import DEVICES, PROGRAM, Runs
 from tests.faults.storage import FAULTS, fill, make_read_only, may_mount, run
+from tests.marks import nightly
 from univg_jax import checkpoint
 
 
@@ -32,13 +33,10 @@ def runs(tmp_path_factory):
     ("folder", "strike", "number"),
     [
         ("samples", fill, errno.ENOSPC),
-        *(
-            pytest.param(*struck, marks=pytest.mark.nightly)
-            for struck in (
-                ("tensorboard", fill, errno.ENOSPC),
-                ("tensorboard", make_read_only, errno.EROFS),
-                (".", make_read_only, errno.EROFS),
-            )
+        *nightly(
+            ("tensorboard", fill, errno.ENOSPC),
+            ("tensorboard", make_read_only, errno.EROFS),
+            (".", make_read_only, errno.EROFS),
         ),
     ],
 )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.marks import nightly
 from univg_jax import sharding
 from univg_jax.models.attention import xla_attention
 from univg_jax.models.flash import Stream, block_of, chip_memory, fits, flash
@@ -136,9 +137,7 @@ def test_fits_what_a_mesh_can_split():
 
 
 @pytest.mark.xdist_group("libtpu")
-@pytest.mark.parametrize(
-    "topology", ["v4:2x2x4", *(pytest.param(t, marks=pytest.mark.nightly) for t in OTHERS)]
-)
+@pytest.mark.parametrize("topology", ["v4:2x2x4", *nightly(*OTHERS)])
 def test_what_fits_compiles(topology):
     """The most tokens of the image that fit, with long text: both kernels, on every chip."""
     devices = open_topology(topology).devices[:1]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.marks import nightly
 from tests.serving import bad_requests
 
 pytestmark = [
@@ -11,9 +12,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(
-    "count", [100, pytest.param(1000, marks=pytest.mark.nightly)], ids=["some", "all"]
-)
+@pytest.mark.parametrize("count", [100, *nightly(1000)], ids=["some", "all"])
 def test_bad_requests_are_refused_in_one_line_and_kill_nothing(client, count):
     found = bad_requests.ask(str(client.base_url).rstrip("/"), count)
     assert sum(found.values()) >= count

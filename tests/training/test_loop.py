@@ -19,6 +19,7 @@ import pytest
 from jax import monitoring
 
 from tests import helpers
+from tests.marks import nightly
 from univg_jax import checkpoint, files, sharding, writers
 from univg_jax.errors import NonFiniteLossError, Preempted, UserError
 from univg_jax.training import loop
@@ -58,7 +59,7 @@ class KilledStream(helpers.CountingStream):
         return super().__next__()
 
 
-@pytest.mark.parametrize("after", [3, 5])
+@pytest.mark.parametrize("after", [3, *nightly(5)])
 def test_killed_and_resumed_equals_uninterrupted_bitwise(finished, tmp_path, after):
     _, uninterrupted, expected = finished
     first, second = KilledStream(after), helpers.CountingStream()
@@ -136,7 +137,7 @@ def sparse():
     return _with(helpers.tiny_config(), log_every=5, eval_every=6, save_every=2, keep=2)
 
 
-@pytest.mark.parametrize("stops", [[1], [3], [5], [3, 1], [1, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("stops", [[3, 1], *nightly([1], [3], [5], [1, 1, 1, 1, 1])], ids=str)
 def test_rows_and_kept_steps_do_not_tell_where_a_run_was_interrupted(undisturbed, tmp_path, stops):
     for steps in stops:
         with pytest.raises(Preempted):
@@ -155,8 +156,14 @@ def test_a_run_killed_before_it_removed_its_old_steps_removes_them(undisturbed, 
     assert list_steps(tmp_path) == list_steps(undisturbed)
 
 
-@pytest.mark.parametrize("at", [2, 6])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("signum", "at"),
+    [
+        (signal.SIGTERM, 2),
+        (signal.SIGINT, 6),
+        *nightly((signal.SIGTERM, 6), (signal.SIGINT, 2)),
+    ],
+)
 def test_a_signal_while_sampling(tmp_path, signum, at):
     """The step is saved, and its samples and its row are made when the run goes on.
 
@@ -403,7 +410,7 @@ def test_a_trace_is_written_and_changes_nothing(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "axes", [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)]
+    "axes", [dict(data=8), *nightly(dict(data=1, fsdp=8)), dict(data=2, fsdp=2, tensor=2)]
 )
 def test_devices_do_not_change_the_loss(axes):
     step, frozen = helpers.tiny_step(helpers.tiny_config())
