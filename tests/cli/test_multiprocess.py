@@ -172,12 +172,12 @@ def test_a_run_that_moves_twice(root, origin, hops):
     for step, (devices, mesh) in enumerate(hops, start=3):
         run(devices, *train(workdir, *mesh, f"--config.train.steps={step}"))
     assert set(measured(workdir)) == {3, 4}
-    test_the_same_samples(root, workdir.name)
+    test_the_same_samples(root, workdir)
     for step, row in measured(workdir).items():
         for key in (f"loss/{task}" for task in TASKS if f"count/{task}" in row):
             np.testing.assert_allclose(row[key], measured(root / "eight")[step][key], rtol=5e-6)
     for which in ("params", "ema", "opt_state"):
-        test_the_same_state(root, workdir.name, which)
+        test_the_same_state(root, workdir, which)
 
 
 def test_the_runs_were_split(root):
