@@ -83,7 +83,8 @@ def ours(
 def time_by_part(run: Callable[[], None], module: parse.Module, *, steps: int) -> dict:
     """Milliseconds that the threads spend in a step: (part of the model, is it a product) -> ms.
 
-    "waiting" is what is left of the time of as many threads as there are cores.
+    "not traced" is what is left of the time of as many threads as there are cores: they wait, or do
+    their part of a product, which the trace has on the thread that began it.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -107,7 +108,7 @@ def time_by_part(run: Callable[[], None], module: parse.Module, *, steps: int) -
         if event.name in keys and "hlo_op" in dict(event.stats):
             found[keys[event.name]] += event.duration_ns / steps / 1e6
     threads = len(os.sched_getaffinity(0))
-    found["waiting", False] = 1e3 * threads * seconds / steps - sum(found.values())
+    found["not traced", False] = 1e3 * threads * seconds / steps - sum(found.values())
     return found
 
 
