@@ -86,8 +86,10 @@ def time_by_part(run: Callable[[], None], module: parse.Module, *, steps: int) -
     "not traced" is what is left of the time of as many threads as there are cores: they wait, or do
     their part of a product, which the trace has on the thread that began it.
     """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # as in univg_jax/training/profiling.py; and it would cost time
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             start = time.perf_counter()
             for _ in range(steps):
                 run()

@@ -337,7 +337,7 @@ def sampling_options(
     if negative_prompt and made.text in (None, 1) and made.image in (None, 1):
         raise UserError(
             f"task {task!r} is sampled with guidance={made.text}, so a negative prompt changes "
-            "nothing: give guidance above 1, too"
+            "nothing: give another guidance, too"
         )
     return found
 
