@@ -422,6 +422,10 @@ def test_our_pipeline_says_what_is_wrong_and_takes_lists_and_sizes(exported, pip
         (dict(task="deepth"), "unknown task 'deepth'"),
         (dict(task="ie", prompt="a"), "task 'ie' takes image"),
         (dict(task="t2i", prompt="a", face=picture), "task 't2i' takes no picture"),
+        (
+            dict(prompt="a", negative_prompt="b", guidance_scale=1),
+            "negative_prompt changes nothing",
+        ),
         (dict(task="id", prompt="a man", face=picture), "has <p> where the person stands"),
         (dict(task="id", prompt="a " * 60 + "<p>", face=picture), "<p> would be cut off"),
         (dict(task="t2i", prompt="a", height=30), "multiples of 8"),

@@ -183,6 +183,8 @@ class UniVGPipeline(DiffusionPipeline):
             known = self._encode(source.to(device) / 127.5 - 1)
 
         scales = self._guidance(task, guidance_scale, image_guidance_scale)
+        if any(_each(negative_prompt, 1)) and not any(scales[1:]):
+            raise ValueError("without guidance, or with 1, a negative_prompt changes nothing")
         faces = None if face is None else self._identify(_each(face, count))
         text = self._embed(prompts, task, faces)
         null = text if len(scales) == 1 else self._embed(_each(negative_prompt, count), task, None)
