@@ -93,7 +93,8 @@ class Cache:
         empty = np.zeros((0, KEY_BYTES), np.uint8)
         keys = [empty, *(self._open(name, expected) for name, expected in files.items())]
         counts = [len(k) for k in keys[1:]]
-        # As texts of a fixed length, which numpy can sort and search.
+        # As texts of a fixed length, which numpy can sort and search. It takes the zeros at their
+        # ends away, from a text that is looked at alone, too: `find` compares bytes.
         texts = np.concatenate(keys).reshape(-1).view(f"S{KEY_BYTES}")
         order = np.argsort(texts, kind="stable")
         self._keys = texts[order]
@@ -121,7 +122,7 @@ class Cache:
         Raises UserError if they are damaged.
         """
         place = int(np.searchsorted(self._keys, np.bytes_(key)))
-        if place == len(self._keys) or self._keys[place] != np.bytes_(key):
+        if self._keys[place : place + 1].tobytes() != key:
             return None
         row = int(self._row_of[place])
         name, file = self._files[self._file_of[place]]

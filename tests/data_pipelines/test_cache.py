@@ -3,12 +3,17 @@
 import contextlib
 import dataclasses
 import json
+import tempfile
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipelines.cache import TEXT, CachedTokenizer, text_key, text_writer
+from data_pipelines.cache_files import Cache
 from data_pipelines.collate import Collator
 from data_pipelines.tasks import Example, prompt
 from data_pipelines.tokenizer import load_tokenizer
@@ -64,6 +69,25 @@ def test_every_prompt_has_its_own_embedding(folder):
         for field in ("emb", "mask", "pooled"):
             np.testing.assert_array_equal(getattr(found.embedding, field), getattr(want, field))
         np.testing.assert_array_equal(found.tokens, plain.tokens)
+
+
+@hypothesis.settings(deadline=None)
+@given(keys=st.sets(st.lists(st.sampled_from([0, 1, 255]), min_size=16, max_size=16).map(bytes)))
+def test_a_key_is_any_bytes_also_such_as_end_in_zeros(keys):
+    """One hash in 256 does, so every larger cache has some."""
+    rows = {key: TOKENIZER(f"{number} pigs", NUM_TOKENS) for number, key in enumerate(keys)}
+    with tempfile.TemporaryDirectory() as folder:
+        writer = text_writer(folder, embed=embed, identity=IDENTITY)
+        for key, row in rows.items():
+            writer.add(key, row)
+        writer.flush()
+        assert writer.finish() == len(keys)
+        cache = Cache(folder, TEXT)
+        for key, row in rows.items():
+            emb, _, _ = cache.find(key)
+            np.testing.assert_array_equal(emb, embed(row.tokens[None], row.text_mask[None]).emb)
+        for absent in ({bytes(16), b"\1" + bytes(15), b"\xff" * 16}) - keys:
+            assert cache.find(absent) is None
 
 
 def test_batches_carry_them_also_where_the_text_is_dropped(folder):
