@@ -7,7 +7,7 @@ step, one by one and without all else.
 
     python benchmarks/train_step.py         # 384 wide, 256 image and 32 text tokens, batch 8
     python benchmarks/train_step.py --preset=quickstart --batch=16
-    python benchmarks/train_step.py --parts # where the time of our unrolled step goes, by a trace
+    python benchmarks/train_step.py --parts # where the time of our unrolled step goes on one core
 
 The shares come first because matmul libraries differ by machine: PyTorch's MKL takes a slow path on
 AMD's processors. To measure PyTorch with a fast one, tell MKL that the processor is Intel's:
@@ -81,10 +81,10 @@ def ours(
 
 
 def time_by_part(run: Callable[[], None], module: parse.Module, *, steps: int) -> dict:
-    """Milliseconds that the threads spend in a step: (part of the model, is it a product) -> ms.
+    """Milliseconds of a step on one core: (part of the model, is it a product) -> ms.
 
-    "not traced" is what is left of the time of as many threads as there are cores: they wait, or do
-    their part of a product, which the trace has on the thread that began it.
+    On several cores a trace does not say who does what: a product is on the thread that began it,
+    and not on those that help. "not traced" is what is left of the step.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # as in univg_jax/training/profiling.py; and it would cost time
@@ -109,20 +109,20 @@ def time_by_part(run: Callable[[], None], module: parse.Module, *, steps: int) -
     for event in (e for plane in planes for line in plane.lines for e in line.events):
         if event.name in keys and "hlo_op" in dict(event.stats):
             found[keys[event.name]] += event.duration_ns / steps / 1e6
-    threads = len(os.sched_getaffinity(0))
-    found["not traced", False] = 1e3 * threads * seconds / steps - sum(found.values())
+    found["not traced", False] = 1e3 * seconds / steps - sum(found.values())
     return found
 
 
 def print_parts(found: dict) -> None:
     """A row for each part of the model, the longest first."""
     total = sum(found.values())
-    print(f"{'thread time of a step, ms':25s}  products  all else  share")
+    print(f"{'a step on one core, ms':25s}  products  all else  share")
     rows = {part: [found[part, True], found[part, False]] for part, _ in found}
     for part, row in sorted(rows.items(), key=lambda item: -sum(item[1])):
         print(f"{part:25s}  {row[0]:8.1f}  {row[1]:8.1f}  {sum(row) / total:5.0%}")
     products = sum(row[0] for row in rows.values())
     print(f"{'all':25s}  {products:8.1f}  {total - products:8.1f}")
+    print(f"{'':25s}  {products / total:8.0%}  {1 - products / total:8.0%}")
 
 
 def products_alone(products: Iterable[hlo.Product]) -> Callable[[], None]:
@@ -212,8 +212,12 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="reference")
     parser.add_argument("--batch", type=int, help="overrides the preset's")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--parts", action="store_true", help="our unrolled step alone, by a trace")
+    parser.add_argument(
+        "--parts", action="store_true", help="our unrolled step alone, on one core, by a trace"
+    )
     args = parser.parse_args()
+    if args.parts:  # before JAX begins its threads
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     use_huge_pages()
     preset = {**PRESETS[args.preset], **({"batch": args.batch} if args.batch else {})}
     shape = {name: preset.pop(name) for name in ("side", "tokens", "batch")}

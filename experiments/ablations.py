@@ -220,6 +220,12 @@ def get_config(
     c = emoji.get_config(stage=stage, preset=f.preset, init_from=init_from)
     c.name = f"ablations_{arm}_stage{stage}"
     c.seed = seed
+    # As docs/ablations.md was measured: before `make quickstart` had larger batches and latents,
+    # more times near the noise, and weights of holes.
+    c.data.batch_size, c.conditioning.codec.channels = 16, 8
+    c.flow.shift = c.sampling.shift = 1.0
+    c.flow.weight_changes = ()
+    c.sampling.steps = 16
     c.tasks = mixture(arm, stage, f.steps)
     # Named, so that a run of other steps is refused, not continued.
     c.train.steps = c.optim.decay_steps = f.steps[stage - 1]

@@ -209,7 +209,8 @@ def page(
         "[numbers.json](ablations/numbers.json).",
         "",
         f"The data, the model and the metrics are those of `make quickstart` (preset "
-        f"`{f.preset}`), the shares of the tasks are the paper's. The three stages have "
+        f"`{f.preset}`), with latents of 8 channels and times that are not shifted; the "
+        f"shares of the tasks are the paper's. The three stages have "
         f"{', '.join(map(str, f.steps))} steps of 16 rows in every arm. Seeds: {f.seeds} (of the "
         f"initialization, the order of the data, the noise). Held-out examples of a task: "
         f"{f.examples}. A seed's arms share their first stage where they do not differ in it.",

@@ -104,6 +104,7 @@ def _attend(
     return _attend_forward(q, k, v, mask)[0]
 
 
+@jax.named_scope("attention")
 def _attend_forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple]:
     scores = jnp.where(mask, _product(q, k, axes=(2, 2)), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -111,6 +112,7 @@ def _attend_forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, t
     return out, (q, k, v, mask, weights, out)
 
 
+@jax.named_scope("attention")
 def _attend_backward(saved: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, mask, weights, out = saved
     d_weights = _product(gradient, v, axes=(2, 2))
