@@ -26,7 +26,7 @@ PRESETS = dict(
         channels=16,
         model=dict(hidden_dim=192, depth=4, num_heads=3, patch_size=1),
         batch_size=32,
-        steps=(450, 1000, 250),
+        steps=(350, 830, 220),
     ),
     long=dict(
         build=dict(resolution=48, num_scenes=16_000, nouns=12),
@@ -65,7 +65,7 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c.optim.ema = 0.995
     # A picture of few pixels shows what it is, a mask above all, through much noise: with times of
     # the middle a model would hardly learn to find it without. docs/performance.md has the figures.
-    c.flow.shift = c.sampling.shift = 4.0
+    c.flow.shift = c.sampling.shift = 5.0
     c.flow.weight_changes = ("ip",)  # the hole; all else can be copied
     c.train.steps = p["steps"][stage - 1]
     c.optim.warmup = min(50, c.train.steps // 4)
@@ -77,7 +77,7 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     for scales in c.sampling.guidance.values():
         scales.text = 2.5
 
-    stages = (c.tasks, tasks(), dict(**tasks(0.5), id=task(0.5, "persons")))
+    stages = (c.tasks, tasks(), dict(**tasks(0.65), id=task(0.35, "persons")))
     c.tasks = stages[stage - 1]
     # The first stage fits the codec, and all of them use it.
     c.conditioning.fit_on = base.by_rows(stages, steps=p["steps"])
@@ -92,7 +92,7 @@ def tasks(scale: float = 1.0) -> dict[str, ConfigDict]:
     """Stage II's tasks. In a few hundred steps the paper's 1% would hardly be seen: the shares are
     evened out.
     """
-    shares = dict(t2i=0.16, ie=0.18, ip=0.24, lg=0.18, depth=0.06, pose=0.10, seg=0.08)
+    shares = dict(t2i=0.15, ie=0.16, ip=0.26, lg=0.18, depth=0.04, pose=0.08, seg=0.13)
     paper = base.multitask()
     for name, share in shares.items():
         paper[name].weight = share * scale
