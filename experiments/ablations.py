@@ -226,6 +226,7 @@ def get_config(
     c.flow.shift = c.sampling.shift = 1.0
     c.flow.weight_changes = ()
     c.sampling.steps = 16
+    c.sampling.guidance.ip.text = 2.5
     c.tasks = mixture(arm, stage, f.steps)
     # Named, so that a run of other steps is refused, not continued.
     c.train.steps = c.optim.decay_steps = f.steps[stage - 1]

@@ -76,6 +76,7 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c.sampling.steps = 8
     for scales in c.sampling.guidance.values():
         scales.text = 2.5
+    c.sampling.guidance.ip.text = 1.5
 
     stages = (c.tasks, tasks(), dict(**tasks(0.65), id=task(0.35, "persons")))
     c.tasks = stages[stage - 1]
@@ -92,7 +93,7 @@ def tasks(scale: float = 1.0) -> dict[str, ConfigDict]:
     """Stage II's tasks. In a few hundred steps the paper's 1% would hardly be seen: the shares are
     evened out.
     """
-    shares = dict(t2i=0.15, ie=0.16, ip=0.26, lg=0.18, depth=0.04, pose=0.08, seg=0.13)
+    shares = dict(t2i=0.15, ie=0.16, ip=0.28, lg=0.18, depth=0.04, pose=0.08, seg=0.11)
     paper = base.multitask()
     for name, share in shares.items():
         paper[name].weight = share * scale
