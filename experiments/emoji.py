@@ -64,7 +64,7 @@ def get_config(*, stage: int = 1, preset: str = "quickstart", init_from: str = "
     c.optim.schedule = "cosine"
     c.optim.ema = 0.995
     # A picture of few pixels shows what it is, a mask above all, through much noise: with times of
-    # the middle a model would hardly learn to find it without. docs/performance.md has the figures.
+    # the middle a model would hardly learn to find it without. docs/decisions.md has the figures.
     c.flow.shift = c.sampling.shift = 5.0
     c.flow.weight_changes = ("ip",)  # the hole; all else can be copied
     c.train.steps = p["steps"][stage - 1]
