@@ -221,7 +221,8 @@ def get_config(
     c.name = f"ablations_{arm}_stage{stage}"
     c.seed = seed
     # As docs/ablations.md was measured: before `make quickstart` had larger batches and latents,
-    # more times near the noise, and weights of holes.
+    # more times near the noise, and weights of holes. Only the mixture that the codec is fitted on
+    # (`conditioning.fit_on`) is today's.
     c.data.batch_size, c.conditioning.codec.channels = 16, 8
     c.flow.shift = c.sampling.shift = 1.0
     c.flow.weight_changes = ()
