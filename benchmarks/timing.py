@@ -23,12 +23,17 @@ def use_huge_pages() -> None:
 
 
 def best_seconds(runs: Mapping[str, Callable[[], None]], *, rounds: int) -> dict[str, float]:
-    """The fastest of `rounds` calls of each run, after one call that compiles and warms up."""
+    """The fastest of `rounds` calls of each run, after one call that compiles and warms up.
+
+    Each call that counts comes after one of the same run that does not, as in a loop of steps: what
+    another program leaves in the caches and in the allocator costs the next call up to a fifth.
+    """
     for run in runs.values():
         run()
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():
+            run()
             start = time.perf_counter()
             run()
             best[name] = min(best[name], time.perf_counter() - start)

@@ -23,6 +23,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import resource
 import shutil
 import tempfile
 import time
@@ -125,6 +126,19 @@ def print_parts(found: dict) -> None:
     print(f"{'':25s}  {products / total:8.0%}  {1 - products / total:8.0%}")
 
 
+def print_memory(run: Callable[[], None], *, steps: int) -> None:
+    """What the memory of a step costs: XLA asks for all of it anew, and the system clears it."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for _ in range(steps):
+        run()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    kernel = 1e3 * (after.ru_stime - before.ru_stime) / steps
+    user = 1e3 * (after.ru_utime - before.ru_utime) / steps
+    faults = (after.ru_minflt - before.ru_minflt) / steps
+    print(f"CPU time of a step: {user:.0f} ms, and {kernel:.0f} in the kernel; ", end="")
+    print(f"{faults:.0f} page faults; at most {after.ru_maxrss >> 10} MiB")
+
+
 def products_alone(products: Iterable[hlo.Product]) -> Callable[[], None]:
     """A function that computes products of these shapes, one after the other."""
     alone = []
@@ -224,9 +238,15 @@ def main() -> None:
 
     model = MMDiT(**preset, **CHANNELS, attention=cpu_attention)
     unrolled, compiled = ours(model.clone(scan=False), **shape)
+    sizes = dict(height=shape["side"], width=shape["side"], num_tokens=shape["tokens"])
+    gigaflops = shape["batch"] * model.matmul_flops(**sizes, train=True) / 1e9
     if args.parts:
-        unrolled()
+        matmul = our_matmul()
+        best = best_seconds({"step": unrolled, "matmul": matmul}, rounds=args.rounds)
         print_parts(time_by_part(unrolled, compiled, steps=args.rounds))
+        print_memory(unrolled, steps=args.rounds)
+        rate, peak = gigaflops / best["step"], 2 * MATMUL**3 / best["matmul"] / 1e9
+        print(f"{rate:.0f} GFLOP/s, {rate / peak:.0%} of our matmul's {peak:.0f}")
         return
     steps = {"torch eager": theirs(model, **shape, compiled=False)}
     if shutil.which(os.environ.get("CXX", "g++")):
@@ -239,10 +259,6 @@ def main() -> None:
     matmuls = {"torch matmul": their_matmul(), "our matmul": our_matmul()}
     best = best_seconds({**steps, **matmuls}, rounds=args.rounds)
 
-    side = dict(height=shape["side"], width=shape["side"])
-    flops = (
-        shape["batch"] * model.matmul_flops(**side, num_tokens=shape["tokens"], train=True) / 1e9
-    )
     peak = {name.split()[0]: 2 * MATMUL**3 / best[name] / 1e9 for name in matmuls}
     eager = best["torch eager"]
     fastest = min(best[name] for name in steps if name.startswith("torch"))
@@ -250,11 +266,11 @@ def main() -> None:
     print(f"matmul of {MATMUL}: torch {peak['torch']:.0f} GFLOP/s, ours {peak['our']:.0f}")
     print(f"{'':15s} of own matmul  GFLOP/s        ms  x eager  x fastest torch")
     for name in steps:
-        rate = flops / best[name]
+        rate = gigaflops / best[name]
         share = rate / peak["torch" if name.startswith("torch") else "our"]
         ratios = f"{best[name] / eager:7.2f}  {best[name] / fastest:15.2f}"
         print(f"{name:15s} {share:13.0%}  {rate:7.0f}  {1e3 * best[name]:8.1f}  {ratios}")
-    figures = dict(gflop=round(flops, 1), peak_gflops=peak, seconds=best)
+    figures = dict(gflop=round(gigaflops, 1), peak_gflops=peak, seconds=best)
     print(json.dumps(dict(preset=args.preset, **shape, **figures)))
 
 
