@@ -114,6 +114,38 @@ def test_scores_of_a_folder_that_somebody_made(tmp_path):
     assert Scorecard.read(again.folder).images_at(again.folder) == folder
 
 
+def test_a_folder_of_the_official_generator_is_scored(tmp_path):
+    """Its names have five digits; any number of images counts, each as much as the others."""
+    folder = tmp_path / "theirs"
+    rows = job(tmp_path).rows
+    for row in rows:
+        place = folder / f"{row.index:05}"
+        for k in range(8):  # the last six are gray, which is nothing
+            what = picture("cup", "cow") if k < 2 else np.full((16, 16, 3), 128, np.uint8)
+            write_png(place / "samples" / f"{k:05}.png", what)
+        (place / "grid.png").touch()
+        (place / "metadata.jsonl").write_text(row.metadata)
+    done = job(tmp_path, images=folder)(None)
+    assert done.numbers["overall"] == pytest.approx(0.75 * 2 / 8)
+    assert done.numbers["failures/missing"] == 0
+    (folder / "00000" / "metadata.jsonl").write_text(rows[1].metadata)
+    with pytest.raises(UserError, match=r"metadata.jsonl is about 'two cups': expected 'a cow'"):
+        job(tmp_path, images=folder)(None)
+
+
+def test_results_of_others_say_what_was_judged_and_by_which_code(tmp_path):
+    folder = tmp_path / "theirs"
+    rows = job(tmp_path).rows
+    for request in BENCHMARK.requests(rows):
+        for name in request.files:
+            write_png(folder / name, picture("cup", "cow"))
+    done = job(tmp_path, images=folder)(None)
+    other = dataclasses.replace(rows[0], include=rows[3].include)
+    changed = dataclasses.replace(job(tmp_path, images=folder), rows=(other, *rows[1:]))(None)
+    assert changed.folder != done.folder
+    assert {"date", "revision", "version"} <= set(Scorecard.read(done.folder).provenance)
+
+
 def test_images_of_other_pictures_lie_beside(model, tmp_path):
     """Also if they have the names of the first ones."""
     file = tmp_path / "pictures" / "0.png"

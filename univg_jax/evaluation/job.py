@@ -14,6 +14,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -266,6 +267,39 @@ def pictures_digest(requests: Sequence[Request]) -> str:
                     raise _of_item(request, error) from None
             found = np.frombuffer(whole.digest(), np.uint8)
     return of_first(found).tobytes().hex()[:16]
+
+
+def rows_digest(rows: Sequence[Row]) -> str:
+    """A digest of what a benchmark's items say, and of the files that they name, such as targets.
+
+    Not of where these lie, nor of pictures that an item makes. All processes call it; process 0
+    reads the files. Raises UserError for one that cannot be read.
+    """
+    found = np.zeros(32, np.uint8)
+    with together():
+        if jax.process_index() == 0:
+            read = functools.lru_cache(_file_digest)
+            text = json.dumps([_content(row, read) for row in rows], sort_keys=True)
+            found = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    return of_first(found).tobytes().hex()[:16]
+
+
+def _content(value: Any, read: Callable[[str], bytes]) -> Any:
+    """A value as JSON, with a file's digest for its path."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: _content(x, read) for name, x in fields.items() if not callable(x)}
+    if isinstance(value, Mapping):
+        return [[_content(x, read) for x in item] for item in value.items()]
+    if isinstance(value, tuple | list | np.ndarray):
+        return [_content(x, read) for x in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str) and "/" in value and epath.Path(value).is_file():
+        return read(value).hex()
+    return value if isinstance(value, str | int | float | None) else repr(value)
 
 
 def _file_digest(path: str) -> bytes:

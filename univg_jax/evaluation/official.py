@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from univg_jax.evaluation.fid import FeatureSums
 from univg_jax.evaluation.metrics import Image, Ratio
 from univg_jax.evaluation.summaries import Features, Scores, Summary
@@ -75,10 +77,14 @@ class Official:
     `read(path)` reads its official files; with `excerpt=True` there may be fewer rows.
     `requests(rows)` has the images that each row asks for, and `side_files(rows)` what the official
     scorer reads beside them, by name: a text, or a function that is called where the file is not
-    there yet. `score(row, images, scorers)` has the sums and counts of a row's images, and features
-    of sets of pictures; None is an image that is not there. `summary(rows, scores)` has the
-    official numbers, of which `primary` is the first to look at, and `distances(sums)` those that
-    compare sets of pictures, from the sums of all features by name.
+    there yet. `found(rows, folder)` has the names of each row's images in a folder that somebody
+    filled, where the official scorer takes other names, or another number of images, than
+    `requests` does; it raises UserError for images of other rows.
+
+    `score(row, images, scorers)` has the sums and counts of a row's images, and features of sets of
+    pictures; None is an image that is not there. `summary(rows, scores)` has the official numbers,
+    of which `primary` is the first to look at, and `distances(sums)` those that compare sets of
+    pictures, from the sums of all features by name.
 
     `needs` says for each scorer which numbers it is for, by the parts of their names: of
     "strict/clip_t" these are "strict" and "clip_t", and none stands for all numbers. A scorer that
@@ -111,10 +117,27 @@ class Official:
     needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     check_scoring: Callable[[Sequence[Row], Mapping[str, Any]], None] = lambda rows, scorers: None
     side_files: Callable[[Sequence[Row]], Mapping[str, str | Callable[[], bytes]]] = lambda rows: {}
+    found: Callable[[Sequence[Row], epath.PathLike], Sequence[Sequence[str]]] | None = None
     measure: Callable[[Any, Sequence[Row], int], Mapping[int, Scores]] | None = None
     published: tuple[Published, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scoring: tuple[str, ...] = ()
+
+
+def requests_in(benchmark: Official, rows: Sequence[Row], folder: epath.PathLike) -> list[Request]:
+    """The requests of the rows, with the files that `folder` has of them.
+
+    Where it has fewer than were asked for, the first of the other names are files that are missing.
+    """
+    requests = benchmark.requests(rows)
+    if benchmark.found is None:
+        return requests
+    filled = []
+    for request, there in zip(requests, benchmark.found(rows, folder), strict=True):
+        absent = [name for name in request.files if name not in there]
+        absent = absent[: max(0, len(request.files) - len(there))]
+        filled.append(dataclasses.replace(request, files=(*there, *absent)))
+    return filled
 
 
 def requests_of(

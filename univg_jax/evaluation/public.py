@@ -16,7 +16,7 @@ from etils import epath
 
 from univg_jax.errors import UserError
 from univg_jax.evaluation import job, score
-from univg_jax.evaluation.official import Official, Row
+from univg_jax.evaluation.official import Official, Request, Row, requests_in
 from univg_jax.evaluation.prompts import EncodedPrompts
 from univg_jax.evaluation.results import Done, digest
 from univg_jax.evaluation.run import SAMPLING, Only, check_batch_size, provenance
@@ -73,7 +73,7 @@ class PublicJob:
     def __call__(self, pipeline: Pipeline | None) -> Done:
         """Without a pipeline, `images` are scored."""
         if self.images is not None:
-            return self._scored(self.images)
+            return self._scored(self.images, origin=provenance(None))
         settings = {**self.settings, **self._image_settings(pipeline)}
         if self.benchmark.measure is not None:
             return self._measured(pipeline, settings)
@@ -96,7 +96,8 @@ class PublicJob:
         self,
         folder: epath.PathLike,
         settings: Mapping[str, Any] | None = None,
-        origin: Mapping[str, Any] | None = None,
+        *,
+        origin: Mapping[str, Any],
     ) -> Done:
         at, card = score_folder(
             self.benchmark,
@@ -121,7 +122,7 @@ class PublicJob:
         table = score.gather(found, count=len(rows), template=template)
         scores = [{name: column[k] for name, column in table.items()} for k in range(len(rows))]
         scored = Scored(scores, {})
-        return _done(at, _finish(card, at, benchmark, rows, scored, provenance(pipeline)))
+        return _done(at, _finish(card, at, benchmark, rows, [], scored, provenance(pipeline)))
 
     def _image_settings(self, pipeline: Pipeline) -> dict[str, Any]:
         """All that the images depend on, in the order in which a report shows it."""
@@ -234,8 +235,12 @@ def score_folder(
     used: Scorers = {name: scorers[name] for name in benchmark.needs if name in scorers}
     card = _new_card(benchmark, rows[:limit], settings, used, without=without, folder=folder)
     at = card.folder(out)
-    scored = score_images(benchmark, rows[:limit], folder, used)
-    return at, _finish(card, at, benchmark, rows[:limit], scored, provenance, without=without)
+    rows = rows[:limit]
+    scored = score_images(benchmark, rows, folder, used)
+    served = {name: scorer.served for name, scorer in used.items() if hasattr(scorer, "served")}
+    origin = {**(provenance or {}), **({"served": served} if served else {})}
+    requests = requests_in(benchmark, rows, folder)
+    return at, _finish(card, at, benchmark, rows, requests, scored, origin, without=without)
 
 
 def _new_card(
@@ -256,6 +261,7 @@ def _new_card(
             **(plain | {"images": place} if settings is None else settings),
             "options": dict(benchmark.settings),
             "rows": len(rows),
+            "reference": job.rows_digest(rows),
             "scorers": scorer_digests(scorers),
             "without": sorted(without),
         },
@@ -272,19 +278,19 @@ def _finish(
     at: epath.Path,
     benchmark: Official,
     rows: Sequence[Row],
+    requests: Sequence[Request],
     scored: Scored,
-    provenance: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any],
     *,
     without: Collection[str] = (),
 ) -> Scorecard:
     """The card with its numbers, which process 0 writes."""
     references = {name: sums.digest for name, sums in scored.sums.items()}
-    requests = benchmark.requests(rows)
     card = dataclasses.replace(
         card,
         numbers=numbers_of(scored.summary(benchmark, rows, without=without)),
         cases=cases_of(benchmark, requests, scored.rows) if requests else {},
-        provenance={**(provenance or {}), **({"features": references} if references else {})},
+        provenance={**provenance, **({"features": references} if references else {})},
     )
     with together():
         if jax.process_index() == 0:

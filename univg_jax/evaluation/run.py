@@ -153,11 +153,14 @@ def check_batch_size(batch_size: int) -> None:
         raise UserError(f"batch size {batch_size}: expected a multiple of {devices} devices")
 
 
-def provenance(pipeline: Pipeline) -> dict[str, str]:
-    """Which model this is, and when, by which code and on which machine it is evaluated."""
+def provenance(pipeline: Pipeline | None) -> dict[str, str]:
+    """Which model this is, and when, by which code and on which machine it is evaluated.
+
+    None is somebody else's, of which there are pictures only.
+    """
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {
-        "checkpoint": pipeline.path,
+        **({} if pipeline is None else {"checkpoint": pipeline.path}),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         "version": version.__version__,
         "revision": version.revision() or "unknown",

@@ -17,7 +17,7 @@ from univg_jax.evaluation import score
 from univg_jax.evaluation.fid import FeatureSums, merge
 from univg_jax.evaluation.job import missing
 from univg_jax.evaluation.metrics import Ratio
-from univg_jax.evaluation.official import Columns, Official, Request, Row
+from univg_jax.evaluation.official import Columns, Official, Request, Row, requests_in
 from univg_jax.evaluation.scorers import PROTOCOLS, Scorers, local_mesh
 from univg_jax.evaluation.summaries import Features, Scores, Summary
 from univg_jax.images import open_picture, to_rgb
@@ -100,10 +100,12 @@ def score_images(
     """
     check_settings(benchmark, scorers)
     benchmark.check_scoring(rows, scorers)
-    count, index, requests = jax.process_count(), jax.process_index(), benchmark.requests(rows)
+    count, index = jax.process_count(), jax.process_index()
+    requests = requests_in(benchmark, rows, folder)
     if len(missing(requests, folder)) == sum(len(request.files) for request in requests):
+        expected = benchmark.requests(rows[:1])[0].files[0]
         raise UserError(
-            f"{folder} has no image of {benchmark.name}: expected {requests[0].files[0]} and others"
+            f"{folder} has no image of {benchmark.name}: expected {expected} and others"
         )
     template = benchmark.score(rows[0], [None] * len(requests[0].files), scorers)
     sums = _Sums({name: f.convention for name, f in template.items() if isinstance(f, Features)})

@@ -1,6 +1,7 @@
 """T2I-CompBench's rules, one by one, and the counts of its official files."""
 
 import collections
+import dataclasses
 import math
 import re
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.evaluation.benchmarks.official import FILES, needs_files
 from univg_jax.errors import UserError
@@ -50,9 +52,55 @@ def test_lines_lose_their_carriage_returns_and_images_are_counted_through(tmp_pa
     rows = read(write(tmp_path), "color")
     assert [r.prompt for r in rows] == ["a green bench and a blue bowl", "a red car"]
     files = compbench.image_files(rows[1])
-    assert files[0] == "color/samples/a red car_000010.png"
-    assert files[9] == "color/samples/a red car_000019.png"
+    assert files[0] == "samples/a red car_000010.png"
+    assert files[9] == "samples/a red car_000019.png"
     assert len(files) == 10
+
+
+def test_images_belong_to_the_prompt_in_their_name(tmp_path):
+    """Whatever their number and however many: the official code takes the name's beginning."""
+    rows = read(write(tmp_path), "color")
+    samples = tmp_path / "theirs" / "samples"
+    samples.mkdir(parents=True)
+    for name in ("a red car_000000.png", "a red car_000002.png", "a red car_000010.jpg"):
+        (samples / name).touch()
+    for name in ("another_000001.png", "a red car_x.png", "a red car_000001.txt"):
+        (samples / name).touch()
+    assert compbench.found(rows, tmp_path / "theirs") == [
+        [],
+        [f"samples/a red car_{end}" for end in ("000000.png", "000002.png", "000010.jpg")],
+    ]
+    assert compbench.found(rows, tmp_path / "none") == [[], []]
+
+
+def test_of_rows_with_one_prompt_each_has_its_own_numbers(tmp_path):
+    row = read(write(tmp_path), "color")[1]
+    rows = [dataclasses.replace(row, index=index) for index in (0, 1)]
+    (tmp_path / "samples").mkdir()
+    for request in rows:
+        for name in compbench.image_files(request):
+            (tmp_path / name).touch()
+    assert [tuple(names) for names in compbench.found(rows, tmp_path)] == [
+        compbench.image_files(row) for row in rows
+    ]
+
+
+@pytest.mark.parametrize("shape", [(768, 1024), (300, 200), (479, 480)])
+def test_pictures_for_the_detector_are_made_smaller_as_torchvision_does(shape):
+    """Bilinear, which its `Resize` takes unless it is told otherwise."""
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    size = compbench.detector_size(shape[1], shape[0])
+    expected = Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)
+    seen = []
+
+    def detect(image):
+        seen.append(image)
+        return {}
+
+    row = compbench.Row("spatial", 0, "a cup next to a cow", "next to", ("cup", "cow"))
+    benchmark = compbench.benchmark(compbench.Settings(set="spatial"))
+    benchmark.score(row, [picture], {"detect": detect})
+    np.testing.assert_array_equal(seen[0], expected)
 
 
 @pytest.mark.parametrize("name", compbench.SETS)

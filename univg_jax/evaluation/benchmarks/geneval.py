@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
 
-from univg_jax.errors import check_name
+from univg_jax.errors import UserError, check_name, quote
 from univg_jax.evaluation.detection import Detection, Detections
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
@@ -51,6 +52,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 PUBLISHED = {"UniVG 3.7B": 0.70, "SD3": 0.71, "OmniGen": 0.70, "FLUX": 0.66}  # overall
 # Of images that are there: of their objects, and of the target of a relation.
 FAILURES = ("missing_object", "excess", "color", "position", "target")
+JUDGED = ("tag", "include", "exclude")  # of a prompt's metadata
 BACKGROUND = 0x99  # gray, of the crops whose color is asked for
 
 # Colors of some detections of a class.
@@ -121,15 +123,40 @@ def _clause(value: Mapping, *, at: int) -> Clause:
 
 
 def image_files(row: Row) -> tuple[str, ...]:
-    """Where the images lie. The official scorer takes any name of digits in the folder, and the
-    official generator writes five of them.
-    """
+    """Where the images lie: see `found` for what else the official scorer takes."""
     return tuple(f"{row.index:05}/samples/{k:04}.png" for k in range(IMAGES))
 
 
 def side_files(row: Row) -> dict[str, str]:
     """What the official scorer reads beside the images, with its content."""
     return {f"{row.index:05}/metadata.jsonl": row.metadata}
+
+
+def found(rows: Sequence[Row], folder: epath.PathLike) -> list[list[str]]:
+    """The images of each row that `folder` has, by their numbers: all names of digits, any number
+    of images, as the official scorer takes them. The official generator writes five digits.
+
+    Raises UserError where metadata.jsonl, by which the official scorer judges a folder's images,
+    is of another prompt.
+    """
+    return [_found(row, epath.Path(folder)) for row in rows]
+
+
+def _found(row: Row, folder: epath.Path) -> list[str]:
+    for name, text in side_files(row).items():
+        file, expected = folder / name, json.loads(text)
+        if not file.exists():
+            continue
+        (written,) = InputFile(file.name, FILE.source).objects(file, ("prompt",))[:1]
+        if any(written.get(key) != expected.get(key) for key in (*JUDGED, "prompt")):
+            raise UserError(
+                f"{file} is about {quote(written['prompt'])}: expected {quote(row.prompt)}, which "
+                f"line {row.index + 1} of {FILE.name} has"
+            )
+    samples = folder / f"{row.index:05}" / "samples"
+    names = [path.name for path in samples.iterdir()] if samples.is_dir() else []
+    numbered = sorted((int(name[:-4]), name) for name in names if re.fullmatch(r"\d+\.png", name))
+    return [f"{row.index:05}/samples/{name}" for _, name in numbered]
 
 
 def kept(detections: Detections, tag: str) -> dict[str, list[Detection]]:
@@ -308,6 +335,7 @@ BENCHMARK = Official(
     read=read,
     requests=lambda rows: requests_of(rows, image_files),
     side_files=_side_files,
+    found=found,
     needs={
         "detect": (),
         "color": ("overall", "colors", "color_attr", "images", "prompts", "color"),

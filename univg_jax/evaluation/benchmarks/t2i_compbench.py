@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
+from PIL import Image as Pillow
 
 from univg_jax.errors import UserError, check_name, quote
 from univg_jax.evaluation.detection import Detection, Detections, by_score
@@ -36,7 +37,7 @@ from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import ASKED, ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Number, Ratio, merge
 from univg_jax.evaluation.official import Official, requests_of
-from univg_jax.evaluation.similarity import clip_cosine, resized
+from univg_jax.evaluation.similarity import clip_cosine
 from univg_jax.evaluation.summaries import Scores, Summary, column
 from univg_jax.fields import setting
 
@@ -225,7 +226,29 @@ def read_parses(path: epath.PathLike) -> dict[str, Parse]:
 def image_files(row: Row) -> tuple[str, ...]:
     """Where the images lie: their names begin with the prompt, and images are counted through."""
     first = row.index * IMAGES
-    return tuple(f"{row.set}/samples/{row.prompt}_{first + k:06}.png" for k in range(IMAGES))
+    return tuple(f"samples/{row.prompt}_{first + k:06}.png" for k in range(IMAGES))
+
+
+def found(rows: Sequence[Row], folder: epath.PathLike) -> list[list[str]]:
+    """The images of each row that `folder` has, by their numbers, however many.
+
+    As in the official code a name begins with the prompt. A row whose prompt another one has, too,
+    has the numbers that are its own.
+    """
+    samples = epath.Path(folder) / "samples"
+    by_prompt = collections.defaultdict(list)
+    for path in samples.iterdir() if samples.is_dir() else ():
+        if match := re.fullmatch(r"(.*)_(\d+)\.(?:png|jpg)", path.name):
+            by_prompt[match[1]].append((int(match[2]), f"samples/{path.name}"))
+    rows_of = collections.Counter(row.prompt for row in rows)
+    return [
+        [
+            name
+            for number, name in sorted(by_prompt[row.prompt])
+            if rows_of[row.prompt] == 1 or number // IMAGES == row.index
+        ]
+        for row in rows
+    ]
 
 
 def detector_size(width: int, height: int) -> tuple[int, int]:
@@ -550,9 +573,10 @@ def benchmark(settings: Settings = Settings()) -> Official:
         scoring["sampling"] = ASKED
     return Official(
         name="t2i_compbench",
-        version=1,
+        version=2,
         read=lambda path, *, excerpt=False: read(path, settings.set, excerpt=excerpt),
         requests=lambda rows: requests_of(rows, image_files),
+        found=found,
         needs=dict.fromkeys(NEEDS[settings.set], ()),
         check_scoring=check_scoring,
         score=score_images,
@@ -587,10 +611,12 @@ def _objects_without_class(row: Row, detect: Any) -> Ratio:
 
 
 def _small(image: Image) -> UInt8[np.ndarray, "_ _ 3"]:
-    """The picture at the size at which the detector is given it."""
+    """The picture at the size at which the detector is given it, by torchvision's filter for
+    pictures of Pillow: bilinear, over all pixels that fall into one.
+    """
     height, width = image.shape[:2]
-    w, h = detector_size(width, height)
-    return resized(image, like=np.broadcast_to(np.uint8(0), (h, w, 3)))
+    size = detector_size(width, height)
+    return np.asarray(Pillow.fromarray(image).resize(size, Pillow.Resampling.BILINEAR))
 
 
 BENCHMARK = benchmark()

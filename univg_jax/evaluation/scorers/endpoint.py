@@ -15,7 +15,6 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -156,14 +155,10 @@ class Endpoint(Chat):
         """A block in which threads that wait to ask again give up, by a CancelledError."""
         return self._state.stopping_all()
 
-    def settings(self, sampling: Sampling) -> dict[str, Any]:
-        """What results store. `served` are the names by which the server called what answered."""
-        return {
-            "model": self.model,
-            "snapshot": self.snapshot,
-            "served": self._state.served,
-            "sampling": dataclasses.asdict(sampling),
-        }
+    @property
+    def served(self) -> list[str]:
+        """The names by which the server called what answered: results store them."""
+        return self._state.served
 
     def _check_failed(self, reply: Reply) -> None:
         if self._state.count_failed(reply) >= MOST_FAILED:
