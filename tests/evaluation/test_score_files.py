@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.evaluation import evaluation_cases as data
 from tests.evaluation.benchmarks.official import FILES, needs_files
@@ -14,7 +15,13 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmarks import inpainting
 from univg_jax.evaluation.benchmarks.geneval import BENCHMARK, read
 from univg_jax.evaluation.job import generate, write_side_files
-from univg_jax.evaluation.score_files import check_scorers, check_settings, score_images
+from univg_jax.evaluation.official import Request
+from univg_jax.evaluation.score_files import (
+    check_scorers,
+    check_settings,
+    read_images,
+    score_images,
+)
 from univg_jax.images import write_png
 
 COLORS = {"cow": (200, 0, 0), "cup": (0, 0, 200)}
@@ -42,6 +49,14 @@ def picture(*names) -> np.ndarray:
     for k, name in enumerate(names):
         image[10:20, 5 + 20 * k : 15 + 20 * k] = COLORS[name]
     return image
+
+
+def test_what_is_transparent_has_its_own_colors(tmp_path):
+    """As Pillow's `convert("RGB")` in the official code."""
+    pixels = np.full((4, 4, 4), (200, 10, 10, 0), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    (image,) = read_images(Request(index=0, task="t2i", inputs={}, files=("0.png",)), tmp_path)
+    np.testing.assert_array_equal(image, pixels[..., :3])
 
 
 @pytest.fixture

@@ -89,6 +89,7 @@ class Official:
     `needs` says for each scorer which numbers it is for, by the parts of their names: of
     "strict/clip_t" these are "strict" and "clip_t", and none stands for all numbers. A scorer that
     a user does without is not among `scorers`, and these numbers are left out of the results.
+    `weights` says what to give for a scorer, where the benchmark wants one of its own.
     `quality(scores)` says how good the images of a row are, to show the best and the worst: higher
     is better, NaN if it is not known.
 
@@ -115,6 +116,7 @@ class Official:
     quality: Callable[[Scores], float] = lambda scores: next(iter(scores.values())).value
     distances: Callable[[Mapping[str, FeatureSums]], Summary] = lambda sums: {}
     needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
     check_scoring: Callable[[Sequence[Row], Mapping[str, Any]], None] = lambda rows, scorers: None
     side_files: Callable[[Sequence[Row]], Mapping[str, str | Callable[[], bytes]]] = lambda rows: {}
     found: Callable[[Sequence[Row], epath.PathLike], Sequence[Sequence[str]]] | None = None

@@ -38,7 +38,7 @@ def read_images(request: Request, folder: epath.PathLike) -> list[np.ndarray | N
     for name in request.files:
         file = epath.Path(folder) / name
         try:
-            images.append(to_rgb(open_picture(file.read_bytes())))
+            images.append(to_rgb(open_picture(file.read_bytes()), drop_alpha=True))
         except FileNotFoundError:
             images.append(None)
         except UserError as error:
@@ -73,7 +73,8 @@ def check_scorers(
     for name, numbers in benchmark.needs.items():
         if name not in names and name not in without:
             rest = f"; --without={name} leaves out {', '.join(numbers)}" if numbers else ""
-            raise UserError(f"{benchmark.name} needs the scorer {name!r}: {PROTOCOLS[name]}{rest}")
+            given = benchmark.weights.get(name, PROTOCOLS[name])
+            raise UserError(f"{benchmark.name} needs the scorer {name!r}: {given}{rest}")
 
 
 def check_settings(benchmark: Official, scorers: Scorers) -> None:

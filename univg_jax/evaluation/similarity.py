@@ -36,10 +36,15 @@ class Backbones:
     dino: str = "dino_vits16"
 
 
-def read_rgb(path: epath.PathLike, *, what: str) -> Image:
-    """A picture that the benchmark needs. Raises UserError (NotFoundError) with its file."""
+def read_rgb(path: epath.PathLike, *, what: str, drop_alpha: bool = False) -> Image:
+    """A picture that the benchmark needs, as the model sees it or, with `drop_alpha`, as official
+    code does (`images.to_rgb`). Raises UserError (NotFoundError) with its file.
+    """
     try:
-        return images.decode_rgb(epath.Path(path).read_bytes())
+        data = epath.Path(path).read_bytes()
+        if drop_alpha:
+            return images.to_rgb(images.open_picture(data), drop_alpha=True)
+        return images.decode_rgb(data)
     except (FileNotFoundError, IsADirectoryError):
         raise NotFoundError(f"{path} does not exist: expected {what}") from None
     except UserError as error:

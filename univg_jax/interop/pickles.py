@@ -37,8 +37,11 @@ _Storage = collections.namedtuple("_Storage", "key dtype count")
 _Tensor = collections.namedtuple("_Tensor", "storage start shape strides")
 
 
-def read_pickle(path: PathLike) -> dict[str, Array]:
+def read_pickle(path: PathLike, *, under: str | None = None) -> dict[str, Array]:
     """The tensors of a file by name; those of dicts in dicts are named `outer/inner`.
+
+    With `under` only the dict of that name counts, such as a checkpoint's "state_dict", if the file
+    has one: beside it there may be other things, which are left.
 
     Raises NotFoundError for a file that is missing, and UserError for one that is torn or has
     anything but tensors.
@@ -49,7 +52,10 @@ def read_pickle(path: PathLike) -> dict[str, Array]:
     except OSError as error:
         raise NotFoundError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        return dict(_named(*_parts(content)))
+        stored, read = _parts(content)
+        if isinstance(stored, dict) and isinstance(stored.get(under), dict):
+            stored = stored[under]
+        return dict(_named(stored, read))
     except UserError as error:
         raise UserError(f"{path} {error}") from None
     except Exception as error:  # a damaged pickle can raise anything

@@ -24,6 +24,7 @@ PEOPLE = {"ann": "red", "bob": "green"}
 SETTINGS = Settings(
     prompts=("<p> as a red pirate",), clip_prompts=("in green",), images=2, people=None
 )
+FACES_ONLY = dataclasses.replace(SETTINGS, clip_prompts=())
 
 
 def identify(image):
@@ -79,7 +80,7 @@ def test_people_may_have_prompts_of_their_own(faces):
 
 
 def test_both_policies_for_faces_that_are_not_found(faces):
-    rows = identity_set.read(faces, SETTINGS)[:1]
+    rows = identity_set.read(faces, FACES_ONLY)[:1]
     found = scored(rows, [plain("red"), plain((0, 0, 0))])
     assert found["skip/similarity"] == pytest.approx(1)
     assert found["zero/similarity"] == pytest.approx(1 / 2)
@@ -92,21 +93,28 @@ def test_both_policies_for_faces_that_are_not_found(faces):
 
 
 def test_a_missing_picture_is_no_undetected_face(faces):
-    rows = identity_set.read(faces, SETTINGS)[:1]
+    rows = identity_set.read(faces, FACES_ONLY)[:1]
     found = scored(rows, [plain("red"), None])
     assert found["skip/similarity"] == found["zero/similarity"] == pytest.approx(1)
     assert found["strict/similarity"] == found["strict/clip_t"] == pytest.approx(1 / 2)
     assert (found["detection_rate"], found["failures/missing"]) == (1, 1)
 
 
-def test_faces_are_compared_in_pictures_of_some_prompts_and_texts_in_all(faces):
+def test_faces_are_compared_in_pictures_of_some_prompts_and_texts_in_those_of_the_others(faces):
     rows = identity_set.read(faces, SETTINGS)[:2]
-    # Another person's face under the second prompt does not count.
+    # Neither another person's face under the second prompt counts, nor the text of the first.
     found = scored(rows, [plain("red")] * 2, [plain("green")] * 2)
     assert found["zero/similarity"] == found["clip_t"] == pytest.approx(1)
-    found = scored(rows, [plain("green")] * 2, [plain("blue")] * 2)
-    assert found["zero/similarity"] == found["clip_t"] == pytest.approx(0)
+    found = scored(rows, [plain("green")] * 2, [plain("green")] * 2)
+    assert found["zero/similarity"] == pytest.approx(0)
+    assert found["clip_t"] == found["strict/clip_t"] == pytest.approx(1)
     assert found["detection_rate"] == 1
+
+
+def test_without_further_prompts_texts_are_compared_in_all_pictures(faces):
+    rows = identity_set.read(faces, FACES_ONLY)
+    found = scored(rows, [plain("red"), plain("green")], [plain("red")] * 2)
+    assert found["clip_t"] == pytest.approx(3 / 4)
 
 
 def test_a_mean_is_over_pictures_and_not_over_rows(faces):
@@ -188,7 +196,7 @@ def test_a_portrait_without_a_face_is_refused(tmp_path):
 def test_real_portraits():
     """A person of LFW, whose pictures are taken for people here."""
     folder = pathlib.Path(os.environ["UNIVG_SAMPLES"]) / "lfw" / "lfw" / "dir3"
-    rows = identity_set.read(folder, dataclasses.replace(SETTINGS, clip_prompts=()))
+    rows = identity_set.read(folder, FACES_ONLY)
     assert [row.person for row in rows] == ["img10", "img11", "img12"]
     found = identity_set.score(rows[0], [plain("red"), None], ALL)
     assert -1 <= found["skip/similarity"].value <= 1

@@ -27,10 +27,8 @@ from univg_jax.interop.transformers import load_clip_text, load_clip_vision
 from univg_jax.models.clip import MEAN, STD, preprocess
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def write_whole_clip(root):
     """A whole CLIP of tiny random towers, with its tokenizer."""
-    root = tmp_path_factory.mktemp("clip")
     write_text_encoder(
         root / "text", width=8, heads=2, projection=6, activation="quick_gelu", seed=1
     )
@@ -43,6 +41,11 @@ def folder(tmp_path_factory):
     (whole / "config.json").write_text(json.dumps(config))
     save_file(tensors, whole / "model.safetensors")
     return whole
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_whole_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

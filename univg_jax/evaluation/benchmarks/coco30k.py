@@ -23,7 +23,7 @@ from etils import epath
 from univg_jax.evaluation import fid
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Columns, Official, requests_of
+from univg_jax.evaluation.official import Columns, Official, Published, requests_of
 from univg_jax.evaluation.similarity import check_file, clip_cosine, read_rgb, resized
 from univg_jax.evaluation.summaries import Features, Scores, Summary, column, failure_counts
 from univg_jax.fields import setting
@@ -32,6 +32,7 @@ CAPTIONS = InputFile("captions_val2014.json", "COCO's captions: annotations_trai
 TABLE = InputFile("val2014_30k.tsv", "MLPerf's captions (image_id, id, caption)")
 STATISTICS = InputFile("STATS.npz", "`mu` and `sigma` of Inception's features of real pictures")
 COLUMNS = ("image_id", "id", "caption")
+_MLPERF = "mlcommons/training, Stable Diffusion: where training ends"
 SAMPLES = 30_000
 SEED = 2023
 
@@ -208,6 +209,10 @@ def benchmark(settings: Settings = Settings()) -> Official:
         summary=summary,
         distances=distances,
         primary="fid",
+        published=(
+            Published("MLPerf's target", "fid", 90.0, _MLPERF),
+            Published("MLPerf's target, by ViT-H/14", "clip", 0.15, _MLPERF),
+        ),
         settings={"convention": settings.convention, "reference": digest or "val2014"},
         scoring=("convention", "reference"),
     )

@@ -137,6 +137,10 @@ def benchmark(settings: Settings = Settings()) -> Official:
         read=read,
         requests=lambda rows: requests_of(rows, image_files),
         needs={"clip": ()},
+        weights={
+            "clip": f"--scorer=clip=DIR,preprocessing={settings.preprocessing}, CLIP ViT-H/14 with "
+            f"HPS_{version}_compressed.pt of huggingface.co/xswu/HPSv2 (docs/evaluation.md has how)"
+        },
         score=score_image,
         summary=summary,
         primary=primary,

@@ -63,11 +63,13 @@ _UNIWORLD = "UniWorld-V1 (arXiv 2506.03147)"
 _TYPES, _IMAGES = "official/mean_of_types", "official/mean_of_images"
 PUBLISHED = (
     Published("Qwen-Image-Edit-2511", _TYPES, 4.51, _README),
+    Published("GPT-4o", _TYPES, 4.24, _UNIWORLD),
     Published("GPT-4o", _IMAGES, 4.20, _UNIWORLD),
     Published("Step1X-Edit-1.2", _TYPES, 3.95, _README),
     Published("FLUX.2-klein-base-4B", _TYPES, 3.80, _README),
     Published("FLUX.1-Kontext-dev", _TYPES, 3.71, _README),
     Published("MagicBrush", _TYPES, 1.83, _UNIWORLD),
+    Published("MagicBrush", _IMAGES, 1.90, "papers that quote the mean of images"),
 )
 SUITES = ("basic", "uge", "multiturn")
 

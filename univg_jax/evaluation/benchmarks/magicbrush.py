@@ -28,7 +28,7 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation import similarity
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Output, Request, requests_of
+from univg_jax.evaluation.official import Official, Output, Published, Request, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary
 
 _WHAT = "of MagicBrush's test split (the zip that its README links)"
@@ -172,7 +172,7 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
 def _compared(
     image: Image, target: str, caption: str, scorers: Mapping[str, Any]
 ) -> dict[str, float]:
-    truth = similarity.read_rgb(target, what=TARGET)
+    truth = similarity.read_rgb(target, what=TARGET, drop_alpha=True)
     return similarity.compare(image, truth, caption, scorers)
 
 
@@ -242,6 +242,11 @@ BENCHMARK = Official(
     score=score,
     summary=summary,
     primary="official/single/dino",
+    # The paper does not say whether of single turns; its numbers are 100 times these.
+    published=(
+        Published("UniVG", "official/single/clip_t", 0.295, "UniVG (arXiv 2503.12652)"),
+        Published("UniVG", "official/single/clip_i", 0.863, "UniVG (arXiv 2503.12652)"),
+    ),
     settings=dataclasses.asdict(similarity.Backbones()),
     scoring=("clip", "dino"),
 )

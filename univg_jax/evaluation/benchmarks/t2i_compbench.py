@@ -36,7 +36,7 @@ from univg_jax.evaluation.detection import Detection, Detections, by_score
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import ASKED, ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Number, Ratio, merge
-from univg_jax.evaluation.official import Official, requests_of
+from univg_jax.evaluation.official import Official, Published, requests_of
 from univg_jax.evaluation.similarity import clip_cosine
 from univg_jax.evaluation.summaries import Scores, Summary, column
 from univg_jax.fields import setting
@@ -67,6 +67,7 @@ LABELS = {  # of the detector, for objects that it calls otherwise
     **dict.fromkeys(PEOPLE, "person"),
     **{"ship": "boat", "goldfish": "fish", "painting": "picture"},
 }
+UNIVG = "UniVG (arXiv 2503.12652)"
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 ARTICLES = ("a", "an")
 SAME_OBJECT = 0.9  # boxes of one class that overlap more are one object
@@ -585,6 +586,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         ),
         quality=lambda scores: scores["official"].value,
         primary=f"official/{settings.set}",
+        published=(Published("UniVG, of all sets", f"official/{settings.set}", 0.48, UNIVG),),
         settings={"set": settings.set, **scoring},
         scoring=tuple(scoring),
     )
