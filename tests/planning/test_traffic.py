@@ -14,6 +14,7 @@ from univg_jax.planning.parse import Execution, Shape, parse
 from univg_jax.planning.topology import open_topology
 from univg_jax.sharding import make_mesh
 
+F32 = "f32[8,128]{1,0:T(8,128)}"
 KIB = 1024
 
 
@@ -179,6 +180,72 @@ def test_an_update_of_what_the_fusion_computes_writes_all():
     assert moved(text) == {"read": (54 * 4 + 8) * KIB, "write": 54 * 4 * KIB}
 
 
+STACK, ROW = "f32[54,8,128]{2,1,0:T(8,128)}", "f32[1,8,128]{2,1,0:T(8,128)}"
+UPDATED = (
+    f"%p = {STACK} parameter(0)",
+    f"%x = {ROW} parameter(1)",
+    "%i = s32[]{:S(6)} parameter(2)",
+    "%z = s32[] constant(0)",
+    f"%u = {STACK} dynamic-update-slice(%p, %x, %i, %z, %z)",
+)
+
+
+def in_fusion(*lines, result=STACK, before=""):
+    """A fusion of a stack, a row and a place, with these lines."""
+    body = "\n".join(f"  {line}" for line in (*UPDATED, *lines))
+    return entry(
+        f"%a = {STACK} parameter(0)",
+        f"%b = {ROW} parameter(1)",
+        "%k = s32[]{:S(6)} parameter(2)",
+        f"ROOT %r = {result} fusion(%a, %b, %k), kind=kLoop, calls=%inside",
+        before=f"{before}\n%inside (p: f32[54,8,128]) -> f32[54,8,128] {{\n{body}\n}}",
+    )
+
+
+def test_what_is_computed_of_an_updated_array_reads_and_writes_all_of_it():
+    text = in_fusion(f"ROOT %n = {STACK} negate(%u)")
+    assert moved(text) == {"read": (54 * 4 + 4) * KIB, "write": 54 * 4 * KIB}
+
+
+def test_two_updates_of_one_array_are_both_in_place():
+    update = "dynamic-update-slice(%u, %x, %j, %z, %z)"
+    text = in_fusion("%j = s32[] constant(3)", f"ROOT %v = {STACK} {update}")
+    assert moved(text) == {"copy": (4 + 2 * 4) * KIB}
+
+
+@pytest.mark.parametrize("is_root", [True, False])
+def test_an_update_is_in_place_also_as_one_of_the_results_of_an_inner_fusion(is_root):
+    both = f"({STACK}, {ROW})"
+    lines = (*UPDATED, f"%n = {ROW} negate(%x)", f"ROOT %t = {both} tuple(%u, %n)")
+    body = "\n".join(f"  {line}" for line in lines)
+    inner = f"%two (q: f32[54,8,128]) -> f32[54,8,128] {{\n{body}\n}}"
+    call = f"%f = {both} fusion(%p, %x, %i), kind=kLoop, calls=%two"
+    outer = (
+        (f"ROOT {call}",)
+        if is_root
+        else (
+            call,
+            f"%g = {STACK} get-tuple-element(%f), index=0",
+            f"%h = {ROW} get-tuple-element(%f), index=1",
+            f"ROOT %w = {both} tuple(%g, %h)",
+        )
+    )
+    text = in_fusion(*outer, result=both, before=inner).replace(f"  {UPDATED[-1]}\n  %f", "  %f")
+    text = text.replace(f"  {UPDATED[-1]}\n  ROOT %f", "  ROOT %f")
+    assert moved(text) == {"read": 4 * KIB, "write": 8 * KIB}
+
+
+def test_the_program_of_an_asynchronous_call_counts():
+    text = entry(
+        f"%a = {F32} parameter(0)",
+        f"%s = (({F32}), {F32}, u32[]) call-start(%a), to_apply=%negated",
+        f"ROOT %d = {F32} call-done(%s)",
+        before=f"%negated (q: f32[8,128]) -> f32[8,128] {{\n  %q = {F32} parameter(0)\n"
+        f"  ROOT %n = {F32} negate(%q)\n}}",
+    )
+    assert moved(text) == {"read": 4 * KIB, "write": 4 * KIB}
+
+
 def entry(*lines, before=""):
     body = "\n".join(f"  {line}" for line in lines)
     return f"HloModule test\n\n{before}\n\nENTRY %main () -> f32[] {{\n{body}\n}}\n"
@@ -234,7 +301,6 @@ def test_a_collective_beside_other_work_moves_its_arrays_once():
     assert sizes == {(True, "read"): 4, (True, "write"): 16} | beside
 
 
-F32 = "f32[8,128]{1,0:T(8,128)}"
 CHIP = "f32[8,128]{1,0:T(8,128)S(1)}"
 
 
@@ -288,6 +354,45 @@ CHIP = "f32[8,128]{1,0:T(8,128)S(1)}"
                 "ROOT %d = f32[32,128]{1,0:T(8,128)} all-gather-done(%s)",
             ],
             {"read": 4, "write": 16},
+        ),
+        # Of some only the results are listed.
+        (
+            [
+                f"%a = {F32} parameter(0)",
+                f"%s = {F32} all-reduce-start(%a), replica_groups={{{{0,1}}}}, to_apply=%sum",
+                f"ROOT %d = {F32} all-reduce-done(%s)",
+            ],
+            {"read": 4, "write": 4},
+        ),
+        # An asynchronous slice and update move what they take and put; nothing where it is on chip.
+        *(
+            (
+                [
+                    f"%a = {source} parameter(0)",
+                    f"%s = (({source}), f32[1,128]{{1,0:T(1,128)}}, u32[]) slice-start(%a), "
+                    "slice={[0:1],[0:128]}",
+                    "ROOT %d = f32[1,128]{1,0:T(1,128)} slice-done(%s)",
+                ],
+                dict.fromkeys(causes, 0.5),
+            )
+            for source, causes in ((F32, ("read", "write")), (CHIP, ("write",)))
+        ),
+        (
+            [
+                "%a = f32[54,8,128]{2,1,0:T(8,128)} parameter(0)",
+                "%b = f32[1,8,128]{2,1,0:T(8,128)} parameter(1)",
+                "%k = s32[]{:S(6)} constant(2)",
+                "%s = ((f32[54,8,128]{2,1,0:T(8,128)}, f32[1,8,128]{2,1,0:T(8,128)}), "
+                "f32[54,8,128]{2,1,0:T(8,128)}, u32[]) "
+                "dynamic-update-slice-start(%a, %b, %k, %k, %k)",
+                "ROOT %d = f32[54,8,128]{2,1,0:T(8,128)} dynamic-update-slice-done(%s)",
+            ],
+            {"read": 4, "write": 4},
+        ),
+        # An operand is read once, however often it is named.
+        (
+            [f"%a = {F32} parameter(0)", f"ROOT %b = {F32} multiply(%a, %a)"],
+            {"read": 4, "write": 4},
         ),
     ],
 )

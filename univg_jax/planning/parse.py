@@ -158,7 +158,7 @@ class Module:
             if instruction.opcode == "while":
                 trips = self._trips(instruction, computation)
                 yield from self._walk(instruction.called("body"), times=times * trips, fused=fused)
-            elif instruction.opcode in ("fusion", "call", "async-start"):
+            elif instruction.opcode in ("fusion", "call", "call-start", "async-start"):
                 inner = instruction.called("calls") or instruction.called("to_apply")
                 inside = fused or instruction.opcode == "fusion"
                 yield from self._walk(inner, times=times, fused=inside)

@@ -86,11 +86,17 @@ def _moved(
         return _size(instruction.shapes[1]), _size(instruction.shapes[0])
     is_start = opcode.endswith("-start")
     if is_start and opcode.removesuffix("-start") in COLLECTIVES:
-        # (operands, results, contexts)
-        results = instruction.shapes[len(operands) : 2 * len(operands)]
+        # (operands, results, contexts), or the results alone
+        count, shapes = len(operands), instruction.shapes
+        results = shapes[count : 2 * count] if len(shapes) >= 2 * count else shapes
         return _sizes(operands), _sizes(results)
     if opcode in _SLICES_DONE:  # asynchronous: the slice is what its end gives
-        return _whole(instruction.shapes), _sizes(instruction.shapes)
+        source = computation.operand_shapes(computation.operands(instruction)[0])[:1]
+        read = _whole(instruction.shapes) if all(shape.in_hbm for shape in source) else 0.0
+        return read, _sizes(instruction.shapes)
+    if opcode in (_UPDATE, f"{_UPDATE}-start"):
+        # In place: the update is read and written, the rest of the array stays where it is.
+        return _size(operands[1]), operands[1].stored_bytes if operands[0].in_hbm else 0.0
     if opcode in _NO_TRAFFIC or is_start or opcode.endswith("-done"):
         return 0.0, 0.0
     if opcode == "fusion":
@@ -100,11 +106,8 @@ def _moved(
     if opcode in _SLICES:
         size = _whole(instruction.shapes) if operands[0].in_hbm else 0.0
         return min(size, _size(operands[0])), _sizes(instruction.shapes)
-    if opcode == _UPDATE:
-        # In place: the update is read and written, the rest of the array stays where it is.
-        update = operands[1].stored_bytes
-        return _size(operands[1]), update if instruction.shapes[0].in_hbm else 0.0
-    return _sizes(operands), _sizes(instruction.shapes)
+    once = dataclasses.replace(instruction, operands=tuple(dict.fromkeys(instruction.operands)))
+    return _sizes(computation.operand_shapes(once)), _sizes(instruction.shapes)
 
 
 def _size(shape: Shape) -> float:
@@ -149,13 +152,13 @@ def _moved_by_fusion(instruction: Instruction, module: Module) -> tuple[float, f
     results = list(zip(_results(inner), instruction.shapes, strict=True))
     if instruction.called("calls").startswith("async_collective_fusion"):
         handed_on = (*COLLECTIVES, "parameter")
-        results = [(result, s) for result, s in results if result.opcode not in handed_on]
+        results = [(result, s) for result, s in results if result[0].opcode not in handed_on]
         inner = Computation(
             (name, one)
             for name, one in inner.items()
             if one.opcode not in COLLECTIVES and not (one.is_root and one.opcode == "tuple")
         )
-    written = sum((_written(result, shape, inner, module) for result, shape in results), 0.0)
+    written = sum((_written(*result, shape, inner, module) for result, shape in results), 0.0)
     return _read_by_fusion(inner, module), written
 
 
@@ -172,21 +175,26 @@ def _read_by_fusion(inner: Computation, module: Module) -> float:
     return total
 
 
-def _touched(value: Instruction, inner: Computation, module: Module) -> float:
+def _touched(
+    value: Instruction, inner: Computation, module: Module, *, is_updated: bool = False
+) -> float:
     """The share of an array that the instructions of a fused computation read, 1 for all of it.
 
     What only moves or converts elements passes the question on to those that use its result, and a
-    fusion inside a fusion to its own parameter. An update in place does not read the array.
+    fusion inside a fusion to its own parameter. So does an update in place, which does not read the
+    array; nor does it where it is (`is_updated`) a result.
     """
     total = 0.0
     for user in inner.users(value):
         for position in (i for i, name in enumerate(user.operands) if name == value.name):
             if user.opcode in _SLICES and position == 0:
                 total += _elements(user) / _elements(value)
-            elif user.opcode == _UPDATE and position == 0:
+            elif is_updated and user.is_root and user.opcode in ("tuple", "bitcast", "copy"):
                 total += 0.0
+            elif user.opcode == _UPDATE and position == 0:
+                total += 0.0 if user.is_root else _touched(user, inner, module, is_updated=True)
             elif user.opcode in ("bitcast", "convert", "copy") and not user.is_root:
-                total += _touched(user, inner, module)
+                total += _touched(user, inner, module, is_updated=is_updated)
             elif user.opcode == "fusion":
                 nested = module.computations[user.called("calls")]
                 total += _touched(nested.parameter(position), nested, module)
@@ -199,35 +207,44 @@ def _elements(instruction: Instruction) -> int:
     return max(sum(math.prod(shape.dims) for shape in instruction.shapes), 1)
 
 
-def _written(result: Instruction, shape: Shape, inner: Computation, module: Module) -> float:
+def _written(
+    result: Instruction, index: int, shape: Shape, inner: Computation, module: Module
+) -> float:
     """What a fusion writes of one of its results, which it may update in place."""
-    share = min(_updated(result, inner, module) / max(math.prod(shape.dims), 1), 1.0)
+    share = min(_updated(result, index, inner, module) / max(math.prod(shape.dims), 1), 1.0)
     return share * _size(shape)
 
 
-def _results(inner: Computation) -> list[Instruction]:
-    """What gives each result. One instruction may give several: a maximum and its place."""
+def _results(inner: Computation) -> list[tuple[Instruction, int]]:
+    """What gives each result, and as the how-many-eth of its own.
+
+    One instruction may give several: a maximum and its place.
+    """
     root = inner.root
-    return inner.operands(root) if root.opcode == "tuple" else [root] * len(root.shapes)
+    if root.opcode == "tuple":
+        return [(operand, 0) for operand in inner.operands(root)]
+    return [(root, index) for index in range(len(root.shapes))]
 
 
-def _updated(result: Instruction, inner: Computation, module: Module) -> int:
-    """How many elements of a result are written: those of an update in place, or all."""
+def _updated(result: Instruction, index: int, inner: Computation, module: Module) -> int:
+    """How many elements of a result are written: those of updates in place, or all."""
     while result.opcode in ("bitcast", "copy") and result.operands[0] in inner:
+        result = inner[result.operands[0]]
+    if result.opcode == "get-tuple-element":
+        index = int(re.search(r"index=(\d+)", result.attributes)[1])
         result = inner[result.operands[0]]
     if result.opcode == "fusion":
         nested = module.computations[result.called("calls")]
-        if nested.root.opcode != "tuple":
-            return _updated(nested.root, nested, module)
-    if result.opcode == _UPDATE and _is_parameter(inner[result.operands[0]], inner):
-        return _elements(inner[result.operands[1]])
+        return _updated(*_results(nested)[index], nested, module)
+    if result.opcode == _UPDATE:
+        array, update = inner.operands(result)[:2]
+        while array.opcode == "bitcast":
+            array = inner[array.operands[0]]
+        if array.opcode == "parameter":
+            return _elements(update)
+        if array.opcode == _UPDATE:
+            return min(_elements(update) + _updated(array, 0, inner, module), _elements(result))
     return _elements(result)
-
-
-def _is_parameter(value: Instruction, inner: Computation) -> bool:
-    while value.opcode == "bitcast":
-        value = inner[value.operands[0]]
-    return value.opcode == "parameter"
 
 
 def part_of(instruction: Instruction, computation: Computation) -> str:
