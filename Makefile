@@ -2,6 +2,8 @@
 PYTHON ?= python3
 RUN := runs/quickstart
 PRESET := quickstart
+# More flags for the data and the training of every stage, such as --config.seed=1.
+FLAGS :=
 UNIVG := .venv/bin/univg
 CONFIG := experiments/emoji.py
 comma := ,
@@ -23,8 +25,8 @@ install: .venv/installed
 # embedded before it begins, each once: the text encoder would take a third of every step.
 define stage
 	test -e $(RUN)/text$(1)/cache.json || \
-	$(UNIVG) data cache --config=$(CONFIG):stage=$(1),preset=$(PRESET)$(2) --out=$(RUN)/text$(1)
-	$(UNIVG) train --config=$(CONFIG):stage=$(1),preset=$(PRESET)$(2) \
+	$(UNIVG) data cache --config=$(CONFIG):stage=$(1),preset=$(PRESET)$(2) $(FLAGS) --out=$(RUN)/text$(1)
+	$(UNIVG) train --config=$(CONFIG):stage=$(1),preset=$(PRESET)$(2) $(FLAGS) \
 	  --config.data.text_cache=$(RUN)/text$(1) --workdir=$(RUN)/stage$(1)
 endef
 

@@ -1,9 +1,9 @@
 """Remat and gradient accumulation for each pod, model size and resolution.
 
 The batch is always the paper's 512; what differs is how a device gets through its rows. `minimal`
-writes less to HBM than `none`, and HBM is the bound except where the interconnect is. In those
-places `none` takes no more time and computes less. BUILD.md shows what `univg plan` says about each
-recommendation, in a table that `python tools/plans.py` makes.
+writes less to HBM than `none`, and computes little again. `none` is for some of the places where
+the interconnect is the bound, so that it takes no more time. BUILD.md shows what `univg plan` says
+about each recommendation, in a table that `python tools/plans.py` makes.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +35,7 @@ ACCUMULATE = {
     "v6e-64": dict(b=(1, 1, 1), l=(1, 1, 2), xl=(1, 1, 2)),
     "v6e-256": dict(b=(1, 1, 1), l=(1, 1, 1), xl=(1, 1, 1)),
 }
-# Where the interconnect is the bound, so that remat would only cost time.
+# Of the places where the interconnect is the bound, those where remat would only cost time.
 WITHOUT_REMAT = {
     ("v5e-256", "xl", 256),
     ("v5p-512", "b", 256),

@@ -4,6 +4,7 @@ import contextlib
 import json
 import types
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -49,6 +50,29 @@ def picture(*names) -> np.ndarray:
     for k, name in enumerate(names):
         image[10:20, 5 + 20 * k : 15 + 20 * k] = COLORS[name]
     return image
+
+
+def test_a_trivial_answer_scores_what_a_folder_of_it_does(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        write_png(tmp_path / "given" / f"{name}.png", rng.integers(0, 256, (40, 40, 3), np.uint8))
+    settings = inpainting.Settings(side=32)
+    benchmark = inpainting.benchmark(settings)
+    rows = inpainting.read(tmp_path / "given", settings)
+    for folder in ("theirs", "trivial"):
+        (tmp_path / folder).mkdir()
+    for row in rows:
+        write_png(tmp_path / "theirs" / f"{row.name}.png", np.zeros((32, 32, 3), np.uint8))
+        filled = cv2.inpaint(row.truth(), row.hole(), 1, cv2.INPAINT_TELEA)
+        write_png(tmp_path / "trivial" / f"{row.name}.png", filled)
+    scorers = {"inception": lambda images: [image.mean(axis=(0, 1)) for image in images]}
+    numbers, of_trivial = (
+        score_images(benchmark, rows, tmp_path / folder, scorers).summary(benchmark, rows)
+        for folder in ("theirs", "trivial")
+    )
+    for name in ("raw/psnr", "composited/ssim", "composited/fid"):
+        assert numbers[f"telea/{name}"] == of_trivial[name] != numbers[name]
+    assert not {name for name in numbers if name.startswith("telea/") and "strict" in name}
 
 
 def test_what_is_transparent_has_its_own_colors(tmp_path):

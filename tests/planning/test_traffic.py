@@ -405,6 +405,8 @@ def test_an_instruction_moves_what_it_reads_and_writes(lines, expected):
     [
         ("jvp(UniVG)/backbone/while/body/closed_call/blocks/image.project/q_norm/mul", "norms"),
         ("jvp(UniVG)/backbone/while/body/blocks/image.update/mlp/in/dot_general", "MLP"),
+        ("jvp(UniVG)/backbone/while/body/blocks/image.update/norm/reduce_sum", "norms"),
+        ("transpose(jvp(UniVG))/backbone/while/body/blocks/image.update/gate/mul", "gates"),
         ("transpose(jvp(UniVG))/backbone/blocks/shard_map/jit(_pad)/pad", "attention"),
         ("jvp(UniVG)/backbone/blocks/text.modulate/modulation/all_gather", "collectives"),
         ("jvp(UniVG)/backbone/blocks/text.modulate/modulation/dot_general", "modulations"),

@@ -93,6 +93,9 @@ class Official:
     `quality(scores)` says how good the images of a row are, to show the best and the worst: higher
     is better, NaN if it is not known.
 
+    `trivial` has answers that need no model, by name: a row's picture, or None where it has none.
+    They are scored beside the images, and their numbers have the name before them.
+
     A benchmark of the model itself has no images, and its `score` is that of a row of which nothing
     is known. All processes call `measure(pipeline, rows, seed)`, and each gets the columns of its
     own rows, by their numbers.
@@ -113,6 +116,7 @@ class Official:
     ]
     summary: Callable[[Sequence[Row], Sequence[Scores]], Summary]
     primary: str
+    trivial: Mapping[str, Callable[[Row], Image | None]] = dataclasses.field(default_factory=dict)
     quality: Callable[[Scores], float] = lambda scores: next(iter(scores.values())).value
     distances: Callable[[Mapping[str, FeatureSums]], Summary] = lambda sums: {}
     needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

@@ -56,8 +56,19 @@ class Scored:
     def summary(
         self, benchmark: Official, rows: Sequence[Row], *, without: Collection[str] = ()
     ) -> Summary:
-        """The benchmark's numbers, but for those of scorers that a user does `without`."""
+        """The benchmark's numbers, and the official ones of trivial answers; but for those of
+        scorers that a user does `without`.
+        """
         found = {**benchmark.summary(rows, self.rows), **benchmark.distances(self.sums)}
+        for name in benchmark.trivial:
+            scores = [_of_trivial(name, columns) for columns in self.rows]
+            numbers = benchmark.summary(rows, scores)
+            numbers = {**numbers, **benchmark.distances(_of_trivial(name, self.sums))}
+            found |= {
+                f"{name}/{metric}": number
+                for metric, number in numbers.items()
+                if {"strict", "failures"}.isdisjoint(metric.split("/"))
+            }
         left = {part for name in without for part in benchmark.needs[name]}
         return {name: x for name, x in found.items() if left.isdisjoint(name.split("/"))}
 
@@ -108,7 +119,7 @@ def score_images(
         raise UserError(
             f"{folder} has no image of {benchmark.name}: expected {expected} and others"
         )
-    template = benchmark.score(rows[0], [None] * len(requests[0].files), scorers)
+    template = _columns(benchmark, rows[0], None, requests[0], scorers)
     sums = _Sums({name: f.convention for name, f in template.items() if isinstance(f, Features)})
 
     def scored(number: int) -> tuple[int, Columns] | None:
@@ -116,7 +127,7 @@ def score_images(
             return None
         images = read_images(requests[number], folder)
         with local_mesh():
-            return number, benchmark.score(rows[number], images, scorers)
+            return number, _columns(benchmark, rows[number], images, requests[number], scorers)
 
     found: dict[int, Scores] = {}
     turns = range(index, -(-len(rows) // count) * count, count)
@@ -133,6 +144,32 @@ def score_images(
     table = score.gather(found, count=len(rows), template=ratios)
     by_row = [{name: column[k] for name, column in table.items()} for k in range(len(rows))]
     return Scored(by_row, sums.gathered())
+
+
+def _columns(
+    benchmark: Official,
+    row: Row,
+    images: Sequence[np.ndarray | None] | None,
+    request: Request,
+    scorers: Scorers,
+) -> Columns:
+    """What a row's images score, and with their names before it, trivial answers.
+
+    With no `images` it is what nothing would score.
+    """
+    count = len(request.files)
+    columns = dict(benchmark.score(row, [None] * count if images is None else images, scorers))
+    for name, answer in benchmark.trivial.items():
+        picture = None if images is None else answer(row)
+        scores = benchmark.score(row, [picture] * count, scorers)
+        columns |= {f"{name}/{column}": value for column, value in scores.items()}
+    return columns
+
+
+def _of_trivial(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of columns or sums those of a trivial answer, by their own names."""
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): x for key, x in values.items() if key.startswith(prefix)}
 
 
 @contextlib.contextmanager

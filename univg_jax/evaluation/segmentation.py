@@ -21,6 +21,7 @@ from univg_jax.evaluation.summaries import Scores, Summary, column, failure_coun
 
 PRECISION_AT = (0.5, 0.6, 0.7, 0.8, 0.9)
 Picture = UInt8[np.ndarray, "_ _ 3"]  # of any size beside a mask
+EVERYTHING = np.full((1, 1, 3), 255, np.uint8)  # the mask of all of a photograph
 
 
 def decode(image: Picture, *, shape: tuple[int, int]) -> Mask:

@@ -42,7 +42,9 @@ def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
+# The scopes name the parts of a step in `planning.traffic` and in profiles.
 @jax.custom_vjp
+@jax.named_scope("gate")
 def add_gated(
     x: Float[Array, "b n d"], gate: Float[Array, "b d"], y: Float[Array, "b n d"]
 ) -> Float[Array, "b n d"]:
@@ -54,6 +56,7 @@ def _add_gated_forward(x: Array, gate: Array, y: Array) -> tuple[Array, tuple[Ar
     return add_gated(x, gate, y), (gate, y)
 
 
+@jax.named_scope("gate")
 def _add_gated_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
     gate, y = saved
     products = gradient.astype(jnp.float32) * y.astype(jnp.float32)
@@ -218,6 +221,7 @@ class LayerNorm(nn.Module):
 
 
 @jax.custom_vjp
+@jax.named_scope("norm")
 def modulated_norm(
     x: Float[Array, "b n d"], scale: Float[Array, "b d"], shift: Float[Array, "b d"]
 ) -> Float[Array, "b n d"]:
@@ -245,6 +249,7 @@ def _modulated_norm_forward(
     return modulated_norm(x, scale, shift), (x, scale, shift)
 
 
+@jax.named_scope("norm")
 def _modulated_norm_backward(
     saved: tuple[Array, Array, Array], gradient: Array
 ) -> tuple[Array, Array, Array]:

@@ -24,11 +24,11 @@ PARTS = {
     "collectives": r"all_gather|psum|reduce_scatter|all_to_all|ppermute",
     "attention": r"splash|flash|attention|attend|blocks?/transpose|blocks?/slice|blocks?/split"
     r"|blocks?/shard_map/(jit\(_)?pad|blocks?/concatenate",
-    "norms": r"norm",
+    "norms": r"norm(?!al)",
     "modulations": r"modulat",
     "MLP": r"/mlp/",
     "projections": r"\.project/|attn_out",
-    "gates": r"\.update/|blocks?/(mul|add)",
+    "gates": r"/gate/|\.update/|blocks?/(mul|add)",
     "residuals": r"backbone/(while|broadcast_in_dim)$|dynamic_(update_)?index_in_dim",
     "model, other": r"jvp\(",
     "optimizer": "",  # what is outside of the gradient, with the sum of micro-batches

@@ -194,6 +194,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         requests=requests,
         needs=similarity.NEEDS,
         score=score,
+        trivial={"copy": lambda row: row.source()},
         summary=summary,
         quality=lambda scores: scores["clip_t"].value,
         primary="official/dino",

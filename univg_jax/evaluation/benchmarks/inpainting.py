@@ -16,6 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
@@ -178,6 +179,11 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
     return columns
 
 
+def _telea(row: Row) -> Image:
+    """OpenCV's inpainting by Telea, of the neighbors alone."""
+    return cv2.inpaint(row.truth(), row.hole(), 1, cv2.INPAINT_TELEA)
+
+
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     """Numbers of `raw/` and `composited/`, also `strict/`, and how many pictures are missing."""
     found: Summary = {}
@@ -205,6 +211,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         requests=requests,
         needs={"inception": ("fid",), "lpips": ("lpips",)},
         score=score,
+        trivial={"telea": _telea},
         summary=summary,
         distances=distances,
         quality=lambda scores: scores["raw/psnr"].value,

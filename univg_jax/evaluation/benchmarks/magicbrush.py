@@ -52,6 +52,7 @@ class Row:
     chained: bool
     instruction: str
     source: str
+    first: str  # source of the first turn
     target: str
     caption: str
     last_target: str
@@ -116,6 +117,7 @@ def _session(root: epath.Path, session: str, turns: Any, captions: Any) -> list[
             source=str(folder / names["input"]),
             target=str(folder / names["output"]),
             caption=names["caption"],
+            first=str(folder / found[0]["input"]),
             last_target=str(folder / last["output"]),
             last_caption=last["caption"],
         )
@@ -167,6 +169,14 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
     else:
         last = None
     return similarity.ratios(own) | similarity.ratios(last, _LAST)
+
+
+def _copy(row: Row) -> Image | None:
+    """The picture that a turn, or a chain, begins with; None if it is not there."""
+    begun = row.first if row.chained else row.source
+    if not epath.Path(begun).exists():
+        return None
+    return similarity.read_rgb(begun, what="a source of MagicBrush", drop_alpha=True)
 
 
 def _compared(
@@ -240,6 +250,7 @@ BENCHMARK = Official(
     needs=similarity.NEEDS,
     check_scoring=check_scoring,
     score=score,
+    trivial={"copy": _copy},
     summary=summary,
     primary="official/single/dino",
     # The paper does not say whether of single turns; its numbers are 100 times these.

@@ -189,6 +189,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         read=read_rows,
         requests=requests,
         score=score,
+        trivial={"everything": lambda row: segmentation.EVERYTHING},
         summary=summary,
         quality=lambda scores: scores["official/miou"].value,
         primary=f"{(*settings.splits, 'val')[0]}/official/oiou",
