@@ -255,7 +255,9 @@ def _modulated_norm_backward(
 ) -> tuple[Array, Array, Array]:
     x, scale, shift = saved
     y, r = _normalize(x)
-    g = gradient.astype(jnp.float32)
+    # Without the barrier a TPU's compiler multiplies by 1 + scale where it ends the product before,
+    # for which it writes 1 + scale, broadcast over all tokens, to memory.
+    g = jax.lax.optimization_barrier(gradient).astype(jnp.float32)
     dy = g * (1 + scale.astype(jnp.float32))[:, None]
     dx = r * (
         dy - jnp.mean(dy, axis=-1, keepdims=True) - y * jnp.mean(dy * y, axis=-1, keepdims=True)
