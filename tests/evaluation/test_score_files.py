@@ -71,8 +71,8 @@ def test_a_trivial_answer_scores_what_a_folder_of_it_does(tmp_path):
         for folder in ("theirs", "trivial")
     )
     for name in ("raw/psnr", "composited/ssim", "composited/fid"):
-        assert numbers[f"telea/{name}"] == of_trivial[name] != numbers[name]
-    assert not {name for name in numbers if name.startswith("telea/") and "strict" in name}
+        assert numbers[f"trivial_telea/{name}"] == of_trivial[name] != numbers[name]
+    assert not {name for name in numbers if name.startswith("trivial_") and "strict" in name}
 
 
 def test_what_is_transparent_has_its_own_colors(tmp_path):

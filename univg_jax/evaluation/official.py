@@ -94,7 +94,7 @@ class Official:
     is better, NaN if it is not known.
 
     `trivial` has answers that need no model, by name: a row's picture, or None where it has none.
-    They are scored beside the images, and their numbers have the name before them.
+    They are scored beside the images; names of their numbers begin with `trivial_NAME`.
 
     A benchmark of the model itself has no images, and its `score` is that of a row of which nothing
     is known. All processes call `measure(pipeline, rows, seed)`, and each gets the columns of its

@@ -26,6 +26,7 @@ from univg_jax.together import each_together, of_all
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_TRIVIAL = "trivial_"  # before the name of an answer that needs no model
 _CHUNK = 256  # pictures whose features are added up at once
 
 
@@ -65,7 +66,7 @@ class Scored:
             numbers = benchmark.summary(rows, scores)
             numbers = {**numbers, **benchmark.distances(_of_trivial(name, self.sums))}
             found |= {
-                f"{name}/{metric}": number
+                f"{_TRIVIAL}{name}/{metric}": number
                 for metric, number in numbers.items()
                 if {"strict", "failures"}.isdisjoint(metric.split("/"))
             }
@@ -162,13 +163,13 @@ def _columns(
     for name, answer in benchmark.trivial.items():
         picture = None if images is None else answer(row)
         scores = benchmark.score(row, [picture] * count, scorers)
-        columns |= {f"{name}/{column}": value for column, value in scores.items()}
+        columns |= {f"{_TRIVIAL}{name}/{column}": value for column, value in scores.items()}
     return columns
 
 
 def _of_trivial(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Of columns or sums those of a trivial answer, by their own names."""
-    prefix = f"{name}/"
+    prefix = f"{_TRIVIAL}{name}/"
     return {key.removeprefix(prefix): x for key, x in values.items() if key.startswith(prefix)}
 
 
