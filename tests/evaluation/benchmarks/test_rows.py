@@ -67,7 +67,7 @@ BOX = [[2, 2, 20, 2, 20, 20, 2, 20]]
 # Of each benchmark that scores pictures by scorers: two rows, of which the second has no picture.
 PICTURES = {
     "magicbrush": lambda file: [
-        magicbrush.Row("7", k, 2, True, "", file, file, "a red pig", file, "a red pig")
+        magicbrush.Row("7", k, 2, True, "", file, file, file, "a red pig", file, "a red pig")
         for k in (1, 2)
     ],
     "emu_edit": lambda file: [
