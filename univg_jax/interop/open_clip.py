@@ -52,8 +52,8 @@ def convert_open_clip(file: PathLike, out: PathLike, *, like: PathLike) -> None:
     asks for (`read_pickle`). Raises UserError, and writes nothing, if the weights are not those of
     such a CLIP or `out` has files.
     """
-    tensors = read_pickle(file, under="state_dict")
     with write_folder(out, seal=WEIGHTS) as folder:
+        tensors = read_pickle(file, under="state_dict")
         for pattern in (*KEPT, *TOKENIZER):
             for found in Path(like).glob(pattern):
                 shutil.copyfile(found, folder / found.name)

@@ -216,7 +216,7 @@ def _written(
 
 
 def _results(inner: Computation) -> list[tuple[Instruction, int]]:
-    """What gives each result, and as the how-many-eth of its own.
+    """The instruction that gives each result, and the number of the result among its own.
 
     One instruction may give several: a maximum and its place.
     """

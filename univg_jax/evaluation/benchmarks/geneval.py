@@ -52,7 +52,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 PUBLISHED = {"UniVG 3.7B": 0.70, "SD3": 0.71, "OmniGen": 0.70, "FLUX": 0.66}  # overall
 # Of images that are there: of their objects, and of the target of a relation.
 FAILURES = ("missing_object", "excess", "color", "position", "target")
-JUDGED = ("tag", "include", "exclude")  # of a prompt's metadata
+JUDGED = ("tag", "include", "exclude")  # what decides in a prompt's metadata
 BACKGROUND = 0x99  # gray, of the crops whose color is asked for
 
 # Colors of some detections of a class.
