@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.marks import nightly
 from univg_jax import sharding
-from univg_jax.models.attention import xla_attention
-from univg_jax.models.flash import Stream, block_of, chip_memory, fits, flash
-from univg_jax.models.mmdit import joint_attention
+from univg_jax.buckets import standard
+from univg_jax.models import mmdit
+from univg_jax.models.attention import LANES, xla_attention
+from univg_jax.models.flash import Stream, block_of, chip_memory, fits, flash, whole_blocks
+from univg_jax.models.mmdit import MMDiT, joint_attention
 from univg_jax.planning.topology import open_topology
 
 HEADS, C = 2, 128
@@ -83,6 +87,63 @@ def test_is_attention(n, m, options):
     close(found, expected, 1e-5)  # float32 sums of 1,000 terms in another order
     hidden = found[1][1].k[~mask]
     assert not hidden.size or not np.any(hidden)
+
+
+@pytest.mark.parametrize("n", [242, 252, 256, 968])  # tokens of buckets at 256 and 512 px
+@pytest.mark.parametrize("final", [False, True])
+def test_what_pads_the_image_is_not_attended_to(n, final):
+    """Junk in the padding changes no output of a real token and no gradient, and gets none."""
+    image, text, mask, weights = make(whole_blocks(n), 32, final=final)
+
+    def real(tree):  # without the padding of the image's arrays
+        return jax.tree.map(lambda x: x[:, :n] if x.ndim == 3 and x.shape[1] > n else x, tree)
+
+    padding = [jnp.where(jnp.arange(len(x[0]))[:, None] < n, x, 0) for x in weights[:1]]
+    padded = outputs_and_gradients(
+        functools.partial(kernel, tokens=n), image, text, mask, (*padding, weights[1])
+    )
+    expected = outputs_and_gradients(
+        formula, real(image), text, mask, (real(weights[0]), weights[1])
+    )
+    close(real(padded), expected, 1e-5)  # as `test_is_attention`
+    of_image = padded[1][0]
+    for gradient in (of_image.q, of_image.k, of_image.v):
+        assert not np.any(gradient[:, n:])
+
+
+def test_the_model_pads_its_image_once_and_is_the_same(monkeypatch):
+    """As for a TPU, with the kernel interpreted, beside the formula: outputs and gradients."""
+    model = MMDiT(
+        hidden_dim=256, depth=3, num_heads=2, in_channels=9, out_channels=4, text_dim=8,
+        pooled_dim=8, scan=True, remat="minimal",
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    shapes = [(2, 22, 26, 9), (2, 21, 8), (2, 8), (2,)]  # 143 tokens of an image, 21 of a text
+    inputs = [jnp.asarray(rng.uniform(size=shape), jnp.float32) for shape in shapes]
+    params = model.init(jax.random.key(0), *inputs)["params"]
+    leaves, tree = jax.tree.flatten(params)  # no zeros, with which a model gives zeros
+    random = [0.05 * jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves]
+    params = jax.tree.unflatten(tree, random)
+
+    def found():
+        def loss(params):
+            outputs = model.apply({"params": params}, *inputs)
+            return jnp.mean(outputs**2), outputs
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    expected = found()
+    kernels = []
+
+    def interpreted(*args, **options):
+        kernels.append(args[0].k.shape[1])
+        return flash(*args, **options, interpret=True)
+
+    monkeypatch.setattr(mmdit, "flash", interpreted)
+    monkeypatch.setattr(mmdit, "chip_memory", lambda: 128 * 2**20)
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    close(found(), expected, 1e-4)  # three layers of float32 sums in another order
+    assert set(kernels) == {144}
 
 
 def test_in_bfloat16_is_as_near_to_float32_as_the_formula_is():
@@ -159,6 +220,21 @@ def test_what_fits_compiles(topology):
         text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
         assert "flash_forward" in text
         assert "flash_backward" in text
+
+
+@given(st.integers(1, 5000))
+def test_tokens_are_padded_by_less_than_a_block_to_what_the_kernel_takes(n):
+    padded = whole_blocks(n)
+    assert 0 <= padded - n < LANES
+    assert fits(1, padded, 16, **SIZES | dict(memory=2**30)) or padded > 4096
+
+
+@pytest.mark.parametrize(("side", "most"), [(256, 1.06), (512, 1.025), (1024, 1.0)])
+def test_buckets_are_padded_by_little(side, most):
+    """And none has more tokens than the square: no bucket takes longer than that."""
+    for height, width in standard(side):
+        n = height * width // 16**2  # a latent cell has 8 pixels a side, a patch 2 cells
+        assert n <= whole_blocks(n) <= min(most * n, (side // 16) ** 2)
 
 
 def test_a_block_divides_the_tokens():

@@ -60,6 +60,14 @@ def block_of(tokens: int) -> int:
     return max((size for size in sizes if tokens % size == 0), default=0)
 
 
+def whole_blocks(tokens: int) -> int:
+    """The least number of tokens, from this one on, that has blocks of at least `LANES`, or one."""
+    count = -(-tokens // SUBLANES) * SUBLANES
+    while block_of(count) < min(count, LANES):
+        count += SUBLANES
+    return count
+
+
 def chip_memory() -> int:
     """Inside jit: bytes on the chip (VMEM) of the TPU that this is compiled for: 16 to 128 MiB."""
     return pltpu.get_tpu_info().vmem_capacity_bytes
@@ -90,12 +98,14 @@ def flash(
     mask: Bool[Array, "b m"] | None,
     *,
     num_heads: int,
+    tokens: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b n a"], Float[Array, "b m a"] | None]:
     """Joint attention: each stream's outputs; None for a stream without queries.
 
-    Text tokens whose mask is False are not attended to. Each device computes its own rows and
-    heads. `interpret` runs it on a CPU. The caller has asked `fits`.
+    Text tokens whose mask is False are not attended to, nor what pads the image after so many
+    `tokens` (None: nothing does). Each device computes its own rows and heads. `interpret` runs it
+    on a CPU. The caller has asked `fits`.
     """
     mask = jnp.ones(text.k.shape[:2], bool) if mask is None else mask
     bias = jnp.where(mask, 0.0, _NEVER).astype(jnp.float32)[..., None]
@@ -105,13 +115,15 @@ def flash(
     ones = jnp.ones(c, jnp.float32)
     scales = jnp.stack([ones if scale is None else scale for scale in scales])
     arrays = (image.q, image.k, image.v, text.q, text.k, text.v)
-    options = _Options(c=c, normed=normed, interpret=interpret)
+    tokens = image.k.shape[1] if tokens is None else tokens
+    options = _Options(c=c, tokens=tokens, normed=normed, interpret=interpret)
     return _attend(arrays, scales, bias, options)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
     c: int  # channels of a head
+    tokens: int  # of the image that are attended to
     normed: bool
     interpret: bool
 
@@ -182,12 +194,14 @@ class _Grid:
     n: int  # tokens of the image
     m: int  # of the text
     c: int
+    tokens: int  # of the image that are attended to
     has_text: bool
 
     @classmethod
     def of(cls, arrays: tuple, options: _Options) -> "_Grid":
         (b, n, width), m = arrays[1].shape, arrays[4].shape[1]
-        return cls(b, width // options.c, n, m, options.c, arrays[3] is not None)
+        has_text = arrays[3] is not None
+        return cls(b, width // options.c, n, m, options.c, options.tokens, has_text)
 
     @property
     def block(self) -> int:
@@ -228,6 +242,16 @@ class _Grid:
     @property
     def of_bias(self) -> pl.BlockSpec:
         return pl.BlockSpec((1, self.m, 1), lambda b, h, i: (b, 0, 0))
+
+    def scores(self, j: int, key: Array, query: Array, text_bias: Array) -> Array:
+        """Those [keys, queries] of piece j of the keys, the last of which is the text's."""
+        scores = _dot(key, query, (1, 1), dtype=key.dtype)
+        if j == self.blocks:
+            return scores + text_bias
+        if (real := self.tokens - j * self.block) < self.block:
+            position = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+            scores = jnp.where(position < real, scores, _NEVER)
+        return scores
 
     def call(
         self, kernel: Callable, name: str, in_specs: Sequence, out: Sequence, scratch: Sequence,
@@ -276,9 +300,7 @@ def _forward(arrays: tuple, scales: Array, bias: Array, *, options: _Options) ->
             total, result = jnp.zeros_like(top), jnp.zeros((c, q.shape[0]), jnp.float32)
             for j in range(grid.blocks + 1):
                 is_text = j == grid.blocks
-                scores = dot(text_keys[...] if is_text else keys[j], q, (1, 1))
-                if is_text:
-                    scores += bias[0]
+                scores = grid.scores(j, text_keys[...] if is_text else keys[j], q, bias[0])
                 highest = jnp.maximum(top, jnp.max(scores, axis=0, keepdims=True))
                 weights, shrink = jnp.exp(scores - highest), jnp.exp(top - highest)
                 total = total * shrink + jnp.sum(weights, axis=0, keepdims=True)
@@ -367,9 +389,7 @@ def _backward(
                 key, key_t = (text_keys, text_keys_t) if is_text else (keys.at[j], keys_t.at[j])
                 value = v_text[0] if is_text else v[0, _piece(j, block)]
                 of_k, of_v = (sum_k_text, sum_v_text) if is_text else (sum_k.at[j], sum_v.at[j])
-                scores = dot(key[...], query, (1, 1))
-                if is_text:
-                    scores += bias[0]
+                scores = grid.scores(j, key[...], query, bias[0])
                 weights = jnp.exp(scores - lse)
                 of_v[...] += dot(weights.astype(dtype), gradient, (1, 0))
                 of_scores = weights * (dot(value, gradient, (1, 1)) - mean)

@@ -13,6 +13,7 @@ that diffusers lacks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ from univg_jax.batch import Array
 from univg_jax.errors import UserError, check_name
 from univg_jax.fields import setting
 from univg_jax.models.attention import ATTENTION, ATTENTION_OUT
-from univg_jax.models.flash import SUBLANES, Stream, chip_memory, fits, flash
+from univg_jax.models.flash import SUBLANES, Stream, chip_memory, fits, flash, whole_blocks
 from univg_jax.models.layers import (
     MLP,
     NORM_EPS,
@@ -146,8 +147,7 @@ class JointBlock(nn.Module):
     """A block of both streams; with `final` the text stream is not updated."""
 
     stream: Mapping[str, Any]  # fields of `StreamBlock`
-    attention: Callable
-    grid: tuple[int, int] | None  # (height, width) in tokens where positions are rotary
+    attend: Callable  # joint attention of (image, text, text_mask): `joint_attention` or `flash`
     final: bool = False
 
     @nn.compact
@@ -160,13 +160,7 @@ class JointBlock(nn.Module):
         conds = jnp.split(cond, 2, axis=-1) if self.stream["shared_adaln"] else [cond, cond]
         mods = [s.modulate(c) for s, c in zip(streams, conds, strict=True)]
         projected = (s.project(x, mod) for s, x, mod in zip(streams, carry, mods, strict=True))
-        attended = joint_attention(
-            *projected,
-            text_mask,
-            num_heads=self.stream["num_heads"],
-            grid=self.grid,
-            attention=self.attention,
-        )
+        attended = self.attend(*projected, text_mask)
         image = streams[0].update(image, attended[0], mods[0])
         if not self.final:
             text = streams[1].update(text, attended[1], mods[1])
@@ -182,16 +176,11 @@ def joint_attention(
     grid: tuple[int, int] | None,
     attention: Callable,
 ) -> tuple[Float[Array, "b n a"], Float[Array, "b m a"] | None]:
-    """The outputs of both streams; None for a text without queries.
+    """The outputs of both streams, by a function of one; None for a text without queries.
 
-    `attention.auto` is `flash` where that can be; any other function gets both streams as one.
+    `grid` is (height, width) in tokens where positions are rotary.
     """
-    b, n, width = image.k.shape
-    if attention is ATTENTION["auto"] and sharding.platform() == "tpu" and grid is None:
-        sizes = dict(head_dim=width // num_heads, itemsize=image.k.dtype.itemsize)
-        memory = chip_memory()
-        if fits(b, n, text.k.shape[1], num_heads=num_heads, memory=memory, **sizes):
-            return flash(image, text, mask, num_heads=num_heads)
+    n = image.k.shape[1]
 
     def heads(stream: Stream) -> tuple[Array | None, Array, Array]:
         def split(x: Array) -> Array:
@@ -356,6 +345,15 @@ class MMDiT(nn.Module):
             image = image + table[None].astype(self.dtype)
         if sharding.platform() == "tpu":  # once, not in every block: a kernel takes whole rows
             text_emb, text_mask = _padded(text_emb, text_mask)
+        attend = functools.partial(
+            joint_attention,
+            num_heads=self.num_heads,
+            grid=(h, w) if self.position == "rope" else None,
+            attention=self.attention if callable(self.attention) else ATTENTION[self.attention],
+        )
+        if self._takes_flash(b, h * w, text_emb.shape[1]):
+            attend = functools.partial(flash, num_heads=self.num_heads, tokens=h * w)
+            image = jnp.pad(image, ((0, 0), (0, whole_blocks(h * w) - h * w), (0, 0)))
         text = Linear(d, **dtypes, name="text_embed")(text_emb)
 
         small, zeros = nn.initializers.normal(0.02), nn.initializers.zeros
@@ -367,7 +365,7 @@ class MMDiT(nn.Module):
             modulation = Linear(12 * d, **dtypes, kernel_init=zeros, name="shared_modulation")
             block_cond = modulation(cond)
 
-        image = self._run_blocks((image, text), block_cond, text_mask, grid=(h, w))[:, :n]
+        image = self._run_blocks((image, text), block_cond, text_mask, attend=attend)[:, :n]
 
         modulation = Linear(2 * d, **dtypes, kernel_init=zeros, name="out_modulation")
         scale, shift = jnp.split(modulation(cond), 2, axis=-1)
@@ -378,13 +376,26 @@ class MMDiT(nn.Module):
         return image.reshape(b, height, width, -1)
 
     @nn.nowrap
+    def _takes_flash(self, b: int, n: int, m: int) -> bool:
+        """Whether attention is the kernel for TPUs, for b rows of n and m tokens."""
+        if self.attention not in ("auto", ATTENTION["auto"]) or self.position != "sincos":
+            return False
+        sizes = dict(head_dim=self.heads_dim // self.num_heads, num_heads=self.num_heads)
+        return sharding.platform() == "tpu" and fits(
+            *(b, whole_blocks(n), m),
+            **sizes,
+            itemsize=jnp.dtype(self.dtype).itemsize,
+            memory=chip_memory(),
+        )
+
+    @nn.nowrap
     def _run_blocks(
         self,
         carry: tuple[Array, Array],
         cond: Float[Array, "b e"],
         text_mask: Bool[Array, "b m"] | None,
         *,
-        grid: tuple[int, int],
+        attend: Callable,
     ) -> Float[Array, "b n d"]:
         """The image stream after all blocks, from both streams (image, text) before them."""
         # The fields of a stream have the same names here.
@@ -395,8 +406,7 @@ class MMDiT(nn.Module):
                 for name in names
                 if name not in ("final", "parent", "name")
             },
-            attention=self.attention if callable(self.attention) else ATTENTION[self.attention],
-            grid=grid if self.position == "rope" else None,
+            attend=attend,
         )
         scan = sharding.platform() != "cpu" if self.scan is None else self.scan
         block = JointBlock
