@@ -453,9 +453,7 @@ def test_splash_reads_keys_once_where_the_chip_holds_them_else_once_a_block(devi
     kernel = kernels.read_kernel(run.instruction.attributes)
     queries, keys = kernel.windows[0].bounds[-2], kernel.windows[1].bounds[-2]
     arrays = run.computation.operand_shapes(run.instruction)[kernel.prefetched :]
-    q, k, v = (
-        window.fetched(array, kernel.grid) for window, array in zip(kernel.windows[:3], arrays)
-    )
+    q, k, v = (window.fetched(array) for window, array in zip(kernel.windows[:3], arrays))
     size = n * heads * c * 2
     assert q == size
     assert k == v == size * times
@@ -487,9 +485,10 @@ def test_flash_moves_every_array_once(device, final):
     ):
         (run,) = (r for r in module.executions if name in r.instruction.name)
         read, written = traffic._moved(run.instruction, run.computation, module)
-        # beside these: sums and scales, and one more window of the image for the text's turn
-        assert read == pytest.approx(operands, rel=0.2)
-        assert written == pytest.approx(results, rel=0.2)
+        # Beside these: sums of queries, scales, and the bias of text, one number in a row of 128.
+        few = rows * heads * (n + m) * 4 * 8 + rows * m * 128 * 4
+        assert operands <= read <= operands + few
+        assert results <= written <= results + few
         found = sum(p.flops for p in hlo._products(run.instruction, run.computation))
         pairs = rows * heads * (n + m) * (n if final else n + m)
         assert found == 2 * products * pairs * c

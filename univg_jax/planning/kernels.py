@@ -16,10 +16,12 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 from jax._src.lib import tpu as tpu_dialect  # no public module has it
 from jax._src.lib.mlir import ir
+from jaxtyping import Int
 
 from univg_jax.planning.parse import Shape
 
@@ -28,19 +30,18 @@ _BODY = re.compile(r'"body":"([^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A window's size, and on which dimensions of the grid each coordinate of its place depends."""
+    """A window's size, and its place at each step of the grid, in windows along each dimension."""
 
     bounds: tuple[int, ...]
-    depends: tuple[frozenset[int], ...]
+    places: Int[np.ndarray, "steps dims"]
 
-    def fetched(self, array: Shape, grid: Sequence[int]) -> float:
+    def fetched(self, array: Shape) -> float:
         """Bytes that one run moves through it, between the array and the chip."""
-        blocks = [-(-dim // bound) for dim, bound in zip(array.dims, self.bounds, strict=True)]
+        blocks = np.array([-(-dim // bound) for dim, bound in zip(array.dims, self.bounds)])
         # A coordinate of which there is one value does not move, whatever it is computed from.
-        moved = [places for places, count in zip(self.depends, blocks) if count > 1]
-        dimensions = [i for i in frozenset().union(*moved) if grid[i] > 1]
-        times = math.prod(grid[: max(dimensions, default=-1) + 1])
-        return times * dataclasses.replace(array, dims=self.bounds).stored_bytes
+        places = self.places[:, blocks > 1]
+        times = 1 + np.any(places[1:] != places[:-1], axis=1).sum()
+        return float(times) * dataclasses.replace(array, dims=self.bounds).stored_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +77,7 @@ def read_kernel(attributes: str) -> Kernel | None:
         for entry in ir.ArrayAttr(main.attributes["window_params"]):
             entry = ir.DictAttr(entry)
             place = functions[ir.FlatSymbolRefAttr(entry["transform_indices"]).value]
-            depends = tuple(_depends(place, len(grid)))
-            windows.append(Window(_numbers(entry["window_bounds"]), depends))
+            windows.append(Window(_numbers(entry["window_bounds"]), _places(place, grid)))
         prefetched = ir.IntegerAttr(main.attributes["scalar_prefetch"]).value
         return Kernel(grid, prefetched, tuple(windows))
 
@@ -86,18 +86,33 @@ def _numbers(attribute: ir.Attribute) -> tuple[int, ...]:
     return tuple(ir.DenseI64ArrayAttr(attribute))
 
 
-def _depends(function: ir.Operation, dimensions: int) -> Iterator[frozenset[int]]:
-    """For each result of a function of a step, the dimensions of the grid that it is computed of.
+# What functions from a step to a place compute with. Steps and places are not negative.
+_ARITHMETIC = {
+    "arith.addi": np.add, "arith.subi": np.subtract, "arith.muli": np.multiply,
+    "arith.minsi": np.minimum, "arith.maxsi": np.maximum, "arith.divsi": np.floor_divide,
+    "arith.remsi": np.remainder, "arith.index_cast": np.array, "arith.extsi": np.array,
+}  # fmt: skip
 
-    What it loads from a table depends on where it loads.
+
+def _places(function: ir.Operation, grid: Sequence[int]) -> Int[np.ndarray, "steps dims"]:
+    """What a function of a step gives for each step of the grid, in their order.
+
+    What it loads from a table is not known. It gets a number for each place that it is loaded from:
+    then it changes when that does. So does the result of any other operation.
     """
+    steps = np.indices(grid).reshape(len(grid), math.prod(grid))
+    same = np.zeros(steps.shape[1], int)
     (block,) = function.regions[0].blocks
-    known = {
-        argument: frozenset([i] if i < dimensions else [])
-        for i, argument in enumerate(block.arguments)
-    }
-    *_, end = block.operations
-    for operation in block.operations:
-        of = frozenset().union(*(known[operand] for operand in operation.operands))
-        known |= dict.fromkeys(operation.results, of)
-    yield from (known[operand] for operand in end.operands)
+    known = dict(zip(block.arguments, [*steps, *[same] * (len(block.arguments) - len(grid))]))
+    *operations, end = block.operations
+    for operation in operations:
+        name = operation.operation.name.removeprefix("stable_mosaic.")
+        operands = [known[operand] for operand in operation.operands]
+        if name == "arith.constant":
+            found = same + ir.IntegerAttr(operation.attributes["value"]).value
+        elif name in _ARITHMETIC:
+            found = _ARITHMETIC[name](*operands)
+        else:
+            _, found = np.unique([same, *operands], axis=1, return_inverse=True)
+        known |= dict.fromkeys(operation.results, found.reshape(-1))
+    return np.stack([known[operand] for operand in end.operands], axis=1)

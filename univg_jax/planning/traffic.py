@@ -130,7 +130,7 @@ def _moved_by_kernel(instruction: Instruction, operands: list[Shape]) -> tuple[f
         return _sizes(operands), _sizes(instruction.shapes)
     tables, arrays = operands[: kernel.prefetched], operands[kernel.prefetched :]
     moved = [
-        window.fetched(array, kernel.grid) if array.in_hbm else 0.0
+        window.fetched(array) if array.in_hbm else 0.0
         for window, array in zip(kernel.windows, [*arrays, *instruction.shapes], strict=True)
     ]
     return _sizes(tables) + sum(moved[: len(arrays)], 0.0), sum(moved[len(arrays) :], 0.0)
