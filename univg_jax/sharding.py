@@ -255,6 +255,13 @@ def platform() -> str:
     return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).platform
 
 
+def weight_dtype(dtype: DTypeLike, sum_dtype: DTypeLike | None) -> jnp.dtype:
+    """Inside jit: what `matmul` makes of a weight's dtype, for x of `dtype`, before it gathers."""
+    # XLA's CPU compiler aborts on sums of bfloat16 over devices that are written by hand.
+    sum_dtype = jnp.float32 if platform() == "cpu" else sum_dtype or dtype
+    return jnp.promote_types(dtype, sum_dtype)
+
+
 def matmul(
     x: Float[Array, "r i"],
     weight: Float[Array, "i o"],
@@ -269,9 +276,7 @@ def matmul(
     (None: x's). In x's dtype, one training step moves three times the bytes of all weights. Written
     by hand because the compiler, left to itself, may move activations instead.
     """
-    # XLA's CPU compiler aborts on sums of bfloat16 over devices that are written by hand.
-    sum_dtype = jnp.float32 if platform() == "cpu" else sum_dtype or x.dtype
-    weight = weight.astype(jnp.promote_types(x.dtype, sum_dtype))
+    weight = weight.astype(weight_dtype(x.dtype, sum_dtype))
     if not is_fsdp() or not rows_divisible(len(x)):
         return _product(x, weight)
     mesh = jax.sharding.get_abstract_mesh()

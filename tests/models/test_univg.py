@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from univg_jax import sharding
 from univg_jax.batch import Conditions
 from univg_jax.models.mmdit import MMDiT
 from univg_jax.models.univg import UniVG
+from univg_jax.trees import named_leaves
 
 BACKBONE = MMDiT(
     hidden_dim=32, depth=1, num_heads=4, in_channels=9, out_channels=4, text_dim=12, pooled_dim=7
@@ -86,3 +88,25 @@ def test_face_width_is_checked():
     x_t, t, c = example()
     with pytest.raises(ValueError, match="face_dim=9"):
         UniVG(backbone=BACKBONE, face_dim=9).init(jax.random.key(0), x_t, t, c)
+
+
+def test_kernels_that_are_cast_beforehand_give_the_same_gradients(monkeypatch):
+    """As on an accelerator, where kernels are bfloat16; on a CPU they stay float32."""
+    backbone = BACKBONE.clone(depth=3, dtype=jnp.bfloat16, attention="xla", scan=True)
+    model = UniVG(backbone=backbone, face_dim=8)
+    params, inputs = random_params(model), example()
+    assert {x.dtype for x in jax.tree.leaves(model.cast_kernels(params))} == {jnp.dtype("float32")}
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+
+    def gradients(cast):
+        def loss(params):
+            return jnp.mean(model.apply({"params": params}, *inputs) ** 2)
+
+        run = quick_jit(lambda p: jax.grad(loss)(model.cast_kernels(p) if cast else p))
+        return run(params)
+
+    found, expected = gradients(cast=True), gradients(cast=False)
+    for name, x in named_leaves(found).items():
+        assert x.dtype == (jnp.bfloat16 if name.endswith("kernel") else jnp.float32)
+    # Only the place of the conversion to float32 differs, and that changes no number.
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.float32(x), y), found, expected)

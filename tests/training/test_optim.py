@@ -208,10 +208,11 @@ def test_accumulation_equals_the_large_batch(accumulate, fsdp):
     np.testing.assert_allclose(per_row_a["loss"], per_row["loss"], rtol=1e-5, atol=1e-7)
 
 
-def test_accumulation_averages_in_float32():
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_gradients_are_float32(accumulate):
     params = {"w": jnp.ones(8, jnp.bfloat16)}
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), rows())
-    _, grads = optim.value_and_grad(loss_fn, accumulate=4)(params, half)
+    _, grads = optim.value_and_grad(loss_fn, accumulate=accumulate)(params, half)
     assert grads["w"].dtype == jnp.float32
 
 

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Float, PRNGKeyArray, PyTree
 
+from univg_jax import sharding
 from univg_jax.batch import Array, Conditions
 from univg_jax.models.layers import MLP, gelu_tanh
 from univg_jax.models.mmdit import MMDiT
+from univg_jax.trees import map_named
 
 
 class UniVG(nn.Module):
@@ -48,6 +50,16 @@ class UniVG(nn.Module):
             text_emb = jnp.where(slot[..., None], face[:, None].astype(text_emb.dtype), text_emb)
         latents = jnp.concatenate([x_t, conditions.cond_latents, conditions.mask], axis=-1)
         return self.backbone(latents, text_emb, conditions.pooled_emb, t, conditions.text_mask)
+
+    def cast_kernels(self, params: PyTree) -> PyTree:
+        """Inside jit: parameters with kernels in the dtype of their products.
+
+        The model computes the same of them. A step of several passes casts once for all.
+        """
+        dtype = sharding.weight_dtype(self.backbone.dtype, self.backbone.sum_dtype)
+        return map_named(
+            lambda name, x: x.astype(dtype) if name.split("/")[-1] == "kernel" else x, params
+        )
 
     def init_params(
         self, key: PRNGKeyArray, latents: jax.ShapeDtypeStruct, conditions: Conditions

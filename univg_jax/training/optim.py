@@ -78,14 +78,19 @@ def value_and_grad(
     """`(params, rows) -> ((loss, per_row), gradients)`, in `accumulate` passes over micro-batches.
 
     `loss_fn(params, rows) -> (loss, per_row)` gives a mean over the rows, and any tree of arrays
-    with one entry a row. Loss and gradient are sum_j w_j g_j / sum_j w_j in float32 over the
-    micro-batches j, with `weight(rows)` the number of rows that the loss averages over (default:
-    all alike), so they equal the whole batch's. Raises UserError where the rows do not divide.
+    with one entry a row. Loss and gradient are sum_j w_j g_j / sum_j w_j in float32, whatever the
+    parameters are, over the micro-batches j, with `weight(rows)` the number of rows that the loss
+    averages over (default: all alike), so they equal the whole batch's. Raises UserError where the
+    rows do not divide.
 
     Unlike `optax.MultiSteps` this is one compiled step a batch: schedule, EMA, logs and checkpoints
     count batches, no accumulator is stored, and the optimizer runs once.
     """
-    one_pass = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def one_pass(params: PyTree, rows: PyTree) -> tuple[tuple[Array, PyTree], PyTree]:
+        found, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
+        return found, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+
     if accumulate == 1:
         return one_pass
 
@@ -104,7 +109,7 @@ def value_and_grad(
         def add(total: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
             (loss, per_row), grads = one_pass(params, rows)
             w = jnp.float32(1) if weight is None else jnp.asarray(weight(rows), jnp.float32)
-            term = jax.tree.map(lambda x: w * x.astype(jnp.float32), (loss, grads))
+            term = jax.tree.map(lambda x: w * x, (loss, grads))
             return jax.tree.map(jnp.add, total, (w, *term)), per_row
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
