@@ -59,6 +59,7 @@ def test_it_prints_a_column_for_each_topology_and_writes_their_plans(tmp_path, c
     traffic = first["traffic"]
     assert traffic == sorted(traffic, key=lambda one: -one["bytes"])
     assert sum(one["bytes"] for one in traffic) == pytest.approx(first["memory_bytes"])
+    assert sum(one["seconds"] for one in traffic) == pytest.approx(first["seconds"]["HBM"])
     assert {one["part"] for one in traffic} >= {"attention", "MLP", "norms", "optimizer"}
     fields = {"kind", "group", "count", "bytes", "wire_bytes"}
     assert first["collectives"][0].keys() >= fields

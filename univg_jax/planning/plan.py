@@ -160,6 +160,8 @@ class Plan:
             }
             for shown, collective in zip(row["collectives"], program.collectives, strict=True):
                 shown["wire_bytes"] = collective.wire_bytes
+            for shown in row["traffic"]:
+                shown["seconds"] = shown["bytes"] / self.chip.hbm_bandwidth
         return result
 
 
