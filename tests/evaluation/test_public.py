@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import html
 import json
 import pathlib
 
@@ -21,6 +22,7 @@ from univg_jax.evaluation.benchmarks.geneval import BENCHMARK, read
 from univg_jax.evaluation.job import generate
 from univg_jax.evaluation.official import Request
 from univg_jax.evaluation.public import PublicJob
+from univg_jax.evaluation.report import write_page
 from univg_jax.evaluation.scorecard import Scorecard
 from univg_jax.images import write_png
 from univg_jax.pipeline import Pipeline
@@ -144,6 +146,23 @@ def test_results_of_others_say_what_was_judged_and_by_which_code(tmp_path):
     changed = dataclasses.replace(job(tmp_path, images=folder), rows=(other, *rows[1:]))(None)
     assert changed.folder != done.folder
     assert {"date", "revision", "version"} <= set(Scorecard.read(done.folder).provenance)
+
+
+def test_pictures_that_cannot_be_read_are_counted_and_named(tmp_path):
+    folder = tmp_path / "theirs"
+    for k in range(4):
+        write_png(folder / "00001" / "samples" / f"{k:04}.png", picture("cup", "cow"))
+    (folder / "00001" / "samples" / "0002.png").write_bytes(b"no picture")
+    card = Scorecard.read(job(tmp_path, images=folder)(None).folder)
+    assert card.numbers["failures/unreadable"] == 1
+    assert card.numbers["failures/missing"] == 3 * 4 + 1
+    (case,) = card.cases["unreadable"]
+    assert case["prompt"] == "two cups"
+    ((file, why),) = case["reasons"].items()
+    assert file == "00001/samples/0002.png"
+    assert why.startswith("is not a readable image")
+    write_page(tmp_path / "page.html", [tmp_path / "out"])
+    assert f"<li>{file} {why}" in html.unescape((tmp_path / "page.html").read_text())
 
 
 def test_images_of_other_pictures_lie_beside(model, tmp_path):

@@ -221,7 +221,7 @@ def test_cells_are_cut_row_by_row_and_a_wrong_size_is_refused():
     assert (sheet[0, 0, 0], sheet[0, 5, 0], sheet[5, 0, 0], sheet[5, 5, 0]) == (0, 1, 2, 3)
     np.testing.assert_array_equal(dpg.cells(sheet), images)
     np.testing.assert_array_equal(dpg.cells(sheet, resolution=3), images)
-    with pytest.raises(UserError, match="6 x 6 pixels: expected 2 x 2 images of 4 x 4"):
+    with pytest.raises(UserError, match="6 x 6 pixels, expected 2 x 2 images of 4 x 4"):
         dpg.cells(sheet, resolution=4)
     with pytest.raises(UserError, match="6 x 5 pixels"):
         dpg.cells(sheet[:5])

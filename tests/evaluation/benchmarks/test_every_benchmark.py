@@ -27,7 +27,7 @@ from univg_jax.evaluation.benchmarks import BENCHMARKS
 from univg_jax.evaluation.job import write_side_files
 from univg_jax.evaluation.official import Official
 from univg_jax.evaluation.public import PublicJob
-from univg_jax.evaluation.score_files import check_scorers, score_images
+from univg_jax.evaluation.score_files import check_scorers, score_images, unreadable
 from univg_jax.evaluation.scorers import PROTOCOLS
 from univg_jax.evaluation.scorers.chat import Reply
 from univg_jax.evaluation.scorers.endpoint import Endpoint
@@ -207,6 +207,26 @@ def test_files_become_numbers_and_what_is_missing_is_counted(opened, tmp_path):
     assert "failures/missing" in numbers or bench.name == "magicbrush"  # whose are of two kinds
     assert sum(missing) > 0 or len(rows) == 1
     assert all(math.isnan(bench.quality(row)) or bench.quality(row) < 1e4 for row in found.rows)
+
+
+@pytest.mark.parametrize("opened", WITH_IMAGES, indirect=True)
+def test_a_file_that_is_no_picture_scores_as_a_missing_one_and_is_named(opened, tmp_path):
+    bench, rows = opened
+    folder, torn = tmp_path / "images", png_bytes(PICTURE)[:-30]
+    expected = scored(bench, rows, folder).summary(bench, rows)
+    requests = bench.requests(rows)
+    files = [name for request in requests for name in request.files][1:]
+    for name, content in zip(files, (b"", b"no picture", torn, b"GIF89a"), strict=False):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    found = scored(bench, rows, folder)
+    numbers = found.summary(bench, rows)
+    assert numbers["failures/unreadable"] == min(len(files), 4)
+    assert expected["failures/unreadable"] == 0
+    assert repr(numbers | {"failures/unreadable": 0.0}) == repr(expected)
+    reasons = unreadable(bench, requests, found.rows, folder)
+    assert [file for named in reasons.values() for file in named] == files[:4]
+    assert all("is not a readable image" in why for r in reasons.values() for why in r.values())
 
 
 @pytest.mark.parametrize("opened", WITH_IMAGES, indirect=True)

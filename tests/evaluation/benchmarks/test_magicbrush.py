@@ -150,7 +150,7 @@ def test_what_is_generated_goes_through_the_chain(rows, tmp_path):
     answer = lambda batch, task: batch.source // 2  # noqa: E731
     requests = BENCHMARK.requests(rows)
     assert generate(requests, tmp_path, answer=answer, collator=data.COLLATOR, batch_size=4) == 6
-    level = {r.files[0]: read_images(r, tmp_path)[0].max() for r in requests}
+    level = {r.files[0]: read_images(BENCHMARK, r, tmp_path).images[0].max() for r in requests}
     assert level == {
         "30/30_1.png": 100,
         "139/139_1.png": 100,

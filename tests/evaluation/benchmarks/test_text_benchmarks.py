@@ -17,7 +17,7 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import hpsv2, t2i_compbench
 from univg_jax.evaluation.job import write_side_files
-from univg_jax.evaluation.score_files import score_images
+from univg_jax.evaluation.score_files import score_images, unreadable
 from univg_jax.evaluation.scorers.endpoint import Endpoint
 from univg_jax.images import jpeg_bytes, png_bytes, write_png
 
@@ -255,7 +255,7 @@ def test_without_a_scorer_its_numbers_are_left_out(scorers, tmp_path):
     folder = fill(bench, rows, tmp_path / "images")
     scored = score_images(bench, rows, folder, dict(clip=scorers["clip"]))
     found = scored.summary(bench, rows, without=["inception"])
-    assert found == {"clip": 0.5, "failures/missing": 0}
+    assert found == {"clip": 0.5, "failures/missing": 0, "failures/unreadable": 0}
 
 
 REFUSED = (400, {}, {"error": {"message": "no", "code": "content_filter"}})
@@ -338,8 +338,27 @@ def test_cells_of_a_grid_are_asked_about_one_by_one(scorers, tmp_path):
     scored = score_images(bench, rows, tmp_path / "images", dict(vqa=scorers["vqa"]))
     assert scored.rows[0]["fixed"].value == 0.75
     (tmp_path / "images" / "vrd_1.png").write_bytes(png_bytes(np.zeros((40, 42, 3), np.uint8)))
-    with pytest.raises(UserError, match="a grid of DPG-Bench has 42 x 40 pixels"):
-        score_images(bench, rows, tmp_path / "images", dict(vqa=scorers["vqa"]))
+    found = score_images(bench, rows, tmp_path / "images", dict(vqa=scorers["vqa"]))
+    assert found.summary(bench, rows)["failures/unreadable"] == 1
+    (bad,) = unreadable(bench, bench.requests(rows), found.rows, tmp_path / "images").values()
+    ((name, why),) = bad.items()
+    assert name == "vrd_1.png"
+    assert why.startswith("is no grid of DPG-Bench: 42 x 40 pixels")
+
+
+def test_grids_may_have_any_format_that_the_official_code_takes(scorers, tmp_path):
+    bench = open_benchmark("dpg")
+    rows = bench.read(write(tmp_path / "data", "dpg"), excerpt=True)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    right = np.tile(RIGHT, (2, 2, 1))
+    names = [request.files[0].removesuffix(".png") for request in bench.requests(rows)]
+    (folder / f"{names[0]}.jpg").write_bytes(jpeg_bytes(right, quality=100))
+    (folder / f"{names[1]}.webp").write_bytes(b"no picture")
+    write_png(folder / f"{names[1]}.png", right)
+    (folder / "dpg-bench_results.txt").write_text("0.5")
+    numbers = score_images(bench, rows, folder, dict(vqa=scorers["vqa"])).summary(bench, rows)
+    assert (numbers["failures/missing"], numbers["failures/unreadable"]) == (0, 0)
 
 
 def test_real_pictures_may_be_statistics(scorers, tmp_path):
