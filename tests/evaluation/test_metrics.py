@@ -50,7 +50,11 @@ def test_l1_whole_and_region():
 
 def test_psnr_of_one_level_everywhere():
     assert metrics.psnr(image(10), image(11)).value == pytest.approx(20 * np.log10(255), abs=EXACT)
-    assert metrics.psnr(image(10), image(10)).value < 79
+    assert metrics.psnr(image(10), image(10)).value == np.inf
+    other = image(10)
+    other[0, 0, 0] += 1
+    expected = 10 * np.log10(255**2 * other.size)
+    assert metrics.psnr(image(10), other).value == pytest.approx(expected, abs=EXACT)
 
 
 def test_ssim_by_hand():

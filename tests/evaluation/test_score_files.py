@@ -13,6 +13,7 @@ from tests.evaluation import evaluation_cases as data
 from tests.evaluation.benchmarks.official import FILES, needs_files
 from tests.evaluation.benchmarks.test_geneval import write
 from univg_jax.errors import UserError
+from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import inpainting
 from univg_jax.evaluation.benchmarks.geneval import BENCHMARK, read
 from univg_jax.evaluation.job import generate, write_side_files
@@ -176,6 +177,16 @@ def test_all_prompts_of_the_official_file_ask_for_images_of_their_own(tmp_path):
     ids = {request.sample_id(k) for request in requests for k in range(4)}
     assert len(ids) == 2212
     assert max(ids) < 2**32
+
+
+def test_another_network_than_the_benchmark_names_is_told(tmp_path, caplog):
+    bench = open_benchmark("parti:clip=ViT-L/14")
+    for backbone in ("ViT-L/14", "ViT-B/32"):
+        check_settings(bench, {"clip": types.SimpleNamespace(backbone=backbone)})
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "parti has clip=ViT-L/14, but the scorer 'clip' is ViT-B/32: these numbers do not compare"
+    )
 
 
 @pytest.mark.parametrize(("scorer", "key"), [("inception", "convention"), ("lpips", "lpips")])

@@ -29,10 +29,11 @@ from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.evaluation import metrics
 from univg_jax.evaluation.judging import is_inside
 from univg_jax.evaluation.metrics import Image, Map, Mask, Ratio, merge
-from univg_jax.evaluation.official import Official, Request, requests_of
+from univg_jax.evaluation.official import Official, Published, Request, of_systems, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, column, failure_counts
 
 Row = tuple[str, ...]
+_SOURCE = "DINOv3 (arXiv 2508.10104), table 12"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,12 +224,26 @@ def summary(rows: Sequence[Asked], scores: Sequence[Scores]) -> Summary:
     return found | failure_counts(scores)
 
 
+def published(marigold: tuple[float, float], dinov3: tuple[float, float]) -> tuple[Published, ...]:
+    """AbsRel and delta1 of a generator of pictures that was tuned for depth, and of a network of
+    depth, by one protocol.
+    """
+    return tuple(
+        entry
+        for k, name in enumerate(("abs_rel", "delta1"))
+        for entry in of_systems(
+            f"official/{name}", _SOURCE, {"Marigold": marigold[k], "DINOv3": dinov3[k]}
+        )
+    )
+
+
 def benchmark_of(
     name: str,
     open_cases: Callable[[epath.PathLike], DepthCases],
     *,
     counts: Sequence[int],
     settings: Mapping[str, Any],
+    published: tuple[Published, ...],
 ) -> Official:
     """The benchmark of the cases that `open_cases(path)` reads."""
 
@@ -244,6 +259,7 @@ def benchmark_of(
         summary=summary,
         quality=lambda scores: scores["official/delta1"].value,
         primary="official/abs_rel",
+        published=published,
         settings=settings,
     )
 

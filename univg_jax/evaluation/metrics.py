@@ -79,9 +79,9 @@ def l1(prediction: Aligned, target: Aligned, region: Map | Mask | None = None) -
 
 
 def psnr(prediction: Aligned, target: Aligned) -> Ratio:
-    """10 log10(255² / MSE) in dB; the MSE is at least 0.001, so that equal images score 78.1 dB."""
-    mse = np.mean((prediction.astype(float) - target.astype(float)) ** 2)
-    return Ratio.of(10 * np.log10(255**2 / max(float(mse), 1e-3)))
+    """10 log10(255² / MSE) in dB; infinite for equal images, as torchmetrics has it."""
+    mse = float(np.mean((prediction.astype(float) - target.astype(float)) ** 2))
+    return Ratio.of(10 * np.log10(255**2 / mse) if mse else math.inf)
 
 
 def ssim(

@@ -70,6 +70,15 @@ class Published:
     source: str
 
 
+# Open models of 2025 and 2026: mage_flow/README.md of github.com/microsoft/Mage.
+MAGE_FLOW = "README of Mage-Flow"
+
+
+def of_systems(metric: str, source: str, systems: Mapping[str, float]) -> tuple[Published, ...]:
+    """One number of each of several systems, from one source."""
+    return tuple(Published(system, metric, value, source) for system, value in systems.items())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Official:
     """A public benchmark, one module of `evaluation/benchmarks/`.
@@ -81,10 +90,13 @@ class Official:
     filled, where the official scorer takes other names, or another number of images, than
     `requests` does; it raises UserError for images of other rows.
 
+    `check_image(image)` raises UserError, whose message begins with a verb, for a picture that
+    cannot be scored. It then counts as one that cannot be read.
+
     `score(row, images, scorers)` has the sums and counts of a row's images, and features of sets of
-    pictures; None is an image that is not there. `summary(rows, scores)` has the official numbers,
-    of which `primary` is the first to look at, and `distances(sums)` those that compare sets of
-    pictures, from the sums of all features by name.
+    pictures; None is an image that is not there or cannot be read. `summary(rows, scores)` has the
+    official numbers, of which `primary` is the first to look at, and `distances(sums)` those that
+    compare sets of pictures, from the sums of all features by name.
 
     `needs` says for each scorer which numbers it is for, by the parts of their names: of
     "strict/clip_t" these are "strict" and "clip_t", and none stands for all numbers. A scorer that
@@ -123,6 +135,7 @@ class Official:
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
     check_scoring: Callable[[Sequence[Row], Mapping[str, Any]], None] = lambda rows, scorers: None
     side_files: Callable[[Sequence[Row]], Mapping[str, str | Callable[[], bytes]]] = lambda rows: {}
+    check_image: Callable[[Image], object] = lambda image: None
     found: Callable[[Sequence[Row], epath.PathLike], Sequence[Sequence[str]]] | None = None
     measure: Callable[[Any, Sequence[Row], int], Mapping[int, Scores]] | None = None
     published: tuple[Published, ...] = ()

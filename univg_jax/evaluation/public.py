@@ -25,6 +25,7 @@ from univg_jax.evaluation.score_files import (
     check_scorers,
     check_settings,
     score_images,
+    unreadable,
 )
 from univg_jax.evaluation.scorecard import (
     Scorecard,
@@ -33,9 +34,11 @@ from univg_jax.evaluation.scorecard import (
     published_of,
     write_rows,
 )
-from univg_jax.evaluation.scorers import Scorers, scorer_digests
+from univg_jax.evaluation.scorers import Scorers, backbones, scorer_digests
 from univg_jax.pipeline import Pipeline
 from univg_jax.together import together
+
+_NAMED = 3  # files of a warning
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,18 +232,35 @@ def score_folder(
     their folder. Scores are always made anew: what the images are compared with may have changed,
     and a server's answers are kept on their own.
 
-    Raises UserError for a picture that cannot be read, and a folder that has no image of the
-    benchmark.
+    A picture that cannot be read scores as one that is missing, and is named. Raises UserError for
+    a folder that has no image of the benchmark.
     """
     used: Scorers = {name: scorers[name] for name in benchmark.needs if name in scorers}
     card = _new_card(benchmark, rows[:limit], settings, used, without=without, folder=folder)
     at = card.folder(out)
     rows = rows[:limit]
     scored = score_images(benchmark, rows, folder, used)
+    requests = requests_in(benchmark, rows, folder)
+    bad = unreadable(benchmark, requests, scored.rows, folder)
+    _warn(benchmark, bad)
+    card = dataclasses.replace(card, cases=cases_of(benchmark, requests, scored.rows, bad))
     served = {name: scorer.served for name, scorer in used.items() if hasattr(scorer, "served")}
     origin = {**(provenance or {}), **({"served": served} if served else {})}
-    requests = requests_in(benchmark, rows, folder)
     return at, _finish(card, at, benchmark, rows, requests, scored, origin, without=without)
+
+
+def _warn(benchmark: Official, bad: Mapping[int, Mapping[str, str]]) -> None:
+    """Names the first files that cannot be read; all are in the results."""
+    lines = [f"{file} {why}" for reasons in bad.values() for file, why in reasons.items()]
+    if lines and jax.process_index() == 0:
+        more = f"; and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
+        logging.warning(
+            "%s: %d of the files score as missing: %s%s",
+            benchmark.name,
+            len(lines),
+            "; ".join(lines[:_NAMED]),
+            more,
+        )
 
 
 def _new_card(
@@ -263,6 +283,7 @@ def _new_card(
             "rows": len(rows),
             "reference": job.rows_digest(rows),
             "scorers": scorer_digests(scorers),
+            **({"backbones": named} if (named := backbones(scorers)) else {}),
             "without": sorted(without),
         },
         primary=benchmark.primary,
@@ -289,7 +310,6 @@ def _finish(
     card = dataclasses.replace(
         card,
         numbers=numbers_of(scored.summary(benchmark, rows, without=without)),
-        cases=cases_of(benchmark, requests, scored.rows) if requests else {},
         provenance={**provenance, **({"features": references} if references else {})},
     )
     with together():

@@ -1,4 +1,8 @@
-"""Scores the images of a public benchmark in a folder, whoever made them."""
+"""Scores the images of a public benchmark in a folder, whoever made them.
+
+A file that is no picture, or none that the benchmark can take, ends nothing: it scores as one that
+is missing, is counted in `failures/unreadable`, and is named (`unreadable`).
+"""
 
 import collections
 import concurrent.futures
@@ -10,41 +14,72 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
 from univg_jax.errors import UserError, check_name
-from univg_jax.evaluation import score
+from univg_jax.evaluation import metrics, score
 from univg_jax.evaluation.fid import FeatureSums, merge
 from univg_jax.evaluation.job import missing
 from univg_jax.evaluation.metrics import Ratio
 from univg_jax.evaluation.official import Columns, Official, Request, Row, requests_in
-from univg_jax.evaluation.scorers import PROTOCOLS, Scorers, local_mesh
-from univg_jax.evaluation.summaries import Features, Scores, Summary
+from univg_jax.evaluation.scorers import PROTOCOLS, Scorers, backbones, local_mesh
+from univg_jax.evaluation.summaries import Features, Scores, Summary, column
 from univg_jax.images import open_picture, to_rgb
 from univg_jax.progress import Bar
 from univg_jax.together import each_together, of_all
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+UNREADABLE = "failures/unreadable"
 _TRIVIAL = "trivial_"  # before the name of an answer that needs no model
 _CHUNK = 256  # pictures whose features are added up at once
 
 
-def read_images(request: Request, folder: epath.PathLike) -> list[np.ndarray | None]:
-    """The pictures of a request's files; None for one that is not there.
-
-    Raises UserError for a file that is no picture, or a torn one.
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """The pictures of a request's files, None for one that is missing or cannot be read; and by the
+    names of the latter, why not.
     """
-    images = []
+
+    images: Sequence[np.ndarray | None]
+    reasons: Mapping[str, str]
+
+
+def read_images(benchmark: Official, request: Request, folder: epath.PathLike) -> Read:
+    """The pictures of a request's files that the benchmark can take."""
+    images: list[np.ndarray | None] = []
+    reasons: dict[str, str] = {}
     for name in request.files:
-        file = epath.Path(folder) / name
+        image = None
         try:
-            images.append(to_rgb(open_picture(file.read_bytes()), drop_alpha=True))
-        except FileNotFoundError:
-            images.append(None)
+            image = to_rgb(open_picture((epath.Path(folder) / name).read_bytes()), drop_alpha=True)
+            benchmark.check_image(image)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
         except UserError as error:
-            raise UserError(f"{file} {error}") from None
-    return images
+            image, reasons[name] = None, str(error)
+        except OSError as error:
+            reasons[name] = f"cannot be read: {error.strerror or error}"
+        images.append(image)
+    return Read(images, reasons)
+
+
+def unreadable(
+    benchmark: Official,
+    requests: Sequence[Request],
+    scores: Sequence[Scores],
+    folder: epath.PathLike,
+) -> dict[int, Mapping[str, str]]:
+    """By the place of a row, those of its files that cannot be read, and why not.
+
+    Only rows whose `scores` count some are read again.
+    """
+    return {
+        place: read_images(benchmark, requests[place], folder).reasons
+        for place, entry in enumerate(scores)
+        if entry[UNREADABLE].total.any()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +96,8 @@ class Scored:
         scorers that a user does `without`.
         """
         found = {**benchmark.summary(rows, self.rows), **benchmark.distances(self.sums)}
+        if any(UNREADABLE in entry for entry in self.rows[:1]):
+            found[UNREADABLE] = float(metrics.merge(column(self.rows, UNREADABLE)).total.sum())
         for name in benchmark.trivial:
             scores = [_of_trivial(name, columns) for columns in self.rows]
             numbers = benchmark.summary(rows, scores)
@@ -90,7 +127,21 @@ def check_scorers(
 
 
 def check_settings(benchmark: Official, scorers: Scorers) -> None:
-    """Raises UserError for a scorer opened with another setting than the benchmark names."""
+    """Raises UserError for a scorer opened with another setting than the benchmark names.
+
+    Warns of one that is another network: it can be told by its size alone.
+    """
+    for name, backbone in backbones(scorers).items():
+        named = benchmark.settings.get(name, backbone)
+        if named != backbone:
+            logging.warning(
+                "%s has %s=%s, but the scorer %r is %s: these numbers do not compare",
+                benchmark.name,
+                name,
+                named,
+                name,
+                backbone,
+            )
     for name, scorer in scorers.items():
         for key, value in getattr(scorer, "opened_with", {}).items():
             wanted = benchmark.settings.get(key, value)
@@ -108,8 +159,8 @@ def score_images(
 
     All processes call it, each reads its share of the rows, and all return all rows. A scorer that
     waits for a server has a `concurrency`: so many rows are scored at once. Raises UserError for a
-    picture that cannot be read, a folder that has none, and what `check_settings` and the
-    benchmark's `check_scoring` refuse.
+    folder that has no picture of the benchmark, and what `check_settings` and the benchmark's
+    `check_scoring` refuse.
     """
     check_settings(benchmark, scorers)
     benchmark.check_scoring(rows, scorers)
@@ -126,9 +177,9 @@ def score_images(
     def scored(number: int) -> tuple[int, Columns] | None:
         if number >= len(rows):  # equally many turns on every process, which may have no row left
             return None
-        images = read_images(requests[number], folder)
+        found = read_images(benchmark, requests[number], folder)
         with local_mesh():
-            return number, _columns(benchmark, rows[number], images, requests[number], scorers)
+            return number, _columns(benchmark, rows[number], found, requests[number], scorers)
 
     found: dict[int, Scores] = {}
     turns = range(index, -(-len(rows) // count) * count, count)
@@ -150,20 +201,21 @@ def score_images(
 def _columns(
     benchmark: Official,
     row: Row,
-    images: Sequence[np.ndarray | None] | None,
+    read: Read | None,
     request: Request,
     scorers: Scorers,
 ) -> Columns:
     """What a row's images score, and with their names before it, trivial answers.
 
-    With no `images` it is what nothing would score.
+    With nothing `read` it is what nothing would score.
     """
     count = len(request.files)
-    columns = dict(benchmark.score(row, [None] * count if images is None else images, scorers))
+    images, reasons = ([None] * count, {}) if read is None else (read.images, read.reasons)
+    columns = {**benchmark.score(row, images, scorers), UNREADABLE: Ratio.of(len(reasons), count)}
     for name, answer in benchmark.trivial.items():
-        picture = None if images is None else answer(row)
+        picture = None if read is None else answer(row)
         scores = benchmark.score(row, [picture] * count, scorers)
-        columns |= {f"{_TRIVIAL}{name}/{column}": value for column, value in scores.items()}
+        columns |= {f"{_TRIVIAL}{name}/{metric}": value for metric, value in scores.items()}
     return columns
 
 
@@ -224,11 +276,11 @@ class _Sums:
     def without_features(self, columns: Columns) -> Scores:
         """The ratios of a row, whose features are added."""
         ratios = {}
-        for name, column in columns.items():
-            if isinstance(column, Ratio):
-                ratios[name] = column
-            elif column.vector is not None:
-                self._waiting[name].append(column.vector)
+        for name, value in columns.items():
+            if isinstance(value, Ratio):
+                ratios[name] = value
+            elif value.vector is not None:
+                self._waiting[name].append(value.vector)
                 if len(self._waiting[name]) >= _CHUNK:
                     self._add(name)
         return ratios

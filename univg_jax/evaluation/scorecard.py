@@ -34,7 +34,8 @@ class Scorecard:
     `settings` are what the numbers depend on; `provenance` says where and when they were made.
     `images` is the folder of the images: its name where it lies beside that of the file, or a path.
     `numbers` are None where nothing was counted. `cases` are rows to show: `first`, `best`,
-    `worst`, each with its prompt, files and `quality`.
+    `worst`, each with its prompt, files and `quality`; and all rows with files that are
+    `unreadable`, with the `reasons` by file.
     """
 
     benchmark: str
@@ -108,9 +109,14 @@ def published_of(entries: Sequence[Published]) -> list[dict[str, Any]]:
 
 
 def cases_of(
-    benchmark: Official, requests: Sequence[Request], scores: Sequence[Scores]
+    benchmark: Official,
+    requests: Sequence[Request],
+    scores: Sequence[Scores],
+    unreadable: Mapping[int, Mapping[str, str]],
 ) -> dict[str, list[dict[str, Any]]]:
-    """The first rows, and the best and the worst ones by the benchmark's `quality`."""
+    """The first rows, the best and the worst ones by the benchmark's `quality`, and those with
+    files that are `unreadable` (`score_files.unreadable`).
+    """
     qualities = [float(benchmark.quality(entry)) for entry in scores]
     known = [k for k, quality in enumerate(qualities) if math.isfinite(quality)]
     ordered = sorted(known, key=lambda k: (-qualities[k], k))
@@ -130,6 +136,7 @@ def cases_of(
         "first": [case(k) for k in range(min(SHOWN, len(requests)))],
         "best": [case(k) for k in ordered[: min(SHOWN, half)]],
         "worst": [case(k) for k in ordered[::-1][: min(SHOWN, half)]],
+        "unreadable": [case(k) | {"reasons": dict(unreadable[k])} for k in sorted(unreadable)],
     }
 
 

@@ -22,18 +22,36 @@ from univg_jax import images
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import metrics
 from univg_jax.evaluation.metrics import Image, Ratio
+from univg_jax.fields import setting
 
 METRICS = ("clip_t", "clip_i", "dino", "l1", "l2")
 WORST = {"clip_t": 0.0, "clip_i": 0.0, "dino": 0.0, "l1": 1.0, "l2": 1.0}  # of a missing picture
 NEEDS = {"clip": ("clip_t", "clip_i"), "dino": ("dino",)}
 
+CLIPS = {  # Hugging Face's folders, by what papers call the network
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336": "openai/clip-vit-large-patch14-336",
+    "ViT-H/14": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "ViT-bigG/14": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+}
+# How `clip_cosine` and `compare` score with it; a result says so, since papers differ.
+COSINE = {"clip_score": "cosine"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Backbones:
-    """The names of the networks, which a result stores."""
+    """The networks that are given, by what papers call them; a result stores it."""
 
-    clip: str = "ViT-B/32"
-    dino: str = "dino_vits16"
+    clip: str = setting("ViT-B/32", "the CLIP that is given", least=1)
+    dino: str = setting("dino_vits16", "the DINO that is given", least=1)
+
+
+def clip_weights(clip: str) -> dict[str, str]:
+    """What to give for the scorer `clip` (`Official.weights`)."""
+    folder = f" as a folder of {CLIPS[clip]}" if clip in CLIPS else ""
+    return {"clip": f"--scorer=clip=DIR, CLIP {clip}{folder}"}
 
 
 def read_rgb(path: epath.PathLike, *, what: str, drop_alpha: bool = False) -> Image:

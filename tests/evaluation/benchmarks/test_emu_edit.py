@@ -135,6 +135,7 @@ def test_settings_are_stored_and_checked():
     bench = open_benchmark("emu_edit:clip=ViT-L/14,split=validation,drop=['black_results']")
     assert json.loads(json.dumps(bench.settings)) == {
         "clip": "ViT-L/14",
+        "clip_score": "cosine",
         "dino": "dino_vits16",
         "split": "validation",
         "release": "set",

@@ -24,6 +24,7 @@ from tests.native import boxes, phrasecut, refcoco
 from univg_jax.errors import UserError
 from univg_jax.evaluation.benchmark import open_benchmark
 from univg_jax.evaluation.benchmarks import BENCHMARKS
+from univg_jax.evaluation.benchmarks.t2i_compbench import SETS
 from univg_jax.evaluation.job import write_side_files
 from univg_jax.evaluation.official import Official
 from univg_jax.evaluation.public import PublicJob
@@ -179,6 +180,30 @@ def test_a_benchmark_says_what_it_needs_in_known_names(name):
     assert set(bench.needs) <= set(PROTOCOLS)
     assert set(bench.scoring) <= set(bench.settings)
     assert json.loads(json.dumps(bench.settings)) is not None
+
+
+CLIPS = {
+    **{"parti": "ViT-B/32", "coco30k": "ViT-H/14", "hpsv2": "ViT-H/14"},
+    **{"t2i_compbench:set=non_spatial": "ViT-B/32", "t2i_compbench:set=complex": "ViT-B/32"},
+    **dict.fromkeys(("magicbrush", "emu_edit", "identity_set"), "ViT-B/32"),
+    "parti:clip=ViT-L/14": "ViT-L/14",
+}
+
+
+@pytest.mark.parametrize("spec", CLIPS)
+def test_which_clip_scores_is_stored_and_named_where_it_is_missing(spec):
+    bench = open_benchmark(spec)
+    assert bench.settings["clip"] == CLIPS[spec]
+    assert bench.settings["clip_score"] == ("100 x cosine" if spec == "hpsv2" else "cosine")
+    given = {name for name in bench.needs if name != "clip"}
+    with pytest.raises(UserError, match=f"needs the scorer 'clip': .*CLIP {CLIPS[spec]}"):
+        check_scorers(bench, given)
+
+
+def test_all_that_need_a_clip_say_which():
+    specs = [*OFFICIAL, *(f"t2i_compbench:set={name}" for name in SETS)]
+    needing = {open_benchmark(spec).name for spec in specs if "clip" in open_benchmark(spec).needs}
+    assert needing == {spec.split(":")[0] for spec in CLIPS}
 
 
 @pytest.mark.parametrize("opened", WITH_IMAGES, indirect=True)

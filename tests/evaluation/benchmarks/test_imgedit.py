@@ -102,7 +102,7 @@ def test_a_turn_edits_the_result_of_the_one_before(tmp_path):
         assert (decode_rgb((out / f"{name}.png").read_bytes()) == level).all()
     (out / "2_turn2.png").unlink()
     found = score_images(bench, rows, out, {}).summary(bench, rows)
-    assert found == {"made": 4 / 5, "failures/missing": 1.0}
+    assert found == {"made": 4 / 5, "failures/missing": 1.0, "failures/unreadable": 0.0}
     with pytest.raises(UserError, match="has no judge's prompts: people judge it"):
         open_benchmark(f"imgedit:suite=multiturn,prompts={path}")
 
@@ -292,6 +292,7 @@ def test_from_pictures_to_numbers(monkeypatch, folders):
         "failures/refused": 1,
         "failures/failed": 0,
         "failures/missing": 1,
+        "failures/unreadable": 0,
     }
     assert found["official/mean_of_images"] == 4.33
     assert found["strict/mean_of_images"] == pytest.approx((4.33 + 3) / 4)

@@ -93,7 +93,8 @@ def test_a_perfect_answer(folder, tmp_path):
         assert values[f"{kind}/fid"] == pytest.approx(0, abs=1e-6)
         assert values[f"{kind}/lpips"] == 0
         assert values[f"{kind}/ssim"] == pytest.approx(1)
-        assert values[f"{kind}/psnr"] > 78
+        assert values[f"{kind}/psnr"] == math.inf
+        assert values[f"{kind}/identical"] == len(rows)
     assert values["failures/missing"] == 0
 
 
@@ -114,13 +115,24 @@ def test_raw_and_composited_are_apart(folder, tmp_path):
     assert values["raw/psnr"] == pytest.approx(np.mean(by_hand))
 
 
+def test_a_result_that_is_the_truth_does_not_hide_the_others(folder, tmp_path):
+    rows = inpainting.read(folder, SETTINGS)
+    write(tmp_path / "out", rows[:1], lambda truth, hole: truth)
+    write(tmp_path / "out", rows[1:], lambda truth, hole: np.uint8(255) - truth)
+    values, rest = found(rows, tmp_path / "out"), found(rows[1:], tmp_path / "out")
+    for kind in inpainting.KINDS:
+        assert values[f"{kind}/psnr"] == rest[f"{kind}/psnr"] < 40
+        assert (values[f"{kind}/identical"], rest[f"{kind}/identical"]) == (1, 0)
+        assert values[f"strict/{kind}/psnr"] == values[f"{kind}/psnr"]
+
+
 def test_a_missing_picture_is_left_out_or_the_worst(folder, tmp_path):
     rows = inpainting.read(folder, SETTINGS)
     values = found(rows, write(tmp_path / "out", rows[:3], lambda truth, hole: truth))
     assert values["failures/missing"] == 3
     assert values["raw/ssim"] == pytest.approx(1)
     assert values["strict/raw/ssim"] == values["strict/raw/lpips"] == pytest.approx(1 / 2)
-    assert values["strict/composited/psnr"] == pytest.approx(values["raw/psnr"] / 2)
+    assert values["strict/composited/psnr"] == 0  # of those that are not the truth itself
     assert values["raw/fid"] > 0  # of three results and six truths
     alone = found(rows[:1], tmp_path / "out")
     assert math.isnan(alone["raw/fid"])

@@ -164,6 +164,7 @@ def test_a_detector_of_classes_is_enough_for_coco(tmp_path):
         "failures/missing": 1,
         "failures/box_not_found": 0,
         "failures/box_elsewhere": 1,
+        "failures/unreadable": 0,
     }
     detect.classes = ("cat", "dogs")
     with pytest.raises(UserError, match="unknown class of the detector 'dog'"):

@@ -15,7 +15,7 @@ from tests.data_pipelines.test_tokenizer import write_clip
 from tests.sd3_folder import write_image_encoder, write_text_encoder
 from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation.benchmarks import geneval
-from univg_jax.evaluation.scorers import scorer_digests
+from univg_jax.evaluation.scorers import network, scorer_digests
 from univg_jax.evaluation.scorers.clip import (
     Clip,
     ClipColors,
@@ -124,6 +124,12 @@ def test_colors_are_those_nearest_to_the_crops(clip):
     assert colors(image, objects[1:], "cat") == want[1:]
     assert colors(image, [], "cat") == []
     assert scorer_digests({"color": colors}) == {"color": clip.digest}
+
+
+def test_what_papers_call_the_network(clip):
+    assert clip.backbone == ClipColors(clip).backbone == "ViT-10x2/4@16"
+    assert network.vit_size(width=768, depth=12) == "B"
+    assert network.vit_size(width=1280, depth=32) == "H"
 
 
 def test_the_digest_names_all_that_vectors_depend_on(folder, clip, tmp_path):

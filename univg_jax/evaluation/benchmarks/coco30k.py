@@ -24,7 +24,14 @@ from univg_jax.evaluation import fid
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Columns, Official, Published, requests_of
-from univg_jax.evaluation.similarity import check_file, clip_cosine, read_rgb, resized
+from univg_jax.evaluation.similarity import (
+    COSINE,
+    check_file,
+    clip_cosine,
+    clip_weights,
+    read_rgb,
+    resized,
+)
 from univg_jax.evaluation.summaries import Features, Scores, Summary, column, failure_counts
 from univg_jax.fields import setting
 
@@ -50,14 +57,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The real pictures that FID compares with, and how Inception is given pictures.
+    """The real pictures that FID compares with, how Inception is given pictures, and the CLIP.
 
-    These are a folder of COCO's val2014, or published statistics of another set.
+    The pictures are a folder of COCO's val2014, or published statistics of another set. MLPerf's
+    CLIP is ViT-H/14 of laion2b_s32b_b79k.
     """
 
     real: str = setting("", "the folder that has val2014/; by default that of the captions")
     stats: str = setting("", "an .npz of `mu` and `sigma` instead", is_path=True)
     convention: str = setting("pytorch-fid", "how FID resizes", names=tuple(fid.CONVENTIONS))
+    clip: str = setting("ViT-H/14", "the CLIP that is given", least=1)
 
 
 def read(path: epath.PathLike, *, samples: int = SAMPLES, excerpt: bool = False) -> tuple[Row, ...]:
@@ -204,6 +213,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         read=read_rows,
         requests=lambda rows: requests_of(rows, image_files),
         needs={"inception": ("fid",), "clip": ("clip",)},
+        weights=clip_weights(settings.clip),
         check_scoring=check_scoring,
         score=score_image,
         summary=summary,
@@ -213,8 +223,13 @@ def benchmark(settings: Settings = Settings()) -> Official:
             Published("MLPerf's target", "fid", 90.0, _MLPERF),
             Published("MLPerf's target, by ViT-H/14", "clip", 0.15, _MLPERF),
         ),
-        settings={"convention": settings.convention, "reference": digest or "val2014"},
-        scoring=("convention", "reference"),
+        settings={
+            "convention": settings.convention,
+            "reference": digest or "val2014",
+            "clip": settings.clip,
+            **COSINE,
+        },
+        scoring=("convention", "reference", "clip", "clip_score"),
     )
 
 

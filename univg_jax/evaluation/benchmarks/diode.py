@@ -72,6 +72,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         lambda path: open_cases(path, settings.list_file or os.path.join(path, LIST)),
         counts=(NUM_IMAGES, *PARTS),
         settings={"list": depth.list_digest(settings.list_file)},
+        published=depth.published(marigold=(0.308, 0.773), dinov3=(0.256, 0.822)),
     )
 
 

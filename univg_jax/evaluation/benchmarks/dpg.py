@@ -11,8 +11,8 @@ Some of the official code are faults that move numbers, so there are two scores:
 
 * `official`. The first row of the table is not read, so one item lacks a question. An item that
   comes twice in the table has only the questions of its last part. An item with a question whose
-  parent does not exist is dropped, as is one whose image is not there. Categories are of the last
-  cell alone.
+  parent does not exist is dropped, as is one whose image is not there or cannot be read. Categories
+  are of the last cell alone.
 * `fixed`. All rows and all cells; a parent that does not exist hangs nothing.
 
 A reply that cannot be used is wrong, as in DSG; `failures/` counts these, and wrong answers by the
@@ -36,7 +36,7 @@ from univg_jax.evaluation.benchmarks.dsg import Question
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import ASKED, ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Published, requests_of
+from univg_jax.evaluation.official import MAGE_FLOW, Official, of_systems, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 
 FILE = InputFile(
@@ -45,6 +45,11 @@ FILE = InputFile(
 PROMPTS_FOLDER = "prompts"  # of ID.txt, beside the table
 PROMPTS = 1065
 CELLS = 4
+PUBLISHED = {
+    **{"Qwen-Image": 88.32, "Z-Image-Base": 88.14, "FLUX.2-dev": 87.57},
+    **{"Mage-Flow": 86.49, "FLUX.1-dev": 83.84},
+}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 Answers = Mapping[int, str | None]  # by the number of the question; None could not be used
 
@@ -118,6 +123,20 @@ def image_files(row: Row) -> tuple[str, ...]:
     return (f"{row.item_id}.png",)
 
 
+def found(rows: Sequence[Row], folder: epath.PathLike) -> list[list[str]]:
+    """The grid of each row, in whichever format `folder` has it: the official code takes all files,
+    and knows a prompt by what stands before the first dot. Of several it is the first by name, PNG
+    before others.
+    """
+    there: dict[str, list[str]] = {}
+    place = epath.Path(folder)
+    for name in sorted(path.name for path in place.iterdir()) if place.is_dir() else ():
+        if name.lower().endswith(SUFFIXES):
+            there.setdefault(name.split(".")[0], []).append(name)
+    grids = [there.get(row.item_id, []) for row in rows]
+    return [sorted(names, key=lambda name: not name.endswith(".png"))[:1] for names in grids]
+
+
 def cells(image: Image, *, resolution: int | None = None) -> UInt8[np.ndarray, "4 r r 3"]:
     """The images of a grid, each of `resolution` pixels a side (None: half of the grid's).
 
@@ -125,10 +144,10 @@ def cells(image: Image, *, resolution: int | None = None) -> UInt8[np.ndarray, "
     partial images without a word.
     """
     height, width = image.shape[:2]
-    side = resolution or width // 2
+    side = resolution or max(width // 2, 1)
     if (height, width) != (2 * side, 2 * side):
         raise UserError(
-            f"a grid of DPG-Bench has {width} x {height} pixels: expected 2 x 2 images of "
+            f"is no grid of DPG-Bench: {width} x {height} pixels, expected 2 x 2 images of "
             f"{side} x {side}"
         )
     return np.stack(
@@ -245,13 +264,12 @@ BENCHMARK = Official(
     requests=lambda rows: requests_of(rows, image_files, cells=CELLS),
     needs={"vqa": ()},
     score=_score,
+    check_image=cells,
+    found=found,
     summary=lambda rows, scores: summary(rows, scores) | outcome_counts(scores, what="DPG-Bench"),
     quality=lambda scores: scores["fixed"].value,
     primary="official/overall",
     settings={"sampling": ASKED},
     scoring=("sampling",),
-    published=tuple(
-        Published(system, "official/overall", value, "README of Mage-Flow, by mPLUG-large")
-        for system, value in {"FLUX.1-dev": 83.84, "FLUX.2-dev": 87.57, "Qwen-Image": 88.32}.items()
-    ),
+    published=of_systems("official/overall", f"{MAGE_FLOW}, by mPLUG-large", PUBLISHED),
 )

@@ -23,7 +23,7 @@ from univg_jax.errors import NotFoundError, UserError
 from univg_jax.evaluation import similarity
 from univg_jax.evaluation.inputs import TablePictures, check_count
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Published, Request, requests_of
+from univg_jax.evaluation.official import Official, Published, Request, of_systems, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, failure_counts, values
 from univg_jax.fields import setting
 
@@ -193,19 +193,24 @@ def benchmark(settings: Settings = Settings()) -> Official:
         read=functools.partial(read, settings=settings),
         requests=requests,
         needs=similarity.NEEDS,
+        weights=similarity.clip_weights(settings.clip),
         score=score,
         trivial={"copy": lambda row: row.source()},
         summary=summary,
         quality=lambda scores: scores["clip_t"].value,
         primary="official/dino",
-        published=PUBLISHED,
-        settings=dataclasses.asdict(settings),
-        scoring=("clip", "dino", "release", "reference", "drop"),
+        published=PUBLISHED if settings.reference == "source" else PUBLISHED[:1],
+        settings=dataclasses.asdict(settings) | similarity.COSINE,
+        scoring=("clip", "dino", "clip_score", "release", "reference", "drop"),
     )
 
 
-# Which split, networks and filter this is of, the paper does not say.
+# Which split, networks and filter these are of, the papers do not say.
+_ICEDIT = "ICEdit (arXiv 2504.20690), table 1"
 PUBLISHED = (
     Published("UniVG", "official/clip_t", 0.259, "UniVG (arXiv 2503.12652), 100 x cosine"),
+    *of_systems("official/clip_t", _ICEDIT, {"ICEdit": 0.305, "Emu Edit": 0.306}),
+    *of_systems("official/clip_i", _ICEDIT, {"ICEdit": 0.907, "Emu Edit": 0.877}),
+    *of_systems("official/dino", _ICEDIT, {"ICEdit": 0.866, "Emu Edit": 0.844}),
 )
 BENCHMARK = benchmark()

@@ -28,7 +28,7 @@ from univg_jax.errors import UserError
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import ASKED, ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Published, requests_of
+from univg_jax.evaluation.official import Official, Published, of_systems, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, values
 
 FILE = InputFile(
@@ -45,6 +45,7 @@ DIGITS = dict(
     )
 )
 NO_DIGIT = "other"
+_UNIEVO = "UniEvo-VL (arXiv 2609.38721), which does not say which mean"
 
 # The text of the first token of a spelling, by the tokenizer of the model that answers.
 FirstToken = Callable[[str], str]
@@ -251,5 +252,6 @@ BENCHMARK = Official(
     published=(
         Published("SDXL", "am", 50.1, "BiDPO, second hand"),
         Published("SDXL", "gm", 9.1, "BiDPO, second hand"),
+        *of_systems("gm", _UNIEVO, {"Qwen-Image-2512": 32.97, "UniEvo-VL": 35.53}),
     ),
 )

@@ -148,8 +148,12 @@ def benchmark(settings: Settings = Settings()) -> Official:
             Published("UniVG 3.7B (v2.0 or v2.1)", primary, UNIVG, "UniVG (arXiv 2503.12652)"),
             *(Published(s, primary, v, "README of HPSv2") for s, v in PUBLISHED[version].items()),
         ),
-        settings=dataclasses.asdict(settings),
-        scoring=("weights", "preprocessing"),
+        settings={
+            **dataclasses.asdict(settings),
+            "clip": "ViT-H/14",
+            "clip_score": "100 x cosine",
+        },
+        scoring=("weights", "preprocessing", "clip", "clip_score"),
     )
 
 

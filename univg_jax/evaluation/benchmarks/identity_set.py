@@ -202,12 +202,13 @@ def benchmark(settings: Settings = Settings()) -> Official:
         read=functools.partial(read, settings=settings),
         requests=requests,
         needs={"identify": ("similarity", "detection_rate", "no_face"), "clip": ("clip_t",)},
+        weights=similarity.clip_weights(settings.clip),
         score=score,
         summary=summary,
         quality=lambda scores: scores["zero/similarity"].value,
         primary="zero/similarity",
-        settings=dataclasses.asdict(settings),
-        scoring=("encoder", "clip"),
+        settings=dataclasses.asdict(settings) | similarity.COSINE,
+        scoring=("encoder", "clip", "clip_score"),
         published=PUBLISHED if is_unsplash else (),
     )
 

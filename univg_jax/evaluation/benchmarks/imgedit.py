@@ -28,7 +28,14 @@ from univg_jax.evaluation import judging
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import Prompts
 from univg_jax.evaluation.metrics import Image, Ratio, merge
-from univg_jax.evaluation.official import Official, Output, Published, Request, requests_of
+from univg_jax.evaluation.official import (
+    MAGE_FLOW,
+    Official,
+    Output,
+    Published,
+    Request,
+    requests_of,
+)
 from univg_jax.evaluation.scorers.chat import Reply, Sampling
 from univg_jax.evaluation.scorers.endpoint import Endpoint
 from univg_jax.evaluation.summaries import Scores, Summary, column, mean
@@ -58,11 +65,13 @@ SAMPLING = Sampling(images_first=False)
 JUDGE = "gpt-4.1"  # of published tables; the official script says gpt-4o
 
 # What others print, and where. Not all say which of the two means it is.
-_README = "README of Mage-Flow, which does not say which mean"
+_README = f"{MAGE_FLOW}, which does not say which mean"
 _UNIWORLD = "UniWorld-V1 (arXiv 2506.03147)"
 _TYPES, _IMAGES = "official/mean_of_types", "official/mean_of_images"
 PUBLISHED = (
+    Published("FireRed-Image-Edit-1.0", _TYPES, 4.56, _README),
     Published("Qwen-Image-Edit-2511", _TYPES, 4.51, _README),
+    Published("FLUX.2-dev", _TYPES, 4.35, _README),
     Published("GPT-4o", _TYPES, 4.24, _UNIWORLD),
     Published("GPT-4o", _IMAGES, 4.20, _UNIWORLD),
     Published("Step1X-Edit-1.2", _TYPES, 3.95, _README),

@@ -8,10 +8,12 @@ paints the whole square. Two pictures are scored, apart, since the second is bet
 
 FID compares all results with all truths. A missing picture is left out, and in `strict/` has a
 PSNR and an SSIM of 0 and an LPIPS of 1; FID has no such number. LPIPS is given pictures of one
-size, which it maps to [-1, 1].
+size, which it maps to [-1, 1]. The PSNR of a result that is the truth to the bit is infinite: it is
+left out of the mean, which it would be, and counted in `identical`.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -166,12 +168,16 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
         found = {"raw": raw, "composited": np.where(row.hole()[..., None] > 0, raw, truth)}
     columns: dict[str, Ratio | Features] = {}
     for kind, picture in found.items():
-        values = dict.fromkeys(WORST, Ratio.of(0.0, 0.0))
+        values, is_same = dict.fromkeys(WORST, Ratio.of(0.0, 0.0)), False
         if picture is not None:
-            values |= {"psnr": metrics.psnr(picture, truth), "ssim": metrics.ssim(picture, truth)}
+            values["ssim"] = metrics.ssim(picture, truth)
+            psnr = metrics.psnr(picture, truth)
+            is_same = math.isinf(psnr.value)
+            values["psnr"] = values["psnr"] if is_same else psnr
             if lpips := scorers.get("lpips"):
                 values["lpips"] = Ratio.of(float(lpips(picture, truth)))
         columns |= {f"{kind}/{name}": ratio for name, ratio in values.items()}
+        columns[f"{kind}/identical"] = Ratio.of(float(is_same))
     if inception := scorers.get("inception"):
         for name, picture in {"truth": truth, **found}.items():
             vector = None if picture is None else np.asarray(inception([picture]), float)[0]
@@ -187,14 +193,18 @@ def _telea(row: Row) -> Image:
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     """Numbers of `raw/` and `composited/`, also `strict/`, and how many pictures are missing."""
     found: Summary = {}
+    there = [bool(ratio.count[0]) for ratio in column(scores, "raw/ssim")]
     for kind in KINDS:
         for name, worst in WORST.items():
             ratios = column(scores, f"{kind}/{name}")
             found[f"{kind}/{name}"] = merge(ratios).value
-            strict = [r if r.count[0] else Ratio.of(worst) for r in ratios]
+            strict = [r if has else Ratio.of(worst) for r, has in zip(ratios, there, strict=True)]
             found[f"strict/{kind}/{name}"] = merge(strict).value
-    there = sum(float(ratio.count[0]) for ratio in column(scores, "raw/psnr"))
-    return found | {"failures/missing": len(rows) - there}
+        same = float(merge(column(scores, f"{kind}/identical")).total[0])
+        found[f"{kind}/identical"] = same
+        if same == sum(there) > 0:
+            found[f"{kind}/psnr"] = math.inf
+    return found | {"failures/missing": float(len(rows) - sum(there))}
 
 
 def distances(sums: Mapping[str, fid.FeatureSums]) -> Summary:
@@ -206,7 +216,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
     """The benchmark with these settings."""
     return Official(
         name="inpainting",
-        version=1,
+        version=2,
         read=lambda path, *, excerpt=False: read(path, settings),
         requests=requests,
         needs={"inception": ("fid",), "lpips": ("lpips",)},

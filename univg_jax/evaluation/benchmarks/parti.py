@@ -2,7 +2,8 @@
 
 Published as a table in github.com/google-research/parti, where people judge the images: there is
 no scorer and no layout of files. What we compute is the cosine of CLIP between image and prompt,
-by category and by challenge.
+by category and by challenge. There is no official CLIP either: which one is given is a setting, and
+numbers of different ones do not compare.
 """
 
 import dataclasses
@@ -14,12 +15,20 @@ from etils import epath
 from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.metrics import Image, Ratio, merge
 from univg_jax.evaluation.official import Official, requests_of
-from univg_jax.evaluation.similarity import clip_cosine
+from univg_jax.evaluation.similarity import COSINE, clip_cosine, clip_weights
 from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, failure_counts, values
+from univg_jax.fields import setting
 
 FILE = InputFile("PartiPrompts.tsv", "the prompts of github.com/google-research/parti")
 COLUMNS = ("Prompt", "Category", "Challenge", "Note")
 PROMPTS = 1632
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The CLIP; a result stores it."""
+
+    clip: str = setting("ViT-B/32", "the CLIP that is given", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +86,21 @@ def _score(
     return score(None if image is None else clip_cosine(scorers["clip"], image, row.prompt))
 
 
-BENCHMARK = Official(
-    name="parti",
-    version=1,
-    read=read,
-    requests=lambda rows: requests_of(rows, image_files),
-    needs={"clip": ()},
-    score=_score,
-    summary=summary,
-    primary="overall",
-)
+def benchmark(settings: Settings = Settings()) -> Official:
+    """The benchmark with this CLIP."""
+    return Official(
+        name="parti",
+        version=1,
+        read=read,
+        requests=lambda rows: requests_of(rows, image_files),
+        needs={"clip": ()},
+        weights=clip_weights(settings.clip),
+        score=_score,
+        summary=summary,
+        primary="overall",
+        settings=dataclasses.asdict(settings) | COSINE,
+        scoring=("clip", "clip_score"),
+    )
+
+
+BENCHMARK = benchmark()

@@ -19,7 +19,7 @@ from univg_jax.errors import NotFoundError, UserError, quote
 from univg_jax.evaluation import segmentation
 from univg_jax.evaluation.inputs import check_count
 from univg_jax.evaluation.metrics import Image, Mask, Ratio
-from univg_jax.evaluation.official import Official, Request, requests_of
+from univg_jax.evaluation.official import Official, Published, Request, requests_of
 from univg_jax.evaluation.summaries import Scores, Summary, by_group
 from univg_jax.fields import setting
 
@@ -34,6 +34,22 @@ SENTENCES = {
     ("refcoco+", "unc", "testB"): 4889,
     ("refcocog", "umd", "val"): 4896,
     ("refcocog", "umd", "test"): 9602,
+}
+
+# oIoU and mIoU of CARIS, one model a set.
+PUBLISHED = {
+    ("refcoco", "unc"): {
+        "val": (0.7513, 0.7741),
+        "testA": (0.7819, 0.7971),
+        "testB": (0.7175, 0.7451),
+    },
+    ("refcoco+", "unc"): {
+        "val": (0.6663, 0.7066),
+        "testA": (0.7217, 0.7482),
+        "testB": (0.5854, 0.6397),
+    },
+    ("refcocog", "umd"): {"val": (0.6432, 0.6861), "test": (0.6582, 0.6902)},
+    ("refcocog", "google"): {"val": (0.6384, 0.6780)},
 }
 
 
@@ -177,6 +193,17 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     return segmentation.summary([row.split for row in rows], scores)
 
 
+def published(settings: Settings) -> tuple[Published, ...]:
+    """Numbers of a network that segments, of each split that is asked for."""
+    splits = PUBLISHED.get((settings.subset, settings.of), {})
+    return tuple(
+        Published("CARIS", f"{split}/official/{name}", value, "model card of CARIS (standard)")
+        for split, values in splits.items()
+        if not settings.splits or split in settings.splits
+        for name, value in zip(("oiou", "miou"), values, strict=True)
+    )
+
+
 def benchmark(settings: Settings = Settings()) -> Official:
     """The benchmark with these settings."""
 
@@ -192,6 +219,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         trivial={"everything": lambda row: segmentation.EVERYTHING},
         summary=summary,
         quality=lambda scores: scores["official/miou"].value,
+        published=published(settings),
         primary=f"{(*settings.splits, 'val')[0]}/official/oiou",
         settings={
             "subset": settings.subset,

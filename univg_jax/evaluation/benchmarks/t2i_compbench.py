@@ -37,7 +37,7 @@ from univg_jax.evaluation.inputs import InputFile
 from univg_jax.evaluation.judging import ASKED, ask_all, outcome_columns, outcome_counts
 from univg_jax.evaluation.metrics import Image, Number, Ratio, merge
 from univg_jax.evaluation.official import Official, Published, requests_of
-from univg_jax.evaluation.similarity import clip_cosine
+from univg_jax.evaluation.similarity import COSINE, clip_cosine, clip_weights
 from univg_jax.evaluation.summaries import Scores, Summary, column
 from univg_jax.fields import setting
 
@@ -72,6 +72,7 @@ NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 ARTICLES = ("a", "an")
 SAME_OBJECT = 0.9  # boxes of one class that overlap more are one object
 MAX_PHRASES = 8
+CLIP = "ViT-B/32"
 NO_PHRASES = ("top", "the side", "the left", "the right")
 
 
@@ -572,6 +573,8 @@ def benchmark(settings: Settings = Settings()) -> Official:
     scoring: dict[str, Any] = {"parses": digest}
     if "vqa" in NEEDS[settings.set]:
         scoring["sampling"] = ASKED
+    if "clip" in NEEDS[settings.set]:
+        scoring |= {"clip": CLIP, **COSINE}
     return Official(
         name="t2i_compbench",
         version=2,
@@ -579,6 +582,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         requests=lambda rows: requests_of(rows, image_files),
         found=found,
         needs=dict.fromkeys(NEEDS[settings.set], ()),
+        weights=clip_weights(CLIP),
         check_scoring=check_scoring,
         score=score_images,
         summary=lambda rows, scores: (

@@ -30,7 +30,10 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """One evaluation. `beside` are numbers of other systems: system, metric, value, source."""
+    """One evaluation. `beside` are numbers of other systems: system, metric, value, source.
+
+    `unreadable` says of files that could not be read why not, by name.
+    """
 
     folder: epath.Path
     benchmark: str
@@ -41,6 +44,7 @@ class Card:
     primaries: Sequence[str]  # names of the numbers to look at first
     beside: Sequence[Json]
     cases: Mapping[str, Sequence[Case]]  # first, best, worst
+    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: epath.PathLike) -> "Card":
@@ -72,6 +76,11 @@ def _of_scorecard(folder: epath.Path) -> Card:
                 for case in cases
             ]
             for kind, cases in card.cases.items()
+        },
+        unreadable={
+            file: why
+            for case in card.cases.get("unreadable", ())
+            for file, why in case["reasons"].items()
         },
     )
 

@@ -11,6 +11,7 @@ from univg_jax.evaluation.results import Json
 from univg_jax.evaluation.scorecard import format_number
 
 FAILURES = "failures"  # numbers failures/KIND are counts
+MOST_NAMED = 50  # files of an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,13 @@ def failure_rows(cards: Sequence[Card]) -> list[tuple[str, list[str]]]:
         )
         for name in ordered
     ]
+
+
+def unreadable_lines(card: Card) -> list[str]:
+    """The files of an evaluation that could not be read, up to MOST_NAMED, and why not."""
+    lines = [f"{file} {why}" for file, why in card.unreadable.items()]
+    more = len(lines) - MOST_NAMED
+    return lines[:MOST_NAMED] + ([f"and {more} more (results.json)"] if more > 0 else [])
 
 
 def sources(cards: Sequence[Card]) -> dict[str, list[str]]:

@@ -132,6 +132,12 @@ def scorer_digests(scorers: Scorers) -> dict[str, str]:
     return {name: scorer.digest for name, scorer in scorers.items() if hasattr(scorer, "digest")}
 
 
+def backbones(scorers: Scorers) -> dict[str, str]:
+    """What papers call the networks that scorers have, of those that say it."""
+    named = {name: getattr(scorer, "backbone", "") for name, scorer in scorers.items()}
+    return {name: backbone for name, backbone in named.items() if backbone}
+
+
 def local_mesh() -> contextlib.AbstractContextManager[Any]:
     """Context with no multi-process mesh: each process scores only its own rows.
 

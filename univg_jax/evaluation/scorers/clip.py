@@ -20,7 +20,7 @@ from univg_jax.errors import UserError, check_name
 from univg_jax.evaluation.benchmarks import geneval
 from univg_jax.evaluation.detection import Detection
 from univg_jax.evaluation.metrics import unit_vectors
-from univg_jax.evaluation.scorers.network import digest_of, in_batches, weights_of
+from univg_jax.evaluation.scorers.network import digest_of, in_batches, vit_size, weights_of
 from univg_jax.interop.transformers import load_clip_text, load_clip_vision
 from univg_jax.models.clip import MEAN, STD
 from univg_jax.pretrained import local_path
@@ -117,6 +117,14 @@ class Clip:
             lambda text: self._tokenizer(text, length).tokens,
         )
 
+    @property
+    def backbone(self) -> str:
+        """What papers call its picture's tower, such as "ViT-B/32" or "ViT-L/14@336"."""
+        tower = self._vision
+        size = vit_size(width=tower.hidden_dim, depth=tower.depth)
+        side = "" if tower.image_size == 224 else f"@{tower.image_size}"
+        return f"ViT-{size}/{tower.patch_size}{side}"
+
     @functools.cached_property
     def digest(self) -> str:
         """16 digits of the SHA-256 of the folder's weights and all that the vectors depend on."""
@@ -146,6 +154,11 @@ class ClipColors:
     def digest(self) -> str:
         """That of the CLIP."""
         return self._clip.digest
+
+    @property
+    def backbone(self) -> str:
+        """That of the CLIP."""
+        return self._clip.backbone
 
     def __call__(
         self, image: UInt8[np.ndarray, "h w 3"], objects: Sequence[Detection], name: str

@@ -4,7 +4,12 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from univg_jax.evaluation.scorers.network import PictureNetwork, digest_of, weights_of
+from univg_jax.evaluation.scorers.network import (
+    PictureNetwork,
+    digest_of,
+    vit_size,
+    weights_of,
+)
 from univg_jax.interop.transformers import load_dino
 from univg_jax.models.dino import MEAN, STD
 from univg_jax.pretrained import local_path
@@ -28,9 +33,11 @@ def pixels(
 def open_dino(folder: str) -> PictureNetwork:
     """The `ViTModel` of a folder of Hugging Face, in float32. Raises what `load_dino` raises."""
     module, params = load_dino(folder)
+    size = vit_size(width=module.hidden_dim, depth=module.depth)
     return PictureNetwork(
         lambda p, x: module.apply({"params": p}, x).pooled,
         params,
         lambda image: pixels(image, size=module.image_size),
         digest=digest_of(weights_of(local_path(folder))),
+        backbone=f"dino_vit{size.lower()}{module.patch_size}",
     )

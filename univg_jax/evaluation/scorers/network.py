@@ -14,11 +14,18 @@ BATCH_SIZE = 32  # the most inputs that are computed at once
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 
+# Sizes of vision transformers, by width and depth.
+_SIZES = {
+    **{(384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H"},
+    **{(1408, 40): "g", (1664, 48): "bigG"},
+}
+
 
 class PictureNetwork:
     """Vectors of pictures, each of any size: `prepare(picture)` is what the network is given.
 
-    `opened_with` are settings that a benchmark has to have, too (`score_files.check_settings`).
+    `opened_with` are settings that a benchmark has to have, too (`score_files.check_settings`);
+    `backbone` is what papers call the network.
     """
 
     def __init__(
@@ -29,13 +36,19 @@ class PictureNetwork:
         *,
         digest: str,
         opened_with: Mapping[str, str] = MappingProxyType({}),
+        backbone: str = "",
     ):
         self._apply, self._params, self._prepare = jax.jit(apply), params, prepare
-        self.digest, self.opened_with = digest, opened_with
+        self.digest, self.opened_with, self.backbone = digest, opened_with, backbone
 
     def __call__(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Float[np.ndarray, "n d"]:
         """A vector of each picture, of which there is one at least."""
         return in_batches(self._apply, self._params, images, self._prepare)
+
+
+def vit_size(*, width: int, depth: int) -> str:
+    """The letter of a vision transformer's size, such as "B", or its width and depth."""
+    return _SIZES.get((width, depth), f"{width}x{depth}")
 
 
 def in_batches(

@@ -62,6 +62,7 @@ from univg_jax.settings import Config
 # The range of NYUv2 in published protocols (Eigen et al., arXiv 1406.2283; Marigold, arXiv
 # 2312.02145, clips aligned predictions to it, as `metrics.align_depth` does).
 DEPTH_RANGE = (0.001, 10.0)  # meters that count; the scenes' sky is farther
+MOST_PSNR = 10 * np.log10(255**2 / 1e-3)  # dB
 # What scenes need for the scorer to be fitted; phrases are those of boxes.
 SCENE_FIELDS = ("image", "caption", "boxes", "phrases", "masks")
 
@@ -159,7 +160,8 @@ def _score_edit(case: Case, image: Image) -> dict[str, Ratio]:
     return {
         "l1_changed": metrics.l1(image, target, case.record["edit_mask"]),
         "l1": metrics.l1(image, target),
-        "psnr": metrics.psnr(image, target),
+        # That of an MSE of 0.001 at most: the true answer has a number, too.
+        "psnr": Ratio.of(min(metrics.psnr(image, target).value, MOST_PSNR)),
     }
 
 
