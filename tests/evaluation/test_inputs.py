@@ -35,6 +35,9 @@ def test_a_missing_file_says_what_was_expected_where(tmp_path, path):
 def test_text_is_utf_8_with_or_without_a_mark_and_ends_lines_as_it_likes(tmp_path):
     (tmp_path / "rows.csv").write_bytes("\ufeffé\r\n\r\nb\n\n".encode())
     assert FILE.lines(tmp_path) == ["é", "", "b"]
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n \n\t\n\n")
+    assert FILE.lines(tmp_path) == ["a,b", "1,2"]
+    assert FILE.table(tmp_path, "ab") == [{"a": "1", "b": "2"}]
     (tmp_path / "rows.csv").write_bytes(b"\xe9")
     with pytest.raises(UserError, match="is not text in UTF-8: expected rows"):
         FILE.text(tmp_path)

@@ -70,7 +70,10 @@ class InputFile:
 
     def lines(self, path: epath.PathLike) -> list[str]:
         """The lines, without those that are blank at the end."""
-        return self.text(path).rstrip("\n").split("\n")
+        lines = self.text(path).split("\n")
+        while len(lines) > 1 and not lines[-1].strip():
+            lines.pop()
+        return lines
 
     def objects(self, path: epath.PathLike, fields: Sequence[str]) -> list[dict[str, Any]]:
         """The JSON objects of a file with one a line. Each must have all `fields`."""
@@ -95,7 +98,7 @@ class InputFile:
 
         Quotes are part of the format where the separator is a comma.
         """
-        file, text = self.at(path), self.text(path)
+        file, text = self.at(path), "\n".join(self.lines(path))
         quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
         reader = csv.DictReader(
             io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True

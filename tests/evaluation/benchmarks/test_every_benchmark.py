@@ -261,6 +261,30 @@ def test_a_job_takes_what_has_all_that_scoring_needs(opened, tmp_path):
     assert PublicJob(benchmark=bench, rows=rows, out=tmp_path, scorers=scorers, batch_size=8)
 
 
+def of_foxes(image):
+    """A detector that knows foxes alone."""
+    return {}
+
+
+of_foxes.classes = ("fox",)
+
+
+@pytest.mark.parametrize(
+    ("opened", "scorer", "reason"),
+    [
+        ("geneval", {"detect": of_foxes}, "unknown class of the detector 'dog'"),
+        ("layout_boxes", {"detect": of_foxes}, "unknown class of the detector"),
+        ("identity_set", {"identify": lambda image: None}, "ann.png: no face was found"),
+    ],
+    indirect=["opened"],
+)
+def test_what_cannot_be_scored_is_refused_before_images_are_made(opened, scorer, reason, tmp_path):
+    bench, rows = opened
+    scorers = {name: ALL[name] for name in bench.needs} | scorer
+    with pytest.raises(UserError, match=reason):
+        PublicJob(benchmark=bench, rows=rows, out=tmp_path, scorers=scorers, batch_size=8)
+
+
 @pytest.mark.parametrize("name", ["gedit", "imgedit"])
 def test_a_judge_without_prompts_is_refused_before_images_are_made(name, tmp_path):
     FILES[name](tmp_path)

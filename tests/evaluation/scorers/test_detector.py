@@ -427,6 +427,7 @@ def test_geneval_is_scored_by_any_detector(write):
     def scores(*include):
         row = geneval.Row(0, "colors", "", include, (), "{}")
         scorers = {"detect": detect, "color": color}
+        geneval.BENCHMARK.check_scoring([row], scorers)
         return geneval.BENCHMARK.score(row, [image, None], scorers)["correct"].value
 
     cat, dog = geneval.Clause("cat", 1, "red"), geneval.Clause("dog", 1, "blue", "right of", 0)

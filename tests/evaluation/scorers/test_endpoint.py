@@ -137,6 +137,15 @@ def test_vqa_has_the_probability_of_each_first_token(serve, tmp_path):
     assert opened(server, tmp_path).vqa(PICTURE, "Is it?") == reply
 
 
+def test_a_model_that_says_nothing_has_not_answered(serve, tmp_path):
+    """It ends at once. The server does give probabilities, of other answers."""
+    nothing = said("")
+    nothing["choices"][0]["logprobs"] = {"content": []}
+    server = serve(lambda request: nothing)
+    reply = opened(server, tmp_path).vqa(PICTURE, "Is it?")
+    assert (reply.kind, len(server.requests)) == ("failed", 1)
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -320,12 +320,16 @@ def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
     }
 
 
-def _score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> Scores:
-    # A class by another name, such as "mouse" for "computer mouse", would just never be found.
-    if (classes := getattr(scorers["detect"], "classes", None)) is not None:
-        for clause in (*row.include, *row.exclude):
-            check_name(clause.name, sorted(classes), what="class of the detector")
+def check_scoring(rows: Sequence[Row], scorers: Mapping[str, Any]) -> None:
+    """Raises UserError for a detector that lacks a class: one by another name, such as "mouse" for
+    "computer mouse", would just never be found.
+    """
+    if (classes := getattr(scorers.get("detect"), "classes", None)) is not None:
+        for name in dict.fromkeys(c.name for row in rows for c in (*row.include, *row.exclude)):
+            check_name(name, sorted(classes), what="class of the detector")
 
+
+def _score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> Scores:
     def verdict(image: Image) -> Verdict:
         color = functools.partial(scorers.get("color", _no_color), image)
         return judge(row, scorers["detect"](image), color)
@@ -352,6 +356,7 @@ BENCHMARK = Official(
         "detect": (),
         "color": ("overall", "colors", "color_attr", "images", "prompts", "color"),
     },
+    check_scoring=check_scoring,
     score=_score,
     summary=summary,
     primary="overall",

@@ -152,10 +152,19 @@ def _asked(prompt: str) -> str:
     return prompt if PLACEHOLDER in prompt else f"{PLACEHOLDER}, {prompt}"
 
 
+def check_scoring(rows: Sequence[Row], scorers: Mapping[str, Any]) -> None:
+    """Raises UserError for a portrait that cannot be read, or in which no face is found: nothing
+    can be compared with it.
+    """
+    if identify := scorers.get("identify"):
+        for face in dict.fromkeys(row.face for row in rows if row.compares):
+            _reference(face, identify)
+
+
 def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) -> dict[str, Ratio]:
     """Sums and counts over the pictures of a person and prompt.
 
-    Raises UserError for a portrait in which no face is found: nothing can be compared with it.
+    Raises UserError for a portrait that `check_scoring` refuses.
     """
     there = [image for image in images if image is not None]
     faces: list[float | None] = []
@@ -180,11 +189,16 @@ def score(row: Row, images: Sequence[Image | None], scorers: Mapping[str, Any]) 
 
 
 def _cosines(row: Row, images: Sequence[Image], identify: Any) -> list[float | None]:
-    reference = identify(similarity.read_rgb(row.face, what="a portrait"))
-    if reference is None:
-        raise UserError(f"{row.face}: no face was found in the portrait")
+    reference = _reference(row.face, identify)
     vectors = [identify(image) for image in images]
     return [None if v is None else metrics.cosine(v, reference).value for v in vectors]
+
+
+def _reference(face: str, identify: Any) -> Any:
+    vector = identify(similarity.read_rgb(face, what="a portrait"))
+    if vector is None:
+        raise UserError(f"{face}: no face was found in the portrait")
+    return vector
 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
@@ -201,6 +215,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         version=2,
         read=functools.partial(read, settings=settings),
         requests=requests,
+        check_scoring=check_scoring,
         needs={"identify": ("similarity", "detection_rate", "no_face"), "clip": ("clip_t",)},
         weights=similarity.clip_weights(settings.clip),
         score=score,

@@ -211,16 +211,13 @@ def score(
     *,
     settings: Settings = Settings(),
 ) -> dict[str, Ratio]:
-    """Sums over a picture's boxes, and counts; strictly, a missing one has no detection.
-
-    Raises UserError for a detector that lacks a class of the boxes.
-    """
+    """Sums over a picture's boxes, and counts; strictly, a missing one has no detection."""
     (image,) = images
     detections: Mapping[str, Any] = {}
     if image is not None:
         height, width = image.shape[:2]
         names = tuple(dict.fromkeys(row.names))
-        found = _locator(scorers, names, settings)(image, names)
+        found = _locator(scorers, settings)(image, names)
         # An IoU is that of the pixels: both axes are scaled for all boxes alike.
         detections = {n: boxes / np.array([width, height] * 2) for n, boxes in found.items()}
     strict = metrics.layout(np.array(row.boxes), row.names, detections, classes=row.classes)
@@ -236,15 +233,19 @@ def score(
     }
 
 
-def _locator(scorers: Mapping[str, Any], names: Sequence[str], settings: Settings) -> Any:
+def _locator(scorers: Mapping[str, Any], settings: Settings) -> Any:
     if settings.scorer == "locate":
         return scorers["locate"]
-    detect = scorers["detect"]
-    # A class by another name would just never be found.
-    if (classes := getattr(detect, "classes", None)) is not None:
-        for name in names:
+    return of_classes(scorers["detect"], above=settings.above)
+
+
+def check_scoring(rows: Sequence[Row], scorers: Mapping[str, Any]) -> None:
+    """Raises UserError for a detector that lacks a class of the boxes: one by another name would
+    just never be found.
+    """
+    if (classes := getattr(scorers.get("detect"), "classes", None)) is not None:
+        for name in dict.fromkeys(name for row in rows for name in row.names):
             check_name(name, sorted(classes), what="class of the detector")
-    return of_classes(detect, above=settings.above)
 
 
 def summary(rows: Sequence[Row], scores: Sequence[Scores]) -> Summary:
@@ -271,6 +272,7 @@ def benchmark(settings: Settings = Settings()) -> Official:
         read=lambda path, *, excerpt=False: read(path, settings),
         requests=functools.partial(requests, seed=settings.seed),
         needs={settings.scorer: ()},
+        check_scoring=check_scoring,
         score=functools.partial(score, settings=settings),
         summary=summary,
         quality=lambda scores: scores["official/layout_miou"].value,

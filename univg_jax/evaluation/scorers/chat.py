@@ -293,6 +293,8 @@ def _reply(value: Mapping[str, Any], choice: Mapping[str, Any], *, with_p: bool)
     if not with_p:
         return Reply(kind="answered", text=text or "", model=model)
     tokens = (choice.get("logprobs") or {}).get("content")
+    if tokens == [] and not text:  # the model ended before it said anything
+        return Reply(kind="failed", text="the answer is empty", model=model)
     if not tokens or not tokens[0].get("top_logprobs"):
         return None
     # Two tokens may have one text, such as two halves of a character.
