@@ -148,6 +148,11 @@ def test_results_of_others_say_what_was_judged_and_by_which_code(tmp_path):
     assert {"date", "revision", "version"} <= set(Scorecard.read(done.folder).provenance)
 
 
+def test_no_items_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="geneval has no item left with these settings"):
+        dataclasses.replace(job(tmp_path), rows=())
+
+
 def test_pictures_that_cannot_be_read_are_counted_and_named(tmp_path):
     folder = tmp_path / "theirs"
     for k in range(4):

@@ -26,6 +26,7 @@ from univg_jax.evaluation.score_files import (
     check_settings,
     score_images,
     unreadable,
+    warn_of_networks,
 )
 from univg_jax.evaluation.scorecard import (
     Scorecard,
@@ -46,9 +47,9 @@ class PublicJob:
     """What is done with a pipeline on a benchmark; see `generate_images` and `score_folder`.
 
     `only` leaves out the other half. `images` is a folder to score that somebody else has filled.
-    `settings` are stored beside those that the pipeline knows. Raises UserError for what would be
-    wrong with the scorers, what scoring lacks, and a batch size that does not divide over the
-    devices.
+    `settings` are stored beside those that the pipeline knows. Raises UserError for no items, what
+    would be wrong with the scorers, what scoring lacks, and a batch size that does not divide over
+    the devices.
     """
 
     benchmark: Official
@@ -64,11 +65,14 @@ class PublicJob:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        if not self.rows:
+            raise UserError(f"{self.benchmark.name} has no item left with these settings")
         if self.benchmark.measure is not None and (self.only or self.images is not None):
             raise UserError(f"{self.benchmark.name} measures the model itself: it has no images")
         if self.only != "generate":
             check_scorers(self.benchmark, self.scorers, without=self.without)
             check_settings(self.benchmark, self.scorers)
+            warn_of_networks(self.benchmark, self.scorers)
             self.benchmark.check_scoring(self.rows[: self.limit], self.scorers)
         if self.only != "score" and self.images is None:
             check_batch_size(self.batch_size)

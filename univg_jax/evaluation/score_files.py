@@ -127,10 +127,19 @@ def check_scorers(
 
 
 def check_settings(benchmark: Official, scorers: Scorers) -> None:
-    """Raises UserError for a scorer opened with another setting than the benchmark names.
+    """Raises UserError for a scorer opened with another setting than the benchmark names."""
+    for name, scorer in scorers.items():
+        for key, value in getattr(scorer, "opened_with", {}).items():
+            wanted = benchmark.settings.get(key, value)
+            if wanted != value:
+                raise UserError(
+                    f"{benchmark.name} has {key}={wanted}, but the scorer {name!r} has "
+                    f"{key}={value}: give both the same"
+                )
 
-    Warns of one that is another network: it can be told by its size alone.
-    """
+
+def warn_of_networks(benchmark: Official, scorers: Scorers) -> None:
+    """Warns of networks of another size than the benchmark names."""
     for name, backbone in backbones(scorers).items():
         named = benchmark.settings.get(name, backbone)
         if named != backbone:
@@ -142,14 +151,6 @@ def check_settings(benchmark: Official, scorers: Scorers) -> None:
                 name,
                 backbone,
             )
-    for name, scorer in scorers.items():
-        for key, value in getattr(scorer, "opened_with", {}).items():
-            wanted = benchmark.settings.get(key, value)
-            if wanted != value:
-                raise UserError(
-                    f"{benchmark.name} has {key}={wanted}, but the scorer {name!r} has "
-                    f"{key}={value}: give both the same"
-                )
 
 
 def score_images(
