@@ -74,6 +74,17 @@ def test_another_file_is_one_line(tmp_path, text, reason):
     assert "expected dsg-1k-anns.csv" in str(error.value)
 
 
+def test_images_may_have_the_name_that_the_official_code_loads(tmp_path):
+    rows = [Row(k, item, "", ()) for k, item in enumerate(("vrd_1", "vrd_12", "tifa160_3", "x"))]
+    names = ["vrd_1_muse.jpg", "vrd_12.png", "x.png", "notes.txt"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert dsg.found(rows, tmp_path) == [[names[0]], [names[1]], [], [names[2]]]
+    (tmp_path / "vrd_1_imagen.jpg").touch()
+    with pytest.raises(UserError, match=r"two images of vrd_1, vrd_1_imagen\.jpg and vrd_1_muse"):
+        dsg.found(rows, tmp_path)
+
+
 @pytest.mark.parametrize("answer", ["Yes", "yes ", "yes.", "no", "", None])
 def test_only_yes_itself_is_right(answer):
     assert value(row((), ()), ["yes", answer]) == 0.5

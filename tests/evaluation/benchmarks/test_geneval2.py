@@ -43,6 +43,18 @@ def write(folder, lines=LINES):
     return folder
 
 
+def test_images_lie_where_the_official_index_says(tmp_path):
+    rows = geneval2.read(write(tmp_path), excerpt=True)
+    assert geneval2.found(rows, tmp_path) == [["00000.png"], ["00001.png"]]
+    index = {"a lake": "mine/lake.jpg", "of nobody": "0.png"}
+    (tmp_path / "images.json").write_text(json.dumps(index))
+    assert geneval2.found(rows, tmp_path) == [["00000.png"], ["mine/lake.jpg"]]
+    for content in ("[]", '{"a lake": 1}', "{"):
+        (tmp_path / "images.json").write_text(content)
+        with pytest.raises(UserError, match=r"images\.json .*expected images\.json, the file of"):
+            geneval2.found(rows, tmp_path)
+
+
 def row(*skills: str, atoms: int = 3) -> Row:
     return Row(0, "", atoms, tuple(Question("Is it?", "Yes", skill) for skill in skills))
 

@@ -19,6 +19,7 @@ their questions, all under `failures/`.
 
 import collections
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -145,8 +146,29 @@ def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
 
 
 def image_files(row: Row) -> tuple[str, ...]:
-    """Where the image lies. There is no official layout: the code reads answers, not images."""
+    """Where the image lies: see `found` for the official name."""
     return (f"{row.item_id}.png",)
+
+
+def found(rows: Sequence[Row], folder: epath.PathLike) -> list[list[str]]:
+    """The image of each row that `folder` has: ID.png or, as the official code loads it,
+    ID_MODEL.jpg.
+
+    Raises UserError for two images of one item.
+    """
+    place, there = epath.Path(folder), collections.defaultdict(list)
+    for name in sorted(path.name for path in place.iterdir()) if place.is_dir() else ():
+        if match := re.fullmatch(r"(.+)\.(?:png|jpg)", name):
+            for item in {match[1], match[1].rsplit("_", 1)[0]}:
+                there[item].append(name)
+    images = [there[row.item_id] for row in rows]
+    for row, names in zip(rows, images, strict=True):
+        if len(names) > 1:
+            raise UserError(
+                f"{place} has two images of {row.item_id}, {names[0]} and {names[1]}: expected "
+                "those of one model"
+            )
+    return images
 
 
 def score(row: Row, answers: Sequence[str | None] | None) -> dict[str, Ratio]:
@@ -225,6 +247,7 @@ BENCHMARK = Official(
     requests=lambda rows: requests_of(rows, image_files),
     needs={"vqa": ()},
     score=_score,
+    found=found,
     summary=lambda rows, scores: summary(rows, scores) | outcome_counts(scores, what="DSG-1k"),
     quality=lambda scores: scores["fixed"].value,
     primary="official/overall",

@@ -34,6 +34,7 @@ from univg_jax.evaluation.summaries import Scores, Summary, by_group, column, va
 FILE = InputFile(
     "geneval2_data.jsonl", "the prompts of GenEval 2: github.com/facebookresearch/GenEval2"
 )
+INDEX = InputFile("images.json", "the file of each prompt's image, as the official scorer reads it")
 PROMPTS = 800
 INSTRUCTION = "Answer in one word."
 YES = ("Yes", "yes", " Yes", " yes")
@@ -123,6 +124,20 @@ def read(path: epath.PathLike, *, excerpt: bool = False) -> tuple[Row, ...]:
 def image_files(row: Row) -> tuple[str, ...]:
     """Where the image lies. The official scorer reads places from `index_file` instead."""
     return (f"{row.index:05}.png",)
+
+
+def found(rows: Sequence[Row], folder: epath.PathLike) -> list[list[str]]:
+    """The image of each row: where images.json of the folder says, or by its number. A path in it
+    may be absolute.
+
+    Raises UserError for an images.json that is no object of paths.
+    """
+    places: dict[str, str] = {}
+    if (epath.Path(folder) / INDEX.name).exists():
+        places = INDEX.json(folder)
+        if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+            raise INDEX.error(INDEX.at(folder), "is no JSON object of paths")
+    return [[places.get(row.prompt, image_files(row)[0])] for row in rows]
 
 
 def index_file(rows: Sequence[Row]) -> dict[str, str]:
@@ -241,7 +256,8 @@ BENCHMARK = Official(
     version=1,
     read=read,
     requests=lambda rows: requests_of(rows, image_files),
-    side_files=lambda rows: {"images.json": json.dumps(index_file(rows), indent=1)},
+    side_files=lambda rows: {INDEX.name: json.dumps(index_file(rows), indent=1)},
+    found=found,
     needs={"vqa": ()},
     score=_score,
     summary=lambda rows, scores: summary(rows, scores) | outcome_counts(scores, what="GenEval 2"),
