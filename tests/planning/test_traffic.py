@@ -425,6 +425,37 @@ def test_a_part_is_known_by_its_name(name, part):
     assert {one.part for one in traffic.by_part(parse(text))} == {part}
 
 
+@pytest.mark.parametrize(
+    ("fetch", "result"),
+    [
+        (f"({CHIP}, {F32}, u32[]{{:S(2)}}) copy-start(%b)", f"{CHIP} copy-done(%s)"),
+        (
+            f"(({F32}), {CHIP}, u32[]{{:S(2)}}) slice-start(%b), slice={{[0:8],[0:128]}}",
+            f"{CHIP} slice-done(%s)",
+        ),
+    ],
+)
+def test_what_is_fetched_to_the_chip_belongs_to_its_use(fetch, result):
+    text = entry(
+        f"%a = {CHIP} parameter(0)",
+        f'%b = {F32} negate(%a), metadata={{op_name="jit(update)/jvp(UniVG)/blocks/norm/neg"}}',
+        f"%s = {fetch}",
+        f"%d = {result}",
+        f'ROOT %e = {CHIP} negate(%d), metadata={{op_name="jit(update)/jvp(UniVG)/mlp/neg"}}',
+    )
+    found = {(one.part, one.cause) for one in traffic.by_part(parse(text))}
+    assert found == {("norms", "write"), ("MLP", "read")}
+
+
+def test_what_has_no_name_before_it_belongs_to_its_use():
+    text = entry(
+        f"%a = {F32} parameter(0)",
+        f"%b = {F32} copy(%a)",
+        f'ROOT %c = {F32} negate(%b), metadata={{op_name="jit(update)/jvp(UniVG)/mlp/neg"}}',
+    )
+    assert {one.part for one in traffic.by_part(parse(text))} == {"MLP"}
+
+
 # --- programs for a TPU ---
 
 

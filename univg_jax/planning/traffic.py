@@ -10,6 +10,7 @@ read an operand several times (`planning.kernels`).
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -250,12 +251,16 @@ def _updated(result: Instruction, index: int, inner: Computation, module: Module
 def part_of(instruction: Instruction, computation: Computation) -> str:
     """The part of the step that an instruction belongs to: by its name, or that of its operands.
 
-    The compiler adds copies without a name.
+    The compiler adds copies without a name. What is fetched to the chip belongs to what uses it.
     """
     is_start = instruction.name.startswith("async-collective-start")
     if is_start or instruction.opcode.removesuffix("-start") in COLLECTIVES:
         return "collectives"
-    for one in _sources(instruction, computation):
+    is_transfer = instruction.opcode.endswith(("-start", "-done"))
+    ways = [_sources(instruction, computation), _uses(instruction, computation)]
+    if is_transfer and not instruction.shapes[0].in_hbm:
+        ways.reverse()
+    for one in itertools.chain(*ways):
         if name := re.search(r'op_name="([^"]*)"', one.attributes):
             return next(part for part, pattern in PARTS.items() if re.search(pattern, name[1]))
     return "no name"
@@ -267,6 +272,13 @@ def _sources(instruction: Instruction, computation: Computation) -> Iterator[Ins
         yield instruction
         first = instruction.operands[:1]
         instruction = computation.get(first[0]) if first else None
+
+
+def _uses(instruction: Instruction, computation: Computation) -> Iterator[Instruction]:
+    """What uses an instruction, what uses that, and so on, the first of each, the nearest first."""
+    while users := computation.users(instruction):
+        instruction = users[0]
+        yield instruction
 
 
 def _cause(instruction: Instruction, computation: Computation, module: Module) -> str | None:
