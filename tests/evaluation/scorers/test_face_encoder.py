@@ -108,6 +108,14 @@ def test_a_face_is_itself_when_turned_and_the_largest_one_counts(describe, hoppe
     assert encode(np.full((64, 64, 3), 90, np.uint8)) is None
 
 
+def test_a_face_without_extent_is_none(describe, hopper, monkeypatch):
+    """It could not be aligned; a picture must not end the scoring of others."""
+    encode = FaceEncoder(describe(**PLAIN))
+    point = faces.Face(0.9, (5.0, 5.0, 1.0, 1.0), ((5.0, 5.0),) * 5)
+    monkeypatch.setattr(faces.Detector, "find", lambda detector, image: [point])
+    assert encode(hopper) is None
+
+
 def test_pictures_of_any_sizes_are_scored_by_the_benchmark_of_identity(describe, hopper, tmp_path):
     Image.fromarray(hopper).save(tmp_path / "grace.png")
     row = identity_set.Row("grace", str(tmp_path / "grace.png"), 0, "<p> at sea", 3)

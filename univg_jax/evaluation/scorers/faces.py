@@ -91,7 +91,8 @@ class FaceEncoder:
 
     def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, " d"] | None:
         """The vector of the face with the largest box; None where no face is found."""
-        found = self._detector.find(image)
+        # Five points in one place are no face that could be aligned.
+        found = [f for f in self._detector.find(image) if len(set(f.points)) > 1]
         if not found:
             return None
         largest = max(found, key=lambda face: face.box[2] * face.box[3])
