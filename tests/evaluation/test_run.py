@@ -215,6 +215,13 @@ def test_a_folder_of_others_is_scored_each_time(pipeline, tmp_path):
         results = evaluate(pipeline, TOY, out=tmp_path / "out", images=folder, **options)
         values.append(results.tasks["ie"]["systems"]["model"]["l1"]["value"])
     assert values[0] != values[1]
+    scored = (folder_of(tmp_path / "out") / "results.json").read_bytes()
+    last = sorted((folder / "ie").glob("???.png"))[-1]
+    last.write_bytes(b"no picture")
+    message = rf"ie/{last.name} is not a readable image: .*; nothing was scored"
+    with pytest.raises(UserError, match=message):
+        evaluate(pipeline, TOY, out=tmp_path / "out", images=folder, **options)
+    assert (folder_of(tmp_path / "out") / "results.json").read_bytes() == scored
 
 
 CHANGES = {

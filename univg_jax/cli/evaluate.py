@@ -74,7 +74,8 @@ def add_arguments(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a network or a server that a benchmark needs, such as clip=DIR (docs/evaluation.md)",
+        help="a network or a server that a benchmark needs, such as clip=DIR; a line says which "
+        "network, and where its weights are, if it is not given (docs/evaluation.md)",
     )
     parser.add_argument(
         "--without", default="", metavar="A,B", help="scorers to do without, and their numbers"

@@ -32,6 +32,7 @@ from univg_jax.evaluation.generate import System
 from univg_jax.evaluation.metrics import Image
 from univg_jax.evaluation.results import FILE, Done, Results, digest
 from univg_jax.evaluation.scorers import Scorers, local_mesh, scorer_digests
+from univg_jax.images import open_picture
 from univg_jax.pipeline import Pipeline
 from univg_jax.progress import Bar
 from univg_jax.settings import Config
@@ -292,13 +293,14 @@ class Evaluator:
         # A folder of somebody else may have changed: it is scored each time.
         is_new = self.images is not None
         todo = [name for name in cases if is_new or done.get(name) != made_of[name]]
+        if only == "score" or self.images is not None:
+            for name in todo:
+                _check_images(cases[name], self._images(folder))
         total = sum(len(cases[name]) * len(self.systems) for name in todo)
         quiet = not total or jax.process_index() > 0
         with Bar(total=total, unit="image", disable=quiet) as bar:
             for name in todo:
                 bar.set_description(f"evaluate {name}")
-                if only == "score" or self.images is not None:
-                    _check_images(cases[name], self._images(folder))
                 task = self._evaluate(cases[name], train=train[name], folder=folder, bar=bar)
                 found = {**results.tasks, name: {"made_of": made_of[name], **task}}
                 # In the benchmark's order, whichever were finished before.
@@ -430,3 +432,9 @@ def _check_images(cases: Cases, folder: epath.Path) -> None:
         raise UserError(
             f"{folder} lacks {len(missing)} images, such as {name}: generate them first"
         )
+    for index in range(len(cases)):
+        file = folder / generate.output_name(cases.task, index)
+        try:
+            open_picture(file.read_bytes())
+        except UserError as error:
+            raise UserError(f"{file} {error}; nothing was scored") from None
