@@ -79,8 +79,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a third of the compile time; memory and its traffic are some percent off, more "
-        "where an array nearly fits on the chip",
+        help="a third of the compile time; HBM traffic comes out up to half too high, more where "
+        "arrays nearly fit on the chip, and memory some percent off",
     )
     parser.add_argument(
         "--goodput",
