@@ -351,7 +351,7 @@ class MMDiT(nn.Module):
             grid=(h, w) if self.position == "rope" else None,
             attention=self.attention if callable(self.attention) else ATTENTION[self.attention],
         )
-        if self._takes_flash(b, h * w, text_emb.shape[1]):
+        if self._takes_flash(image, text_emb):
             attend = functools.partial(flash, num_heads=self.num_heads, tokens=h * w)
             image = jnp.pad(image, ((0, 0), (0, whole_blocks(h * w) - h * w), (0, 0)))
         text = Linear(d, **dtypes, name="text_embed")(text_emb)
@@ -376,13 +376,13 @@ class MMDiT(nn.Module):
         return image.reshape(b, height, width, -1)
 
     @nn.nowrap
-    def _takes_flash(self, b: int, n: int, m: int) -> bool:
-        """Whether attention is the kernel for TPUs, for b rows of n and m tokens."""
+    def _takes_flash(self, image: Float[Array, "b n d"], text: Float[Array, "b m e"]) -> bool:
+        """Whether attention is the kernel for TPUs, for rows of so many tokens."""
         if self.attention not in ("auto", ATTENTION["auto"]) or self.position != "sincos":
             return False
         sizes = dict(head_dim=self.heads_dim // self.num_heads, num_heads=self.num_heads)
         return sharding.platform() == "tpu" and fits(
-            *(b, whole_blocks(n), m),
+            *(len(image), whole_blocks(image.shape[1]), text.shape[1]),
             **sizes,
             itemsize=jnp.dtype(self.dtype).itemsize,
             memory=chip_memory(),
