@@ -1,8 +1,8 @@
-"""Cuts the pictures of docs/tasks out of docs/images/long.png: docs/images/tasks/TASK_N.png.
+"""Cuts the pictures of docs/tasks out of docs/images/quickstart.png: docs/images/tasks/TASK_N.png.
 
     python -m tools.task_pictures
 
-long.png is `samples.png` of `make quickstart PRESET=long`: a row for each task, with its first
+quickstart.png is `samples.png` of `make quickstart`: a row for each task, with its first
 held-out examples. The first two of each are taken: what was given, the true answer and the model's,
 side by side, without the texts around them.
 """
@@ -43,7 +43,7 @@ def cut(grid: UInt8[np.ndarray, "h w 3"]) -> list[list[UInt8[np.ndarray, "..."]]
 
 def open_grid() -> UInt8[np.ndarray, "h w 3"]:
     """The picture with a row for each task."""
-    return decode_rgb((IMAGES / "long.png").read_bytes())
+    return decode_rgb((IMAGES / "quickstart.png").read_bytes())
 
 
 def enlarge(strip: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "_h _w 3"]:
