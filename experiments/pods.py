@@ -1,8 +1,10 @@
-"""Remat and gradient accumulation for each pod, model size and resolution.
+"""Remat, gradient accumulation and the loop over blocks for each pod, model size and resolution.
 
 The batch is always the paper's 512; what differs is how a device gets through its rows. `minimal`
 writes less to HBM than `none`, and computes little again. `none` is for some of the places where
-the interconnect is the bound, so that it takes no more time. BUILD.md shows what `univg plan` says
+the interconnect is the bound, so that it takes no more time. An unrolled model keeps nothing in
+stacks over blocks, but compiles for twice as long: it is for where HBM is far from the other
+bounds. BUILD.md shows what `univg plan` says
 about each recommendation, in a table that `python tools/plans.py` makes.
 """
 
@@ -42,6 +44,8 @@ WITHOUT_REMAT = {
     ("v5p-512", "xl", 256),
     ("v6e-256", "xl", 256),
 }
+# Where the loop over blocks costs a tenth of the step.
+UNROLLED = {("v6e-64", "b", 512)}
 
 
 def fit(config: ConfigDict, pod: str) -> None:
@@ -58,5 +62,7 @@ def fit(config: ConfigDict, pod: str) -> None:
             "plan your own"
         )
     config.optim.accumulate = sizes[size][RESOLUTIONS.index(resolution)]
-    without = (pod, size, resolution) in WITHOUT_REMAT
-    config.model.overrides.remat = "none" if without else "minimal"
+    where = (pod, size, resolution)
+    config.model.overrides.remat = "none" if where in WITHOUT_REMAT else "minimal"
+    if where in UNROLLED:
+        config.model.overrides.scan = False

@@ -121,7 +121,8 @@ def pods_table(plans: dict[str, Any]) -> str:
             flops = f"{program['flops'] / program['model_flops']:.3f}"
             shares = (f"{program[name]:.0%}" for name in ("mfu_bound", "expected_mfu"))
             cells = [memory, flops, roofline, *shares]
-        head = [pod, size.upper(), f"{res}", f"{plan['rows']:g}", f"{remat}, {accumulate}"]
+        how = f"{remat}, {accumulate}" + ", unrolled" * ((pod, size, res) in pods.UNROLLED)
+        head = [pod, size.upper(), f"{res}", f"{plan['rows']:g}", how]
         lines.append(f"| {' | '.join(head + cells)} |")
     return "\n".join(lines) + "\n"
 
