@@ -2,10 +2,10 @@
 
 The batch is always the paper's 512; what differs is how a device gets through its rows. `minimal`
 writes less to HBM than `none`, and computes little again. `none` is for some of the places where
-the interconnect is the bound, so that it takes no more time. An unrolled model keeps nothing in
-stacks over blocks, but compiles for twice as long: it is for where HBM is far from the other
-bounds. BUILD.md shows what `univg plan` says
-about each recommendation, in a table that `python tools/plans.py` makes.
+the interconnect is the bound, so that it takes no more time. An unrolled model copies nothing into
+stacks over blocks, but takes twice as long to compile: it is for where HBM is far above the other
+bounds. BUILD.md shows what `univg plan` says about each recommendation, in a table that `python
+tools/plans.py` makes.
 """
 
 from ml_collections import ConfigDict

@@ -37,7 +37,8 @@ class Window:
 
     def fetched(self, array: Shape) -> float:
         """Bytes that one run moves through it, between the array and the chip."""
-        blocks = np.array([-(-dim // bound) for dim, bound in zip(array.dims, self.bounds)])
+        pairs = zip(array.dims, self.bounds, strict=True)
+        blocks = np.array([-(-dim // bound) for dim, bound in pairs])
         # A coordinate of which there is one value does not move, whatever it is computed from.
         places = self.places[:, blocks > 1]
         times = 1 + np.any(places[1:] != places[:-1], axis=1).sum()

@@ -109,8 +109,8 @@ class TrainStep:
         gradient = optim.value_and_grad(
             objective, accumulate=c.accumulate, weight=lambda rows: jnp.sum(rows[2].valid)
         )
-        kernels = self.model.cast_kernels(state.params)
-        (loss, losses), grads = gradient(kernels, (x0, conditions, batch))
+        cast = self.model.cast_kernels(state.params)  # once for all micro-batches
+        (loss, losses), grads = gradient(cast, (x0, conditions, batch))
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optim.update_ema(
